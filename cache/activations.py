@@ -1,0 +1,201 @@
+"""The activation store: rows of one site of one model over one token store, permuted inside each window.
+
+    rows       [N, d]   the codec's dtype
+    row_scale  [N]      float16, int8 only
+    position   [N]      int64, context * T + position: the token of the token store a row came from
+    col_mean   [d]      float32, calibrated on the first window
+    col_scale  [d]      float32
+
+Rows come in an order that depends on the token store, the row rule and the window alone, so the rows of every site
+of a model are aligned, whether they were harvested together or apart.
+"""
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache.arrays import ArraySpec
+from cache.codecs import Codec, Columns, Encoded, calibrate, codec_from_recipe, from_numpy, to_numpy
+from cache.errors import SaeError
+from cache.identity import Recipe, canonical
+from cache.manifest import Windows
+from cache.store import Store, Writer
+
+CHUNK_ROWS = 16_384
+CHUNK_BYTES = 24 << 20  # buffers of 32 MiB and more are mapped and unmapped at every use, three times slower
+WINDOWS = Windows(first=16_384, largest=262_144)
+
+
+def rows_per_chunk(d: int, itemsize: int) -> int:
+    """The largest power of two up to CHUNK_ROWS whose decoded chunk stays within CHUNK_BYTES."""
+    rows = CHUNK_ROWS
+    while rows > 1 and rows * d * itemsize > CHUNK_BYTES:
+        rows //= 2
+    return rows
+
+
+class ActivationStore(Store):
+    """Rows of activations. `rows` decodes them to float32; the loader reads `encoded_chunk`."""
+
+    kind: ClassVar[str] = "activations"
+
+    @classmethod
+    def specs(cls, recipe: Recipe) -> list[ArraySpec]:
+        codec, d = codec_from_recipe(recipe["codec"]), int(recipe["d"])
+        chunk = rows_per_chunk(d, np.dtype(codec.numpy_dtype).itemsize)
+        attributes = {"logical_dtype": codec.logical_dtype} if codec.logical_dtype else {}
+        nan = float("nan")
+        specs = [
+            ArraySpec(
+                "rows", codec.numpy_dtype, (d,), chunk, ("row", "dim"), codec.fill, codec.zstd, attributes=attributes
+            ),
+            ArraySpec("position", "<i8", (), chunk, ("row",), -1),
+            ArraySpec("col_mean", "<f4", (), d, ("dim",), nan, None, grows=False),
+            ArraySpec("col_scale", "<f4", (), d, ("dim",), nan, None, grows=False),
+        ]
+        if codec.has_row_scale:
+            specs.append(ArraySpec("row_scale", "<f2", (), chunk, ("row",), nan))
+        return specs
+
+    @classmethod
+    def layout(cls, recipe: Recipe) -> Windows:
+        return WINDOWS
+
+    @property
+    def d(self) -> int:
+        """Width of a row."""
+        return int(self.recipe["d"])
+
+    @property
+    def split(self) -> str:
+        return str(self.recipe["tokens"]["split"])
+
+    @property
+    def chunk_rows(self) -> int:
+        return self.arrays["rows"].chunk_rows
+
+    @property
+    def n_chunks(self) -> int:
+        return -(-self.n_rows // self.chunk_rows)
+
+    @cached_property
+    def codec(self) -> Codec:
+        return codec_from_recipe(self.recipe["codec"])
+
+    @cached_property
+    def columns(self) -> Columns:
+        """Calibration of the columns. Raises SaeError on a store without rows."""
+        if not self.n_rows:
+            raise SaeError(f"{self.path}: holds no rows yet; run `sae harvest` again to continue it")
+        mean, scale = self.chunk("col_mean", 0), self.chunk("col_scale", 0)
+        return Columns(torch.from_numpy(mean.copy()), torch.from_numpy(scale.copy()))
+
+    def encoded_chunk(self, index: int) -> Encoded:
+        """The stored numbers of chunk `index`, verified, not yet decoded."""
+        rows = from_numpy(self.chunk("rows", index))
+        scale = from_numpy(self.chunk("row_scale", index)) if self.codec.has_row_scale else None
+        return Encoded(rows, scale)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """float32 [stop - start, d], in stored order."""
+        scale = from_numpy(self.read("row_scale", start, stop)) if self.codec.has_row_scale else None
+        encoded = Encoded(from_numpy(self.read("rows", start, stop)), scale)
+        return self.codec.decode(encoded, self.columns)
+
+    def positions(self, start: int, stop: int) -> np.ndarray:
+        """int64 [stop - start]: context * context_length + position in the token store."""
+        return self.read("position", start, stop)
+
+
+class ActivationWriter(Writer):
+    """Appends windows of rows, encoding and permuting them as they come."""
+
+    store_class: ClassVar[type[Store]] = ActivationStore
+    store: ActivationStore
+
+    def window(self, rows: int) -> "WindowBuffer":
+        """A buffer for the next window, of which `rows` rows exist (fewer than its size only at the source's end)."""
+        columns = self.store.columns if self.store.n_rows else None
+        return WindowBuffer(self.store, len(self.store.manifest.windows), rows, columns)
+
+    def commit(self, buffer: "WindowBuffer", notes: dict[str, Any]) -> None:
+        """Make a full buffer's rows durable."""
+        self.append(buffer.arrays(), notes)
+
+
+class WindowBuffer:
+    """One window in the making: rows arrive in token order and land at their permuted place.
+
+    Holds the window in its stored form: 192 MiB for 262,144 int8 rows of width 768. The first window of a store waits
+    in float32 until its columns are calibrated.
+    """
+
+    def __init__(self, store: ActivationStore, window: int, rows: int, columns: Columns | None) -> None:
+        self.store, self.columns, self.filled = store, columns, 0
+        self.place = np.argsort(permutation(store.recipe["tokens"], window, rows))
+        self.position = np.empty(rows, np.int64)
+        self._waiting: list[Tensor] = []
+        self._rows: Tensor | None = None
+        self._scale: Tensor | None = None
+
+    def add(self, rows: Tensor, positions: np.ndarray) -> None:
+        """The next rows [n, d] in token order, and the token each came from [n]."""
+        assert len(rows) == len(positions) and self.filled + len(rows) <= len(self.place)
+        if not torch.isfinite(rows).all():
+            recipe = self.store.recipe
+            raise SaeError(
+                f"{recipe['model']['model']} {recipe['layer']}.{recipe['site']}: activations hold NaN or infinity"
+            )
+        place = self.place[self.filled : self.filled + len(rows)]
+        self.position[place] = positions
+        self.filled += len(rows)
+        if self.columns is None:
+            self._waiting.append(rows.float().clone())
+        else:
+            self._encode(rows, torch.from_numpy(place), self.columns)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The window's arrays as they are stored, all rows present."""
+        assert self.filled == len(self.place), (self.filled, len(self.place))
+        arrays: dict[str, np.ndarray] = {"position": self.position}
+        if self.columns is None:
+            waiting = torch.cat(self._waiting)
+            self._waiting.clear()
+            self.columns = Columns(*(c.cpu() for c in calibrate(waiting)))
+            self._encode(waiting, torch.from_numpy(self.place), self.columns)
+            arrays |= {"col_mean": self.columns.mean.numpy(), "col_scale": self.columns.scale.numpy()}
+        assert self._rows is not None
+        arrays["rows"] = to_numpy(self._rows)
+        if self._scale is not None:
+            arrays["row_scale"] = self._scale.numpy()
+        return arrays
+
+    def _encode(self, rows: Tensor, place: Tensor, columns: Columns) -> None:
+        on_device = Columns(columns.mean.to(rows.device), columns.scale.to(rows.device))
+        encoded = self.store.codec.encode(rows.float(), on_device)
+        if self._rows is None:
+            self._rows = torch.empty((len(self.place), self.store.d), dtype=encoded.rows.dtype)
+            if encoded.row_scale is not None:
+                self._scale = torch.empty(len(self.place), dtype=encoded.row_scale.dtype)
+        self._rows[place] = encoded.rows.cpu()
+        if self._scale is not None and encoded.row_scale is not None:
+            self._scale[place] = encoded.row_scale.cpu()
+
+
+def permutation(tokens: Recipe, window: int, rows: int) -> np.ndarray:
+    """Order of the rows inside a window: the same for every site harvested from one token store.
+
+    The row at stored place i came at place permutation[i] in token order.
+    """
+    seed = hashlib.sha256(f"{canonical(tokens)}#{window}".encode()).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(seed[:16], "little"))).permutation(rows)
+
+
+def activations_root(root: Path) -> Path:
+    """Folder of all activation stores of a cache."""
+    return root / ActivationStore.kind

@@ -1,0 +1,141 @@
+"""Which stores and runs are on disk, and which one a name means.
+
+A name is a key, the beginning of a key, or a path. Without a name, the store the last command made is meant. More than
+one answer is listed, never guessed.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from cache.durable import write_atomic
+from cache.errors import Busy, DamagedStore, NotFound, SaeError
+from cache.locks import held
+from cache.runs import CONFIG, Run
+from cache.store import RECIPE, Store
+from cache.tokens import TokenStore
+
+LATEST = "latest.json"
+
+AnyStore = TypeVar("AnyStore", bound=Store)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of `sae cache ls`."""
+
+    key: str
+    kind: str
+    slug: str
+    rows: int
+    bytes: int
+    path: str
+    complete: bool
+
+    def as_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def kinds() -> dict[str, type[Store]]:
+    """Every kind of store. Activation stores are imported late: they bring torch along."""
+    from cache.activations import ActivationStore
+
+    return {kind.kind: kind for kind in (TokenStore, ActivationStore)}
+
+
+def folders(root: Path, kind: str) -> list[Path]:
+    """Folders of the stores of one kind, by name."""
+    return sorted(path.parent for path in (root / kind).glob(f"*/{RECIPE}"))
+
+
+def stores(root: Path) -> list[Store]:
+    """All stores of a cache."""
+    return [kind(path) for name, kind in kinds().items() for path in folders(root, name)]
+
+
+def entry(store: Store) -> Entry:
+    """What there is to list about a store."""
+    slug = store.slug
+    size = store.manifest.stored_bytes
+    return Entry(store.key, store.kind, slug, store.n_rows, size, str(store.path), store.complete)
+
+
+def find(root: Path, kind: type[AnyStore], name: str | None, option: str, make: str) -> AnyStore:
+    """The one store `name` means; without a name, the training store of the last `make` command.
+
+    Raises NotFound with what to run, or SaeError listing the candidates.
+    """
+    known = folders(root, kind.kind)
+    if name is not None and (Path(name) / RECIPE).exists():
+        return kind(Path(name))
+    if name is not None:
+        exact = [path for path in known if path.name == name]
+        matches = exact or [path for path in known if path.name.startswith(name)]
+        if not matches:
+            there = _listed(known) or f"nothing yet; run `{make}`"
+            raise NotFound(f"{option} {name}: no such store in {root / kind.kind}; there is {there}")
+    else:
+        matches = [root / kind.kind / key for key in latest(root).get(kind.kind, []) if root / kind.kind / key in known]
+        if not matches:
+            matches = [path for path in known if not path.name.rpartition("-")[0].endswith("-validation")]
+        if not matches:
+            raise NotFound(f"{root / kind.kind}: no store yet; run `{make}` first")
+    if len(matches) > 1:
+        raise SaeError(f"{option}: which one? {_listed(matches)}")
+    return kind(matches[0])
+
+
+def latest(root: Path) -> dict[str, list[str]]:
+    """Keys of the training stores the last command of each kind made."""
+    path = root / LATEST
+    try:
+        return dict(json.loads(path.read_bytes())) if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise DamagedStore(
+            f"{path}: is not the JSON that was written; remove the file and name the store you mean"
+        ) from error
+
+
+def remember(root: Path, kind: str, keys: Sequence[str]) -> None:
+    """Note what the last command of a kind made."""
+    write_atomic(root / LATEST, json.dumps({**latest(root), kind: list(keys)}, indent=2).encode())
+
+
+def remove(store: Store) -> int:
+    """Delete a store; returns the bytes freed. Raises Busy while a living process writes to it.
+
+    The recipe goes first, so that a deletion cut short leaves no store, only remains that the next one overwrites.
+    """
+    if held(store.path):
+        raise Busy(f"{store.key}: a process is writing it; end it first")
+    freed = sum(path.stat().st_size for path in store.path.rglob("*") if path.is_file())
+    (store.path / RECIPE).unlink()
+    shutil.rmtree(store.path)
+    return freed
+
+
+def runs(root: Path) -> list[Run]:
+    """All run folders, oldest first."""
+    found = [path for path in root.glob(f"*/{CONFIG}")] if root.exists() else []
+    return [Run(path.parent) for path in sorted(found, key=lambda path: path.stat().st_mtime)]
+
+
+def find_run(root: Path, name: str | None) -> Run:
+    """The run `name` means (a name under `root`, or a path); without a name, the newest finished one."""
+    if name is not None:
+        for path in (Path(name), root / name):
+            if (path / CONFIG).exists():
+                return Run(path)
+        there = ", ".join(run.name for run in runs(root)) or "nothing yet; run `sae train`"
+        raise NotFound(f"{name}: no such run in {root}; there is {there}")
+    finished = [run for run in runs(root) if run.finished]
+    if not finished:
+        raise NotFound(f"{root}: no finished run; run `sae train` first")
+    return finished[-1]
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    return ", ".join(path.name for path in paths)

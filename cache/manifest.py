@@ -1,0 +1,132 @@
+"""What is durable: the list of committed windows, one checked JSON line each.
+
+A window is the unit of work, of shuffling and of committing. Its boundaries are a fixed function of the row index, so
+a store's bytes depend on the recipe and the row count alone, never on how many calls, workers or crashes made it.
+A store's rows are exactly what its manifest lists; a torn last line (a crash while appending) does not count.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cache.durable import append_line, checksum, explained, whole_lines_end
+from cache.errors import DamagedStore
+
+MANIFEST = "manifest.jsonl"
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Boundaries: `first`, 2 first, 4 first, ... up to `largest`, then every `largest` rows (both powers of two apart).
+
+    Small windows first, so that small stores lose little to rounding; large ones later, so that rows mix widely.
+    """
+
+    first: int
+    largest: int
+
+    def start(self, window: int) -> int:
+        """First row of a window; the end of the window before it."""
+        doublings = (self.largest // self.first).bit_length() - 1
+        if window <= doublings:
+            return 0 if window == 0 else self.first << (window - 1)
+        return self.largest * (window - doublings)
+
+    def bounds(self, window: int) -> tuple[int, int]:
+        return self.start(window), self.start(window + 1)
+
+    def count(self, rows: int) -> int:
+        """The number of windows needed to hold at least `rows` rows."""
+        doublings = (self.largest // self.first).bit_length() - 1
+        if rows > self.largest:
+            return doublings + -(-rows // self.largest)
+        window = 0
+        while self.start(window) < rows:
+            window += 1
+        return window
+
+    def round_up(self, rows: int) -> int:
+        """The nearest boundary at or above `rows`."""
+        return self.start(self.count(rows))
+
+
+@dataclass(frozen=True)
+class Window:
+    """One manifest line: rows [start, stop), the stored size and crc32c of each file, and where the source stood."""
+
+    index: int
+    start: int
+    stop: int
+    files: dict[str, tuple[int, str]]
+    notes: dict[str, Any]
+
+    def line(self) -> str:
+        files = {name: [size, crc] for name, (size, crc) in sorted(self.files.items())}
+        return _sealed({"window": self.index, "rows": [self.start, self.stop], "files": files, "notes": self.notes})
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All committed windows in order, and whether the source has ended (then the store is closed: it cannot grow)."""
+
+    windows: tuple[Window, ...] = ()
+    closed: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.windows[-1].stop if self.windows else 0
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(size for window in self.windows for size, _ in window.files.values())
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Parse a store's manifest. Raises DamagedStore for a line that fails its own checksum or breaks the order."""
+        path = folder / MANIFEST
+        try:
+            data = path.read_bytes() if path.exists() else b""
+        except OSError as error:
+            raise explained(error, path) from error
+        windows: list[Window] = []
+        closed = False
+        for number, text in enumerate(data[: whole_lines_end(data)].splitlines(), 1):
+            body = _unsealed(text)
+            if body is None or closed:
+                raise DamagedStore(f"{path}: line {number} is damaged; `sae cache verify` tells what else is")
+            if "end" in body:
+                closed = body["end"] == (windows[-1].stop if windows else 0)
+                in_order = closed
+            else:
+                files = {name: (size, crc) for name, (size, crc) in body["files"].items()}
+                window = Window(body["window"], *body["rows"], files, body["notes"])
+                in_order = window.index == len(windows) and window.start == (windows[-1].stop if windows else 0)
+                windows.append(window)
+            if not in_order:
+                raise DamagedStore(f"{path}: line {number} does not follow the line before it")
+        return cls(tuple(windows), closed)
+
+
+def commit(folder: Path, window: Window) -> None:
+    """Append a window whose files are already on the disk: from here on its rows exist."""
+    append_line(folder / MANIFEST, window.line())
+
+
+def close(folder: Path, rows: int) -> None:
+    """Append the line that says the source ended at `rows`."""
+    append_line(folder / MANIFEST, _sealed({"end": rows}))
+
+
+def _sealed(body: dict[str, Any]) -> str:
+    text = json.dumps(body, separators=(",", ":"), sort_keys=True)
+    return json.dumps({"crc": checksum(text.encode()), "line": body}, separators=(",", ":"), sort_keys=True)
+
+
+def _unsealed(text: bytes) -> dict[str, Any] | None:
+    """The body of a line, or None where the line is not what was written (also for a change in its punctuation)."""
+    try:
+        body = json.loads(text)["line"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return body if isinstance(body, dict) and _sealed(body).encode() == text else None

@@ -1,0 +1,145 @@
+"""A run folder: everything one trained dictionary is, in files any tool reads.
+
+config.json               what was asked for, with the recipe of the activations it was trained on
+metrics.jsonl             one line a logged step
+checkpoint.safetensors    the whole training state, replaced atomically; its JSON part is in the header
+cfg.json                  \\ the dictionary, in the layout SAELens opens; written when training ends
+sae_weights.safetensors   /
+eval/                     what `sae eval` found
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cache.durable import checksum, explained, whole_lines_end, write_atomic
+from cache.errors import DamagedStore, NotFound, SaeError
+from cache.locks import Lock
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+CHECKPOINT = "checkpoint.safetensors"
+WEIGHTS = "sae_weights.safetensors"
+WEIGHTS_CONFIG = "cfg.json"
+
+
+class Run:
+    """One run folder. Raises NotFound where there is none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not (path / CONFIG).exists():
+            raise NotFound(f"{path}: is not a run folder (no {CONFIG}); `sae list` shows the runs")
+        self.config: dict[str, Any] = self.read_json(CONFIG)
+
+    @classmethod
+    def create(cls, path: Path, config: dict[str, Any]) -> "Run":
+        """A new run folder. Raises SaeError where one exists already."""
+        if (path / CONFIG).exists():
+            raise SaeError(f"--name {path.name}: {path} exists; continue it with --resume or choose another --name")
+        write_atomic(path / CONFIG, json.dumps(config, indent=2).encode())
+        return cls(path)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def finished(self) -> bool:
+        """Whether training ended: the dictionary is there (weights last)."""
+        return (self.path / WEIGHTS).exists()
+
+    def lock(self) -> Lock:
+        """Exclusive use for training."""
+        return Lock(self.path)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the folder. Raises DamagedStore when it is not one."""
+        path = self.path / name
+        try:
+            return dict(json.loads(path.read_bytes()))
+        except FileNotFoundError as error:
+            raise NotFound(f"{path}: not there yet") from error
+        except (ValueError, TypeError) as error:
+            raise DamagedStore(f"{path}: is not the JSON that was written") from error
+
+    def write_json(self, name: str, content: dict[str, Any]) -> Path:
+        """Write a JSON file of the folder atomically. NaN and infinity are refused: they are not JSON."""
+        write_atomic(self.path / name, json.dumps(content, indent=2, allow_nan=False).encode())
+        return self.path / name
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """Append one line of metrics."""
+        try:
+            with open(self.path / METRICS, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise explained(error, self.path / METRICS) from error
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All whole lines of metrics."""
+        path = self.path / METRICS
+        data = path.read_bytes() if path.exists() else b""
+        return [json.loads(line) for line in data[: whole_lines_end(data)].splitlines()]
+
+    def rewind_metrics(self, step: int) -> None:
+        """Forget what was logged after `step`: a resumed run logs it again."""
+        kept = [json.dumps(entry) + "\n" for entry in self.metrics() if entry["step"] <= step]
+        write_atomic(self.path / METRICS, "".join(kept).encode())
+
+    def save_checkpoint(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Replace the checkpoint, whole or not at all."""
+        flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        header = {"state": json.dumps(state), "crc32c": _tensors_checksum(flat)}
+        write_atomic(self.path / CHECKPOINT, safetensors.torch.save(flat, metadata=header))
+
+    @property
+    def has_checkpoint(self) -> bool:
+        return (self.path / CHECKPOINT).exists()
+
+    def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors and the JSON state of the last checkpoint. Raises DamagedStore when a byte differs."""
+        path = self.path / CHECKPOINT
+        tensors, header = _read_safetensors(path)
+        if header.get("crc32c") != _tensors_checksum(tensors):
+            raise DamagedStore(
+                f"{path}: damaged (its checksum differs); train again without --resume under another --name"
+            )
+        return tensors, json.loads(header["state"])
+
+    def save_weights(self, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+        """Write the finished dictionary (weights last: their presence says it is finished)."""
+        self.write_json(WEIGHTS_CONFIG, config)
+        flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        write_atomic(self.path / WEIGHTS, safetensors.torch.save(flat, metadata={"crc32c": _tensors_checksum(flat)}))
+
+    def load_weights(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and cfg.json of the finished dictionary. Raises NotFound while training has not ended."""
+        if not self.finished:
+            raise NotFound(
+                f"{self.path}: training has not finished; continue it with `sae train --resume --name {self.name}`"
+            )
+        tensors, header = _read_safetensors(self.path / WEIGHTS)
+        if header.get("crc32c") not in (None, _tensors_checksum(tensors)):
+            raise DamagedStore(f"{self.path / WEIGHTS}: damaged (its checksum differs)")
+        return tensors, self.read_json(WEIGHTS_CONFIG)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise NotFound(f"{path}: not there") from error
+    except SafetensorError as error:
+        raise DamagedStore(f"{path}: is not the file that was written ({error})") from error
+
+
+def _tensors_checksum(tensors: dict[str, Tensor]) -> str:
+    parts = [checksum(memoryview(tensors[name].flatten().view(torch.uint8).numpy())) for name in sorted(tensors)]
+    return checksum(" ".join(parts).encode())

@@ -1,0 +1,125 @@
+"""The token store: documents cut into contexts of equal length.
+
+    tokens    [contexts, T]  uint16, or uint32 for vocabularies above 65,536
+    document  [contexts, T]  uint32, which document each token belongs to (numbered in store order)
+    length    [contexts]     uint32, how many tokens of a context are real (below T only where packing pads)
+
+A row of this store is a context. The first window is about 65,536 tokens, the largest about 4 million.
+"""
+
+import json
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from cache.arrays import ArraySpec
+from cache.durable import explained, write_atomic
+from cache.errors import DamagedStore
+from cache.identity import Recipe
+from cache.manifest import Windows
+from cache.store import Store, Writer
+
+CHUNK_TOKENS = 65_536
+WINDOW_CHUNKS = 64
+VOCABULARY = "vocabulary.json"
+
+
+def contexts_per_chunk(context_length: int) -> int:
+    """The largest power of two of contexts that holds at most CHUNK_TOKENS tokens."""
+    return 1 << max(0, (CHUNK_TOKENS // context_length).bit_length() - 1)
+
+
+class TokenStore(Store):
+    """Contexts of tokens, with the documents they came from."""
+
+    kind: ClassVar[str] = "tokens"
+
+    @classmethod
+    def specs(cls, recipe: Recipe) -> list[ArraySpec]:
+        length = recipe["context_length"]
+        chunk = contexts_per_chunk(length)
+        wide = recipe["tokenizer"]["n_vocab"] > 1 << 16
+        dtype, fill = ("<u4", (1 << 32) - 1) if wide else ("<u2", (1 << 16) - 1)
+        return [
+            ArraySpec("tokens", dtype, (length,), chunk, ("context", "position"), fill),
+            ArraySpec("document", "<u4", (length,), chunk, ("context", "position"), (1 << 32) - 1),
+            ArraySpec("length", "<u4", (), chunk, ("context",), 0),
+        ]
+
+    @classmethod
+    def layout(cls, recipe: Recipe) -> Windows:
+        chunk = contexts_per_chunk(recipe["context_length"])
+        return Windows(chunk, chunk * WINDOW_CHUNKS)
+
+    @property
+    def context_length(self) -> int:
+        return int(self.recipe["context_length"])
+
+    @property
+    def n_vocab(self) -> int:
+        return int(self.recipe["tokenizer"]["n_vocab"])
+
+    @property
+    def split(self) -> str:
+        """`train` or `validation`: no document is in both."""
+        return str(self.recipe["split"])
+
+    @property
+    def n_contexts(self) -> int:
+        return self.n_rows
+
+    @property
+    def n_tokens(self) -> int:
+        """Places for tokens: contexts times their length."""
+        return self.n_rows * self.context_length
+
+    def contexts(self, start: int, stop: int) -> np.ndarray:
+        """Tokens of contexts [start, stop): int64 [stop - start, T]. DamagedStore for an id beyond the vocabulary."""
+        tokens = self.read("tokens", start, stop).astype(np.int64)
+        if tokens.size and int(tokens.max()) >= self.n_vocab:
+            raise DamagedStore(f"{self.path}: token {tokens.max()} is outside its vocabulary of {self.n_vocab}")
+        return tokens
+
+    def document_ids(self, start: int, stop: int) -> np.ndarray:
+        """Document of every token: uint32 [stop - start, T]."""
+        return self.read("document", start, stop)
+
+    def lengths(self, start: int, stop: int) -> np.ndarray:
+        """Real tokens in each context: int64 [stop - start]."""
+        return self.read("length", start, stop).astype(np.int64)
+
+    def vocabulary(self) -> list[bytes]:
+        """The bytes every token stands for, so that later stages can show text without the tokenizer."""
+        path = self.path / VOCABULARY
+        try:
+            return [entry.encode("latin-1") for entry in json.loads(path.read_bytes())]
+        except (ValueError, AttributeError) as error:
+            raise DamagedStore(f"{path}: is not what was written; tokenize again to restore it") from error
+        except OSError as error:
+            raise explained(error, path) from error
+
+
+class TokenWriter(Writer):
+    """Appends windows of contexts."""
+
+    store_class: ClassVar[type[Store]] = TokenStore
+    store: TokenStore
+
+    def write_vocabulary(self, vocabulary: list[bytes]) -> None:
+        """Store what each token stands for (once; the recipe already names the tokenizer)."""
+        data = json.dumps([entry.decode("latin-1") for entry in vocabulary]).encode()
+        if not (self.path / VOCABULARY).exists() or (self.path / VOCABULARY).read_bytes() != data:
+            write_atomic(self.path / VOCABULARY, data)
+
+
+def sibling(recipe: Recipe, split: str) -> Recipe:
+    """The recipe of the same store for the other documents (works for token recipes and for recipes built on them)."""
+    if "split" in recipe:
+        return {**recipe, "split": split}
+    return {**recipe, "tokens": sibling(recipe["tokens"], split)}
+
+
+def tokens_root(root: Path) -> Path:
+    """Folder of all token stores of a cache."""
+    return root / TokenStore.kind
