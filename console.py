@@ -148,3 +148,10 @@ def say(line: str) -> None:
 def complain(line: str) -> None:
     """The one line an error is."""
     err.print(Text(f"sae: error: {line}", style="bold red" if err.is_terminal else ""), soft_wrap=True)
+
+
+def compact(value: Any) -> str:
+    """A value of a description in one cell: nested ones as indented text."""
+    if isinstance(value, dict):
+        return "\n".join(f"{name}: {compact(inner)}".replace("\n", "\n  ") for name, inner in value.items())
+    return ", ".join(map(compact, value)) if isinstance(value, list) else str(value)

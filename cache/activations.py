@@ -95,6 +95,11 @@ class ActivationStore(Store):
         mean, scale = self.chunk("col_mean", 0), self.chunk("col_scale", 0)
         return Columns(torch.from_numpy(mean.copy()), torch.from_numpy(scale.copy()))
 
+    def describe(self) -> dict[str, Any]:
+        size = self.manifest.stored_bytes / max(1, self.n_rows)
+        share = round(size / (4 * self.d), 4)
+        return {**super().describe(), "bytes_per_row": round(size, 1), "share_of_float32": share}
+
     def encoded_chunk(self, index: int) -> Encoded:
         """The stored numbers of chunk `index`, verified, not yet decoded."""
         rows = from_numpy(self.chunk("rows", index))
@@ -193,7 +198,9 @@ def permutation(tokens: Recipe, window: int, rows: int) -> np.ndarray:
     The row at stored place i came at place permutation[i] in token order.
     """
     seed = hashlib.sha256(f"{canonical(tokens)}#{window}".encode()).digest()
-    return np.random.Generator(np.random.PCG64(int.from_bytes(seed[:16], "little"))).permutation(rows)
+    # NumPy promises the bits of PCG64 for ever, but not what Generator.permutation makes of them
+    bits = np.random.PCG64(int.from_bytes(seed[:16], "little")).random_raw(rows)
+    return np.argsort(bits, kind="stable")
 
 
 def activations_root(root: Path) -> Path:

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from cache.durable import write_atomic
-from cache.errors import Busy, DamagedStore, NotFound, SaeError
-from cache.locks import held
+from cache.errors import DamagedStore, NotFound, SaeError
+from cache.identity import canonical, digest
+from cache.locks import Lock
+from cache.manifest import MANIFEST
 from cache.runs import CONFIG, Run
-from cache.store import RECIPE, Store
-from cache.tokens import TokenStore
+from cache.store import RECIPE, Store, read_head
+from cache.tokens import TokenStore, sibling
 
 LATEST = "latest.json"
 
@@ -80,12 +82,40 @@ def find(root: Path, kind: type[AnyStore], name: str | None, option: str, make: 
     else:
         matches = [root / kind.kind / key for key in latest(root).get(kind.kind, []) if root / kind.kind / key in known]
         if not matches:
-            matches = [path for path in known if not path.name.rpartition("-")[0].endswith("-validation")]
+            matches = [path for path in known if _for_training(path)]
         if not matches:
             raise NotFound(f"{root / kind.kind}: no store yet; run `{make}` first")
     if len(matches) > 1:
         raise SaeError(f"{option}: which one? {_listed(matches)}")
     return kind(matches[0])
+
+
+def any_store(root: Path, name: str) -> Store:
+    """The one store of any kind that `name` means."""
+    every = [path for kind in kinds() for path in folders(root, kind)]
+    if (Path(name) / RECIPE).exists():
+        matches = [Path(name).resolve()]
+    else:
+        matches = [path for path in every if path.name == name] or [p for p in every if p.name.startswith(name)]
+    if not matches:
+        raise NotFound(f"{name}: no such store in {root}; there is {_listed(every) or 'nothing yet'}")
+    if len(matches) > 1:
+        raise SaeError(f"{name}: which one? {_listed(matches)}")
+    kind = read_head(matches[0])["kind"]
+    if kind not in kinds():
+        raise SaeError(f"{matches[0]}: holds {kind}, of which this version knows nothing; use the one that wrote it")
+    return kinds()[kind](matches[0])
+
+
+def sibling_of(root: Path, store: AnyStore, split: str) -> AnyStore | None:
+    """The store of the same recipe for the other documents, or None where it was never made."""
+    wanted = canonical(sibling(store.recipe, split))
+    for path in {*folders(root, store.kind), *(p.parent for p in store.path.parent.glob(f"*/{RECIPE}"))}:
+        if path.name.endswith(digest(sibling(store.recipe, split))):
+            found = type(store)(path)
+            assert canonical(found.recipe) == wanted, "two recipes with one hash"
+            return found
+    return None
 
 
 def latest(root: Path) -> dict[str, list[str]]:
@@ -107,19 +137,20 @@ def remember(root: Path, kind: str, keys: Sequence[str]) -> None:
 def remove(store: Store) -> int:
     """Delete a store; returns the bytes freed. Raises Busy while a living process writes to it.
 
-    The recipe goes first, so that a deletion cut short leaves no store, only remains that the next one overwrites.
+    The recipe and the manifest go first, so that a deletion cut short leaves no store, only remains that the next
+    writer clears away.
     """
-    if held(store.path):
-        raise Busy(f"{store.key}: a process is writing it; end it first")
-    freed = sum(path.stat().st_size for path in store.path.rglob("*") if path.is_file())
-    (store.path / RECIPE).unlink()
-    shutil.rmtree(store.path)
+    with Lock(store.path):
+        freed = sum(path.stat().st_size for path in store.path.rglob("*") if path.is_file())
+        for name in (RECIPE, MANIFEST):
+            (store.path / name).unlink(missing_ok=True)
+        shutil.rmtree(store.path)
     return freed
 
 
 def runs(root: Path) -> list[Run]:
     """All run folders, oldest first."""
-    found = [path for path in root.glob(f"*/{CONFIG}")] if root.exists() else []
+    found = list(root.glob(f"*/{CONFIG}")) if root.exists() else []
     return [Run(path.parent) for path in sorted(found, key=lambda path: path.stat().st_mtime)]
 
 
@@ -135,6 +166,11 @@ def find_run(root: Path, name: str | None) -> Run:
     if not finished:
         raise NotFound(f"{root}: no finished run; run `sae train` first")
     return finished[-1]
+
+
+def _for_training(path: Path) -> bool:
+    recipe = read_head(path)["recipe"]
+    return recipe == sibling(recipe, "train")
 
 
 def _listed(paths: Sequence[Path]) -> str:

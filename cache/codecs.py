@@ -46,10 +46,10 @@ class Codec(Protocol):
     numpy_dtype: ClassVar[str]
     fill: ClassVar[int | float]
     logical_dtype: ClassVar[str | None]
-    zstd: int | None
+    has_row_scale: ClassVar[bool]
 
     @property
-    def has_row_scale(self) -> bool: ...
+    def zstd(self) -> int | None: ...
 
     def encode(self, rows: Tensor, columns: Columns) -> Encoded:
         """float32 [n, d] -> stored numbers, each row by itself."""
@@ -88,6 +88,10 @@ class Int8:
         scale = wanted.to(torch.float16)
         short = scale.float() < wanted  # rounding down would clip the widest value: take the next float16
         scale = torch.where(short, (scale.view(torch.int16) + 1).view(torch.float16), scale)
+        if not torch.isfinite(scale).all():
+            raise SaeError(
+                "--codec int8: an activation is 8 million standard deviations from its column's mean; use bfloat16"
+            )
         codes = (normalised / scale.float()[:, None]).round_().clamp_(-CODES_MAX, CODES_MAX)
         return Encoded(codes.to(torch.int8), scale)
 
@@ -207,9 +211,8 @@ def codec(text: str) -> Codec:
         except SaeError:
             raise
         except ValueError as error:
-            raise SaeError(
-                f"--codec {text}: {given!r} is no value for {setting}; try zstd=1 to 22 or zstd=none"
-            ) from error
+            usual = "zstd=1 to 22 or zstd=none" if setting == "zstd" else "step=0.08"
+            raise SaeError(f"--codec {text}: {given!r} is no value for {setting}; try {usual}") from error
     return value
 
 
@@ -234,11 +237,13 @@ def calibrate(rows: Tensor) -> Columns:
     """Mean and scale of every column from float32 rows [n, d], without the outlier rows.
 
     A column that hardly varies gets a floor of a thousandth of the median scale (or 1), so that it can still be stored.
+    Rows of zeros, of which sparse activations may have more than others, have no say in what the median norm is.
     """
-    norms = rows.norm(dim=1)
-    kept = rows[norms <= OUTLIER_NORM * norms.median()].double()
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    usual = norms[norms > 0].median() if norms.any() else norms.new_zeros(())
+    kept = rows[norms <= OUTLIER_NORM * usual].double()
     mean = kept.mean(dim=0)
     scale = (kept - mean).square().mean(dim=0).sqrt()
     positive = scale[scale > 0]
     floor = 1e-3 * positive.median() if len(positive) else torch.ones((), dtype=torch.float64, device=scale.device)
-    return Columns(mean.float(), torch.maximum(scale, floor).float())
+    return Columns(mean.float(), torch.maximum(scale, floor).float().clamp_min(torch.finfo(torch.float32).tiny))

@@ -6,6 +6,7 @@ the name leads to all of the new bytes or to none of them. A log is only ever ap
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import google_crc32c
@@ -29,36 +30,46 @@ def flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_atomic(path: Path, data: bytes | memoryview, *, flush: bool = True) -> None:
+def make_folder(folder: Path) -> None:
+    """Create a folder, and the ones it is in, so that each survives a power cut."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        flush_folder(folder.parent)
+
+
+def write_atomic(path: Path, data: bytes | memoryview) -> None:
     """Replace `path` by `data`, whole or not at all.
 
-    `flush=False` leaves flushing the folder to the caller, who writes many files before one commit.
     Raises SaeError when the disk is full or the folder cannot be written.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with open(partial, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-        if flush:
-            flush_folder(path.parent)
+        flush_folder(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # there may be none, or no folder it could be in
+            partial.unlink()
         raise explained(error, path) from error
 
 
 def append_line(path: Path, line: str) -> None:
     """Add one line to a log so that it survives a crash. A torn last line of an earlier crash is cut off first."""
     try:
+        new = not path.exists()
         with open(path, "ab+") as file:
-            end = whole_lines_end(file.seek(0) or file.read())
-            file.truncate(end)
+            file.seek(0)
+            file.truncate(whole_lines_end(file.read()))
             file.write(line.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+        if new:
+            flush_folder(path.parent)
     except OSError as error:
         raise explained(error, path) from error
 
@@ -75,3 +86,8 @@ def explained(error: OSError, path: Path) -> SaeError:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
         return SaeError(f"{path.parent}: cannot write here ({error.strerror}); choose another folder")
     return SaeError(f"{path}: {error.strerror or error}")
+
+
+def unreadable(error: OSError, path: Path) -> SaeError:
+    """The one-line version of a failed read."""
+    return SaeError(f"{path}: cannot be read ({error.strerror or error})")

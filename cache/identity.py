@@ -25,5 +25,5 @@ def digest(recipe: Recipe) -> str:
 
 def key(slug: str, recipe: Recipe) -> str:
     """Folder name of the store a recipe describes."""
-    readable = re.sub(r"[^A-Za-z0-9._]+", "-", slug).strip("-.")[:80]
+    readable = re.sub(r"[^A-Za-z0-9._]+", "-", slug)[:80].strip("-.")
     return f"{readable}-{digest(recipe)}" if readable else digest(recipe)

@@ -12,10 +12,12 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from cache.durable import explained
+from cache.durable import explained, make_folder, unreadable
 from cache.errors import Busy
 
 LOCK = "lock"
+TRIES = 3  # `held` takes the lock for an instant; a writer keeps it
+PAUSE = 0.1  # seconds between tries
 
 
 class Lock:
@@ -33,18 +35,10 @@ class Lock:
 
     def __enter__(self) -> "Lock":
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            while (handle := self._acquired()) is None:
+                pass
         except OSError as error:
             raise explained(error, self.path) from error
-        try:
-            while not _taken(handle):
-                if not self.wait:
-                    raise Busy(f"{self.path.parent}: {_holder(handle)} is writing here; wait for it or end it")
-                time.sleep(0.2)
-        except BaseException:
-            os.close(handle)
-            raise
         left = os.pread(handle, 4096, 0)
         self.stale = f"{self.path.parent}: took over the lock that {_holder(handle)} left behind" if left else None
         me = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
@@ -62,12 +56,35 @@ class Lock:
         self._handle = None
 
 
+    def _acquired(self) -> int | None:
+        """The lock file, open and locked; None where it was removed, with its folder, while we waited for it."""
+        make_folder(self.path.parent)
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        tries = 0
+        try:
+            while not _taken(handle):
+                tries += 1
+                if tries == TRIES and not self.wait:
+                    raise Busy(f"{self.path.parent}: {_holder(handle)} is writing here; wait for it or end it")
+                time.sleep(PAUSE)
+            if self.path.exists() and os.path.samestat(os.fstat(handle), os.stat(self.path)):
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+        return None
+
+
 def held(folder: Path) -> bool:
     """Whether a living process is writing in a folder right now."""
     path = folder / LOCK
-    if not path.exists():
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
         return False
-    handle = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise unreadable(error, path) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

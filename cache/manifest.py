@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache.durable import append_line, checksum, explained, whole_lines_end
+from cache.durable import append_line, checksum, unreadable, whole_lines_end
 from cache.errors import DamagedStore
 
 MANIFEST = "manifest.jsonl"
@@ -88,7 +88,7 @@ class Manifest:
         try:
             data = path.read_bytes() if path.exists() else b""
         except OSError as error:
-            raise explained(error, path) from error
+            raise unreadable(error, path) from error
         windows: list[Window] = []
         closed = False
         for number, text in enumerate(data[: whole_lines_end(data)].splitlines(), 1):
@@ -100,7 +100,8 @@ class Manifest:
                 in_order = closed
             else:
                 files = {name: (size, crc) for name, (size, crc) in body["files"].items()}
-                window = Window(body["window"], *body["rows"], files, body["notes"])
+                start, stop = body["rows"]
+                window = Window(body["window"], start, stop, files, body["notes"])
                 in_order = window.index == len(windows) and window.start == (windows[-1].stop if windows else 0)
                 windows.append(window)
             if not in_order:

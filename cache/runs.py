@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cache.durable import checksum, explained, whole_lines_end, write_atomic
+from cache.durable import PARTIAL, checksum, explained, unreadable, whole_lines_end, write_atomic
 from cache.errors import DamagedStore, NotFound, SaeError
 from cache.locks import Lock
 
@@ -67,6 +67,8 @@ class Run:
             raise NotFound(f"{path}: not there yet") from error
         except (ValueError, TypeError) as error:
             raise DamagedStore(f"{path}: is not the JSON that was written") from error
+        except OSError as error:
+            raise unreadable(error, path) from error
 
     def write_json(self, name: str, content: dict[str, Any]) -> Path:
         """Write a JSON file of the folder atomically. NaN and infinity are refused: they are not JSON."""
@@ -82,10 +84,13 @@ class Run:
             raise explained(error, self.path / METRICS) from error
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All whole lines of metrics."""
+        """All whole lines of metrics. Raises DamagedStore when one is not JSON."""
         path = self.path / METRICS
         data = path.read_bytes() if path.exists() else b""
-        return [json.loads(line) for line in data[: whole_lines_end(data)].splitlines()]
+        try:
+            return [json.loads(line) for line in data[: whole_lines_end(data)].splitlines()]
+        except ValueError as error:
+            raise DamagedStore(f"{path}: a line is not the JSON that was written") from error
 
     def rewind_metrics(self, step: int) -> None:
         """Forget what was logged after `step`: a resumed run logs it again."""
@@ -95,7 +100,10 @@ class Run:
     def save_checkpoint(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Replace the checkpoint, whole or not at all."""
         flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        header = {"state": json.dumps(state), "crc32c": _tensors_checksum(flat)}
+        text = json.dumps(state)
+        header = {"state": text, "crc32c": _checksum(flat, text)}
+        for left in self.path.glob(f"{CHECKPOINT}.*{PARTIAL}"):  # by a process killed while it wrote
+            left.unlink()
         write_atomic(self.path / CHECKPOINT, safetensors.torch.save(flat, metadata=header))
 
     @property
@@ -106,7 +114,7 @@ class Run:
         """The tensors and the JSON state of the last checkpoint. Raises DamagedStore when a byte differs."""
         path = self.path / CHECKPOINT
         tensors, header = _read_safetensors(path)
-        if header.get("crc32c") != _tensors_checksum(tensors):
+        if header.get("crc32c") != _checksum(tensors, header.get("state", "")):
             raise DamagedStore(
                 f"{path}: damaged (its checksum differs); train again without --resume under another --name"
             )
@@ -116,7 +124,7 @@ class Run:
         """Write the finished dictionary (weights last: their presence says it is finished)."""
         self.write_json(WEIGHTS_CONFIG, config)
         flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        write_atomic(self.path / WEIGHTS, safetensors.torch.save(flat, metadata={"crc32c": _tensors_checksum(flat)}))
+        write_atomic(self.path / WEIGHTS, safetensors.torch.save(flat, metadata={"crc32c": _checksum(flat)}))
 
     def load_weights(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and cfg.json of the finished dictionary. Raises NotFound while training has not ended."""
@@ -125,7 +133,7 @@ class Run:
                 f"{self.path}: training has not finished; continue it with `sae train --resume --name {self.name}`"
             )
         tensors, header = _read_safetensors(self.path / WEIGHTS)
-        if header.get("crc32c") not in (None, _tensors_checksum(tensors)):
+        if header.get("crc32c") not in (None, _checksum(tensors)):
             raise DamagedStore(f"{self.path / WEIGHTS}: damaged (its checksum differs)")
         return tensors, self.read_json(WEIGHTS_CONFIG)
 
@@ -138,8 +146,15 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise NotFound(f"{path}: not there") from error
     except SafetensorError as error:
         raise DamagedStore(f"{path}: is not the file that was written ({error})") from error
+    except OSError as error:
+        raise unreadable(error, path) from error
 
 
-def _tensors_checksum(tensors: dict[str, Tensor]) -> str:
-    parts = [checksum(memoryview(tensors[name].flatten().view(torch.uint8).numpy())) for name in sorted(tensors)]
-    return checksum(" ".join(parts).encode())
+def _checksum(tensors: dict[str, Tensor], text: str = "") -> str:
+    """crc32c over all that a file says: every tensor's name, type, shape and bytes, and the text beside them."""
+    parts = [text]
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        data = checksum(tensor.flatten().view(torch.uint8).numpy().data)
+        parts.append(f"{name} {tensor.dtype} {list(tensor.shape)} {data}")
+    return checksum("\n".join(parts).encode())

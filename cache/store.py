@@ -19,12 +19,12 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from cache import manifest
-from cache.arrays import ArraySpec, group_metadata
-from cache.durable import PARTIAL, checksum, explained, flush_folder, write_atomic
+from cache.arrays import NAMES, ArraySpec, group_metadata
+from cache.durable import PARTIAL, checksum, unreadable, write_atomic
 from cache.errors import DamagedStore, NotFound, SaeError
 from cache.identity import Recipe, digest
 from cache.identity import key as store_key
-from cache.locks import Lock
+from cache.locks import Lock, held
 from cache.manifest import Manifest, Window, Windows
 
 FORMAT = 1
@@ -38,8 +38,8 @@ class Store:
     kind: ClassVar[str]
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        head = _head(path, self.kind)
+        self.path = path = path.resolve()  # its own name, also where the way to it is a link or "."
+        head = read_head(path, self.kind)
         self.recipe: Recipe = head["recipe"]
         self.slug: str = head["slug"]
         self.key = path.name
@@ -105,7 +105,7 @@ class Store:
                 f"{path}: missing, though it was committed; `sae cache verify {self.key}` tells more"
             ) from error
         except OSError as error:
-            raise explained(error, path) from error
+            raise unreadable(error, path) from error
         if len(data) != size or checksum(data) != crc:
             raise DamagedStore(f"{path}: damaged (its checksum differs); `sae cache verify {self.key}` tells more")
         return data
@@ -139,13 +139,39 @@ class Store:
         files = {f"{spec.name}/zarr.json": spec.metadata(self.n_rows) for spec in self.arrays.values()}
         return {"zarr.json": group_metadata({"kind": self.kind, "recipe": self.recipe}), **files}
 
+    def describe(self) -> dict[str, Any]:
+        """What `sae cache inspect` shows: recipe, arrays, windows."""
+        return {
+            "recipe": self.recipe,
+            "arrays": {
+                spec.name: {
+                    "dtype": NAMES[spec.dtype],
+                    "row": list(spec.row_shape),
+                    "chunk_rows": spec.chunk_rows,
+                    "zstd": spec.zstd,
+                    "bytes": sum(
+                        size
+                        for window in self.manifest.windows
+                        for name, (size, _) in window.files.items()
+                        if name.startswith(f"{spec.name}/")
+                    ),
+                }
+                for spec in self.arrays.values()
+            },
+            "windows": len(self.manifest.windows),
+            "closed": self.closed,
+            "requested": self.requested,
+        }
+
     def damage(self, name: str) -> str | None:
         """What is wrong with one file, or None."""
+        path = self.path / name
         try:
-            if name in (metadata := self.metadata()):
-                path = self.path / name
-                if not path.exists() or path.read_bytes() != metadata[name]:
-                    return f"{path}: missing or not as committed"
+            if name.endswith("zarr.json"):
+                committed = self.refreshed().metadata()[name]  # the store may have grown since it was opened
+                stale = not path.exists() or path.read_bytes() != committed
+                if stale and not held(self.path):  # a living writer is about to bring it up to date
+                    return f"{path}: missing or not as committed; repeat the command that made the store"
             else:
                 self.stored(name)
         except DamagedStore as error:
@@ -195,7 +221,7 @@ class Writer:
         write_atomic(self.path / REQUEST, json.dumps({"rows": rows}).encode())
 
     def append(self, arrays: dict[str, np.ndarray], notes: dict[str, Any]) -> Window:
-        """Commit the next window: every growing array's rows (the same number for all), and the others once, in window 0.
+        """Commit the next window: the rows of every growing array, as many for each, and in window 0 the others.
 
         Returns when the window survives `kill -9` and a power cut.
         """
@@ -203,6 +229,7 @@ class Writer:
         start, stop = self.store.windows.bounds(index)
         counts = {len(rows) for name, rows in arrays.items() if self.store.arrays[name].grows}
         assert len(counts) == 1, counts
+        assert set(arrays) == {s.name for s in self.store.arrays.values() if s.grows or index == 0}, sorted(arrays)
         rows = counts.pop()
         assert 0 < rows <= stop - start and not self.store.closed, (rows, start, stop)
         assert start == self.store.n_rows, "only the last window of a closed store may be short"
@@ -225,11 +252,8 @@ class Writer:
         for offset in range(0, len(values), spec.chunk_rows):
             name = spec.chunk_file(first + offset // spec.chunk_rows)
             data = spec.encode(values[offset : offset + spec.chunk_rows])
-            write_atomic(self.path / name, data, flush=not spec.row_shape)
+            write_atomic(self.path / name, data)
             files[name] = (len(data), checksum(data))
-            if spec.row_shape:  # chunk c/i/0 sits in a folder of its own, which must survive too
-                flush_folder((self.path / name).parent)
-                flush_folder((self.path / name).parent.parent)
         return files
 
     def _published(self) -> None:
@@ -248,7 +272,7 @@ class Writer:
         self._published()
 
 
-def _head(path: Path, kind: str) -> dict[str, Any]:
+def read_head(path: Path, kind: str | None = None) -> dict[str, Any]:
     """The contents of recipe.json, checked: readable, of this kind and format, and of the hash its folder carries."""
     file = path / RECIPE
     try:
@@ -258,9 +282,11 @@ def _head(path: Path, kind: str) -> dict[str, Any]:
         raise NotFound(f"{path}: is not a store (no {RECIPE}); `sae cache ls` lists what is there") from error
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedStore(f"{file}: is not readable as a recipe; remove the store and make it again") from error
+    except OSError as error:
+        raise unreadable(error, file) from error
     if version != FORMAT:
         raise SaeError(f"{path}: format {version}, this version reads {FORMAT}; use the version that wrote it")
-    if found != kind:
+    if kind is not None and found != kind:
         raise SaeError(f"{path}: holds {found}, not {kind}; `sae cache ls` lists the stores")
     if not path.name.endswith(digest(recipe)):
         raise DamagedStore(f"{file}: its recipe hashes to {digest(recipe)}, not to the folder's name; it was changed")

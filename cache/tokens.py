@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from cache.arrays import ArraySpec
-from cache.durable import explained, write_atomic
+from cache.durable import unreadable, write_atomic
 from cache.errors import DamagedStore
 from cache.identity import Recipe
 from cache.manifest import Windows
@@ -97,7 +97,7 @@ class TokenStore(Store):
         except (ValueError, AttributeError) as error:
             raise DamagedStore(f"{path}: is not what was written; tokenize again to restore it") from error
         except OSError as error:
-            raise explained(error, path) from error
+            raise unreadable(error, path) from error
 
 
 class TokenWriter(Writer):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ from pipeline.progress import Progress
 
 VOCABULARY_PADDING = 1024  # models round their embedding up; more than this is another vocabulary
 SCAN_CONTEXTS = 8192
+
+Amount = Annotated[int, Field(ge=1)] | Literal["all"]
 
 
 class RowRule(BaseModel):
@@ -62,8 +64,8 @@ class HarvestConfig(BaseModel):
         ("mlp_out",), min_length=1, description=f"sites: one or several of {', '.join(SITES)}"
     )
     codec: str = Field("int8", description="int8, bfloat16, float16 or float32; settings as int8:step=0.11,zstd=3")
-    tokens: int | None = Field(None, ge=1, description="training tokens to run; none for all the token store has")
-    validation_tokens: int | None = Field(65_536, ge=1, description="validation tokens to run; none for all")
+    tokens: Amount = Field("all", description="training tokens to run, or all the token store has")
+    validation_tokens: Amount = Field(65_536, description="validation tokens to run, or all")
     rows: RowRule = RowRule()
     batch_tokens: int = Field(4096, ge=1, description="tokens in one forward pass")
     dtype: str = Field("float32", description="precision of the forward pass: float32 or bfloat16")
@@ -141,6 +143,7 @@ def activation_recipe(config: HarvestConfig, model: LanguageModel, point: Point,
         "model": model.recipe(),
         "layer": point.layer,
         "site": point.site,
+        "hook": point.hook,
         "d": model.width(point),
         "rows": config.rows.model_dump(),
         "codec": codec_recipe(codec(config.codec)),
@@ -179,13 +182,13 @@ class _Job:
         slug = f"{self.model.slug}-{point.layer}.{point.site}-{self.tokens.slug}-{name}"
         return ActivationWriter(self.root, slug, recipe, wait=self.wait)
 
-    def plan(self, wanted: int | None) -> Plan:
+    def plan(self, wanted: Amount) -> Plan:
         """Count the rows, estimate bytes and time (from one batch of the real model)."""
         available = self._count_rows(self.tokens.n_contexts)
         if not available:
             raise SaeError(f"{self.tokens.key}: no token of it becomes a row; see rows.skip_first and rows.skip_begin")
         rows = available
-        if wanted is not None and wanted < self.tokens.n_tokens:
+        if wanted != "all" and wanted < self.tokens.n_tokens:
             rows = min(available, WINDOWS.round_up(self._count_rows(-(-wanted // self.tokens.context_length))))
         if not self.tokens.closed and WINDOWS.start(WINDOWS.count(rows)) != rows:
             rows = WINDOWS.start(WINDOWS.count(rows) - 1)

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -32,6 +32,8 @@ BLOCK_DOCUMENTS = 4096
 BLOCK_CHARACTERS = 1 << 25
 PIECE_CHARACTERS = 1 << 18  # what one worker encodes at a time
 SPLITS = ("train", "validation")
+
+Amount = Annotated[int, Field(ge=1)] | Literal["all"]
 
 
 class TokenizeConfig(BaseModel):
@@ -50,10 +52,10 @@ class TokenizeConfig(BaseModel):
         description="a tiktoken encoding (gpt2, cl100k_base, ...), tiny, a Hugging Face folder, or hf:org/name",
     )
     context: int = Field(128, ge=2, description="tokens in a context")
-    tokens: int | None = Field(
-        10_000_000, ge=1, description="training tokens wanted, rounded up to a window; none for all there are"
+    tokens: Amount = Field(
+        10_000_000, description="training tokens wanted, rounded up to a window; all for all there are"
     )
-    validation_tokens: int | None = Field(131_072, ge=1, description="validation tokens wanted; none for all there are")
+    validation_tokens: Amount = Field(131_072, description="validation tokens wanted; all for all there are")
     validation: float = Field(
         0.01, ge=0, lt=1, description="share of documents, chosen by hash, that is kept for validation"
     )
@@ -116,7 +118,7 @@ def token_recipe(config: TokenizeConfig, source: TextSource, tok: Tokenizer, spl
 
 
 def _tokenize_split(
-    config: TokenizeConfig, split: str, wanted: int | None, source: TextSource, tok: Tokenizer,
+    config: TokenizeConfig, split: str, wanted: Amount, source: TextSource, tok: Tokenizer,
     encoder: "Encoder", root: Path, progress: Progress,
 ) -> TokenStore:  # fmt: skip
     slug = "-".join([source.slug, tok.slug, str(config.context), *([split] if split != "train" else [])])
@@ -138,9 +140,9 @@ def _tokenize_split(
         return writer.store
 
 
-def _target(store: TokenStore, wanted: int | None, progress: Progress) -> int | None:
+def _target(store: TokenStore, wanted: Amount, progress: Progress) -> int | None:
     """Contexts to reach, rounded up to a window."""
-    if wanted is None:
+    if wanted == "all":
         return None
     contexts = -(-wanted // store.context_length)
     target = store.windows.round_up(contexts)

@@ -1,0 +1,43 @@
+# Two commands do everything: `make demo` runs the four stages on the embedded default, `make test` passes the tests.
+# Each sets up .venv first, once.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+# The package index's Linux build of torch brings gigabytes of CUDA along. A machine without an NVIDIA driver takes
+# PyTorch's own CPU build instead; where that index cannot be reached, pip goes on with what it has.
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,--extra-index-url https://download.pytorch.org/whl/cpu --retries 1)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+
+.PHONY: demo test test-all lint bench clean
+
+demo: $(VENV)/installed
+	$(BIN)/sae demo
+
+test: $(VENV)/tested
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/tested
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: $(VENV)/tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --constraint constraints.txt $(TORCH_INDEX) torch
+	touch $@
+
+$(VENV)/installed: $(VENV)/torch pyproject.toml constraints.txt
+	$(PIP) --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/tested: $(VENV)/installed
+	$(PIP) --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,125 @@
+"""What a training step costs, in multiples of the encoder floor: the one `x @ W_enc` no dense encoder can avoid.
+
+A step is all of it: loss, backward, decoder projection, Adam(fused=True), renormalisation, dead counters.
+Every repetition runs the floor and then the step, so that a busy machine slows both; figures are medians of ratios.
+
+    python -m bench.step [--arch topk,l1] [--batch 2048] [--d-in 768] [--d-sae 8192] [--threads 1,2] [--steps 15] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag, normalize
+
+from pipeline import saes
+
+
+class Row(NamedTuple):
+    what: str
+    value: float
+    unit: str
+    ratio: float
+    reference: str
+
+
+def planted_rows(count: int, width: int, seed: int) -> Tensor:
+    """Sparse sums of 4 * width unit features plus a little noise: the kind of rows a dictionary meets. [count, width]"""
+    generator = torch.Generator().manual_seed(seed)
+    features = normalize(torch.randn(4 * width, width, generator=generator), dim=1)
+    which = torch.randint(0, 4 * width, (count, 24), generator=generator)
+    sizes = 2 * torch.rand(count, 24, generator=generator)
+    noise = 0.05 * torch.randn(count, width, generator=generator)
+    return embedding_bag(which, features, per_sample_weights=sizes, mode="sum") + noise
+
+
+def training_step(sae: saes.SAE, batches: list[Tensor]) -> Callable[[], None]:
+    optimizer = torch.optim.Adam(sae.parameters(), lr=2e-4, fused=True)
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        losses = sae.loss(batches[done % len(batches)], clock=saes.Clock(done, 10**9))
+        optimizer.zero_grad()
+        losses.total.backward()
+        sae.before_step()
+        optimizer.step()
+        sae.after_step(losses.latents)
+        done += 1
+
+    return step
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def cases(args: argparse.Namespace) -> dict[str, saes.SAE]:
+    """The dictionaries to time: each architecture by its defaults, and TopK with planted dead latents."""
+    made = {}
+    for arch in args.arch.split(","):
+        made[arch] = saes.create(saes.parse({"arch": arch, "d_sae": args.d_sae}), args.d_in)
+        if arch == "topk":
+            dying = saes.create(saes.parse({"arch": arch, "d_sae": args.d_sae, "dead_after": 10**9}), args.d_in)
+            dying.rows_since_fired[: args.d_sae // 16] = 10**12
+            dying.b_enc.data[: args.d_sae // 16] = -1.0
+            made[f"topk, {args.d_sae // 16} latents dead"] = dying
+    return made
+
+
+def measure(args: argparse.Namespace, threads: int) -> list[Row]:
+    torch.set_num_threads(threads)
+    batches = [planted_rows(args.batch, args.d_in, seed) for seed in range(4)]
+    weights = torch.randn(args.d_sae, args.d_in)
+    floors: list[float] = []
+    steps: dict[str, Callable[[], None]] = {}
+    for name, sae in cases(args).items():
+        sae.initialise(batches[0])
+        steps[name] = training_step(sae, batches)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    ratios: dict[str, list[float]] = {name: [] for name in steps}
+    for repetition in range(args.warmup + args.steps):
+        for name, step in steps.items():
+            floor = seconds(lambda: batches[0] @ weights.T)
+            taken = seconds(step)
+            if repetition >= args.warmup:
+                floors.append(floor)
+                times[name].append(taken)
+                ratios[name].append(taken / floor)
+    where = f"{threads} thread" + ("s" if threads > 1 else "")
+    reference = f"encoder floor, {where}"
+    return [Row(reference, 1e3 * statistics.median(floors), "ms", 1.0, reference)] + [
+        Row(f"{name} step, {where}", 1e3 * statistics.median(times[name]), "ms", statistics.median(ratios[name]), reference)
+        for name in steps
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="topk,l1", help="architectures, comma-separated")
+    sizes = {"batch": 2048, "d-in": 768, "d-sae": 8192, "steps": 15, "warmup": 3}
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--threads", default="1,2", help="thread counts, comma-separated")
+    parser.add_argument("--json", action="store_true", help="machine-readable rows on stdout")
+    args = parser.parse_args()
+    rows = [row for threads in args.threads.split(",") for row in measure(args, int(threads))]
+    if args.json:
+        print(json.dumps({"rows": [row._asdict() for row in rows]}))
+        return
+    print(f"batch {args.batch}, d_in {args.d_in}, d_sae {args.d_sae}, medians of {args.steps} steps")
+    for row in rows:
+        print(f"{row.what:44s} {row.value:9.1f} {row.unit}   {row.ratio:6.2f} x floor")
+
+
+if __name__ == "__main__":
+    main()

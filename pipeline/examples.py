@@ -1,0 +1,101 @@
+"""What is known about the latents of a dictionary from the text they fire on, as plain records (`features.json`).
+
+Nothing here needs a cache or a model: the records carry the bytes of every token they mention.
+"""
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+BINS_PER_OCTAVE = 2
+LOWEST_OCTAVE = -16
+BINS = 64  # values from 2^-16 to 2^16; what lies outside counts in the first or last bin
+
+Group = Literal["strongest", "sampled", "asked"]
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Example(Record):
+    """One firing of a latent, with the tokens around it.
+
+    The peak is the token whose row fired: `tokens[peak]`, at `position` (context * T + place) of the token store.
+    `activations` holds the latent's value on every token, 0 where it is silent and None where the token has no row
+    in the cache (the harvest left it out), so that silence is never confused with not having looked.
+    """
+
+    position: int
+    document: int
+    value: float
+    peak: int
+    tokens: list[int]
+    activations: list[float | None]
+
+    @model_validator(mode="after")
+    def _aligned(self) -> Self:
+        if len(self.tokens) != len(self.activations) or not 0 <= self.peak < len(self.tokens):
+            raise ValueError(f"{len(self.tokens)} tokens, {len(self.activations)} activations, peak {self.peak}")
+        return self
+
+
+class Band(Record):
+    """Random firings between two quantiles (0 to 1) of a latent's own activation values."""
+
+    low: float
+    high: float
+    examples: list[Example]
+
+
+class Bin(Record):
+    """How many activations lie in [low, high)."""
+
+    low: float
+    high: float
+    count: int
+
+
+class TokenCount(Record):
+    token: int
+    count: int
+
+
+class Feature(Record):
+    """One latent: how often (`density`: share of rows), how strongly, and where it fires.
+
+    `frequent` counts the tokens under a uniform random sample of `sampled` of its firings.
+    """
+
+    latent: int
+    group: Group
+    fired: int
+    density: float
+    max: float
+    mean: float
+    histogram: list[Bin]
+    sampled: int
+    frequent: list[TokenCount]
+    top: list[Example]
+    bands: list[Band]
+
+
+class Features(Record):
+    """Some latents of a dictionary, and what they were looked up in.
+
+    `live` of `d_sae` latents fired in the `rows` first rows of `store`. `vocabulary` maps each token mentioned to its
+    bytes, written as latin-1 (one character a byte). `begin` is the token that starts a document.
+    """
+
+    store: str
+    split: str
+    rows: int
+    d_sae: int
+    live: int
+    begin: int
+    vocabulary: dict[int, str]
+    features: list[Feature]
+
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes a token stands for."""
+        return self.vocabulary[token].encode("latin-1")

@@ -1,0 +1,144 @@
+"""Where a language model's files are: a local Hugging Face folder, the embedded model, or a hub repository.
+
+Everything ends as one folder on disk holding `config.json` and safetensors weights, so that loading is one path and
+needs no network. Pickled weights (`pytorch_model.bin`) are never opened. A hub model is named by its commit, a local
+folder by the digest of what it holds.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from cache.errors import NotFound, SaeError
+from pipeline import embedded
+from pipeline.network import hub_address, offline_wanted, reachable
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+WANTED = (CONFIG, WEIGHTS, INDEX, "model-*-of-*.safetensors")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A folder with `config.json` and safetensors weights, and what names it."""
+
+    name: str  # hub id, folder name, or tiny
+    folder: Path
+    revision: str | None = None  # the hub's commit; None for local folders
+
+    @property
+    def slug(self) -> str:
+        """A short name fit for folders: `gpt2`, `Mistral-7B-v0.1`."""
+        return slug(self.name)
+
+    def weights(self) -> list[Path]:
+        """The weight files, complete. Raises SaeError when there are none, or only pickled ones, or a shard lacks."""
+        index = self.folder / INDEX
+        if index.is_file():
+            shards = sorted({self.folder / shard for shard in _read_index(index, self.name)})
+            if missing := [shard.name for shard in shards if not shard.is_file()]:
+                raise SaeError(f"--model {self.name}: {missing[0]} is missing; {self._remedy()}")
+            return shards
+        if (self.folder / WEIGHTS).is_file():
+            return [self.folder / WEIGHTS]
+        if next(self.folder.glob("*.bin"), None) is not None:
+            raise SaeError(
+                f"--model {self.name}: only pickled weights (.bin), which are never opened; "
+                "save the model again with save_pretrained, which writes model.safetensors"
+            )
+        raise SaeError(f"--model {self.name}: no {WEIGHTS} in it; {self._remedy()}")
+
+    def digest(self) -> str:
+        """sha256 over the names and contents of the configuration and the weight files."""
+        files = [self.folder / CONFIG, *self.weights()]
+        whole = hashlib.sha256()
+        for path in sorted(files):
+            with path.open("rb") as stream:
+                whole.update(f"{path.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        return whole.hexdigest()
+
+    def _remedy(self) -> str:
+        if self.revision is None:
+            return "save the model again with save_pretrained"
+        return "give a model that publishes safetensors, or run once with the network if the download was cut short"
+
+
+def slug(name: str) -> str:
+    """The last part of a name, with anything but letters, digits, dots, dashes and underscores made a dash."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name.rstrip("/").rsplit("/", 1)[-1]).strip("-.")
+
+
+def find_model(name: str, *, revision: str | None = None, offline: bool = False) -> ModelFiles:
+    """Resolve a model name to files on disk, downloading from the hub unless `offline`.
+
+    Raises NotFound or SaeError (one line, within seconds) when the name is unknown or cannot be reached.
+    """
+    if name == embedded.NAME:
+        return _without_revision(ModelFiles(name, embedded.MODEL), revision)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / CONFIG).is_file():
+            raise SaeError(f"--model {name}: the folder has no {CONFIG}; give a Hugging Face model folder")
+        return _without_revision(ModelFiles(folder.resolve().name, folder), revision)
+    if folder.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise NotFound(f"--model {name}: no such folder; give a Hugging Face model folder, a hub name, or tiny")
+    return _from_hub(name, revision, offline)
+
+
+def _without_revision(files: ModelFiles, revision: str | None) -> ModelFiles:
+    if revision is not None:
+        raise SaeError(f"--revision {revision}: {files.name} is a local folder; revisions are for hub models")
+    return files
+
+
+def _from_hub(name: str, revision: str | None, offline: bool) -> ModelFiles:
+    """The hub's snapshot of a model: the newest when the hub answers, else the one in the local cache."""
+    from huggingface_hub import errors, snapshot_download
+
+    forbidden = offline_wanted(offline)
+    try:
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=list(WANTED),
+            local_files_only=forbidden or not reachable(hub_address()),  # or it would retry for half a minute
+        )
+    except errors.HFValidationError:
+        raise NotFound(f"--model {name}: neither a folder nor a hub name (owner/model)") from None
+    except errors.GatedRepoError:
+        raise SaeError(f"--model {name}: its owner asks for a login; accept the terms, then `hf auth login`") from None
+    except errors.RevisionNotFoundError:
+        raise NotFound(f"--revision {revision}: {name} has no such branch, tag or commit") from None
+    except errors.RepositoryNotFoundError:
+        raise NotFound(
+            f"--model {name}: the hub has no such model (if it is private: `hf auth login`), nor is it a folder here"
+        ) from None
+    except errors.LocalEntryNotFoundError:
+        what = f"{name} at revision {revision}" if revision else name
+        why = "offline was asked for" if forbidden else "the hub cannot be reached"
+        raise NotFound(
+            f"--model {what}: not, or not whole, in the local Hugging Face cache, and {why}; "
+            "give a local Hugging Face folder, or --model tiny (embedded)"
+        ) from None
+    except (OSError, errors.HTTPError) as error:
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise SaeError(f"--model {name}: the download failed ({first[:200]}); run again to continue it") from error
+    path = Path(folder)
+    if not (path / CONFIG).is_file():
+        raise SaeError(f"--model {name}: the repository has no {CONFIG}; give a Hugging Face transformers model")
+    return ModelFiles(name, path, revision=path.name)
+
+
+def _read_index(index: Path, name: str) -> list[str]:
+    """File names of the shards. Names with folders in them are refused."""
+    try:
+        shards = list(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise SaeError(f"--model {name}: {INDEX} is not a list of weight files; save the model again") from None
+    if any(not isinstance(shard, str) or Path(shard).name != shard for shard in shards):
+        raise SaeError(f"--model {name}: {INDEX} names files outside its folder; save the model again")
+    return shards
+

@@ -1,0 +1,260 @@
+"""`LanguageModel`: what the stages ask of a language model. Activations at points, and losses with a point replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cache.errors import SaeError
+from pipeline.language_model.files import slug
+
+if TYPE_CHECKING:
+    from pipeline.language_model.bridge import Hook, Hooked
+    from pipeline.language_model.loading import Loaded
+
+SITES = {
+    "resid_pre": "the residual stream before a layer",
+    "resid_mid": "the residual stream between attention and MLP",
+    "resid_post": "the residual stream after a layer",
+    "attn_out": "what attention adds to the residual stream",
+    "attn_z": "the outputs of the attention heads side by side, before they are projected",
+    "mlp_in": "what the MLP reads: after the second norm, gain and bias included",
+    "mlp_post": "the MLP's hidden units after the activation function (times the gate where there is one)",
+    "mlp_out": "what the MLP adds to the residual stream",
+}
+# Logits are made for this many (row, token) pairs at a time: below the 32 MiB where the CPU allocator slows down,
+# and large enough to fill a GPU.
+_LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}
+
+Replacement = Callable[..., Tensor]
+
+
+class Point(NamedTuple):
+    """One place in the model: a site of a layer, counted from 0."""
+
+    layer: int
+    site: str
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.site}"
+
+
+class Spliced(NamedTuple):
+    """What a replacement did to each prediction. float32 [B, T-1], nats."""
+
+    ce: Tensor  # cross-entropy of tokens[:, 1:]
+    kl: Tensor  # KL(clean || spliced)
+
+
+class Comparison(NamedTuple):
+    """Losses of one batch: clean, and with each replacement in place."""
+
+    clean: Tensor  # cross-entropy of tokens[:, 1:], float32 [B, T-1], nats
+    spliced: dict[str, Spliced]
+
+
+class LanguageModel:
+    """A causal language model, frozen. Made by `boot`."""
+
+    def __init__(self, loaded: Loaded, device: torch.device) -> None:
+        """Wrap a loaded model, which is changed in place."""
+        from pipeline.language_model.bridge import Bridge
+
+        self.name = loaded.name
+        self.slug = slug(loaded.name.replace(":", "-"))
+        self.device = device
+        self._loaded = loaded
+        self._bridge = Bridge(loaded.model, loaded.name, device)
+        self.n_layers = self._bridge.n_layers
+        self.n_vocab = self._bridge.n_vocab
+        self.context_length = self._bridge.context_length
+
+    @classmethod
+    def boot(
+        cls,
+        name: str = "gpt2",
+        *,
+        device: str = "auto",
+        dtype: str = "float32",
+        revision: str | None = None,
+        offline: bool = False,
+    ) -> LanguageModel:
+        """Load a model.
+
+        `name`: a hub name, a local Hugging Face folder, "tiny" (embedded), or "random:<folder or GPT-2 name>" for an
+        untrained model of that shape (benchmarks, controls). `device` "auto" is cuda where there is one, else cpu.
+
+        Raises SaeError (one line, what to try) for a name that is unknown, out of reach, incomplete or damaged.
+        """
+        from pipeline.language_model.loading import load
+
+        where = _device(device)
+        return cls(load(name, dtype=dtype, revision=revision, offline=offline), where)
+
+    def recipe(self) -> dict[str, str | None]:
+        """What decides the activations: the weights (by the hub's commit or by digest), their processing, precision.
+
+        The attention kernel and the device are left out: they change values by rounding only.
+        """
+        return {
+            "model": self.name,
+            "revision": self._loaded.revision,
+            "weights": self._digest,
+            "processing": "none",
+            "dtype": str(self._bridge.dtype).removeprefix("torch."),
+        }
+
+    def width(self, point: Point) -> int:
+        """Width of the activations at a point. Raises SaeError where the model has no such point."""
+        self.check(point)
+        return self._bridge.sites(point.layer)[point.site]
+
+    def check(self, point: Point) -> None:
+        """Raise SaeError, listing what exists, unless the model has this point."""
+        if point.site not in SITES:
+            raise SaeError(f"--site {point.site}: the sites are {', '.join(SITES)}")
+        if not 0 <= point.layer < self.n_layers:
+            raise SaeError(f"--layer {point.layer}: {self.name} has layers 0 to {self.n_layers - 1}")
+        there = self._bridge.sites(point.layer)
+        if point.site not in there:
+            raise SaeError(
+                f"--site {point.site}: layer {point.layer} of {self.name} has no {point.site}; it has {', '.join(there)}"
+            )
+
+    def activations(self, tokens: Tensor, points: Sequence[Point]) -> dict[Point, Tensor]:
+        """One pass, no further than needed: [B, T, width] for each point, in the model's precision, on its device.
+
+        `tokens` int [B, T], on any device. `attn_z` comes flattened to [B, T, heads * d_head].
+        """
+        for point in points:
+            self.check(point)
+        return self._bridge.capture(self._ids(tokens), {point: self._bridge.point(*point) for point in points})
+
+    @torch.no_grad()
+    def losses(self, tokens: Tensor, point: Point | None = None, replace: Replacement | None = None) -> Tensor:
+        """Cross-entropy of tokens[:, 1:], nats, float32 [B, T-1]; with the activations at `point` replaced if given."""
+        assert (point is None) == (replace is None), "a point and its replacement go together"
+        ids = self._ids(tokens)
+        hooks = []
+        if point is not None and replace is not None:
+            self.check(point)
+            hooks.append(self._splice(point, replace))
+        return self._compare(ids, self._bridge.final(ids, hooks), {}).clean
+
+    @torch.no_grad()
+    def compare(
+        self, tokens: Tensor, point: Point, replacements: Mapping[str, Replacement], *, reads: Point | None = None
+    ) -> Comparison:
+        """Losses of a batch, clean and with the activations at `point` replaced by each replacement in turn.
+
+        A replacement maps the point's activations [B, T, width] to the same shape; which positions to leave alone is
+        its own business. With `reads` (a point computed before `point`: a transcoder reads mlp_in and writes mlp_out)
+        it is called as `replacement(value, read)`. An identity changes nothing, to the last bit.
+
+        Layers before the points run once, and logits are held for a few rows at a time: memory does not grow with
+        [B, T, n_vocab].
+        """
+        self.check(point)
+        first = point.layer
+        if reads is not None:
+            self.check(reads)
+            first = min(first, reads.layer)
+        ids = self._ids(tokens)
+        entry = self._bridge.point(first, "resid_pre")
+        start: list[Tensor] = []
+        clean = self._bridge.final(ids, [_hooked(entry, start.append)])
+        finals = {}
+        with self._bridge.blocks_skipped(first):
+            for name, replace in replacements.items():
+                read: list[Tensor] = []
+                # a copy, so that a replacement which writes into its argument spoils its own pass only
+                hooks = [_hooked(entry, lambda _: start[0].clone())]
+                if reads is not None:
+                    hooks.append(_hooked(self._bridge.point(*reads), read.append))
+                hooks.append(self._splice(point, replace, reads, read))
+                finals[name] = self._bridge.final(ids, hooks)
+        return self._compare(ids, clean, finals)
+
+    @cached_property
+    def _digest(self) -> str | None:
+        return self._loaded.weights() if self._loaded.weights is not None else None
+
+    def _ids(self, tokens: Tensor) -> Tensor:
+        """Token ids on the model's device. Raises SaeError where the model cannot read them."""
+        assert tokens.ndim == 2 and not tokens.is_floating_point(), (tokens.shape, tokens.dtype)
+        if tokens.shape[1] > self.context_length:
+            raise SaeError(
+                f"--context {tokens.shape[1]}: {self.name} reads at most {self.context_length} tokens; "
+                "tokenize again with a smaller --context"
+            )
+        low, high = (int(bound) for bound in tokens.aminmax())
+        if low < 0 or high >= self.n_vocab:  # on a GPU the look-up would take the whole process down
+            raise SaeError(
+                f"token {low if low < 0 else high}: {self.name} knows tokens 0 to {self.n_vocab - 1}; "
+                "tokenize with the model's own tokenizer (--tokenizer)"
+            )
+        return tokens.to(self.device, torch.long)
+
+    def _splice(
+        self, point: Point, replace: Replacement, reads: Point | None = None, read: Sequence[Tensor] = ()
+    ) -> Hooked:
+        """The hook that puts a replacement in place; `read` holds the activations at `reads` once they have passed."""
+
+        def splice(value: Tensor) -> Tensor:
+            if reads is not None and not read:
+                raise SaeError(f"{reads} is computed after {point}, so it cannot decide what goes there; swap them")
+            new = replace(value, *read)
+            if new.shape != value.shape:
+                raise ValueError(f"a replacement at {point} must return {list(value.shape)}, not {list(new.shape)}")
+            new = new.to(value.dtype)
+            # The hook point of resid_mid is the second norm's input. The block keeps the same tensor to add the MLP's
+            # output to, so it is written in place: a returned one would leave the residual stream as it was.
+            return value.copy_(new) if point.site == "resid_mid" else new
+
+        return _hooked(self._bridge.point(*point), splice)
+
+    def _compare(self, ids: Tensor, clean: Tensor, finals: Mapping[str, Tensor]) -> Comparison:
+        """Cross-entropies and divergences from what the unembedding reads, a few rows of logits at a time."""
+        shape, targets = ids[:, 1:].shape, ids[:, 1:].flatten()
+        clean = clean[:, :-1].flatten(0, 1)
+        rows = {name: final[:, :-1].flatten(0, 1) for name, final in finals.items()}
+        ce = torch.empty(len(targets), device=self.device)
+        spliced = {name: Spliced(torch.empty_like(ce), torch.empty_like(ce)) for name in rows}
+        step = max(1, _LOGITS_AT_ONCE.get(self.device.type, _LOGITS_AT_ONCE["cpu"]) // self.n_vocab)
+        for part in (slice(at, at + step) for at in range(0, len(targets), step)):
+            logits = self._bridge.logits(clean[part])
+            log_z = logits.logsumexp(1)
+            ce[part] = log_z - logits.gather(1, targets[part, None])[:, 0]
+            chances = logits.softmax(1) if rows else logits
+            for name, final in rows.items():
+                changed = self._bridge.logits(final[part])
+                changed_log_z = changed.logsumexp(1)
+                spliced[name].ce[part] = changed_log_z - changed.gather(1, targets[part, None])[:, 0]
+                # sum p (log p - log q), arranged so that equal logits give exactly 0
+                differences = torch.sub(logits, changed, out=changed)
+                spliced[name].kl[part] = torch.linalg.vecdot(chances, differences) + (changed_log_z - log_z)
+        return Comparison(
+            ce.view(shape), {name: Spliced(both.ce.view(shape), both.kl.view(shape)) for name, both in spliced.items()}
+        )
+
+
+def _hooked(at: torch.nn.Module, call: Hook) -> Hooked:
+    from pipeline.language_model.bridge import Hooked
+
+    return Hooked(at, call)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).partition("\n")[0]
+        raise SaeError(f"--device {name}: not usable here ({first[:200]}); try auto or cpu") from None
+    return device

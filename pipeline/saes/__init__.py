@@ -1,0 +1,51 @@
+"""Sparse dictionaries: one file per architecture, one interface (`base`), exact sparsity (`sparse`).
+
+`AnyConfig` is the union of all architectures' settings, told apart by `arch`; `create` makes the dictionary of one.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from importlib import import_module
+from operator import or_
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field, TypeAdapter
+
+from .base import ARCHITECTURES, SAE, Losses, register
+from .config import FINISHED, Clock, Config
+from .latents import Latents
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+if TYPE_CHECKING:
+    AnyConfig = Config
+else:
+    AnyConfig = Annotated[reduce(or_, (cls.config_type for cls in ARCHITECTURES.values())), Field(discriminator="arch")]
+
+__all__ = [
+    "ARCHITECTURES",
+    "FINISHED",
+    "SAE",
+    "AnyConfig",
+    "Clock",
+    "Config",
+    "Latents",
+    "Losses",
+    "create",
+    "parse",
+    "register",
+]
+
+
+def parse(settings: object) -> Config:
+    """The Config that plain data (a dict with `arch`) describes; pydantic's ValidationError where it is not one."""
+    adapter: TypeAdapter[Config] = TypeAdapter(AnyConfig)
+    return adapter.validate_python(settings)
+
+
+def create(config: Config, d_in: int, d_out: int | None = None, *, seed: int = 0) -> SAE:
+    """The dictionary a Config describes, for inputs of width d_in; given d_out, a transcoder (even if d_out = d_in)."""
+    return ARCHITECTURES[config.arch](config, d_in, d_out, seed=seed)

@@ -1,0 +1,92 @@
+"""The latents of a batch: one small type over a sparse form (the active entries) and a dense one ([B, d_sae])."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import sparse
+from .sparse import Entries
+
+
+@dataclass(frozen=True, eq=False)
+class Latents:
+    """Latent activations of B rows.
+
+    values: [B, k] when every row has k entries, [n] when the number varies, [B, d_sae] when dense.
+    entries: where the values sit, or None when dense.
+    An entry may hold the value 0 (TopK followed by ReLU): it counts as not firing everywhere here.
+    """
+
+    values: Tensor
+    entries: Entries | None
+    d_sae: int
+
+    @classmethod
+    def of_rows(cls, values: Tensor, indices: Tensor, d_sae: int) -> Latents:
+        """From values [B, k] and indices [B, k]; indices are unique within a row."""
+        return cls(values, Entries.per_row(indices, d_sae), d_sae)
+
+    @classmethod
+    def of_dense(cls, values: Tensor) -> Latents:
+        """From a dense [B, d_sae] tensor."""
+        return cls(values, None, values.shape[1])
+
+    @property
+    def batch(self) -> int:
+        return self.values.shape[0] if self.entries is None else self.entries.batch
+
+    @property
+    def indices(self) -> Tensor | None:
+        """int64 in the shape of `values` when sparse, None when dense."""
+        return None if self.entries is None else self.entries.indices.view(self.values.shape)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Latents:
+        """Apply an elementwise function that keeps zero at zero (ReLU, a scaling) to the values."""
+        return replace(self, values=function(self.values))
+
+    def detach(self) -> Latents:
+        return self.map(Tensor.detach)
+
+    def dense(self) -> Tensor:
+        """[B, d_sae], differentiable in the values."""
+        if self.entries is None:
+            return self.values
+        flat = self.entries.rows * self.d_sae + self.entries.indices
+        zeros = self.values.new_zeros(self.batch * self.d_sae)
+        return zeros.index_put((flat,), self.values.reshape(-1)).view(self.batch, self.d_sae)
+
+    def l0(self) -> Tensor:
+        """int64 [B]: how many latents fired in each row."""
+        return _per_row(self, (self.values != 0).long())
+
+    def fired(self) -> Tensor:
+        """int64 [d_sae]: in how many of the rows each latent fired."""
+        on = (self.values != 0).long()
+        return on.sum(0) if self.entries is None else sparse.sum_by_latent(self.entries, on.reshape(-1))
+
+    def total(self, weights: Tensor | None = None) -> Tensor:
+        """[B]: the sum of each row's values, each times its latent's weight [d_sae] when given; differentiable."""
+        if weights is None:
+            return _per_row(self, self.values)
+        if self.entries is None:
+            return self.values @ weights
+        return _per_row(self, self.values * weights[self.entries.indices].view(self.values.shape))
+
+
+def _per_row(latents: Latents, values: Tensor) -> Tensor:
+    """[B]: the values, laid out as the latents' own, summed row by row."""
+    if values.dim() == 2:
+        return values.sum(1)
+    assert latents.entries is not None
+    return values.new_zeros(latents.batch).index_add(0, latents.entries.rows, values)
+
+
+def decode(latents: Latents, table: Tensor) -> Tensor:
+    """latents [B, m] @ table [m, d] -> [B, d], by whichever form the latents have."""
+    if latents.entries is None:
+        return torch.mm(latents.values, table)
+    return sparse.decode(latents.values, latents.entries, table)

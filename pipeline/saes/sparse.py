@@ -1,0 +1,199 @@
+"""Exact sparsity: products with a [batch, d_sae] matrix that is almost all zeros, without ever holding that matrix.
+
+The one dense product a sparse dictionary cannot avoid is the encoder's. Everything after it touches only the active
+entries: the decoder mixes k rows of W_dec per input, and the gradients of both weight matrices are, for every latent,
+a weighted sum of the few batch rows where it was active. All of these are *embedding bags* (weighted sums of table
+rows), which torch has tuned kernels for on every device, so each costs a few hundredths of the encoder product where
+the dense way costs one or two of it. What it gives up: no double backward, and entries are unique within a row.
+
+Shapes in this package: B rows (batch), d_in and d_out widths, m = d_sae latents, n active entries in the batch.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Entries:
+    """Which latents are active in which row: the pattern of a sparse [B, m] matrix, without its values.
+
+    indices: int64 [n], the latent of each entry, row after row. starts: int64 [B], where each row's entries begin.
+    The orderings derived from it are computed at most once: the decoder's and the encoder's backward share one sort.
+    """
+
+    def __init__(self, indices: Tensor, starts: Tensor, d_sae: int) -> None:
+        self.indices = indices
+        self.starts = starts
+        self.d_sae = d_sae
+
+    @classmethod
+    def per_row(cls, indices: Tensor, d_sae: int) -> Entries:
+        """The same number of entries in every row: indices [B, k]."""
+        batch, k = indices.shape
+        starts = torch.arange(batch, device=indices.device) * k
+        return cls(indices.reshape(-1), starts, d_sae)
+
+    @classmethod
+    def ragged(cls, indices: Tensor, counts: Tensor, d_sae: int) -> Entries:
+        """A varying number of entries: indices [n] row after row, counts [B] of them in each row."""
+        return cls(indices, counts.cumsum(0) - counts, d_sae)
+
+    @property
+    def batch(self) -> int:
+        return self.starts.shape[0]
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """int64 [n]: the row each entry belongs to."""
+        ends = torch.cat([self.starts[1:], self.starts.new_tensor([self.indices.shape[0]])])
+        numbers = torch.arange(self.batch, device=self.starts.device)
+        return numbers.repeat_interleave(ends - self.starts, output_size=self.indices.shape[0])
+
+    @cached_property
+    def by_latent(self) -> tuple[Tensor, Tensor]:
+        """(order [n], starts [m]): the entries rearranged latent after latent, rows ascending within each.
+
+        The sort is stable so that sums run in a fixed order and a resumed run repeats them bit for bit.
+        """
+        order = torch.sort(self.indices, stable=True).indices
+        counts = torch.bincount(self.indices, minlength=self.d_sae)
+        return order, counts.cumsum(0) - counts
+
+
+def mix_rows(entries: Entries, weights: Tensor, table: Tensor) -> Tensor:
+    """Sparse [B, m] with the given weights [n], times table [m, d]: [B, d]."""
+    return F.embedding_bag(entries.indices, table, entries.starts, mode="sum", per_sample_weights=weights)
+
+
+def mix_batch(entries: Entries, weights: Tensor, batch_rows: Tensor) -> Tensor:
+    """Transpose of the sparse [B, m], times batch_rows [B, d]: [m, d] (the shape of a weight gradient)."""
+    order, starts = entries.by_latent
+    return F.embedding_bag(entries.rows[order], batch_rows, starts, mode="sum", per_sample_weights=weights[order])
+
+
+def dots(entries: Entries, batch_rows: Tensor, table: Tensor) -> Tensor:
+    """[n]: for each entry, the inner product of its batch row [B, d] and its latent's table row [m, d].
+
+    This is what embedding_bag's own backward computes for its weights. Calling it directly saves building and
+    running a graph for it; tests compare it with the dense product, so a change in torch cannot pass unseen.
+    """
+    op = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    sum_mode = 0
+    return op(batch_rows, table, entries.indices, entries.starts, entries.rows, sum_mode)
+
+
+def row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """[m]: the inner product of each row of a with that of b, both [m, d]; a third of the time of torch's vecdot."""
+    each = torch.arange(a.shape[0], device=a.device)
+    return dots(Entries.per_row(each[:, None], a.shape[0]), a, b)
+
+
+def sum_by_latent(entries: Entries, weights: Tensor) -> Tensor:
+    """[m]: the weights [n] added up per latent."""
+    return weights.new_zeros(entries.d_sae).index_add_(0, entries.indices, weights)
+
+
+class _Decode(torch.autograd.Function):
+    """values [n], W_dec [m, d_out] -> [B, d_out], differentiable in both."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, table: Tensor, entries: Entries) -> Tensor:
+        ctx.save_for_backward(values, table)
+        ctx.entries = entries
+        return mix_rows(entries, values, table)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, table = ctx.saved_tensors
+        entries, grad = ctx.entries, grad.contiguous()
+        wants_values, wants_table, _ = ctx.needs_input_grad
+        return (
+            dots(entries, grad, table) if wants_values else None,
+            mix_batch(entries, values, grad) if wants_table else None,
+            None,
+        )
+
+
+class _Attach(torch.autograd.Function):
+    """Values already computed without a graph, given the gradient of (x - centre) @ W.T + b at their entries.
+
+    `centred` is x - centre, computed by the caller; x and centre come along only to receive gradients. The centre's
+    is a matrix-vector product, and x's is computed only where x asks, so training pays for neither [B, d_in] result.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, x: Tensor, centre: Tensor, weight: Tensor, bias: Tensor, centred: Tensor, at: Entries
+    ) -> Tensor:
+        ctx.save_for_backward(weight, centred)
+        ctx.entries = at
+        return values.clone()  # an input returned as it is would share its identity with the result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, centred = ctx.saved_tensors
+        entries, grad = ctx.entries, grad.contiguous()
+        _, wants_x, wants_centre, wants_weight, wants_bias, _, _ = ctx.needs_input_grad
+        per_latent = sum_by_latent(entries, grad) if wants_bias or wants_centre else None
+        return (
+            None,
+            mix_rows(entries, grad, weight) if wants_x else None,
+            -(per_latent @ weight) if wants_centre and per_latent is not None else None,
+            mix_batch(entries, grad, centred) if wants_weight else None,
+            per_latent if wants_bias else None,
+            None,
+            None,
+        )
+
+
+class _CentredLinear(torch.autograd.Function):
+    """(x - centre) @ W.T + b, dense: x [B, d], centre [d], W [m, d], b [m] -> [B, m].
+
+    Its own function because autograd would pay a whole [B, m] x [m, d] product for the centre's gradient, which is a
+    matrix-vector product; and centring before the product, not after, keeps the digits when x has a large mean.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, centre: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        centred = x - centre
+        ctx.save_for_backward(weight, centred)
+        return F.linear(centred, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, centred = ctx.saved_tensors
+        grad = grad.to(weight.dtype)
+        wants_x, wants_centre, wants_weight, wants_bias = ctx.needs_input_grad
+        per_latent = grad.sum(0) if wants_bias or wants_centre else None
+        return (
+            grad @ weight if wants_x else None,
+            -(per_latent @ weight) if wants_centre and per_latent is not None else None,
+            grad.T @ centred if wants_weight else None,
+            per_latent if wants_bias else None,
+        )
+
+
+def decode(values: Tensor, entries: Entries, table: Tensor) -> Tensor:
+    """Weighted sums of the table's rows: values of any shape with n elements, table [m, d] -> [B, d]."""
+    return _Decode.apply(values.reshape(-1), table, entries)
+
+
+def attach(
+    values: Tensor, x: Tensor, centre: Tensor, weight: Tensor, bias: Tensor, centred: Tensor, at: Entries
+) -> Tensor:
+    """The same values [n], differentiable in x [B, d], centre [d], weight [m, d] and bias [m]; see _Attach."""
+    return _Attach.apply(values, x, centre, weight, bias, centred, at)
+
+
+def centred_linear(x: Tensor, centre: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(x - centre) @ weight.T + bias -> [B, m]; see _CentredLinear."""
+    return _CentredLinear.apply(x, centre, weight, bias)

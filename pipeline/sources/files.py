@@ -1,0 +1,155 @@
+"""Local text: a file, a folder or a glob of parquet, JSON lines, JSON or plain text, compressed or not.
+
+Files are read in the order of their names and streamed. Records whose text is null or empty are left out.
+
+| suffix | a document is |
+|---|---|
+| `.parquet` | the text column of a row |
+| `.jsonl`, `.ndjson` (`.gz`, `.zst`) | the text field of a line, or a line that is a JSON string |
+| `.json` (`.gz`, `.zst`) | an element of an array, a line, or the whole file where it is one object |
+| `.txt` (`.gz`, `.zst`) | the file; or what stands between lines that are `<|endoftext|>`, if it has any |
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cache.errors import SaeError
+from pipeline.sources.base import DocumentStream, TextSource, source, well_formed
+from pipeline.sources.formats import COMPRESSED, READERS, File, read
+
+_KINDS = "parquet, jsonl, json or txt (also .gz, .zst)"
+
+
+class FileSource:
+    """Documents of local files, in the order of the files' names."""
+
+    def __init__(self, files: list[File], slug: str, column: str) -> None:
+        self.files, self.slug, self.column = files, slug, column
+
+    @functools.cached_property
+    def _contents(self) -> list[dict[str, Any]]:
+        import xxhash
+
+        contents = []
+        for file in self.files:
+            digest, size = xxhash.xxh3_128(), 0
+            try:
+                with file.path.open("rb") as raw:
+                    while block := raw.read(1 << 20):
+                        digest.update(block)
+                        size += len(block)
+            except OSError as error:
+                raise file.error(f"cannot be read: {error.strerror or error}") from error
+            contents.append({"name": file.name, "bytes": size, "xxh3": digest.hexdigest()})
+        return contents
+
+    def recipe(self) -> dict[str, Any]:
+        """Identity: names, sizes and content of the files, and the column where there are records.
+
+        Reads every byte, once for the life of the object.
+        """
+        column = {} if self.files[0].kind == ".txt" else {"column": self.column}
+        return {"source": "files", "files": self._contents, **column}
+
+    def open(self, state: dict[str, Any] | None = None) -> DocumentStream:
+        """All documents from the beginning, or from `state`."""
+        return FileStream(self, state)
+
+
+class FileStream:
+    """`state()` is the file, the place in it, and how many documents came before."""
+
+    def __init__(self, owner: FileSource, state: dict[str, Any] | None) -> None:
+        self._owner = owner
+        self._state = {"file": 0, "place": 0, "documents": 0} if state is None else dict(state)
+        self._reader: Iterator[tuple[str, int]] | None = None
+
+    def __iter__(self) -> FileStream:
+        return self
+
+    def __next__(self) -> str:
+        while self._state["file"] < len(self._owner.files):
+            if self._reader is None:
+                self._reader = read(self._owner.files[self._state["file"]], self._state["place"], self._owner.column)
+            for text, place in self._reader:
+                self._state["place"] = place
+                if text:
+                    self._state["documents"] += 1
+                    return well_formed(text)
+            self._reader = None
+            self._state |= {"file": self._state["file"] + 1, "place": 0}
+        if not self._state["documents"]:
+            raise SaeError(f"--source {self._owner.slug}: holds no text; give a file with at least one document")
+        raise StopIteration
+
+    def state(self) -> dict[str, Any]:
+        return dict(self._state)
+
+
+@source("files", order=10, help=f"a local file, folder or glob of {_KINDS}")
+def _resolve(spec: str, offline: bool, column: str) -> TextSource | None:
+    path = Path(spec).expanduser()
+    try:
+        files = _found(spec, path)
+    except (OSError, RuntimeError) as error:  # no right to look there, a name too long, a loop of links
+        raise SaeError(f"--source {spec}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if files is None:
+        return None
+    for file in files:
+        if file.kind is None:
+            raise SaeError(f"--source {spec}: {file.name} is not {_KINDS}; convert it, or leave it out")
+    kinds = sorted({str(file.kind) for file in files})
+    if len(kinds) > 1:
+        raise SaeError(
+            f"--source {spec}: holds {' and '.join(kinds)} files; name one kind, as in '{spec}/**/*{kinds[0]}'"
+        )
+    return FileSource(files, _slug(spec, path), column)
+
+
+def _found(spec: str, path: Path) -> list[File] | None:
+    """The files that `spec` names, or None where it does not look like a path at all."""
+    if path.is_dir():
+        return _in_folder(spec, path)
+    if path.exists():
+        return [File(path.name, path)]
+    if re.search(r"[*?\[]", spec):
+        return _matching(spec)
+    if File(path.name, path).kind is not None or spec.startswith((".", "/", "~")) or "\\" in spec:
+        raise SaeError(f"--source {spec}: no such file or folder")
+    return None
+
+
+def _in_folder(spec: str, folder: Path) -> list[File]:
+    """Every file of a known kind below a folder, hidden ones aside."""
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    names = [name for name in found if not any(part.startswith(".") for part in name.parts)]
+    files = sorted(File(name.as_posix(), folder / name) for name in names)
+    files = [file for file in files if file.kind is not None]
+    if not files:
+        raise SaeError(f"--source {spec}: no {_KINDS} files in this folder")
+    return files
+
+
+def _matching(pattern: str) -> list[File]:
+    paths = [Path(p) for p in glob.glob(str(Path(pattern).expanduser()), recursive=True)]
+    paths = [path for path in paths if path.is_file()]
+    if not paths:
+        raise SaeError(f"--source {pattern}: no file matches; quote the pattern, and mind that ** crosses folders")
+    fixed = Path(pattern).expanduser()
+    while re.search(r"[*?\[]", str(fixed)):
+        fixed = fixed.parent
+    return sorted(File(path.relative_to(fixed).as_posix(), path) for path in paths)
+
+
+def _slug(spec: str, path: Path) -> str:
+    """A readable name: the file's without its suffixes, the folder's, or the fixed part of a glob."""
+    name = path.resolve().name if path.exists() else Path(spec).name
+    for suffix in (*COMPRESSED, *READERS):
+        name = name.removesuffix(suffix)
+    return re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.") or "files"

@@ -1,0 +1,165 @@
+"""Text streamed from the Hugging Face hub: FineWeb's 10-billion-token sample, or any data set with a text column.
+
+`fineweb`, `org/name`, `hub:org/name[@revision][:config[:split]]`. Nothing is downloaded ahead: documents arrive as they
+are asked for, in the data set's own order. The recipe holds the commit, so that what was read yesterday is not silently
+mixed with what the data set holds today.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import weakref
+from typing import Any
+
+from cache.errors import SaeError
+from pipeline.network import hub_address, offline_wanted, reachable
+from pipeline.sources.base import DocumentStream, TextSource, checked_text, missing_column, source, well_formed
+
+FINEWEB = "hub:HuggingFaceFW/fineweb:sample-10BT"
+_SPEC = re.compile(
+    r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<config>[^:]*))?(?::(?P<split>[^:]+))?"
+)
+_OFFLINE = "without a network use --source python or local files"
+
+
+class HubSource:
+    """One split of one configuration of a data set on the hub."""
+
+    def __init__(self, spec: str, column: str, slug: str | None = None) -> None:
+        match = _SPEC.fullmatch(spec.removeprefix("hub:"))
+        if match is None:
+            raise SaeError(
+                f"--source {spec}: not a data set's name; write hub:org/name, hub:org/name:config or "
+                "hub:org/name:config:split"
+            )
+        self.repo: str = match["repo"]
+        self.config: str | None = match["config"] or None
+        self.split: str = match["split"] or "train"
+        self.column = column
+        self.slug = slug or "-".join(filter(None, [self.repo.split("/")[1], self.config]))
+        self._wanted = match["revision"]
+
+    @functools.cached_property
+    def revision(self) -> str:
+        """The commit that is read: asked of the hub once, unless a whole commit hash was given."""
+        if self._wanted and re.fullmatch(r"[0-9a-f]{40}", self._wanted):
+            return self._wanted
+        import huggingface_hub
+
+        try:
+            found = huggingface_hub.HfApi().dataset_info(self.repo, revision=self._wanted, timeout=10).sha
+        except (OSError, ValueError) as error:
+            raise self._error(error) from error
+        assert found is not None
+        return str(found)
+
+    def recipe(self) -> dict[str, Any]:
+        """Identity: data set, commit, configuration, split, column."""
+        return {
+            "source": "hub",
+            "dataset": self.repo,
+            "revision": self.revision,
+            "config": self.config,
+            "split": self.split,
+            "column": self.column,
+        }
+
+    def open(self, state: dict[str, Any] | None = None) -> DocumentStream:
+        """All documents in the data set's order, or from `state` on."""
+        try:
+            data = self._load()
+        except (OSError, ValueError) as error:  # every error of datasets and of the hub is one of these
+            raise self._error(error) from error
+        if data.column_names is not None and self.column not in data.column_names:
+            raise missing_column(self.repo, self.column, data.column_names)
+        return HubStream(self, data, state)
+
+    def _load(self) -> Any:
+        import datasets
+
+        return datasets.load_dataset(
+            self.repo, name=self.config, split=self.split, revision=self.revision, streaming=True
+        )
+
+    def _error(self, error: BaseException) -> SaeError:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return SaeError(f"--source {self.repo}: {line[:300]}; check the name, or {_OFFLINE}")
+
+
+class HubStream:
+    """`state()` is the data set's own account of its place, and how many documents came before."""
+
+    def __init__(self, owner: HubSource, data: Any, state: dict[str, Any] | None) -> None:
+        self._owner, self._data = owner, data
+        self._documents = 0
+        if state is not None:
+            self._documents = int(state["documents"])
+            if state["place"] is not None:
+                data.load_state_dict(state["place"])
+        self._place = None if state is None else state["place"]
+        self._rows = iter(data)
+        # A generator of datasets that is still open when Python ends complains on stderr: close it first.
+        weakref.finalize(self, self._rows.close)
+
+    def __iter__(self) -> HubStream:
+        return self
+
+    def __next__(self) -> str:
+        while True:
+            try:
+                row = next(self._rows)
+            except StopIteration:
+                if self._documents:
+                    raise
+                raise SaeError(f"--source {self._owner.repo}: split {self._owner.split} holds no text") from None
+            except (OSError, ValueError) as error:
+                raise SaeError(
+                    f"--source {self._owner.repo}: stopped after {self._documents} documents ({type(error).__name__}); "
+                    "repeat the command to continue from there"
+                ) from error
+            if self._owner.column not in row:
+                raise missing_column(self._owner.repo, self._owner.column, list(row))
+            self._place = None
+            if text := checked_text(self._owner.repo, self._owner.column, row[self._owner.column]):
+                self._documents += 1
+                return well_formed(text)
+
+    def state(self) -> dict[str, Any]:
+        # Asked of datasets only when wanted: it is a deep copy.
+        if self._documents and self._place is None:
+            self._place = self._data.state_dict()
+        return {"place": self._place, "documents": self._documents}
+
+
+@source(
+    "fineweb", order=0, help="HuggingFaceFW/fineweb, sample-10BT: 10 billion tokens of the web, streamed (the default)"
+)
+def _fineweb(spec: str, offline: bool, column: str) -> TextSource | None:
+    return _online(HubSource(FINEWEB, column, "fineweb-10BT"), offline) if spec == "fineweb" else None
+
+
+@source(
+    "hub:org/name[:config[:split]]", order=0, help="any data set of the Hugging Face hub with a text column, streamed"
+)
+def _prefixed(spec: str, offline: bool, column: str) -> TextSource | None:
+    return _online(HubSource(spec, column), offline) if spec.startswith("hub:") else None
+
+
+@source("org/name", order=20, help="the same, where no local file has that name")
+def _bare(spec: str, offline: bool, column: str) -> TextSource | None:
+    return _online(HubSource(spec, column), offline) if _SPEC.fullmatch(spec) else None
+
+
+def _online(found: HubSource, offline: bool) -> HubSource:
+    """Refuse at once what would otherwise fail after half a minute of retries."""
+    if offline_wanted(offline):
+        raise SaeError(
+            f"--source {found.repo}: is on the hub, and the network is switched off (--offline or HF_HUB_OFFLINE); "
+            + _OFFLINE
+        )
+    if not reachable(hub_address()):
+        raise SaeError(
+            f"--source {found.repo}: no local file of that name, and {hub_address()} cannot be reached; {_OFFLINE}"
+        )
+    return found
