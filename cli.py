@@ -42,13 +42,16 @@ class Exit(IntEnum):
 
 
 CacheRoot = Annotated[
-    Path | None, typer.Option("--cache", envvar="SAE_CACHE", help="Folder of the cache. Default: the platform's cache folder.")
+    Path | None,
+    typer.Option("--cache", envvar="SAE_CACHE", help="Folder of the cache. Default: the platform's cache folder."),
 ]
 RunsRoot = Annotated[Path, typer.Option("--runs", envvar="SAE_RUNS", help="Folder of the runs.")]
 Offline = Annotated[bool, typer.Option("--offline", envvar="SAE_OFFLINE", help="Never touch the network.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of tables.")]
 Preset = Annotated[str | None, typer.Option("--preset", help="Settings to start from; `sae list` names them.")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML file with a section a stage: tokenize, harvest, ...")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="YAML file with a section a stage: tokenize, harvest, ...")
+]
 Set = Annotated[list[str] | None, typer.Option("--set", help="One setting, as in --set train.lr=3e-4. Repeatable.")]
 Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")]
 
@@ -80,12 +83,18 @@ def cache_root(given: Path | None) -> Path:
 
 
 def settings(
-    section: str, model: "type[Settings]", preset: str | None, file: Path | None, overrides: list[str] | None, **flags: Any
+    section: str,
+    kind: "type[Settings]",
+    preset: str | None,
+    file: Path | None,
+    overrides: list[str] | None,
+    /,
+    **flags: Any,
 ) -> "Settings":
     """The settings of a stage from everything the command line says."""
     from configs import resolve
 
-    return resolve(section, model, preset=preset, file=file, overrides=overrides or (), flags=flags)
+    return resolve(section, kind, preset=preset, file=file, overrides=overrides or (), flags=flags)
 
 
 @app.command()
@@ -159,7 +168,9 @@ def harvest(
             console.as_json({"plans": [asdict(plan) for plan in result.plans]})
         return
     catalogue.remember(root, "activations", [store.key for store in result.stores["train"]])
-    show_stores([store for split in result.stores.values() for store in split], json, {"width": lambda s: getattr(s, "d", 0)})
+    show_stores(
+        [store for split in result.stores.values() for store in split], json, {"width": lambda s: getattr(s, "d", 0)}
+    )
 
 
 @app.command()
@@ -210,6 +221,7 @@ def evaluate(
     rows: Annotated[str | None, typer.Option(parser=amount, metavar="N", help="Held-out rows to judge on, or all.")] = None,
     tokens: Annotated[str | None, typer.Option(parser=amount, metavar="N", help="Held-out tokens for cross-entropy.")] = None,
     activations: Annotated[str | None, typer.Option(help="Training store. Default: the one the run names.")] = None,
+    model: Annotated[str | None, typer.Option(help="Where the language model is now, if not where harvest found it.")] = None,
     device: Device = "auto",
     cache: CacheRoot = None, runs: RunsRoot = Path("runs"), offline: Offline = False, preset: Preset = None,
     config: ConfigFile = None, set_: Set = None, json: Json = False,
@@ -224,11 +236,11 @@ def evaluate(
     found = catalogue.find_run(runs, run)
     bars = console.Bars()
     bars.note(f"run: {found.path}")
-    result = stage(values, found, cache_root(cache), bars, activations=activations, device=device, offline=offline)
+    result = stage(values, found, cache_root(cache), bars, activations=activations, model=model, device=device, offline=offline)
     if json:
         console.as_json(result.as_json())
     else:
-        console.evaluation(result.as_json(), found.path)
+        console.evaluation(result.as_json(), str(found.path))
 
 
 @app.command("list")
@@ -281,7 +293,9 @@ def cache_inspect(store: StoreName, cache: CacheRoot = None, json: Json = False)
 
 @cache_app.command("verify")
 def cache_verify(
-    store: Annotated[str | None, typer.Argument(help="Key, the beginning of a key, or a path. Default: every store.")] = None,
+    store: Annotated[
+        str | None, typer.Argument(help="Key, the beginning of a key, or a path. Default: every store.")
+    ] = None,
     cache: CacheRoot = None,
     json: Json = False,
 ) -> None:
@@ -291,7 +305,8 @@ def cache_verify(
 
     root = cache_root(cache)
     found = catalogue.stores(root) if store is None else [catalogue.any_store(root, store)]
-    bars, damage = console.Bars(), []
+    bars = console.Bars()
+    damage: list[str] = []
     for one in found:
         names = [*one.metadata(), *one.committed_files()]
         bars.start(f"verify {one.key}", len(names), "files")
@@ -338,7 +353,9 @@ def show_stores(stores: "list[Store]", json: bool, extra: "dict[str, Callable[[A
         listed = [{**catalogue.entry(s).as_json(), **{name: get(s) for name, get in extra.items()}} for s in stores]
         console.as_json({"stores": listed})
         return
-    rows = [[s.key, s.n_rows, *(get(s) for get in extra.values()), console.size(s.manifest.stored_bytes)] for s in stores]
+    rows = [
+        [s.key, s.n_rows, *(get(s) for get in extra.values()), console.size(s.manifest.stored_bytes)] for s in stores
+    ]
     console.table("stores", ["key", "rows", *extra, "size"], rows)
 
 
@@ -350,7 +367,9 @@ def show_version(wanted: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     pass
 

@@ -155,3 +155,25 @@ def compact(value: Any) -> str:
     if isinstance(value, dict):
         return "\n".join(f"{name}: {compact(inner)}".replace("\n", "\n  ") for name, inner in value.items())
     return ", ".join(map(compact, value)) if isinstance(value, list) else str(value)
+
+
+MEANING = {
+    "fvu": "share of variance left unexplained, against the data set's mean",
+    "explained_variance": "1 - FVU",
+    "l0": "latents that fire in a row",
+    "dead_fraction": "latents that fired in no row looked at",
+    "ce_clean": "cross-entropy of the model as it is, nats a token",
+    "ce_spliced": "with the reconstruction in place",
+    "ce_zero": "with zeros in place",
+    "ce_mean": "with the training mean in place",
+    "ce_recovered_zero": "share of what zeros cost that the reconstruction recovers",
+    "ce_recovered_mean": "the same against the mean",
+    "kl": "KL(clean || spliced), nats a token",
+    "rows": "held-out rows judged",
+    "tokens": "held-out predictions judged",
+}
+
+
+def evaluation(result: dict[str, Any], title: str) -> None:
+    """The figures of an evaluation, each with what it means."""
+    table(title, ["figure", "value", "what it is"], [[name, short(result[name]), help] for name, help in MEANING.items()])

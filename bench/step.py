@@ -3,7 +3,7 @@
 A step is all of it: loss, backward, decoder projection, Adam(fused=True), renormalisation, dead counters.
 Every repetition runs the floor and then the step, so that a busy machine slows both; figures are medians of ratios.
 
-    python -m bench.step [--arch topk,l1] [--batch 2048] [--d-in 768] [--d-sae 8192] [--threads 1,2] [--steps 15] [--json]
+    python -m bench.step [--arch topk,l1] [--batch 2048] [--d-in 768] [--d-sae 8192] [--threads 1,2] [--json]
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
 
 def planted_rows(count: int, width: int, seed: int) -> Tensor:
-    """Sparse sums of 4 * width unit features plus a little noise: the kind of rows a dictionary meets. [count, width]"""
+    """Sparse sums of 4 * width unit features plus a little noise: what a dictionary meets. [count, width]"""
     generator = torch.Generator().manual_seed(seed)
     features = normalize(torch.randn(4 * width, width, generator=generator), dim=1)
     which = torch.randint(0, 4 * width, (count, 24), generator=generator)
@@ -97,10 +97,11 @@ def measure(args: argparse.Namespace, threads: int) -> list[Row]:
                 ratios[name].append(taken / floor)
     where = f"{threads} thread" + ("s" if threads > 1 else "")
     reference = f"encoder floor, {where}"
-    return [Row(reference, 1e3 * statistics.median(floors), "ms", 1.0, reference)] + [
-        Row(f"{name} step, {where}", 1e3 * statistics.median(times[name]), "ms", statistics.median(ratios[name]), reference)
-        for name in steps
-    ]
+    rows = [Row(reference, 1e3 * statistics.median(floors), "ms", 1.0, reference)]
+    for name in steps:
+        taken, ratio = 1e3 * statistics.median(times[name]), statistics.median(ratios[name])
+        rows.append(Row(f"{name} step, {where}", taken, "ms", ratio, reference))
+    return rows
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from cache.durable import write_atomic
 from cache.errors import DamagedStore, NotFound, SaeError
-from cache.identity import canonical, digest
+from cache.identity import Recipe, canonical, digest
 from cache.locks import Lock
 from cache.manifest import MANIFEST
 from cache.runs import CONFIG, Run
@@ -107,15 +107,19 @@ def any_store(root: Path, name: str) -> Store:
     return kinds()[kind](matches[0])
 
 
-def sibling_of(root: Path, store: AnyStore, split: str) -> AnyStore | None:
-    """The store of the same recipe for the other documents, or None where it was never made."""
-    wanted = canonical(sibling(store.recipe, split))
-    for path in {*folders(root, store.kind), *(p.parent for p in store.path.parent.glob(f"*/{RECIPE}"))}:
-        if path.name.endswith(digest(sibling(store.recipe, split))):
-            found = type(store)(path)
-            assert canonical(found.recipe) == wanted, "two recipes with one hash"
+def of_recipe(root: Path, kind: type[AnyStore], recipe: Recipe) -> AnyStore | None:
+    """The store a recipe describes, or None where it was never made."""
+    for path in folders(root, kind.kind):
+        if path.name.endswith(digest(recipe)):
+            found = kind(path)
+            assert canonical(found.recipe) == canonical(recipe), "two recipes with one hash"
             return found
     return None
+
+
+def sibling_of(root: Path, store: AnyStore, split: str) -> AnyStore | None:
+    """The store of the same recipe for the other documents, or None where it was never made."""
+    return of_recipe(root, type(store), sibling(store.recipe, split))
 
 
 def latest(root: Path) -> dict[str, list[str]]:

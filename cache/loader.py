@@ -1,10 +1,10 @@
 """Shuffled batches of rows from an activation store.
 
 Rows were permuted inside their window when they were written, so mixing at read time needs no gather: chunks are
-visited in a seeded random order, `open_chunks` of them (B) are open at once, and a batch is made of one contiguous
-slice from each. Openings are staggered, so that one chunk is decoded while the others are being read, and the circle
-is closed: the chunks that are half read when an epoch starts are finished at its end. Every row comes exactly once
-an epoch, whatever the store's size.
+visited in a seeded random order, each from a random slice on, `open_chunks` of them (B) are open at once, and a batch
+is made of one contiguous slice from each. Openings are staggered, so that one chunk is decoded while the others are
+being read, and the circle is closed: the chunks that are half read when an epoch starts are finished at its end. Every
+row comes exactly once an epoch, whatever the store's size.
 
 The order is a closed formula of (seed, epoch, turn), so it is the same for any number of threads and the state is
 three numbers. Memory: B chunks and a few prefetched ones (twice B for a moment between epochs), whatever the store's
@@ -45,27 +45,32 @@ class Schedule:
         self.turns_open = chunk_rows // self.slice  # turns a chunk stays open
         self.stagger = self.turns_open // self.open  # turns between two openings
         self.turns = self.n_chunks * self.stagger  # turns of an epoch
-        self._epoch: tuple[int, np.ndarray] | None = None
+        self._drawn: tuple[int, np.ndarray, np.ndarray] | None = None
 
-    def chunks(self, epoch: int) -> np.ndarray:
-        """The order in which the chunks are opened in an epoch."""
-        if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n_chunks))
-        return self._epoch[1]
+    def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The order in which the chunks are opened in an epoch, and the slice each chunk (by its index) starts with."""
+        if self._drawn is None or self._drawn[0] != epoch:
+            # the bits of PCG64 are promised by NumPy for ever; what Generator.permutation makes of them is not
+            bits = np.random.PCG64([self.seed, epoch])
+            chunks = np.argsort(bits.random_raw(self.n_chunks), kind="stable")
+            self._drawn = (epoch, chunks, bits.random_raw(self.n_chunks) % self.turns_open)
+        return self._drawn[1:]
 
     def opened(self, epoch: int, step: int) -> list[int]:
         """Chunks open during opening number `step` of an epoch (steps past its end belong to the next one)."""
         epoch, step = epoch + step // self.n_chunks, step % self.n_chunks
-        order = self.chunks(epoch)
+        order, _ = self.order(epoch)
         return [int(order[(step - i) % self.n_chunks]) for i in range(self.open)]
 
     def spans(self, epoch: int, turn: int) -> list[Span]:
         """The slices of one turn; fewer and shorter where they fall beyond the last row."""
         step = turn // self.stagger
+        _, first = self.order(epoch)
         spans = []
         for i, chunk in enumerate(self.opened(epoch, step)):
             opened_at = ((step - i) % self.n_chunks) * self.stagger
-            start = ((turn - opened_at) % self.turns) * self.slice
+            turns = (turn - opened_at) % self.turns  # for which the chunk has been open
+            start = (turns + int(first[chunk])) % self.turns_open * self.slice
             stop = min(start + self.slice, self.rows - chunk * self.chunk_rows)
             if start < stop:
                 spans.append(Span(chunk, start, stop))
@@ -94,12 +99,14 @@ class Loader:
         rank: int = 0,
         world: int = 1,
     ) -> None:
+        assert batch > 0 and open_chunks > 0 and seed >= 0 and 0 <= rank < world, (batch, open_chunks, seed, rank)
         self.store, self.batch, self.epochs = store, batch, epochs
         self.device = torch.device(device)
         self.rank, self.world = rank, world
         self.rows = store.n_rows if rows is None else rows
         if not 0 < self.rows <= store.n_rows:
             raise SaeError(f"{store.path}: {self.rows:,} rows asked for, {store.n_rows:,} are there; harvest more")
+        self._order = {"rows": self.rows, "batch": batch * world, "open_chunks": open_chunks, "seed": seed}
         self.schedule = Schedule(self.rows, store.chunk_rows, batch * world, open_chunks, seed)
         self.columns = Columns(*(column.to(self.device) for column in store.columns))
         self._place = (0, 0, 0)  # epoch, turn, rows of the turn already given
@@ -107,14 +114,15 @@ class Loader:
         self._chunks: dict[int, Future[Encoded]] = {}
 
     def state_dict(self) -> dict[str, int]:
-        """Where the next batch starts: a few numbers, whatever the store's size."""
+        """Where the next batch starts, and what the order depends on: a few numbers, whatever the store's size."""
         epoch, turn, taken = self._place
-        return {"epoch": epoch, "turn": turn, "taken": taken, "rows": self.rows}
+        return {"epoch": epoch, "turn": turn, "taken": taken, **self._order}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue where `state_dict` was taken. Raises SaeError for a state of another number of rows."""
-        if state["rows"] != self.rows:
-            raise SaeError(f"{self.store.path}: the state is of {state['rows']:,} rows, this loader has {self.rows:,}")
+        """Continue where `state_dict` was taken. Raises SaeError for a state of another order."""
+        for name, mine in self._order.items():
+            if state[name] != mine:
+                raise SaeError(f"{self.store.path}: the state is of {name} = {state[name]:,}, this loader has {mine:,}")
         self._place = (state["epoch"], state["turn"], state["taken"])
 
     @property

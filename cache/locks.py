@@ -55,7 +55,6 @@ class Lock:
         os.close(self._handle)
         self._handle = None
 
-
     def _acquired(self) -> int | None:
         """The lock file, open and locked; None where it was removed, with its folder, while we waited for it."""
         make_folder(self.path.parent)

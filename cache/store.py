@@ -4,6 +4,7 @@
         recipe.json      what the bytes are: the canonical recipe, readable
         manifest.jsonl   what is committed (see cache.manifest): the one truth about how many rows there are
         request.json     how many rows the last writer was asked for
+        hints.json       where this machine found what the recipe names (paths); no part of the identity
         zarr.json        the group; one folder an array beside it, opened as they are by zarr, dask, xarray, tensorstore
         lock             held by the one living writer
 
@@ -30,6 +31,7 @@ from cache.manifest import Manifest, Window, Windows
 FORMAT = 1
 RECIPE = "recipe.json"
 REQUEST = "request.json"
+HINTS = "hints.json"
 
 
 class Store:
@@ -79,6 +81,17 @@ class Store:
     def complete(self) -> bool:
         """Whether everything that was asked for is there."""
         return self.closed or (self.n_rows > 0 and self.n_rows >= self.requested)
+
+    @property
+    def hints(self) -> dict[str, str]:
+        """Where this machine found what the recipe names: {"model": "/models/mine", ...}; {} where nobody said."""
+        path = self.path / HINTS
+        try:
+            return dict(json.loads(path.read_bytes())) if path.exists() else {}
+        except (ValueError, TypeError) as error:
+            raise DamagedStore(
+                f"{path}: is not what was written; remove it and name the model on the command line"
+            ) from error
 
     def refreshed(self) -> Self:
         """The same store with what has been committed since."""
@@ -219,6 +232,10 @@ class Writer:
     def request(self, rows: int) -> None:
         """Note how many rows are wanted, so that an interrupted store is known as incomplete."""
         write_atomic(self.path / REQUEST, json.dumps({"rows": rows}).encode())
+
+    def hint(self, **where: str) -> None:
+        """Note where things named by the recipe were found."""
+        write_atomic(self.path / HINTS, json.dumps(where).encode())
 
     def append(self, arrays: dict[str, np.ndarray], notes: dict[str, Any]) -> Window:
         """Commit the next window: the rows of every growing array, as many for each, and in window 0 the others.

@@ -5,6 +5,7 @@ defaults of the settings class, the preset, the file, `--set section.key=value`,
 """
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,15 @@ TAGS = ("arch", "kind")  # keys that choose one of several settings classes
 FOLDER = Path(__file__).parent
 
 Settings = TypeVar("Settings", bound=BaseModel)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 3e-4 and 1e6 are numbers, as everywhere else; PyYAML would take them for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def presets() -> list[str]:
@@ -39,7 +49,7 @@ def resolve(
 
     `flags` holds the command's own options; None in it means not given.
     """
-    values: dict[str, Any] = {}
+    values = _defaults(settings)
     for layer in (
         _preset(preset) if preset else {},
         _file(file) if file else {},
@@ -64,6 +74,12 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _defaults(settings: type[BaseModel]) -> dict[str, Any]:
+    """The settings inside settings that hold where nothing is said, so that one key of them can be changed."""
+    fields = {name: field.get_default(call_default_factory=True) for name, field in settings.model_fields.items()}
+    return {name: value.model_dump() for name, value in fields.items() if isinstance(value, BaseModel)}
+
+
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
     given = {key: _given(value) if isinstance(value, dict) else value for key, value in flags.items()}
     return {key: value for key, value in given.items() if value is not None and value != {}}
@@ -72,12 +88,12 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
 def _preset(name: str) -> dict[str, Any]:
     if name not in presets():
         raise SaeError(f"--preset {name}: no such preset; there are {', '.join(presets())}")
-    return _checked(yaml.safe_load((FOLDER / f"{name}.yaml").read_text()), f"preset {name}")
+    return _checked(yaml.load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"), _Loader), f"preset {name}")
 
 
 def _file(path: Path) -> dict[str, Any]:
     try:
-        return _checked(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+        return _checked(yaml.load(path.read_text(encoding="utf-8"), _Loader), str(path))
     except OSError as error:
         raise SaeError(f"--config {path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
@@ -94,7 +110,7 @@ def _overrides(items: Sequence[str]) -> dict[str, Any]:
         if not equals or len(keys) < 2 or not all(keys):
             raise SaeError(f"--set {item}: write it as section.key=value, for example train.lr=3e-4")
         try:
-            value: Any = yaml.safe_load(text)
+            value: Any = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise SaeError(f"--set {item}: the value is not YAML") from error
         for key in reversed(keys):
@@ -123,31 +139,38 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _explained(section: str, settings: type[BaseModel], error: ValidationError) -> str:
-    """The first problem in one line."""
-    problem = error.errors()[0]
-    place = [str(part) for part in problem["loc"]]
-    name = ".".join([section, *place])
-    if problem["type"] == "extra_forbidden":
-        return f"{name}: unknown key{_nearest(place[-1], _keys(settings, place))}"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{name} = {problem['input']!r}: {message[:1].lower()}{message[1:]}"
+    """The first problem in one line (for a value that may be of several types, with what each of them asks)."""
+    first, *others = error.errors()
+    keys, known = _followed(settings, first["loc"])
+    name = ".".join([section, *keys])
+    if first["type"] == "extra_forbidden":
+        key = str(first["loc"][-1])
+        return f"{name}.{key}: unknown key{_nearest(key, known)}"
+    same = [first, *(other for other in others if _followed(settings, other["loc"])[0] == keys)]
+    messages = [problem["msg"].removeprefix("Value error, ") for problem in same]
+    message = "; or ".join(message[:1].lower() + message[1:] for message in messages)
+    return f"{name}: {message}" if isinstance(first["input"], dict) else f"{name} = {first['input']!r}: {message}"
 
 
-def _keys(settings: type[BaseModel], place: list[str]) -> list[str]:
-    """The keys allowed where an unknown one was found (searching every settings class the path may lead through)."""
-    models: list[Any] = [settings]
-    for part in place[:-1]:
-        models = [inner for model in models for inner in _inner(model, part)] or models
-    return sorted({key for model in models for key in model.model_fields})
+def _followed(settings: type[BaseModel], place: Sequence[str | int]) -> tuple[list[str], list[str]]:
+    """The part of pydantic's `place` a user wrote (no tags, no names of types), and the keys allowed where it ends."""
+    models: list[type[BaseModel]] = [settings]
+    keys: list[str] = []
+    for part in place:
+        tagged = [m for m in models for tag in TAGS if tag in m.model_fields and part == m.model_fields[tag].default]
+        if any(part in model.model_fields for model in models):
+            keys.append(str(part))
+            models = [inner for model in models if part in model.model_fields for inner in _inner(model, str(part))]
+        elif isinstance(part, int):
+            keys.append(str(part))
+        elif tagged:
+            models = tagged
+    return keys, sorted({key for model in models for key in model.model_fields})
 
 
 def _inner(model: type[BaseModel], key: str) -> list[type[BaseModel]]:
-    """Settings classes a field may hold; a union's tag value selects among the classes reached so far."""
-    field = model.model_fields.get(key)
-    if field is None:
-        return (
-            [model] if any(key == model.model_fields[tag].default for tag in TAGS if tag in model.model_fields) else []
-        )
+    """Settings classes a field may hold."""
+    field = model.model_fields[key]
     found: list[type[BaseModel]] = []
     waiting: list[Any] = [field.annotation]
     while waiting:

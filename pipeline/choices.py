@@ -5,6 +5,7 @@ from pathlib import Path
 import configs
 from cache import catalogue
 from cache.codecs import CODECS
+from cache.runs import Run
 from pipeline.language_model import SITES
 from pipeline.saes import ARCHITECTURES
 from pipeline.sources import registered
@@ -22,7 +23,7 @@ def choices(runs: Path) -> dict[str, list[dict[str, str]]]:
     }
 
 
-def _state(run: catalogue.Run) -> str:
+def _state(run: Run) -> str:
     state = "finished" if run.finished else "not finished; continue with --resume"
     return f"{state}, on {run.config['activations']['key']}"
 

@@ -26,28 +26,12 @@ from cache.identity import Recipe
 from cache.tokens import TokenStore
 from pipeline.language_model import SITES, LanguageModel, Point
 from pipeline.progress import Progress
+from pipeline.rows import RowRule
 
 VOCABULARY_PADDING = 1024  # models round their embedding up; more than this is another vocabulary
 SCAN_CONTEXTS = 8192
 
 Amount = Annotated[int, Field(ge=1)] | Literal["all"]
-
-
-class RowRule(BaseModel):
-    """Which tokens become rows."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    skip_first: int = Field(
-        1, ge=0, description="positions left out at the start of every context (position 0 holds massive activations)"
-    )
-    skip_begin: bool = Field(True, description="leave out the begin-of-document token wherever it stands")
-
-    def mask(self, tokens: np.ndarray, lengths: np.ndarray, begin: int) -> np.ndarray:
-        """bool [n, T] from tokens [n, T] and the number of real tokens of each context [n]."""
-        place = np.arange(tokens.shape[1])
-        kept = (place >= self.skip_first) & (place < lengths[:, None])
-        return kept & (tokens != begin) if self.skip_begin else kept
 
 
 class HarvestConfig(BaseModel):
@@ -143,11 +127,16 @@ def activation_recipe(config: HarvestConfig, model: LanguageModel, point: Point,
         "model": model.recipe(),
         "layer": point.layer,
         "site": point.site,
-        "hook": point.hook,
+        "hook": model.hook(point),
         "d": model.width(point),
         "rows": config.rows.model_dump(),
         "codec": codec_recipe(codec(config.codec)),
     }
+
+
+def found_at(model: str) -> str:
+    """A model's name, or the absolute path where it is a folder: what `sae eval` boots later, from any folder."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
 def describe(plan: Plan) -> str:
@@ -213,6 +202,7 @@ class _Job:
                 if writer.notice:
                     self.progress.note(writer.notice)
                 writer.request(max(plan.rows, writer.store.requested))
+                writer.hint(model=found_at(self.config.model))
             self.progress.start(
                 f"harvest {plan.split}", plan.rows, "rows", done=min(w.store.n_rows for w in writers.values())
             )

@@ -21,10 +21,22 @@ def hub_address() -> str:
     return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
 
 
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What the Hugging Face libraries raise for names, settings, missing packages and networks that do not work.
+
+    Mostly OSError and ValueError; but a refused connection or a timeout is the HTTP library's own error, which is
+    neither and whose name has changed with the library. The hub's error class always derives from it.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (*HfHubHTTPError.__bases__, OSError, ValueError, ImportError)
+
+
 def reachable(url: str) -> bool:
     """Whether the server of `url` (or the proxy that leads to it) accepts a connection within a few seconds."""
     parts = urlsplit(url)
-    proxy = urllib.request.getproxies().get(parts.scheme)
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
     if proxy and not urllib.request.proxy_bypass(parts.hostname or ""):
         parts = urlsplit(proxy if "//" in proxy else f"//{proxy}")
     port = parts.port or (80 if parts.scheme == "http" else 443)

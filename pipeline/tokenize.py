@@ -79,7 +79,7 @@ class Block(NamedTuple):
     """Documents of one split, shuffled, and where the source stood before them."""
 
     source: dict[str, Any] | None
-    index: int
+    number: int
     texts: list[str]
 
 
@@ -212,7 +212,7 @@ def _encoded_documents(
     for block, encoded in encoder.blocks(blocks, skip):
         for offset, ids in enumerate(encoded):
             tokens = np.concatenate([np.array([begin], np.uint32), ids.astype(np.uint32, copy=False)])
-            yield tokens[used:], Place(block.source, block.index, skip + offset, used, number)
+            yield tokens[used:], Place(block.source, block.number, skip + offset, used, number)
             used, number = 0, number + 1
         skip = 0
 

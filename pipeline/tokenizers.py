@@ -20,7 +20,7 @@ import numpy as np
 
 from cache.errors import SaeError
 from pipeline import embedded
-from pipeline.network import hub_address, offline_wanted, reachable
+from pipeline.network import hub_address, hub_errors, offline_wanted, reachable
 
 if TYPE_CHECKING:
     import tiktoken
@@ -223,7 +223,10 @@ def _from_tiktoken(name: str, offline: bool) -> tiktoken.Encoding:
     try:
         with _guarded_downloads(offline):
             return tiktoken.get_encoding(name)
-    except OSError as error:  # no network, a server that refuses, a disk that is full
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # no network, a server that refuses, a download that is not what it should be
         line = str(error).splitlines()[0][:200]
         raise SaeError(
             f"--tokenizer {name}: not in tiktoken's cache, and cannot be fetched ({line}); try --tokenizer tiny, "
@@ -270,7 +273,7 @@ def _from_hub(name: str, offline: bool) -> Any:
     load = transformers.AutoTokenizer.from_pretrained
     try:
         return load(name, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except hub_errors() as error:
         if offline_wanted(offline):
             what = "not in the local Hugging Face cache, and the network is switched off"
             raise SaeError(f"--tokenizer hf:{name}: {what}; try --tokenizer tiny or a local folder") from error
@@ -279,7 +282,7 @@ def _from_hub(name: str, offline: bool) -> Any:
             raise SaeError(f"--tokenizer hf:{name}: {what}; try --tokenizer tiny or a local folder") from error
     try:
         return load(name)
-    except (OSError, ValueError, ImportError) as error:
+    except hub_errors() as error:
         raise SaeError(f"--tokenizer hf:{name}: {_first_line(error)}; check the name, or try a local folder") from error
 
 

@@ -34,7 +34,9 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    sae: AnyConfig = Field(parse({"arch": "topk"}), description="the dictionary: its architecture and that architecture's settings")
+    sae: AnyConfig = Field(
+        parse({"arch": "topk"}), description="the dictionary: its architecture and that architecture's settings"
+    )
     lr: float = Field(1e-4, gt=0, description="learning rate of Adam")
     betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates")
     warmup: float = Field(0.05, ge=0, le=1, description="share of the steps over which the learning rate rises from 0")
@@ -172,7 +174,9 @@ class TrainState:
             raise SaeError(f"--resume: the runs stopped at different steps ({sorted(steps)}); resume them one by one")
 
 
-def train(runs: Sequence[Run], store: ActivationStore, progress: Progress, *, device: str = "auto") -> list[dict[str, Any]]:
+def train(
+    runs: Sequence[Run], store: ActivationStore, progress: Progress, *, device: str = "auto"
+) -> list[dict[str, Any]]:
     """Train (or continue) the dictionaries of `runs` over one stream of `store`'s rows; their last metrics."""
     where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     with ExitStack() as stack:
@@ -260,8 +264,8 @@ def _interruptible() -> Iterator[list[int]]:
 
     before: dict[int, Any] = {}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
+        for wanted in (signal.SIGINT, signal.SIGTERM):
+            before[wanted] = signal.signal(wanted, note)
     except ValueError:  # not the main thread: nobody sends us signals
         before.clear()
     try:

@@ -38,6 +38,11 @@ _FINAL = "unembed.hook_in"
 Hook = Callable[[Tensor], Tensor | None]
 
 
+def hook_name(layer: int, site: str) -> str:
+    """What transformer_lens calls a site of a layer."""
+    return f"blocks.{layer}.{_HOOKS[site]}"
+
+
 class Hooked(NamedTuple):
     """A hook point and what to call with each value that passes it; what is returned, if anything, replaces it."""
 
@@ -58,11 +63,11 @@ class Bridge:
         model.requires_grad_(False).eval().to(device)
         try:
             # no tokenizer: the stages speak token ids, and a folder without one would boot with an empty one
-            bridge: Any = build_bridge_from_module(
-                model, kind, hf_config=model.config, tokenizer=None, model_name=name
-            )
+            bridge: Any = build_bridge_from_module(model, kind, hf_config=model.config, tokenizer=None, model_name=name)
         except ValueError as error:
-            raise SaeError(f"--model {name}: transformer_lens has no bridge for {kind}; give one such as gpt2") from error
+            raise SaeError(
+                f"--model {name}: transformer_lens has no bridge for {kind}; give one such as gpt2"
+            ) from error
         if not getattr(bridge, "blocks", None) or not bridge.adapter.supports_causal_loss:
             raise SaeError(f"--model {name}: {kind} is not a causal transformer; give one such as gpt2")
         model.set_attn_implementation(attention)  # wrapping may have switched it to eager
@@ -75,10 +80,10 @@ class Bridge:
 
     def point(self, layer: int, site: str) -> nn.Module:
         """The hook point of a site that `sites` lists."""
-        return self._points[f"blocks.{layer}.{_HOOKS[site]}"]
+        return self._points[hook_name(layer, site)]
 
     def sites(self, layer: int) -> dict[str, int]:
-        """Sites of a layer and their widths, from what arrives in a short pass (a hook point may exist and not fire)."""
+        """Sites of a layer and their widths, from what arrives in a short pass: some hook points never fire."""
         if layer not in self._widths:
             names = {site: f"blocks.{layer}.{hook}" for site, hook in _HOOKS.items()}
             found = self.capture(self._zeros(1, 2), {s: self._points[n] for s, n in names.items() if n in self._points})
@@ -139,13 +144,15 @@ class Bridge:
         seen: list[bool] = []
         with ExitStack() as stack, torch.no_grad():
             for block in self._bridge.blocks:
-                handle = block.register_forward_hook(lambda _block, _args, value: seen.append(isinstance(value, Tensor)))
+                handle = block.register_forward_hook(
+                    lambda _block, _args, value: seen.append(isinstance(value, Tensor))
+                )
                 stack.callback(handle.remove)
             self._run(self._zeros(1, 2))
         return all(seen)
 
 
-class _Stop(Exception):  # noqa: N818 - control flow, not an error
+class _Stop(Exception):
     """Everything asked for has been computed."""
 
 
@@ -187,7 +194,6 @@ def _hook_output_projection(attention: Any) -> None:
     (A bridge that splits a joint query-key-value projection leaves the wrapped module's own in place.)
     """
     projection = attention.submodules.get("o")
-    name = projection.name if projection is not None else None
-    own = getattr(attention.original_component, name, None) if name is not None else None
-    if own is not None and own is projection.original_component:
+    name = getattr(projection, "name", None) or ""
+    if projection is not None and getattr(attention.original_component, name, None) is projection.original_component:
         setattr(attention.original_component, name, projection)

@@ -123,7 +123,7 @@ def _from_hub(name: str, revision: str | None, offline: bool) -> ModelFiles:
             f"--model {what}: not, or not whole, in the local Hugging Face cache, and {why}; "
             "give a local Hugging Face folder, or --model tiny (embedded)"
         ) from None
-    except (OSError, errors.HTTPError) as error:
+    except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]  # the base of its client's errors
         first = str(error).strip().partition("\n")[0] or type(error).__name__
         raise SaeError(f"--model {name}: the download failed ({first[:200]}); run again to continue it") from error
     path = Path(folder)
@@ -141,4 +141,3 @@ def _read_index(index: Path, name: str) -> list[str]:
     if any(not isinstance(shard, str) or Path(shard).name != shard for shard in shards):
         raise SaeError(f"--model {name}: {INDEX} names files outside its folder; save the model again")
     return shards
-

@@ -113,6 +113,12 @@ class LanguageModel:
         self.check(point)
         return self._bridge.sites(point.layer)[point.site]
 
+    def hook(self, point: Point) -> str:
+        """What transformer_lens calls a point: `blocks.6.hook_mlp_out`."""
+        from pipeline.language_model.bridge import hook_name
+
+        return hook_name(*point)
+
     def check(self, point: Point) -> None:
         """Raise SaeError, listing what exists, unless the model has this point."""
         if point.site not in SITES:
@@ -122,7 +128,7 @@ class LanguageModel:
         there = self._bridge.sites(point.layer)
         if point.site not in there:
             raise SaeError(
-                f"--site {point.site}: layer {point.layer} of {self.name} has no {point.site}; it has {', '.join(there)}"
+                f"--site {point.site}: {self.name} has none in layer {point.layer}; it has {', '.join(there)}"
             )
 
     def activations(self, tokens: Tensor, points: Sequence[Point]) -> dict[Point, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ DENSE_UP_TO = 8
 
 def default_k(d: int) -> int:
     """Half the width, rounded to a power of two: 512 for 768."""
-    return max(1, 2 ** round(torch.tensor(d / 2).log2().item()))
+    return int(2 ** max(0, round(math.log2(d / 2))))
 
 
 def auxk_loss(pre: Preactivations, dead: Tensor, k_aux: int, residual: Tensor, table: Tensor) -> Tensor:

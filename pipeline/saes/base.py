@@ -295,6 +295,8 @@ class SAE(nn.Module, ABC):
         (d_in, d_sae), (_, d_out) = rest["W_enc"].shape, rest["W_dec"].shape
         if d_sae != config.d_sae:
             raise ValueError(f"d_sae: {config.d_sae} in the config, but W_enc has {d_sae} columns")
+        if d_in != d_out and not transcoder:
+            raise ValueError(f"W_enc is for inputs of width {d_in}, W_dec gives {d_out}: that is a transcoder's")
         sae = cls(config, d_in, d_out if transcoder else None)
         sae.W_enc_rows.copy_(rest.pop("W_enc").T)
         for name in ("b_enc", "W_dec", "b_dec"):

@@ -25,8 +25,8 @@ BLOCK_ELEMENTS = 2**24
 MIN_BLOCK_ROWS = 256
 """Below this many rows per product, packing the weights costs more than a smaller block saves."""
 
-SPARSE_BELOW = 0.05
-"""Share of positive pre-activations up to which the entry by entry path is taken by `positive`."""
+SPARSE_BELOW = 0.1
+"""Share of positive pre-activations up to which `positive` goes entry by entry; above, dense products are cheaper."""
 
 _scratch = threading.local()
 

@@ -13,7 +13,7 @@ import weakref
 from typing import Any
 
 from cache.errors import SaeError
-from pipeline.network import hub_address, offline_wanted, reachable
+from pipeline.network import hub_address, hub_errors, offline_wanted, reachable
 from pipeline.sources.base import DocumentStream, TextSource, checked_text, missing_column, source, well_formed
 
 FINEWEB = "hub:HuggingFaceFW/fineweb:sample-10BT"
@@ -49,7 +49,7 @@ class HubSource:
 
         try:
             found = huggingface_hub.HfApi().dataset_info(self.repo, revision=self._wanted, timeout=10).sha
-        except (OSError, ValueError) as error:
+        except hub_errors() as error:
             raise self._error(error) from error
         assert found is not None
         return str(found)
@@ -69,7 +69,7 @@ class HubSource:
         """All documents in the data set's order, or from `state` on."""
         try:
             data = self._load()
-        except (OSError, ValueError) as error:  # every error of datasets and of the hub is one of these
+        except hub_errors() as error:
             raise self._error(error) from error
         if data.column_names is not None and self.column not in data.column_names:
             raise missing_column(self.repo, self.column, data.column_names)
@@ -113,7 +113,7 @@ class HubStream:
                 if self._documents:
                     raise
                 raise SaeError(f"--source {self._owner.repo}: split {self._owner.split} holds no text") from None
-            except (OSError, ValueError) as error:
+            except hub_errors() as error:
                 raise SaeError(
                     f"--source {self._owner.repo}: stopped after {self._documents} documents ({type(error).__name__}); "
                     "repeat the command to continue from there"
@@ -155,11 +155,9 @@ def _online(found: HubSource, offline: bool) -> HubSource:
     """Refuse at once what would otherwise fail after half a minute of retries."""
     if offline_wanted(offline):
         raise SaeError(
-            f"--source {found.repo}: is on the hub, and the network is switched off (--offline or HF_HUB_OFFLINE); "
+            f"--source {found.repo}: not a local file, and the network is switched off (--offline or HF_HUB_OFFLINE); "
             + _OFFLINE
         )
     if not reachable(hub_address()):
-        raise SaeError(
-            f"--source {found.repo}: no local file of that name, and {hub_address()} cannot be reached; {_OFFLINE}"
-        )
+        raise SaeError(f"--source {found.repo}: not a local file, and {hub_address()} cannot be reached; {_OFFLINE}")
     return found

@@ -7,8 +7,9 @@ Three kinds of document, in this order:
 3. the docstrings of the modules written in C, whose source is not on disk, one module a document.
 
 Left out: tests, vendored packages, IDLE, machine-made files and tables of data.
-Text that an earlier document already holds is dropped (whole files by equality, docstrings line by line: the C and the
-Python twin of `io` or `decimal` share theirs), so that a validation split by document does not leak.
+A topic, file or docstring most of whose lines an earlier one already said is dropped (the reference's chapters contain
+shorter topics whole; the C and the Python twin of `io` or `decimal` share docstrings), so that a validation split by
+document does not leak.
 
 The text differs from one Python to the next; the recipe holds the version and a digest of the content.
 """
@@ -26,7 +27,7 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 from cache.errors import SaeError
@@ -54,6 +55,9 @@ _C_MODULES = (
 )  # fmt: skip
 
 
+_REPEATED = 0.7  # share of a text's lines that were said before, from which it counts as a repetition
+
+
 class Library(NamedTuple):
     """The documents, a digest of them, and what was left out: reason -> how many."""
 
@@ -65,22 +69,15 @@ class Library(NamedTuple):
 @functools.cache
 def library() -> Library:
     """Read the running Python's text (about half a second, about 10 MB; kept for the life of the process)."""
-    documents: list[str] = []
     skipped = {"not UTF-8": 0, "repeated": 0, "module not here": 0}
-    seen: set[str] = set()
-    for text in [*_topics(skipped), *_source_files(skipped)]:
-        if text in seen:
-            skipped["repeated"] += 1
-        elif text.strip():
-            seen.add(text)
-            documents.append(text)
-    # Docstrings repeat each other and the sources a paragraph at a time, so they are compared by their lines.
-    lines = {line.strip() for text in documents for line in text.splitlines()}
+    said = _Said(skipped)
+    documents = _topics(said, skipped)
+    documents += [text for text in _source_files(skipped) if said.new(text)]
     for name in _C_MODULES:
         module = _import(name)
         if module is None:
             skipped["module not here"] += 1
-        elif text := _docstrings(name, module, lines):
+        elif text := _docstrings(name, module, said):
             documents.append(text)
     digest = hashlib.blake2b(digest_size=16)
     for text in documents:
@@ -90,12 +87,34 @@ def library() -> Library:
     return Library(tuple(documents), digest.hexdigest(), skipped)
 
 
-def _topics(skipped: dict[str, int]) -> list[str]:
+class _Said:
+    """The lines of everything taken so far."""
+
+    def __init__(self, skipped: dict[str, int]) -> None:
+        self._lines: set[str] = set()
+        self._skipped = skipped
+
+    def new(self, text: str) -> bool:
+        """Whether `text` says something of its own; if so, its lines are said from now on."""
+        stripped = {line.strip() for line in text.splitlines()}
+        # Short lines ("else:", "return None") are everybody's.
+        lines = {line for line in stripped if len(line) > 8} or stripped - {""}
+        if len(lines & self._lines) >= _REPEATED * len(lines):
+            self._skipped["repeated"] += bool(lines)
+            return False
+        self._lines |= stripped
+        return True
+
+
+def _topics(said: _Said, skipped: dict[str, int]) -> list[str]:
     module = _import("pydoc_data.topics")
     if module is None:
         skipped["module not here"] += 1
         return []
-    return [text for _, text in sorted(module.topics.items())]
+    topics: dict[str, str] = module.topics
+    # The longest first: a chapter stays, and the sections of it that are topics as well go.
+    kept = [name for name in sorted(topics, key=lambda name: (-len(topics[name]), name)) if said.new(topics[name])]
+    return [topics[name] for name in sorted(kept)]
 
 
 def _source_files(skipped: dict[str, int]) -> Iterator[str]:
@@ -123,19 +142,16 @@ def _import(name: str) -> ModuleType | None:
         return None
 
 
-def _docstrings(name: str, module: ModuleType, lines: set[str]) -> str:
-    """What `module` says of itself and its public members, less what only repeats `lines`; adds its lines to them."""
+def _docstrings(name: str, module: ModuleType, said: _Said) -> str:
+    """What `module` says of itself and its public members, less what was said before."""
     parts: list[str] = []
 
     def say(title: str, doc: object, indent: str) -> None:
         if not isinstance(doc, str) or not doc.strip():
             return
         text = inspect.cleandoc(doc)
-        new = {line.strip() for line in text.splitlines()}
-        if new <= lines:
-            return
-        lines.update(new)
-        parts.append(f"{title}\n{textwrap.indent(text, indent)}\n")
+        if said.new(text):
+            parts.append(f"{title}\n{textwrap.indent(text, indent)}\n")
 
     say(f"module {name}", module.__doc__, "")
     for key, value in _public(module):
@@ -146,17 +162,19 @@ def _docstrings(name: str, module: ModuleType, lines: set[str]) -> str:
     return "\n".join(parts)
 
 
-def _public(owner: Any) -> list[tuple[str, Any]]:
-    """Public members, less what a program may have put there: functions written in Python and replaced hooks.
+def _public(owner: ModuleType | type) -> list[tuple[str, Any]]:
+    """Public members, less what a program may have put there: things written in Python, replaced hooks.
 
-    Typer replaces `sys.excepthook`, for one: the text, and with it the recipe, must not depend on who asks.
+    Typer replaces `sys.excepthook` and IPython adds built-ins, for two: the text, and with it the recipe, must not
+    depend on who asks.
     """
+    members = [(key, value) for key, value in sorted(vars(owner).items()) if not key.startswith("_")]
+    if isinstance(owner, type):
+        return [(key, value) for key, value in members if not isinstance(value, FunctionType)]
     return [
         (key, value)
-        for key, value in sorted(vars(owner).items())
-        if not key.startswith("_")
-        and not (owner is sys and key.endswith("hook"))
-        and not isinstance(value, FunctionType)
+        for key, value in members
+        if isinstance(value, type | BuiltinFunctionType) and not (owner is sys and key.endswith("hook"))
     ]
 
 

@@ -1,0 +1,102 @@
+"""How many latents fire, how often each does, and which never do.
+
+A latent fires in a row where its activation is not 0; an entry of a sparse form that holds 0 (TopK followed by ReLU)
+does not. Latents come dense, as k entries a row, or as a varying number of entries a row.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DENSE = 0.1  # a latent is dense when it fires in more than this share of rows
+RARE = 1e-6  # and ultra-low in density when in less than this one (but ever)
+TINY = 1e-8  # the threshold of `l0_above_tiny`
+RELATIVE = 0.01  # `l0_relative` counts activations above this share of their row's largest
+
+
+@dataclass(frozen=True)
+class SparsityScores:
+    """Over `rows` rows and d_sae latents. "Dead" means: did not fire in any of these rows."""
+
+    rows: int
+    l0: float  # mean number of latents that fire in a row
+    l0_above_tiny: float  # the same, counting |f| > 1e-8
+    l0_relative: float  # the same, counting |f| > 0.01 max |f| of the row
+    l1: float  # mean over rows of sum |f|
+    zeros: float  # share of activations that are zero: 1 - l0 / d_sae
+    dead: int  # latents that fired in none of the rows
+    dead_share: float  # dead / d_sae
+    rare: int | None  # latents that fired, but in less than 1e-6 of the rows; None with too few rows to tell
+    dense: int  # latents that fired in more than 0.1 of the rows
+    dense_share: float  # dense / d_sae
+
+
+class Sparsity:
+    """Accumulates `SparsityScores` over batches of latents."""
+
+    def __init__(self, d_sae: int) -> None:
+        self.d_sae = d_sae
+        self._rows = 0
+        self._fired = torch.zeros(d_sae, dtype=torch.int64)
+        self._sums = torch.zeros(4, dtype=torch.float64)  # fired, above TINY, above RELATIVE, |f|
+
+    def update(
+        self, values: Tensor, indices: Tensor | None = None, *, rows: Tensor | None = None, batch: int | None = None
+    ) -> None:
+        """Count a batch.
+
+        Dense: values [B, d_sae]. Sparse: values and indices [B, k], indices unique in a row. Varying: values, indices
+        and rows (0 <= row < batch), all [n], (row, index) pairs unique.
+        """
+        values = values.detach()
+        if rows is None:
+            assert values.ndim == 2, values.shape
+            largest = values.abs().amax(1, keepdim=True) if values.numel() else values.new_zeros(len(values), 1)
+            batch = len(values)
+        else:
+            assert batch is not None and indices is not None and values.shape == indices.shape == rows.shape
+            size = values.abs()
+            largest = size.new_zeros(batch).scatter_reduce(0, rows, size, "amax")[rows]
+        fires = values != 0
+        if indices is None:
+            assert values.shape[1] == self.d_sae, (values.shape, self.d_sae)
+            fired = fires.sum(0)
+        else:
+            assert values.shape == indices.shape, (values.shape, indices.shape)
+            fired = torch.bincount(indices[fires], minlength=self.d_sae)
+            assert len(fired) == self.d_sae, f"an index is {len(fired) - 1}, of {self.d_sae} latents"
+        size = values.abs()
+        counts = [fires.sum(), (size > TINY).sum(), (fires & (size > RELATIVE * largest)).sum()]
+        self._sums += torch.stack([*counts, size.sum(dtype=torch.float64)]).double().cpu()
+        self._fired += fired.cpu()
+        self._rows += batch
+
+    def density(self) -> Tensor:
+        """float64 [d_sae]: the share of rows each latent fired in."""
+        self._check()
+        return self._fired.double() / self._rows
+
+    def result(self) -> SparsityScores:
+        """The scores of all rows so far. Raises ValueError when there were none."""
+        self._check()
+        l0, tiny, relative, l1 = (self._sums / self._rows).tolist()
+        density = self.density()
+        dead, dense = int((self._fired == 0).sum()), int((density > DENSE).sum())
+        return SparsityScores(
+            rows=self._rows,
+            l0=l0,
+            l0_above_tiny=tiny,
+            l0_relative=relative,
+            l1=l1,
+            zeros=1 - l0 / self.d_sae,
+            dead=dead,
+            dead_share=dead / self.d_sae,
+            rare=int(((density < RARE) & (self._fired > 0)).sum()) if self._rows * RARE > 1 else None,
+            dense=dense,
+            dense_share=dense / self.d_sae,
+        )
+
+    def _check(self) -> None:
+        if not self._rows:
+            raise ValueError("no rows to score")

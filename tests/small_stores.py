@@ -1,0 +1,133 @@
+"""Small stores of synthetic rows, for the tests of everything that writes or reads stores."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+from cache import activations, tokens
+from cache.activations import ActivationStore, ActivationWriter
+from cache.codecs import codec, codec_recipe
+from cache.identity import Recipe
+from cache.manifest import Windows
+from cache.tokens import TokenStore, TokenWriter
+
+few = settings(deadline=None, max_examples=15)
+some = settings(deadline=None, max_examples=40)
+
+CHUNK = 32  # rows of a chunk and of the first window in shrunk stores; the largest window has four of them
+CONTEXT = 8
+
+
+@contextmanager
+def shrunk(*, flush: bool = False) -> Iterator[pytest.MonkeyPatch]:
+    """Stores with small chunks and windows; without `flush` nothing waits for the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(activations, "CHUNK_ROWS", CHUNK)
+        patch.setattr(activations, "WINDOWS", Windows(CHUNK, 4 * CHUNK))
+        patch.setattr(tokens, "CHUNK_TOKENS", CHUNK * CONTEXT)
+        patch.setattr(tokens, "WINDOW_CHUNKS", 4)
+        if not flush:
+            patch.setattr(os, "fsync", lambda handle: None)
+        yield patch
+
+
+def token_recipe(split: str = "train", *, n_vocab: int = 1000, context: int = CONTEXT, seed: int = 0) -> Recipe:
+    return {
+        "source": {"kind": "synthetic", "seed": seed},
+        "tokenizer": {"name": "synthetic", "n_vocab": n_vocab, "begin": 0},
+        "context_length": context,
+        "packing": "concat",
+        "split": split,
+    }
+
+
+def activation_recipe(
+    d: int = 6, codec_text: str = "int8", *, site: str = "mlp_out", split: str = "train", seed: int = 0
+) -> Recipe:
+    return {
+        "tokens": token_recipe(split, seed=seed),
+        "model": {"model": "synthetic"},
+        "layer": 1,
+        "site": site,
+        "d": d,
+        "rows": {"skip_first": 1, "skip_begin": True},
+        "codec": codec_recipe(codec(codec_text)),
+    }
+
+
+def heavy_rows(n: int, d: int, *, seed: int = 0, massive: int = 1) -> Tensor:
+    """Rows as a language model's: heavy tails, columns whose mean is 100 standard deviations, outlier columns.
+
+    `massive` rows have one value of 3000, as the first position of a context does.
+    """
+    random = torch.Generator().manual_seed(seed)
+    features = torch.randn(n, 2 * d, generator=random).pow(3) * (torch.rand(n, 2 * d, generator=random) < 0.1)
+    rows = features @ torch.randn(2 * d, d, generator=random) / d**0.5 + 0.3 * torch.randn(n, d, generator=random)
+    scale = torch.exp(torch.randn(d, generator=random))
+    rows = rows * scale
+    rows[:, : d // 3] += 100 * scale[: d // 3]
+    rows[:, d // 2] *= 30
+    rows[:massive, d - 1] = 3000.0
+    return rows
+
+
+def extend(writer: ActivationWriter, rows: Tensor, *, ended: bool = False) -> None:
+    """Append the windows of `rows` (in token order, all of the store's) that the store still lacks."""
+    while writer.store.n_rows < len(rows):
+        start, stop = writer.store.windows.bounds(len(writer.store.manifest.windows))
+        stop = min(stop, len(rows))
+        buffer = writer.window(stop - start)
+        for low in range(start, stop, 13):  # rows arrive in batches of any size
+            high = min(low + 13, stop)
+            buffer.add(rows[low:high], np.arange(low, high))
+        writer.commit(buffer, {"next": stop})
+    if ended:
+        writer.close()
+
+
+def write_activations(
+    root: Path, rows: Tensor, codec_text: str = "int8", *, ended: bool = False, **recipe: object
+) -> ActivationStore:
+    """A store of `rows`, or the continuation of one."""
+    full = activation_recipe(rows.shape[1], codec_text, **recipe)  # type: ignore[arg-type]
+    slug = f"synthetic-1.{full['site']}" + ("-validation" if full["tokens"]["split"] == "validation" else "")
+    with ActivationWriter(root, f"{slug}-{full['codec']['name']}", full) as writer:
+        extend(writer, rows, ended=ended)
+        return writer.store
+
+
+def window_arrays(recipe: Recipe, start: int, stop: int) -> dict[str, np.ndarray]:
+    """Contexts [start, stop) of an endless synthetic token store."""
+    shape = (stop - start, recipe["context_length"])
+    place = np.arange(start * shape[1], stop * shape[1], dtype=np.uint64).reshape(shape)
+    return {
+        "tokens": (place * np.uint64(2654435761) % np.uint64(recipe["tokenizer"]["n_vocab"])).astype(np.uint32),
+        "document": (place // np.uint64(37)).astype(np.uint32),
+        "length": np.full(shape[0], shape[1], np.uint32),
+    }
+
+
+def write_tokens(root: Path, contexts: int, *, ended: bool = False, **recipe: object) -> TokenStore:
+    """A token store of the first `contexts` contexts of `window_arrays`."""
+    full = token_recipe(**recipe)  # type: ignore[arg-type]
+    slug = "synthetic" + ("-validation" if full["split"] == "validation" else "")
+    with TokenWriter(root, slug, full) as writer:
+        while writer.store.n_rows < contexts:
+            start, stop = writer.store.windows.bounds(len(writer.store.manifest.windows))
+            writer.append(window_arrays(full, start, min(stop, contexts)), {"next": min(stop, contexts)})
+        if ended:
+            writer.close()
+        return writer.store
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file of a store that its recipe and row count decide: all but the lock and the request."""
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in sorted(found.items()) if name not in ("lock", "request.json")}

@@ -1,0 +1,466 @@
+"""Sources of text: what they yield, that they resume exactly, what they refuse and how they say it."""
+
+import gzip
+import itertools
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cache.errors import SaeError
+from pipeline import network
+from pipeline.sources import TextSource, formats, hub, is_validation, python_library, registered, text_source
+from pipeline.sources.base import well_formed
+
+TEXTS = [
+    "one",
+    "two\nlines\n",
+    "drei \u00fc",
+    "\u56db",
+    " five ",
+    "6",
+    "a \u2028 b",
+    "x" * 3000,
+    "tab\there",
+    "\U0001f600",
+]
+
+
+def source(spec: object, **options: Any) -> TextSource:
+    return text_source(str(spec), offline=True, **options)
+
+
+def refused(spec: object, **options: Any) -> str:
+    """The message of the SaeError that reading `spec` to its end ends with; always one line."""
+    with pytest.raises(SaeError) as caught:
+        list(source(spec, **options).open())
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith("--source")
+    return message
+
+
+# How to write the same documents in every format.
+
+
+def _lines(texts: list[str]) -> bytes:
+    return b"".join(json.dumps({"id": i, "text": t}).encode() + b"\n" for i, t in enumerate(texts))
+
+
+def _array(texts: list[str]) -> bytes:
+    return json.dumps([{"text": t} for t in texts], indent=1, ensure_ascii=False).encode()
+
+
+def _separated(texts: list[str]) -> bytes:
+    return "".join(t + "\n<|endoftext|>\n" for t in texts).encode()
+
+
+def _parquet(path: Path, texts: list[str]) -> None:
+    pq.write_table(
+        pa.table({"n": list(range(len(texts))), "text": pa.array(texts, pa.string())}), path, row_group_size=3
+    )
+
+
+WRITERS: dict[str, Callable[[Path, list[str]], object]] = {
+    "a.parquet": _parquet,
+    "a.jsonl": lambda path, texts: path.write_bytes(_lines(texts)),
+    "a.jsonl.gz": lambda path, texts: path.write_bytes(gzip.compress(_lines(texts))),
+    "a.jsonl.zst": lambda path, texts: path.write_bytes(
+        # two frames, as parallel compressors write them
+        zstandard.compress(_lines(texts)[:50]) + zstandard.compress(_lines(texts)[50:])
+    ),
+    "a.json": lambda path, texts: path.write_bytes(_array(texts)),
+    "lines.json": lambda path, texts: path.write_bytes(_lines(texts)),
+    "bom.json": lambda path, texts: path.write_bytes(b"\xef\xbb\xbf\n " + _array(texts)),
+    "a.txt": lambda path, texts: path.write_bytes(_separated(texts)),
+    "a.txt.gz": lambda path, texts: path.write_bytes(gzip.compress(_separated(texts))),
+    "a.txt.zst": lambda path, texts: path.write_bytes(zstandard.compress(_separated(texts))),
+}
+
+
+@pytest.fixture(params=WRITERS)
+def written(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    path = tmp_path / request.param
+    WRITERS[request.param](path, TEXTS)
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_tmp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all examples of a property."""
+    return tmp_path_factory.mktemp("shared")
+
+
+class TestFiles:
+    def test_yields_the_documents_in_order(self, written: Path) -> None:
+        assert list(source(written).open()) == TEXTS
+
+    def test_resumes_from_every_place(self, written: Path) -> None:
+        assert_resumes(source(written))
+
+    def test_resumes_across_files_of_a_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "sub").mkdir()
+        for name, texts in [
+            ("b.jsonl", TEXTS[:3]),
+            ("a.jsonl", TEXTS[3:5]),
+            ("sub/c.jsonl", TEXTS[5:]),
+            ("0.jsonl", []),
+        ]:
+            (tmp_path / name).write_bytes(_lines(texts))
+        (tmp_path / "README.md").write_text("not data")
+        found = source(tmp_path)
+        assert list(found.open()) == TEXTS[3:5] + TEXTS[:3] + TEXTS[5:]
+        assert_resumes(found)
+
+    def test_a_glob_and_a_folder_of_one_kind(self, tmp_path: Path) -> None:
+        for i, text in enumerate(["zero", "one", "two"]):
+            (tmp_path / f"part-{i}.txt").write_text(text)
+        (tmp_path / "other.json").write_text("[]")
+        found = source(tmp_path / "part-*.txt")
+        assert list(found.open()) == ["zero", "one", "two"]
+        assert found.slug == "part"
+        assert [file["name"] for file in found.recipe()["files"]] == ["part-0.txt", "part-1.txt", "part-2.txt"]
+        assert ".json and .txt" in refused(tmp_path)
+
+    def test_plain_text_without_separators_is_one_document_exactly(self, tmp_path: Path) -> None:
+        text = "a line\r\n\n  <|endoftext|> inside a line\n"
+        (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert list(source(tmp_path / "a.txt").open()) == [text]
+
+    @given(
+        st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\n"), min_size=1), min_size=1, max_size=8)
+    )
+    @settings(max_examples=25, deadline=None)
+    def test_separated_text_round_trips(self, shared_tmp: Path, texts: list[str]) -> None:
+        path = shared_tmp / "a.txt"
+        path.write_bytes("\n<|endoftext|>\n".join(["", *texts, "last"]).encode())
+        texts = [*texts, "last"]
+        assert list(source(path).open()) == [t for t in texts if t != "<|endoftext|>"]
+
+    @given(st.lists(st.text(), max_size=12), st.integers(1, 40))
+    @settings(max_examples=40, deadline=None)
+    def test_an_array_is_parsed_through_a_buffer_of_any_size(
+        self, shared_tmp: Path, texts: list[str], size: int
+    ) -> None:
+        path = shared_tmp / "a.json"
+        path.write_text(json.dumps([{"n": [1, {"x": None}], "text": t} for t in texts]))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(formats, "_READ", size)
+            assert [text for text, _ in formats.read(formats.File("a.json", path), 0, "text")] == texts
+
+    def test_null_and_empty_records_are_left_out(self, tmp_path: Path) -> None:
+        records = [{"text": None}, {"text": "a"}, {"text": ""}, {"text": "b"}, {"text": None}]
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n\n")
+        _parquet(tmp_path / "a.parquet", [r["text"] for r in records])  # type: ignore[misc]
+        for name in ("a.jsonl", "a.parquet"):
+            assert list(source(tmp_path / name).open()) == ["a", "b"]
+            assert_resumes(source(tmp_path / name))
+
+    def test_one_object_over_several_lines_and_bare_strings(self, tmp_path: Path) -> None:
+        (tmp_path / "a.json").write_text(json.dumps({"text": "whole", "more": [1]}, indent=2))
+        (tmp_path / "b.jsonl").write_text('"x"\n"y"\n')
+        assert list(source(tmp_path / "a.json").open()) == ["whole"]
+        assert_resumes(source(tmp_path / "a.json"))
+        assert list(source(tmp_path / "b.jsonl").open()) == ["x", "y"]
+
+    def test_lone_surrogates_become_replacement_characters(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_text('{"text": "x\\ud800y"}\n')
+        assert list(source(tmp_path / "a.jsonl").open()) == ["x\ufffdy"]
+
+    def test_another_column(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_text('{"body": "b", "n": 1}\n')
+        assert list(source(tmp_path / "a.jsonl", column="body").open()) == ["b"]
+        assert "body, n" in refused(tmp_path / "a.jsonl")
+        assert "holds int" in refused(tmp_path / "a.jsonl", column="n")
+        assert source(tmp_path / "a.jsonl", column="n").recipe() != source(tmp_path / "a.jsonl").recipe()
+
+    def test_a_missing_parquet_column_lists_those_there_are(self, tmp_path: Path) -> None:
+        _parquet(tmp_path / "a.parquet", ["x"])
+        assert "n, text" in refused(tmp_path / "a.parquet", column="body")
+
+    def test_the_recipe_follows_content_and_not_place(self, tmp_path: Path) -> None:
+        for folder in ("here", "there", "changed"):
+            (tmp_path / folder).mkdir()
+            (tmp_path / folder / "a.txt").write_text("text" if folder != "changed" else "texT")
+        here, there, changed = (source(tmp_path / f / "a.txt").recipe() for f in ("here", "there", "changed"))
+        assert here == there != changed
+        assert str(tmp_path) not in json.dumps(here)
+
+    def test_memory_does_not_grow_with_the_file(self, tmp_path: Path) -> None:
+        """Reading 9 MB of records takes a few MB, array or lines."""
+        import tracemalloc
+
+        record = {"text": "x" * 3000}
+        (tmp_path / "a.json").write_text("[" + ",".join([json.dumps(record)] * 3_000) + "]")
+        (tmp_path / "a.jsonl").write_text((json.dumps(record) + "\n") * 3_000)
+        for name in ("a.json", "a.jsonl"):
+            next(source(tmp_path / name).open())  # what is imported on first use is not the reader's memory
+            tracemalloc.start()
+            count = sum(1 for _ in source(tmp_path / name).open())
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert count == 3_000
+            assert peak < 6e6
+
+    def test_real_text(self, shared_data: Path) -> None:
+        found = source(shared_data / "text" / "openwebtext_1000.parquet")
+        documents = list(found.open())
+        assert len(documents) == 1000
+        assert found.slug == "openwebtext_1000"
+        assert_resumes(found, places=[0, 1, 255, 256, 257, 999, 1000])
+
+
+def assert_resumes(found: TextSource, places: list[int] | None = None) -> None:
+    """From every place (or those named), through JSON, a new stream gives exactly the rest; asking does not disturb."""
+    expected = list(found.open())
+    for n in places if places is not None else range(len(expected) + 1):
+        stream = found.open()
+        assert list(itertools.islice(stream, n)) == expected[:n]
+        state = json.loads(json.dumps(stream.state()))
+        rest = found.open(state)
+        assert json.loads(json.dumps(rest.state())) == state
+        assert list(rest) == expected[n:]
+        assert list(stream) == expected[n:]
+
+
+class TestRefusals:
+    def test_what_is_not_there(self, tmp_path: Path) -> None:
+        assert "no such file" in refused(tmp_path / "missing.parquet")
+        assert "no file matches" in refused(tmp_path / "*.txt")
+        assert "in this folder" in refused(tmp_path)
+        assert "not a source" in refused("nonsense")
+        assert "empty" in refused("")
+
+    def test_what_is_of_no_known_kind(self, tmp_path: Path) -> None:
+        (tmp_path / "a.pdf").write_bytes(b"%PDF")
+        assert "a.pdf is not parquet" in refused(tmp_path / "a.pdf")
+
+    def test_what_is_empty(self, tmp_path: Path) -> None:
+        for name in ("a.txt", "a.jsonl"):
+            (tmp_path / name).write_bytes(b"")
+            assert "holds no text" in refused(tmp_path / name)
+        _parquet(tmp_path / "a.parquet", [])
+        assert "holds no text" in refused(tmp_path / "a.parquet")
+
+    @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+    def test_what_is_not_utf8(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / name).write_bytes(b'["caf\xe9"]' if name == "a.json" else b'"ok"\n"caf\xe9"\n')
+        message = refused(tmp_path / name)
+        assert "not UTF-8" in message
+        assert "iconv" in message
+        if name != "a.json":
+            assert "0xe9 at offset 9" in message
+
+    @pytest.mark.parametrize("name", sorted(WRITERS))
+    def test_a_truncated_file_is_an_error_or_still_whole_documents(self, tmp_path: Path, name: str) -> None:
+        path = tmp_path / name
+        WRITERS[name](path, TEXTS)
+        path.write_bytes(path.read_bytes()[:-7])
+        if name == "a.txt":  # nothing in plain text says where it ends
+            assert list(source(path).open())[:-1] == TEXTS[:-1]
+        else:
+            refused(path)
+
+    @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.jsonl"])
+    def test_what_is_not_what_its_name_says(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / name).write_bytes(b"this is nothing of the kind\n" * 3)
+        refused(tmp_path / name)
+
+    def test_records_that_are_not_records(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_text("[1, 2]\n")
+        assert "JSON list" in refused(tmp_path / "a.jsonl")
+
+    def test_a_bad_array_is_not_read_to_its_end_first(self, tmp_path: Path) -> None:
+        (tmp_path / "a.json").write_text('[{"text": "a"}, {"text": oops}, ' + '{"text": "b"},' * 1000 + "]")
+        assert "element 1" in refused(tmp_path / "a.json")
+
+    def test_a_file_one_may_not_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "a.txt").write_text("x")
+
+        def denied(*_: object, **__: object) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(Path, "open", denied)
+        assert "Permission denied" in refused(tmp_path / "a.txt")
+        with pytest.raises(SaeError, match="Permission denied"):
+            source(tmp_path / "a.txt").recipe()
+
+
+class TestHub:
+    """The hub is not reachable in a test; its streams are datasets', which local files give as well."""
+
+    @pytest.fixture
+    def local(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> hub.HubSource:
+        import datasets
+
+        for i in range(2):
+            _parquet(tmp_path / f"{i}.parquet", [*TEXTS[i * 5 : i * 5 + 5], None, ""])  # type: ignore[list-item]
+        files = [str(tmp_path / f"{i}.parquet") for i in range(2)]
+        monkeypatch.setattr(
+            hub.HubSource,
+            "_load",
+            lambda self: datasets.load_dataset(
+                "parquet", data_files=files, split=self.split, streaming=True, cache_dir=str(tmp_path / "cache")
+            ),
+        )
+        return hub.HubSource("hub:org/name", "text")
+
+    def test_streams_and_resumes(self, local: hub.HubSource) -> None:
+        assert list(local.open()) == TEXTS
+        assert_resumes(local)
+
+    def test_a_missing_column_and_an_unknown_split(self, local: hub.HubSource) -> None:
+        local.column = "body"
+        with pytest.raises(SaeError, match="n, text"):
+            local.open()
+        local.column, local.split = "text", "nothing"
+        with pytest.raises(SaeError, match="nothing") as caught:
+            local.open()
+        assert "\n" not in str(caught.value)
+
+    def test_names(self) -> None:
+        one = hub.HubSource("hub:org/na.me@0123456789012345678901234567890123456789:conf:test", "text")
+        assert (one.repo, one.config, one.split, one.slug) == ("org/na.me", "conf", "test", "na.me-conf")
+        assert one.recipe()["revision"] == "0123456789012345678901234567890123456789"
+        two = hub.HubSource("org/name::validation", "text")
+        assert (two.config, two.split, two.slug) == (None, "validation", "name")
+        with pytest.raises(SaeError, match="hub:org/name:config"):
+            hub.HubSource("hub:name", "text")
+
+    def test_a_connection_that_breaks_is_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import huggingface_hub
+
+        def broken(*_: object, **__: object) -> None:
+            # The HTTP library's own error: not an OSError, and under a name that has changed.
+            raise network.hub_errors()[0]("timed out\nand more")
+
+        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", broken)
+        with pytest.raises(SaeError, match="org/name: timed out; check the name"):
+            hub.HubSource("org/name", "text").recipe()
+
+    @pytest.mark.parametrize("spec", ["fineweb", "org/name", "hub:org/name:config"])
+    def test_offline_is_said_at_once(self, spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setattr(hub, "reachable", lambda url: pytest.fail("asked the network"))
+        assert "--source python" in refused(spec)
+
+    def test_no_network_is_said_within_seconds(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
+        with pytest.raises(SaeError, match=r"127\.0\.0\.1:9 cannot be reached.*--source python"):
+            text_source("fineweb", offline=False)
+
+    def test_a_network_that_swallows_everything_is_given_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        wake = threading.Event()
+
+        def connect(*_: object, **__: object) -> None:
+            wake.wait()
+            raise TimeoutError
+
+        monkeypatch.setattr(network, "PATIENCE", -0.99)  # the wait is a second longer
+        monkeypatch.setattr(socket, "create_connection", connect)
+        assert network.reachable("https://huggingface.co") is False
+        wake.set()
+
+    def test_the_proxy_is_asked_where_there_is_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = []
+
+        def connect(address: tuple[str, int], **_: object) -> None:
+            asked.append(address)
+            raise ConnectionRefusedError
+
+        monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
+        monkeypatch.setattr(socket, "create_connection", connect)
+        assert network.reachable("https://huggingface.co") is False
+        assert asked == [("proxy.example", 3128)]
+
+    def test_fineweb_is_the_ten_billion_token_sample(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setattr(hub, "reachable", lambda url: True)
+        found = text_source("fineweb", offline=False)
+        assert isinstance(found, hub.HubSource)
+        assert (found.repo, found.config, found.split) == ("HuggingFaceFW/fineweb", "sample-10BT", "train")
+        assert found.slug == "fineweb-10BT"
+
+
+class TestPython:
+    def test_has_the_reference_the_library_and_the_docstrings(self) -> None:
+        documents = list(source("python").open())
+        assert len(documents) > 300
+        assert sum(map(len, documents)) > 5e6
+        assert any(text.startswith('The "assert" statement') for text in documents)
+        assert any("class ThreadPoolExecutor" in text for text in documents)
+        assert any(text.startswith("module math\n") for text in documents)
+        assert not any("import unittest.mock as mock_under_test" in text for text in documents)
+
+    def test_no_document_twice_and_both_splits(self) -> None:
+        documents = list(source("python").open())
+        assert len(set(documents)) == len(documents)
+        held_out = [text for text in documents if is_validation(text, 0.1)]
+        assert 0.03 < len(held_out) / len(documents) < 0.2
+
+    def test_resumes(self) -> None:
+        n = len(python_library.library().documents)
+        assert_resumes(source("python"), places=[0, 1, n // 2, n])
+
+    def test_the_recipe_is_the_same_in_another_process_whatever_hooks_it_has(self) -> None:
+        program = (
+            "import sys, os, json; sys.excepthook = lambda *a: None; sys.breakpointhook = print; import builtins; "
+            "builtins.added = lambda: None; from pipeline.sources import text_source; "
+            "print(json.dumps(text_source('python', offline=True).recipe()))"
+        )
+        root = Path(__file__).resolve().parent.parent
+        run = subprocess.run([sys.executable, "-S", "-c", _PATH + program], cwd=root, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        assert json.loads(run.stdout) == source("python").recipe()
+
+    def test_a_module_that_is_not_here_is_counted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(python_library, "_C_MODULES", ("math", "no_such_module"))
+        found = python_library.library.__wrapped__()
+        assert found.skipped["module not here"] == 1
+
+
+# -S leaves out site-packages, which hold what the source itself imports.
+_PATH = f"import sys; sys.path += {[p for p in sys.path if 'site-packages' in p]!r}; "
+
+
+class TestSplit:
+    @given(st.text(), st.floats(0, 1), st.floats(0, 1))
+    def test_a_larger_fraction_only_adds(self, text: str, a: float, b: float) -> None:
+        assert is_validation(text, min(a, b)) <= is_validation(text, max(a, b))
+        assert is_validation(text, 0) is False
+        assert is_validation(text, 1) is True
+
+    def test_is_the_fraction_it_says(self) -> None:
+        assert sum(is_validation(str(i), 0.1) for i in range(20_000)) == pytest.approx(2000, rel=0.1)
+
+    def test_is_fixed_for_ever(self) -> None:
+        """Stores and the embedded model's held-out figures rest on it."""
+        assert [i for i in range(100) if is_validation(f"document {i}", 0.1)] == FIXED
+
+
+FIXED = [40, 44, 59, 70, 81]
+
+
+@given(st.text())
+def test_well_formed_text_has_a_utf8_form_and_good_text_is_untouched(text: str) -> None:
+    assert well_formed(text) == text
+    assert well_formed("a\ud800" + text).encode()
+
+
+def test_every_source_has_a_line_of_help_and_a_name_of_its_own() -> None:
+    entries = registered()
+    assert {"python", "fineweb", "files"} <= {entry.name for entry in entries}
+    assert len({entry.name for entry in entries}) == len(entries)
+    assert all(entry.help for entry in entries)
