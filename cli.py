@@ -161,7 +161,7 @@ def harvest(
     train = catalogue.find(root, TokenStore, tokens_from, "--tokens-from", "sae tokenize")
     validation = catalogue.sibling_of(root, train, "validation")
     bars.note(f"tokens: {train.key}")
-    stores = [train] if validation is None else [train, validation]
+    stores = [train, *([validation] if validation is not None and validation.n_contexts else [])]
     result = stage(values, stores, root, bars, device=device, offline=offline, dry_run=dry_run, wait=wait)
     if dry_run:
         if json:
@@ -236,11 +236,56 @@ def evaluate(
     found = catalogue.find_run(runs, run)
     bars = console.Bars()
     bars.note(f"run: {found.path}")
-    result = stage(values, found, cache_root(cache), bars, activations=activations, model=model, device=device, offline=offline)
+    result = stage(
+        values, found, cache_root(cache), bars, activations=activations, model=model, device=device, offline=offline
+    )
     if json:
         console.as_json(result.as_json())
     else:
         console.evaluation(result.as_json(), str(found.path))
+
+
+@app.command()
+def report(
+    run: Annotated[str | None, typer.Argument(help="Run folder or its name. Default: the newest finished run.")] = None,
+    latents: Annotated[str | None, typer.Option(help="Latents to show, as in 3,17,256. Default: a sample.")] = None,
+    rows: Annotated[str, typer.Option(parser=amount, metavar="N", help="Rows to search for contexts, or all.")] = "262144",
+    activations: Annotated[str | None, typer.Option(help="Training store. Default: the one the run names.")] = None,
+    device: Device = "auto",
+    cache: CacheRoot = None, runs: RunsRoot = Path("runs"), json: Json = False,
+) -> None:  # fmt: skip
+    """Write a page to look at: losses, densities, cross-entropies and the text that latents fire on. One HTML file."""
+    import console
+    from cache import catalogue
+    from pipeline.features import FeaturesConfig
+    from pipeline.reporting import report as stage
+
+    found = catalogue.find_run(runs, run)
+    values = settings("report", FeaturesConfig, None, None, None, latents=several(latents), rows=rows)
+    path = stage(found, cache_root(cache), console.Bars(), config=values, activations=activations, device=device)
+    if json:
+        console.as_json({"run": str(found.path), "report": str(path)})
+    else:
+        console.say(f"report: {path}")
+
+
+@app.command()
+def demo(
+    workers: Annotated[int, typer.Option(help="Processes that encode text.")] = 1,
+    device: Device = "auto",
+    cache: CacheRoot = None, runs: RunsRoot = Path("runs"), set_: Set = None, json: Json = False,
+) -> None:  # fmt: skip
+    """All four stages and a report on the embedded default: real text, a small real model, no network, two minutes."""
+    import console
+    from pipeline.demo import demo as stage
+
+    result = stage(cache_root(cache), runs, console.Bars(), overrides=set_ or [], device=device, workers=workers)
+    if json:
+        console.as_json(result)
+        return
+    console.evaluation(result, result["run"])
+    console.table("seconds", list(result["seconds"]), [list(result["seconds"].values())])
+    console.say(f"report: {result['report']}")
 
 
 @app.command("list")

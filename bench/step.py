@@ -63,16 +63,27 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def cases(args: argparse.Namespace) -> dict[str, saes.SAE]:
-    """The dictionaries to time: each architecture by its defaults, and TopK with planted dead latents."""
+def cases(args: argparse.Namespace, sample: Tensor) -> dict[str, saes.SAE]:
+    """The dictionaries to time: each architecture as it starts, TopK with dead latents, L1 once it has become sparse."""
+
+    def fresh(arch: str) -> saes.SAE:
+        sae = saes.create(saes.parse({"arch": arch, "d_sae": args.d_sae}), args.d_in)
+        sae.initialise(sample)
+        return sae
+
     made = {}
     for arch in args.arch.split(","):
-        made[arch] = saes.create(saes.parse({"arch": arch, "d_sae": args.d_sae}), args.d_in)
+        made[arch] = fresh(arch)
         if arch == "topk":
-            dying = saes.create(saes.parse({"arch": arch, "d_sae": args.d_sae, "dead_after": 10**9}), args.d_in)
-            dying.rows_since_fired[: args.d_sae // 16] = 10**12
-            dying.b_enc.data[: args.d_sae // 16] = -1.0
-            made[f"topk, {args.d_sae // 16} latents dead"] = dying
+            sae, dead = fresh(arch), args.d_sae // 16
+            sae.b_enc.data[:dead] = -3.0
+            sae.rows_since_fired[:dead] = 10**12
+            made[f"topk with {dead} dead latents"] = sae
+        if arch == "l1":
+            sae = fresh(arch)
+            active = sae.encode(sample[:256]).dense().detach()
+            sae.b_enc.data.fill_(-active.flatten().kthvalue(int(0.99 * active.numel())).values)
+            made["l1 at 1 % active"] = sae
     return made
 
 
@@ -82,8 +93,7 @@ def measure(args: argparse.Namespace, threads: int) -> list[Row]:
     weights = torch.randn(args.d_sae, args.d_in)
     floors: list[float] = []
     steps: dict[str, Callable[[], None]] = {}
-    for name, sae in cases(args).items():
-        sae.initialise(batches[0])
+    for name, sae in cases(args, batches[0]).items():
         steps[name] = training_step(sae, batches)
     times: dict[str, list[float]] = {name: [] for name in steps}
     ratios: dict[str, list[float]] = {name: [] for name in steps}

@@ -68,14 +68,21 @@ def number(value: float, digits: int = 4) -> str:
     return f"{value:.{digits}g}" if size >= 1e-4 else f"{value:.{min(digits, 2)}g}".replace("e-0", "e-")
 
 
-def line_chart(series: Sequence[Series], *, label: str, x_label: str, width: int = 540, height: int = 240) -> str:
-    """Lines over a shared x axis; logarithmic where all values are positive and span a wide range."""
+def steady(value: float) -> str:
+    """A number with three digits always, so that a column of them reads as one."""
+    return f"{value:#.3g}".removesuffix(".") if 1e-3 <= abs(value) < 999.5 else number(value, 3)
+
+
+def line_chart(
+    series: Sequence[Series], *, label: str, x_label: str, ratios: bool = False, width: int = 540, height: int = 240
+) -> str:
+    """Lines over a shared x axis. With `ratios`, logarithmic where the values are positive and span a wide range."""
     thinned = [Series(s.name, _thin(s.points)) for s in series]
     values = [y for s in series for _, y in s.points]
     positive = [y for y in values if y > 0]
-    log = bool(positive) and min(values) >= 0 and max(positive) / min(positive) > LOG_RATIO
-    if len(positive) < len(values):  # zeros have no place on a logarithmic axis; worth a gap only where they are few
-        log = log and len(positive) > 0.5 * len(values)
+    # zeros (a term that was off at first) are gaps on a logarithmic axis, so there may be only few
+    log = ratios and min(values) >= 0 and len(positive) > 0.5 * len(values)
+    log = log and max(positive) / min(positive) > LOG_RATIO
     xs = [x for s in series for x, _ in s.points]
     x = Scale(min(xs), max(max(xs), min(xs) + 1), LEFT, width - RIGHT, False)
     y = _y_scale(positive if log else values, height, log)
@@ -138,7 +145,7 @@ def ladder(
     for i, (name, value, remark) in enumerate(rungs):
         top = 34 * i + 4
         body += _text(120, top + 18, name, "end", "name")
-        body += f'<rect class="bar s{i}" x="130" y="{top}" width="{_n(x(value) - 130)}" height="26" rx="2"></rect>'
+        body += f'<rect class="bar rung{i}" x="130" y="{top}" width="{_n(x(value) - 130)}" height="26" rx="2"></rect>'
         body += _text(x(value) + 8, top + 18, f"{value:.3f}", "start", "value")
         body += _text(x(value) + 62, top + 18, remark, "start")
     described = ", ".join(f"{name} {value:.3f}" for name, value, _ in rungs)
@@ -175,7 +182,7 @@ def _band(points: list[tuple[float, float]], x: Scale, y: Scale, index: int) -> 
     parts = [(at, inside) for at, inside in parts if inside]
     upper = [f"{_n(x(at))},{_n(y(max(inside)))}" for at, inside in parts]
     lower = [f"{_n(x(at))},{_n(y(min(inside)))}" for at, inside in reversed(parts)]
-    return f'<polygon class="band s{index}" points="{" ".join(upper + lower)}"></polygon>'
+    return f'<polygon class="spread s{index}" points="{" ".join(upper + lower)}"></polygon>'
 
 
 def _path(points: list[tuple[float, float]], x: Scale, y: Scale, index: int) -> str:

@@ -1,4 +1,4 @@
-"""Latents and the text they fire on, as HTML. Token text is untrusted: all of it is escaped, none can break out of its line.
+"""Latents and the text they fire on, as HTML. Token text is untrusted: all of it is escaped.
 
 A context is one line, the token that fired in the same column in every line (a concordance), shaded by how strongly the
 latent fires, as a share of its largest activation.
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import pairwise
 
-from pipeline.charts import number, sparkline
+from pipeline.charts import number, sparkline, steady, superscript
 from pipeline.examples import Example, Feature, Features
 
 LEVELS = 8  # shades; classes a1 ... a8 of the style sheet
@@ -36,10 +36,9 @@ def _groups(features: Sequence[Feature]) -> Iterator[tuple[str, list[Feature]]]:
     for high, low in pairwise(DENSITIES):
         members = [f for f in features if f.group == "sampled" and low < f.density <= high]
         if high == 1.0:
-            title = f"Fires on more than {low:.0%} of tokens"
+            title = f"More than {100 * low:g} % of rows"
         else:
-            title = f"{low:.3g} to {high:.3g} of tokens" if low else f"Less than {high:.1%} of tokens"
-            title = f"{100 * low:g} to {100 * high:g} % of tokens" if low else f"Less than {100 * high:g} % of tokens"
+            title = f"{100 * low:g} to {100 * high:g} % of rows" if low else f"Less than {100 * high:g} % of rows"
         yield title, members
 
 
@@ -65,7 +64,7 @@ def _figures(feature: Feature) -> str:
     body += f"<dt>max</dt><dd>{number(feature.max)}</dd><dt>mean</dt><dd>{number(feature.mean)}</dd>"
     drawn = ""
     if feature.histogram:
-        low, high = feature.histogram[0].low, feature.histogram[-1].high
+        low, high = feature.histogram[0].low, min(feature.histogram[-1].high, feature.max)
         label = f"activations from {number(low, 2)} to {number(high, 2)}, logarithmic bins"
         bars = sparkline([b.count for b in feature.histogram], label)
         drawn = f'<figure class="spark" title="{label}">{bars}<figcaption><span>{number(low, 2)}</span>'
@@ -101,8 +100,8 @@ def context_html(example: Example, largest: float, found: Features) -> str:
     ]
     before, peak, after = shaded[: example.peak], shaded[example.peak], shaded[example.peak + 1 :]
     return (
-        f'<span class="v">{number(example.value, 3)}</span>'
-        f'<p><span class="l"><span>{"".join(before)}</span></span>{peak}<span class="r">{"".join(after)}</span></p>'
+        f'<span class="v">{steady(example.value)}</span>'
+        f'<p><span class="l"><span>{"".join(before)}</span></span><span class="r">{peak}{"".join(after)}</span></p>'
     )
 
 
@@ -120,8 +119,10 @@ def _token(text: str, value: float | None, largest: float, extra: str, begins: b
 
 
 def pieces(tokens: Sequence[bytes]) -> list[str]:
-    """Each token as HTML text. A character split over tokens stands where it is complete; bytes before it, and bytes
-    that are no text, as hexadecimal digits; line ends, tabs, runs of blanks and invisible characters as faint signs.
+    """Each token as HTML text.
+
+    A character split over tokens stands where it is complete; bytes before that, and bytes that are no text, are shown
+    as hexadecimal digits. Line ends, tabs, runs of blanks and invisible characters become faint signs.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     last = len(tokens) - 1
@@ -134,8 +135,8 @@ def _visible(text: str) -> str:
     at = 0
     while at < len(text):
         run = len(text[at:]) - len(text[at:].lstrip(" "))
-        if run > 1:
-            out.append(f"<s>{'·' * run}</s>")
+        if run > 1:  # indentation is as wide as code is deep: its width is told, not drawn
+            out.append("<s>··</s>" if run == 2 else f"<s>·{superscript(run)}</s>")
         elif text[at] in SIGNS:
             out.append(f"<s>{SIGNS[text[at]]}</s>")
         elif 0xDC80 <= ord(text[at]) <= 0xDCFF:
@@ -154,4 +155,4 @@ def _hex(data: bytes) -> str:
 
 def percent(share: float) -> str:
     """A share as a percentage with three digits."""
-    return f"{number(100 * share, 3)} %"
+    return f"{steady(100 * share)} %"

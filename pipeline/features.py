@@ -146,6 +146,7 @@ class _Describer:
                 if firing in quarter and firing[2] not in shown and len(weaker[-1]) < self.config.weaker:
                     shown.add(firing[2])
                     weaker[-1].append(self._spot(latent, *firing))
+            weaker[-1].sort(key=lambda spot: -spot.value)
         self._spots[latent] = top, weaker
         return top + [spot for band in weaker for spot in band]
 

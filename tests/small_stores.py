@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from small_tokens import CHUNK, CONTEXT, files, token_recipe, window_arrays, write_tokens
 from torch import Tensor
 
 from cache import activations, tokens
@@ -16,13 +17,14 @@ from cache.activations import ActivationStore, ActivationWriter
 from cache.codecs import codec, codec_recipe
 from cache.identity import Recipe
 from cache.manifest import Windows
-from cache.tokens import TokenStore, TokenWriter
+
+__all__ = [
+    "CHUNK", "CONTEXT", "activation_recipe", "extend", "few", "files", "heavy_rows", "shrunk", "some", "token_recipe",
+    "window_arrays", "write_activations", "write_tokens",
+]  # fmt: skip
 
 few = settings(deadline=None, max_examples=15)
 some = settings(deadline=None, max_examples=40)
-
-CHUNK = 32  # rows of a chunk and of the first window in shrunk stores; the largest window has four of them
-CONTEXT = 8
 
 
 @contextmanager
@@ -36,16 +38,6 @@ def shrunk(*, flush: bool = False) -> Iterator[pytest.MonkeyPatch]:
         if not flush:
             patch.setattr(os, "fsync", lambda handle: None)
         yield patch
-
-
-def token_recipe(split: str = "train", *, n_vocab: int = 1000, context: int = CONTEXT, seed: int = 0) -> Recipe:
-    return {
-        "source": {"kind": "synthetic", "seed": seed},
-        "tokenizer": {"name": "synthetic", "n_vocab": n_vocab, "begin": 0},
-        "context_length": context,
-        "packing": "concat",
-        "split": split,
-    }
 
 
 def activation_recipe(
@@ -84,11 +76,12 @@ def extend(writer: ActivationWriter, rows: Tensor, *, ended: bool = False) -> No
         start, stop = writer.store.windows.bounds(len(writer.store.manifest.windows))
         stop = min(stop, len(rows))
         buffer = writer.window(stop - start)
-        for low in range(start, stop, 13):  # rows arrive in batches of any size
-            high = min(low + 13, stop)
+        step = 13 if stop < 5000 else 1000  # rows arrive in batches of any size
+        for low in range(start, stop, step):
+            high = min(low + step, stop)
             buffer.add(rows[low:high], np.arange(low, high))
         writer.commit(buffer, {"next": stop})
-    if ended:
+    if ended and not writer.store.closed:
         writer.close()
 
 
@@ -101,33 +94,3 @@ def write_activations(
     with ActivationWriter(root, f"{slug}-{full['codec']['name']}", full) as writer:
         extend(writer, rows, ended=ended)
         return writer.store
-
-
-def window_arrays(recipe: Recipe, start: int, stop: int) -> dict[str, np.ndarray]:
-    """Contexts [start, stop) of an endless synthetic token store."""
-    shape = (stop - start, recipe["context_length"])
-    place = np.arange(start * shape[1], stop * shape[1], dtype=np.uint64).reshape(shape)
-    return {
-        "tokens": (place * np.uint64(2654435761) % np.uint64(recipe["tokenizer"]["n_vocab"])).astype(np.uint32),
-        "document": (place // np.uint64(37)).astype(np.uint32),
-        "length": np.full(shape[0], shape[1], np.uint32),
-    }
-
-
-def write_tokens(root: Path, contexts: int, *, ended: bool = False, **recipe: object) -> TokenStore:
-    """A token store of the first `contexts` contexts of `window_arrays`."""
-    full = token_recipe(**recipe)  # type: ignore[arg-type]
-    slug = "synthetic" + ("-validation" if full["split"] == "validation" else "")
-    with TokenWriter(root, slug, full) as writer:
-        while writer.store.n_rows < contexts:
-            start, stop = writer.store.windows.bounds(len(writer.store.manifest.windows))
-            writer.append(window_arrays(full, start, min(stop, contexts)), {"next": min(stop, contexts)})
-        if ended:
-            writer.close()
-        return writer.store
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """Every file of a store that its recipe and row count decide: all but the lock and the request."""
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in sorted(found.items()) if name not in ("lock", "request.json")}

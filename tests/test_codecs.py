@@ -155,7 +155,7 @@ def test_int8_never_makes_minus_128_and_never_clips(step: float, seed: int) -> N
 
 def test_int8_refuses_what_no_scale_can_hold() -> None:
     columns = calibrate(torch.randn(100, 3, generator=torch.Generator().manual_seed(0)))
-    with pytest.raises(SaeError, match="8 million standard deviations .*; use bfloat16"):
+    with pytest.raises(SaeError, match=r"8 million standard deviations .*; use bfloat16"):
         Int8().encode(torch.tensor([[1.0, 1e8, 0.0]]), columns)
 
 

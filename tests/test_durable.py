@@ -86,7 +86,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     for path in (tmp_path / "file" / "a", tmp_path / "file" / "a" / "b"):
-        with pytest.raises(SaeError, match="cannot write here .*; choose another folder"):
+        with pytest.raises(SaeError, match=r"cannot write here .*; choose another folder"):
             write_atomic(path, b"data")
 
 

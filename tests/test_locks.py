@@ -107,8 +107,8 @@ def test_a_store_removed_while_we_waited_is_begun_again(tmp_path: Path, monkeypa
     monkeypatch.setattr(time, "sleep", remove)
     with Lock(folder, wait=True):
         assert (folder / LOCK).exists()
+        monkeypatch.setattr(time, "sleep", lambda _: None)
         with pytest.raises(Busy):
-            monkeypatch.setattr(time, "sleep", lambda _: None)
             Lock(folder).__enter__()
 
 

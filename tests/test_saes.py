@@ -457,7 +457,7 @@ def test_auxk_revives_planted_dead_latents() -> None:
         sae = saes.create(settings({"arch": "topk", "aux_coefficient": coefficient, "dead_after": 2 * B}), D)
         sae.initialise(rows(512))
         with torch.no_grad():
-            sae.b_enc[:half] = -1.5
+            sae.b_enc[:half] = -3
         history = train(sae, ((rows(), None) for _ in range(60)), lr=1e-2)
         alive[coefficient] = int((sae.encode(rows(512)).fired()[:half] > 0).sum())
         aux = [losses.terms["auxk"].item() for losses in history if "auxk" in losses.terms]

@@ -74,7 +74,7 @@ def read_by_the_page(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray
         assert line == compact(sealed)
         assert sealed["crc"] == crc(compact(sealed["line"]).encode())
         if "rows" in sealed["line"]:
-            start, rows = sealed["line"]["rows"]
+            rows = sealed["line"]["rows"][1]
             listed |= sealed["line"]["files"]
     arrays = {}
     for path in folder.glob("*/zarr.json"):
@@ -188,7 +188,7 @@ def test_any_way_to_a_store_will_do(store: Store, tmp_path: Path, monkeypatch: p
     ):
         assert type(store)(path).key == store.key
     monkeypatch.chdir(store.path)
-    assert type(store)(Path()).key == type(store)(Path(".")).key == store.key  # noqa: PTH201
+    assert type(store)(Path()).key == type(store)(Path(".")).key == store.key
     moved = shutil.copytree(store.path, tmp_path / "elsewhere" / store.key)
     assert type(store)(moved).n_rows == N
 
@@ -207,7 +207,7 @@ def test_what_was_asked_for(tmp_path: Path) -> None:
         writer.close()
         assert writer.store.complete
         (writer.path / "request.json").write_text("{")
-        with pytest.raises(DamagedStore, match="request.json: is not what was written; ask for the rows again"):
+        with pytest.raises(DamagedStore, match=r"request\.json: is not what was written; ask for the rows again"):
             _ = writer.store.requested
 
 

@@ -74,10 +74,10 @@ def test_the_vocabulary_is_bytes(tmp_path: Path) -> None:
     store = TokenStore(writer.path)
     assert store.vocabulary() == vocabulary
     path.write_text('["\u0107"]')
-    with pytest.raises(DamagedStore, match="vocabulary.json: is not what was written; tokenize again"):
+    with pytest.raises(DamagedStore, match=r"vocabulary\.json: is not what was written; tokenize again"):
         store.vocabulary()
     path.unlink()
-    with pytest.raises(SaeError, match="vocabulary.json: cannot be read"):
+    with pytest.raises(SaeError, match=r"vocabulary\.json: cannot be read"):
         store.vocabulary()
 
 

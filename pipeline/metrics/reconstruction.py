@@ -79,7 +79,7 @@ class _Totals:
     mean: Tensor  # [d], of x
     deviations: Tensor  # [d], sum of (x - mean)^2
     errors: Tensor  # [d], sum of (x - x^)^2
-    # sums over rows of x^ . x^ and x . x^; and over rows with x != 0 of 1, cosine, ||x^|| / ||x||, ||x - x^||^2 / ||x||^2
+    # sums of x^ . x^ and x . x^ over rows; of 1, cosine, ||x^|| / ||x||, ||x - x^||^2 / ||x||^2 over rows with x != 0
     sums: Tensor  # [6]
 
     @classmethod

@@ -20,19 +20,21 @@ def default_k(d: int) -> int:
     return int(2 ** max(0, round(math.log2(d / 2))))
 
 
-def auxk_loss(pre: Preactivations, dead: Tensor, k_aux: int, residual: Tensor, table: Tensor) -> Tensor:
+def auxk_loss(pre: Preactivations, dead: Tensor, k_aux: int, y: Tensor, y_hat: Tensor, table: Tensor) -> Tensor:
     """||e - e_hat||^2 over the variance of e, summed over the batch: a scalar of order 1, without its coefficient.
 
-    e is the residual y - y_hat [B, d_out], taken as given (no gradient); e_hat decodes, without bias, the k_aux largest
+    e is the residual y - y_hat [B, d_out], table W_dec [m, d_out]. e is taken as given (no gradient); e_hat decodes, without bias, the k_aux largest
     of every row's ReLU'd pre-activations among the dead latents (bool [m]), or all of them where fewer are dead.
     0 where none is dead or the residual is constant.
     """
-    residual = residual.detach()
     who = dead.nonzero().view(-1)
     k_aux = min(k_aux, who.numel())
+    if k_aux == 0:
+        return y.new_zeros(())
+    residual = (y - y_hat).detach()
     variance = (residual - residual.mean(0)).square().sum()
-    if k_aux == 0 or not variance > 0:
-        return residual.new_zeros(())
+    if variance == 0:
+        return y.new_zeros(())
     e_hat = _explain(pre, who, k_aux, table)
     return (residual - e_hat).square().sum() / variance
 

@@ -165,13 +165,12 @@ class _CentredLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, centre: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         centred = x - centre
         ctx.save_for_backward(weight, centred)
-        return F.linear(centred, weight, bias)
+        return F.linear(centred, weight, bias).to(weight.dtype)  # which under autocast it is not
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, centred = ctx.saved_tensors
-        grad = grad.to(weight.dtype)
         wants_x, wants_centre, wants_weight, wants_bias = ctx.needs_input_grad
         per_latent = grad.sum(0) if wants_bias or wants_centre else None
         return (

@@ -48,7 +48,7 @@ class TopK(SAE):
         if self.config.aux_coefficient == 0:
             return {}
         k_aux = self.config.aux_k or default_k(self.d_out)
-        auxk = auxk_loss(batch.pre, self.dead(), k_aux, batch.y - batch.y_hat, self.W_dec)
+        auxk = auxk_loss(batch.pre, self.dead(), k_aux, batch.y, batch.y_hat, self.W_dec)
         return {"auxk": self.config.aux_coefficient * auxk}
 
     def _saelens(self) -> dict[str, Any]:

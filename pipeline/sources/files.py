@@ -106,9 +106,7 @@ def _resolve(spec: str, offline: bool, column: str) -> TextSource | None:
             raise SaeError(f"--source {spec}: {file.name} is not {_KINDS}; convert it, or leave it out")
     kinds = sorted({str(file.kind) for file in files})
     if len(kinds) > 1:
-        raise SaeError(
-            f"--source {spec}: holds {' and '.join(kinds)} files; name one kind, as in '{spec}/**/*{kinds[0]}'"
-        )
+        raise SaeError(f"--source {spec}: holds {' and '.join(kinds)} files; use a glob that ends in *{kinds[0]}")
     return FileSource(files, _slug(spec, path), column)
 
 
@@ -140,7 +138,7 @@ def _matching(pattern: str) -> list[File]:
     paths = [Path(p) for p in glob.glob(str(Path(pattern).expanduser()), recursive=True)]
     paths = [path for path in paths if path.is_file()]
     if not paths:
-        raise SaeError(f"--source {pattern}: no file matches; quote the pattern, and mind that ** crosses folders")
+        raise SaeError(f"--source {pattern}: no file matches; try a wider pattern, in quotes so that the shell leaves it alone")
     fixed = Path(pattern).expanduser()
     while re.search(r"[*?\[]", str(fixed)):
         fixed = fixed.parent

@@ -1,0 +1,55 @@
+"""The four stages and the report, one after the other, on a preset: what `sae demo` runs.
+
+A composition, not a stage: between the steps everything goes through the cache and the run folder, as it would when the
+commands are typed one by one.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import configs
+from cache import catalogue
+from cache.runs import CONFIG
+from pipeline.evaluate import EvalConfig, evaluate
+from pipeline.harvest import HarvestConfig, harvest
+from pipeline.progress import Progress
+from pipeline.reporting import report
+from pipeline.tokenize import TokenizeConfig, tokenize
+from pipeline.train import TrainConfig, open_run, train
+
+PRESET = "tiny"
+Result = TypeVar("Result")
+
+
+def demo(
+    root: Path, runs: Path, progress: Progress, *, overrides: list[str], device: str, workers: int, name: str = "demo"
+) -> dict[str, Any]:
+    """Run everything on the embedded preset; the evaluation, the seconds each stage took, and the report's path.
+
+    Repeating it takes up what is there: finished stages are not done again.
+    """
+    seconds: dict[str, float] = {}
+
+    def timed(stage: str, call: Callable[[], Result]) -> Result:
+        begun = time.perf_counter()
+        result = call()
+        seconds[stage] = round(time.perf_counter() - begun, 2)
+        return result
+
+    def settings(section: str, kind: type[configs.Settings]) -> configs.Settings:
+        return configs.resolve(section, kind, preset=PRESET, overrides=overrides)
+
+    tokens = timed("tokenize", lambda: tokenize(settings("tokenize", TokenizeConfig), root, progress, workers=workers))
+    stores = list(tokens.stores.values())
+    rows = timed("harvest", lambda: harvest(settings("harvest", HarvestConfig), stores, root, progress, device=device))
+    activations = rows.stores["train"][0]
+    catalogue.remember(root, "tokens", [tokens.stores["train"].key])
+    catalogue.remember(root, "activations", [activations.key])
+    started = (runs / name / CONFIG).exists()
+    run = open_run(settings("train", TrainConfig), activations, runs, name, resume=started)
+    timed("train", lambda: train([run], activations, progress, device=device))
+    found = timed("eval", lambda: evaluate(settings("eval", EvalConfig), run, root, progress, device=device))
+    path = timed("report", lambda: report(run, root, progress, device=device))
+    return {**found.as_json(), "seconds": seconds, "run": str(run.path), "report": str(path)}

@@ -1,0 +1,34 @@
+"""Run folder + cache -> `eval/features.json` and `report.html`."""
+
+from pathlib import Path
+
+import torch
+
+from cache import catalogue
+from cache.activations import ActivationStore
+from cache.errors import NotFound
+from cache.runs import Run
+from cache.tokens import TokenStore
+from pipeline import trained
+from pipeline.features import FeaturesConfig, find_features
+from pipeline.progress import Progress
+from pipeline.report import FEATURES, write_report
+
+REPORT = "report.html"
+
+
+def report(
+    run: Run, root: Path, progress: Progress, *,
+    config: FeaturesConfig | None = None, activations: str | None = None, device: str = "auto",
+) -> Path:  # fmt: skip
+    """Find what a finished run's latents fire on and write its report. Needs no language model."""
+    where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    name = activations or run.config["activations"]["key"]
+    store = catalogue.find(root, ActivationStore, name, "--activations", "sae harvest")
+    tokens = catalogue.of_recipe(root, TokenStore, store.recipe["tokens"])
+    if tokens is None:
+        raise NotFound(f"{root}: the tokens {store.key} was harvested from are gone; run `sae tokenize` again")
+    sae = trained.load(run).to(where)
+    features = find_features(sae, store, tokens, config or FeaturesConfig(rows=262_144), progress, device=where)
+    run.write_json(FEATURES, features.model_dump(mode="json"))
+    return write_report(run, run.path / REPORT)

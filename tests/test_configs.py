@@ -1,0 +1,236 @@
+"""Presets, files, --set and flags, and what a mistake in any of them says."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+import configs
+from cache.errors import SaeError
+from configs import SECTIONS, merge, presets, resolve
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TopK(Strict):
+    arch: Literal["topk"] = "topk"
+    k: int = Field(32, ge=1)
+    d_sae: int = 8192
+
+
+class L1(Strict):
+    arch: Literal["l1"] = "l1"
+    penalty: float = 1e-3
+    d_sae: int = 4096
+
+
+class Rows(Strict):
+    skip_first: int = 1
+
+
+class Train(Strict):
+    sae: Annotated[TopK | L1, Field(discriminator="arch")] = TopK()
+    lr: float = Field(1e-4, gt=0)
+    warmup: float = 0.0
+    steps: int | None = None
+    amount: Annotated[int, Field(ge=1)] | Literal["all"] = "all"
+    layers: tuple[int, ...] = (6,)
+    rows: Rows = Rows()
+    name: str = "run"
+
+    @model_validator(mode="after")
+    def _warm(self) -> "Train":
+        if self.warmup > 1:
+            raise ValueError(f"warmup = {self.warmup}: is a share, 0 to 1")
+        return self
+
+
+def train(*overrides: str, **options: Any) -> Train:
+    return resolve("train", Train, overrides=overrides, **options)
+
+
+@pytest.fixture
+def preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of presets with one, `small`."""
+    monkeypatch.setattr(configs, "FOLDER", tmp_path)
+    (tmp_path / "small.yaml").write_text("train:\n  sae: {arch: topk, k: 8, d_sae: 64}\n  lr: 0.01\n  steps: 100\n")
+    return tmp_path
+
+
+def test_the_defaults() -> None:
+    assert train() == Train()
+
+
+def test_later_layers_win(preset: Path) -> None:
+    """Defaults < preset < file < --set < flags."""
+    file = preset / "mine.yml"
+    file.write_text("train:\n  lr: 0.02\n  warmup: 0.2\n")
+    assert train(preset="small") == Train(sae=TopK(k=8, d_sae=64), lr=0.01, steps=100)
+    assert train(preset="small", file=file).lr == 0.02
+    assert train("train.lr=0.03", preset="small", file=file).lr == 0.03
+    flags = {"lr": 0.04, "steps": None, "sae": {"k": None, "d_sae": 65}}
+    found = train("train.lr=0.03", "train.sae.k=9", preset="small", file=file, flags=flags)
+    assert found == Train(sae=TopK(k=9, d_sae=65), lr=0.04, warmup=0.2, steps=100)
+    assert train("train.lr=0.5", "train.lr=0.6").lr == 0.6
+
+
+def test_one_key_of_a_default_can_be_changed() -> None:
+    assert train("train.sae.k=3").sae == TopK(k=3)
+    assert train(flags={"sae": {"arch": None, "k": 4}}).sae == TopK(k=4)
+    assert train("train.rows.skip_first=0").rows == Rows(skip_first=0)
+
+
+def test_another_architecture_drops_the_fields_of_the_old_one(preset: Path) -> None:
+    assert train("train.sae.arch=l1", preset="small").sae == L1()
+    assert train("train.sae.penalty=0.5", "train.sae.arch=l1", preset="small").sae == L1(penalty=0.5)
+    assert train(preset="small", flags={"sae": {"arch": "l1", "d_sae": 5}}).sae == L1(d_sae=5)
+    assert train("train.sae.arch=l1").sae == L1()
+    assert train("train.sae.arch=topk", preset="small").sae == TopK(k=8, d_sae=64)
+
+
+def test_merge_leaves_its_arguments_alone() -> None:
+    base, over = {"a": {"b": 1, "c": [1]}}, {"a": {"b": 2}, "d": None}
+    assert merge(base, over) == {"a": {"b": 2, "c": [1]}, "d": None}
+    assert base == {"a": {"b": 1, "c": [1]}}
+    assert over == {"a": {"b": 2}, "d": None}
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "value"),
+    [
+        ("train.lr=3e-4", "lr", 3e-4),
+        ("train.lr=1E-3", "lr", 1e-3),
+        ("train.lr=.5", "lr", 0.5),
+        ("train.steps=1e6", "steps", 1_000_000),
+        ("train.steps=10_000", "steps", 10_000),
+        ("train.steps=", "steps", None),
+        ("train.steps=null", "steps", None),
+        ("train.amount=2e3", "amount", 2000),
+        ("train.amount=all", "amount", "all"),
+        ("train.layers=[4, 6]", "layers", (4, 6)),
+        ("train.name=a=b", "name", "a=b"),
+        ("train.name=1e5x", "name", "1e5x"),
+        (" train.name =x", None, None),
+    ],
+)
+def test_values_as_people_write_them(text: str, field: str | None, value: object) -> None:
+    if field is None:
+        with pytest.raises(SaeError, match="unknown key"):
+            train(text)
+    else:
+        assert getattr(train(text), field) == value
+
+
+def test_numbers_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("# mine\ntrain:\n  lr: 3e-4\n  steps: 1e3\n  name: e3\ntokenize:\n")
+    assert train(file=file) == Train(lr=3e-4, steps=1000, name="e3")
+    file.write_text("")
+    assert train(file=file) == Train()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train.lrr=1", "train.lrr: unknown key; did you mean 'lr'?"),
+        ("train.xyzzy=1", "train.xyzzy: unknown key; there are amount, layers, lr, name, rows, sae, steps, warmup"),
+        ("train.sae.kk=1", "train.sae.kk: unknown key; did you mean 'k'?"),
+        ("train.rows.skip=1", "train.rows.skip: unknown key; did you mean 'skip_first'?"),
+        ("trian.lr=1", "--set trian.lr=1: unknown section 'trian'; did you mean 'train'?"),
+        ("x.lr=1", "--set x.lr=1: unknown section 'x'; there are tokenize, harvest, train, eval"),
+        ("train.sae.arch=l3", "train.sae: input tag 'l3' found using 'arch' does not match any of the expected tags: "
+         "'topk', 'l1'"),
+        ("train.lr=-1", "train.lr = -1: input should be greater than 0"),
+        ("train.sae.k=0", "train.sae.k = 0: input should be greater than or equal to 1"),
+        ("train.sae.k=x", "train.sae.k = 'x': input should be a valid integer, unable to parse string as an integer"),
+        ("train.layers=[1,x]", "train.layers.1 = 'x': input should be a valid integer, unable to parse string as an "
+         "integer"),
+        ("train.amount=0", "train.amount = 0: input should be greater than or equal to 1; or input should be 'all'"),
+        ("train.warmup=2", "train: warmup = 2.0: is a share, 0 to 1"),
+        ("train.lr", "--set train.lr: write it as section.key=value, for example train.lr=3e-4"),
+        ("train=1", "--set train=1: write it as section.key=value, for example train.lr=3e-4"),
+        ("train..lr=1", "--set train..lr=1: write it as section.key=value, for example train.lr=3e-4"),
+        ("train.lr=[", "--set train.lr=[: the value is not YAML"),
+    ],
+)  # fmt: skip
+def test_mistakes(text: str, message: str) -> None:
+    """One line: the key as the user wrote it, the value, what is wrong, what to try."""
+    with pytest.raises(SaeError) as caught:
+        train(text)
+    assert str(caught.value) == message
+
+
+def test_a_key_of_the_other_architecture(preset: Path) -> None:
+    with pytest.raises(SaeError, match=r"train\.sae\.penalty: unknown key; there are arch, d_sae, k"):
+        train("train.sae.penalty=1", preset="small")
+    with pytest.raises(SaeError, match=r"train\.sae\.penalt: unknown key; did you mean 'penalty'\?"):
+        train("train.sae.arch=l1", "train.sae.penalt=1", preset="small")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"- a", "expected sections (tokenize, harvest, train, eval) with settings inside"),
+        (b"3", "expected sections (tokenize, harvest, train, eval) with settings inside"),
+        (b"lr: 3", "unknown section 'lr'; there are tokenize, harvest, train, eval"),
+        (b"train: 3", "section train should hold settings, not 3"),
+        (b"a: [", "is not YAML"),
+        (b"a:\tb: c", "is not YAML"),
+        (b"!!python/object/apply:os.getcwd []", "is not YAML"),
+        (b"\xff\xfe\x00\xd8", "is not UTF-8 text"),
+    ],
+)
+def test_files_that_are_none(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_bytes(content)
+    with pytest.raises(SaeError) as caught:
+        train(file=file)
+    assert message in str(caught.value)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(SaeError, match=r"--config .*none\.yaml: cannot be read \(No such file or directory\)"):
+        train(file=tmp_path / "none.yaml")
+
+
+def test_a_preset_that_is_not_there() -> None:
+    with pytest.raises(SaeError, match=f"--preset huge: no such preset; there are {', '.join(presets())}"):
+        train(preset="huge")
+
+
+def stages() -> dict[str, type[BaseModel]]:
+    """The settings of every stage."""
+    from pipeline.evaluate import EvalConfig
+    from pipeline.harvest import HarvestConfig
+    from pipeline.tokenize import TokenizeConfig
+    from pipeline.train import TrainConfig
+
+    return {"tokenize": TokenizeConfig, "harvest": HarvestConfig, "train": TrainConfig, "eval": EvalConfig}
+
+
+def test_every_preset_is_valid_for_every_stage() -> None:
+    assert {"tiny", "gpt2"} <= set(presets())
+    assert set(stages()) == set(SECTIONS)
+    for name in presets():
+        for section, settings in stages().items():
+            assert isinstance(resolve(section, settings, preset=name), settings)
+
+
+def test_the_gpt2_preset_writes_the_defaults_out() -> None:
+    """Its first line says so."""
+    assert "These are the defaults, written out." in (configs.FOLDER / "gpt2.yaml").read_text()
+    for section, settings in stages().items():
+        assert resolve(section, settings, preset="gpt2") == settings()
+
+
+def test_every_setting_says_what_it_is() -> None:
+    """The description of a field is its help."""
+    for settings in stages().values():
+        for name, field in settings.model_fields.items():
+            inner = isinstance(field.default, BaseModel)
+            assert field.description or inner, f"{settings.__name__}.{name}"
