@@ -64,7 +64,7 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def cases(args: argparse.Namespace, sample: Tensor) -> dict[str, saes.SAE]:
-    """The dictionaries to time: each architecture as it starts, TopK with dead latents, L1 once it has become sparse."""
+    """The dictionaries to time: each architecture as it starts, TopK with dead latents, L1 once it is sparse."""
 
     def fresh(arch: str) -> saes.SAE:
         sae = saes.create(saes.parse({"arch": arch, "d_sae": args.d_sae}), args.d_in)

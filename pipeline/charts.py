@@ -73,6 +73,17 @@ def steady(value: float) -> str:
     return f"{value:#.3g}".removesuffix(".") if 1e-3 <= abs(value) < 999.5 else number(value, 3)
 
 
+def percent(share: float) -> str:
+    """A share as a percentage with three digits."""
+    return f"{steady(100 * share)} %"
+
+
+def framed(title: str, drawn: str, size: str = "", keys: str = "") -> str:
+    """A chart as a figure of the page: `size` is "wide", "full" or nothing, `keys` the HTML of its legend."""
+    caption = f"<figcaption><b>{escape(title)}</b>{keys}<output></output></figcaption>"
+    return f'<figure class="chart {size}">{caption}{drawn}</figure>'
+
+
 def line_chart(
     series: Sequence[Series], *, label: str, x_label: str, ratios: bool = False, width: int = 540, height: int = 240
 ) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import pairwise
 
-from pipeline.charts import number, sparkline, steady, superscript
+from pipeline.charts import number, percent, sparkline, steady, superscript
 from pipeline.examples import Example, Feature, Features
 
 LEVELS = 8  # shades; classes a1 ... a8 of the style sheet
@@ -151,8 +151,3 @@ def _visible(text: str) -> str:
 
 def _hex(data: bytes) -> str:
     return f"<b>{data.hex(' ')}</b>" if data else "<b>∅</b>"
-
-
-def percent(share: float) -> str:
-    """A share as a percentage with three digits."""
-    return f"{steady(100 * share)} %"

@@ -85,12 +85,17 @@ class HarvestResult:
 
 def harvest(
     config: HarvestConfig, token_stores: list[TokenStore], root: Path, progress: Progress, *,
-    device: str = "auto", offline: bool = False, dry_run: bool = False, wait: bool = False,
+    model: LanguageModel | None = None, device: str = "auto", offline: bool = False, dry_run: bool = False,
+    wait: bool = False,
 ) -> HarvestResult:  # fmt: skip
-    """Make or continue one activation store for each point and token store (train, then validation)."""
-    model = LanguageModel.boot(
-        config.model, device=device, dtype=config.dtype, revision=config.revision, offline=offline
-    )
+    """Make or continue one activation store for each point and token store (train, then validation).
+
+    `model` is the language model `config` names, where the caller has booted it already.
+    """
+    if model is None:
+        model = LanguageModel.boot(
+            config.model, device=device, dtype=config.dtype, revision=config.revision, offline=offline
+        )
     points = [Point(layer, site) for layer in dict.fromkeys(config.layer) for site in dict.fromkeys(config.site)]
     for point in points:
         model.check(point)

@@ -23,13 +23,12 @@ from safetensors.numpy import load_file
 from cache.durable import write_atomic
 from cache.errors import DamagedStore
 from cache.runs import CONFIG, Run
-from pipeline.charts import Series, histogram, ladder, line_chart, number
-from pipeline.contexts import LEVELS, features_html, percent
+from pipeline.charts import Series, framed, line_chart, number
+from pipeline.contexts import LEVELS, features_html
 from pipeline.examples import Features
+from pipeline.scores import density_html, scores_html, tree
 
 EVALUATION, LATENTS, FEATURES = "eval/eval.json", "eval/latents.safetensors", "eval/features.json"
-BINS_PER_DECADE = 6
-MOST_ITEMS = 24  # of a list in the details; the JSON file has them all
 
 
 class Found(NamedTuple):
@@ -81,7 +80,7 @@ def read(run: Run) -> Found:
 def page(found: Found) -> str:
     """The whole page."""
     parts = [
-        ("numbers", "How good it is", _numbers(found)),
+        ("numbers", "How good it is", _scores(found)),
         ("training", "Training", _training(found)),
         ("density", "How often latents fire", _density(found)),
         ("latents", "What latents fire on", _latents(found)),
@@ -126,84 +125,17 @@ def _heading(found: Found) -> str:
     return f'<p class="eyebrow">Sparse dictionary report</p><h1>{escape(_place(found))}</h1><p class="lede">{text}</p>'
 
 
-class Figure(NamedTuple):
-    """A number of eval.json, its name, and what it means in one line."""
-
-    key: str
-    name: str
-    meaning: str
-
-
-FIGURES = (
-    Figure("fvu", "FVU", "share of the variance the reconstruction misses: 0 is perfect, 1 no better than the mean"),
-    Figure("explained_variance", "explained variance", "1 − FVU"),
-    Figure("l0", "L0", "latents active on a token, on average"),
-    Figure("dead_fraction", "dead latents", "share of latents that fired on none of the rows searched"),
-    Figure("ce_clean", "CE, model as it is", "next-token cross-entropy in nats on held-out text"),
-    Figure("ce_spliced", "CE, spliced", "the same with every activation at this site replaced by its reconstruction"),
-    Figure("ce_mean", "CE, mean-ablated", "replaced by the mean activation of the training rows"),
-    Figure("ce_zero", "CE, zero-ablated", "replaced by zero; so destructive that almost anything recovers most of it"),
-    Figure("ce_recovered_mean", "CE recovered, of mean", "share of mean ablation’s damage that splicing avoids"),
-    Figure("ce_recovered_zero", "CE recovered, of zero", "the same for zero ablation, the kinder yardstick"),
-    Figure("kl", "KL", "divergence in nats of the spliced model's predictions from its own"),
-    Figure("rows", "rows", "held-out activations the reconstruction was judged on"),
-    Figure("tokens", "tokens", "held-out tokens the cross-entropies were taken over"),
-)
-SHARES = {"dead_fraction", "ce_recovered_mean", "ce_recovered_zero", "explained_variance"}
-
-
-def _numbers(found: Found) -> str:
-    values = found.evaluation
-    if values is None:
+def _scores(found: Found) -> str:
+    if found.evaluation is None:
         return _missing(f"This run has not been judged yet: sae eval {found.name}")
-    cards = _card("Variance explained", values, "explained_variance", f"FVU {_shown(values, 'fvu')}")
-    cards += _card("Active per token", values, "l0", f"L0, of {found.sae['d_sae']:,} latents")
-    added = _difference(values, "ce_spliced", "ce_clean")
-    cards += _card("Loss recovered", values, "ce_recovered_mean", f"against mean ablation; splicing adds {added}")
-    cards += _card("Dead latents", values, "dead_fraction", _dead_window(values))
-    rows = "".join(
-        f'<tr><th scope="row">{f.name}</th><td class="n">{_shown(values, f.key)}</td><td>{f.meaning}</td></tr>'
-        for f in FIGURES
-        if f.key in values
-    )
-    details = values.get("details")
-    more = f"<details><summary>Details of the evaluation</summary>{tree(details)}</details>" if details else ""
-    about = "<p>Judged on documents the dictionary was never trained on.</p>"
-    return f'{about}<div class="cards">{cards}</div>{_losses_chart(found, values)}<table>{rows}</table>{more}'
-
-
-def _card(title: str, values: dict[str, Any], key: str, about: str) -> str:
-    return f'<div class="card"><h3>{title}</h3><strong>{_shown(values, key)}</strong><p>{about}</p></div>'
-
-
-def _dead_window(values: dict[str, Any]) -> str:
-    rows = (values.get("details") or {}).get("dead_rows", values.get("rows"))
-    return "never fired" if rows is None else f"never fired on {rows:,} rows"
-
-
-def _shown(values: dict[str, Any], key: str) -> str:
-    value = values.get(key)
-    if value is None:
-        return '<span title="not defined here">–</span>'
-    return percent(value) if key in SHARES else number(value)
-
-
-def _difference(values: dict[str, Any], key: str, base: str) -> str:
-    if values.get(key) is None or values.get(base) is None:
-        return "–"
-    return f"{values[key] - values[base]:+.3f} nats".replace("-", "−")
-
-
-def _losses_chart(found: Found, values: dict[str, Any]) -> str:
-    named = {"ce_clean": "as it is", "ce_spliced": "spliced", "ce_mean": "mean-ablated", "ce_zero": "zero-ablated"}
-    there = {key: name for key, name in named.items() if values.get(key) is not None}
-    if "ce_clean" not in there:
-        return ""
-    rungs = [(n, values[k], "" if k == "ce_clean" else _difference(values, k, "ce_clean")) for k, n in there.items()]
     vocabulary = found.recipe.get("tokens", {}).get("tokenizer", {}).get("n_vocab")
-    reference = ("guessing uniformly", math.log(vocabulary)) if vocabulary else None
-    chart = ladder(rungs, label="Cross-entropy in nats", reference=reference)
-    return f'<div class="charts">{_chart("Cross-entropy of the next token, nats", chart, "full")}</div><br>'
+    return scores_html(found.evaluation, found.sae["d_sae"], vocabulary)
+
+
+def _density(found: Found) -> str:
+    if found.density is None:
+        return _missing(f"Not counted yet: sae eval {found.name}")
+    return density_html(found.density, found.fired)
 
 
 def _training(found: Found) -> str:
@@ -244,36 +176,7 @@ def _lines(title: str, lines: dict[str, list[tuple[float, float]]], size: str = 
     keys = "".join(f'<span class="key s{i}">{escape(s.name)}</span>' for i, s in enumerate(series))
     width = 540 if size else 360
     drawn = line_chart(series, label=title, x_label="step", ratios=bool(size), width=width, height=240 if size else 200)
-    return _chart(title, drawn, size, keys if len(series) > 1 else "")
-
-
-def _chart(title: str, drawn: str, size: str, keys: str = "") -> str:
-    caption = f"<figcaption><b>{escape(title)}</b>{keys}<output></output></figcaption>"
-    return f'<figure class="chart {size}">{caption}{drawn}</figure>'
-
-
-def _density(found: Found) -> str:
-    if found.density is None:
-        return _missing(f"Not counted yet: sae eval {found.name}")
-    density = found.density
-    live = density[density > 0]
-    about = (
-        f"<p>Share of held-out rows on which each of {len(density):,} latents fires. "
-        f"{len(density) - len(live):,} never do"
-    )
-    if found.fired is not None and (elsewhere := int((found.fired & (density == 0)).sum())):
-        about += f" ({elsewhere:,} of them do on training rows)"
-    about += f"; {int((density > 0.1).sum()):,} fire on more than 10 %"
-    about += f"; the median live latent on {percent(float(np.median(live)))}.</p>" if len(live) else ".</p>"
-    bins: list[tuple[float, float, int]] = []
-    if len(live):
-        decades = max(1, math.ceil(-math.log10(live.min())))
-        edges = 10.0 ** (np.arange(decades * BINS_PER_DECADE + 1) / BINS_PER_DECADE - decades)
-        counts = np.histogram(live, edges)[0]
-        bins = [(float(a), float(b), int(n)) for a, b, n in zip(edges, edges[1:], counts, strict=False)]
-    drawn = histogram(bins, label="Latents by density", apart=("never", len(density) - len(live)))
-    title = "Latents by share of rows they fire on"
-    return f'{about}<div class="charts">{_chart(title, drawn, "full")}</div>'
+    return framed(title, drawn, size, keys if len(series) > 1 else "")
 
 
 def _latents(found: Found) -> str:
@@ -309,18 +212,3 @@ def _settings(found: Found) -> str:
 
 def _missing(text: str) -> str:
     return f'<p class="missing">{escape(text)}</p>'
-
-
-def tree(value: Any) -> str:
-    """Any JSON as nested definition lists."""
-    if isinstance(value, dict):
-        items = "".join(f"<dt>{escape(str(key))}</dt><dd>{tree(inner)}</dd>" for key, inner in value.items())
-        return f'<dl class="tree">{items}</dl>'
-    if isinstance(value, list):
-        shown = ", ".join(tree(item) for item in value[:MOST_ITEMS])
-        return shown + (f", … {len(value) - MOST_ITEMS:,} more" if len(value) > MOST_ITEMS else "")
-    if isinstance(value, float):
-        return number(value)
-    if isinstance(value, str):
-        return escape(value)
-    return f"{value:,}" if type(value) is int else "–" if value is None else json.dumps(value)

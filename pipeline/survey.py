@@ -1,8 +1,9 @@
 """One pass over cached rows: how often, how strongly and where every latent of a dictionary fires.
 
 Everything is kept for all latents at once, so that which ones to show can be decided afterwards, from what was seen.
-Memory is d_sae * (64 bins + 28 bytes * (top + sample)) beside one window's positions and one chunk's rows, however many
-rows are read. The price: a latent's examples are found by merging tables, so the whole table is in memory, not on disk.
+Memory is about 0.5 kB a latent for the histogram and 60 bytes for each of its top + sample entries (110 MB for 24,576
+latents and the defaults; merging takes as much again), beside one window's positions and one chunk's rows, however
+many rows are read.
 """
 
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from pipeline.progress import Progress
 from pipeline.saes import Latents
 
 BATCH_ROWS = 4096
+LEAST_WAITING = 1 << 18
 
 
 class Dictionary(Protocol):
@@ -72,6 +74,9 @@ class Best:
 
     Streaming loses nothing: a firing leaves the table only for `n` better ones (of other documents), and a document's
     best only ever rises. Equal scores are told apart by position, so the order of arrival does not matter.
+
+    What beats a latent's last entry waits until as much has come together as the table holds, and is then merged in:
+    each merge sorts the table, so merging every batch would cost more than encoding it.
     """
 
     def __init__(self, d_sae: int, n: int, *, one_per_document: bool) -> None:
@@ -80,21 +85,27 @@ class Best:
         self.value = np.zeros((d_sae, n), np.float32)
         self.position = np.full((d_sae, n), -1)
         self.document = np.zeros((d_sae, n), np.uint32)
+        self._waiting: list[tuple[np.ndarray, ...]] = []
+        self._many = max(LEAST_WAITING, d_sae * n)
 
     def update(
         self, latent: np.ndarray, score: np.ndarray, value: np.ndarray, position: np.ndarray, document: np.ndarray
     ) -> None:
         """Offer firings, each argument [n]."""
         good = score >= self.score[latent, -1]
-        if not good.any():
+        self._waiting.append((latent[good], score[good], value[good], position[good], document[good]))
+        if sum(len(columns[0]) for columns in self._waiting) >= self._many:
+            self._merge()
+
+    def _merge(self) -> None:
+        """Bring what waits into the table."""
+        if not self._waiting:
             return
-        touched = np.unique(latent[good])
-        kept = self.position[touched] >= 0
-        latent = np.concatenate([np.repeat(touched, kept.sum(1)), latent[good]])
-        score = np.concatenate([self.score[touched][kept], score[good]])
-        value = np.concatenate([self.value[touched][kept], value[good]])
-        position = np.concatenate([self.position[touched][kept], position[good]])
-        document = np.concatenate([self.document[touched][kept], document[good]])
+        there = self.position >= 0
+        old = np.nonzero(there)[0], self.score[there], self.value[there], self.position[there], self.document[there]
+        columns = [np.concatenate(parts) for parts in zip(old, *self._waiting, strict=True)]
+        self._waiting.clear()
+        latent, score, value, position, document = columns
         order = np.arange(len(latent))
         if self.one_per_document:
             order = np.lexsort((position, -score, document, latent))
@@ -109,6 +120,7 @@ class Best:
 
     def of(self, latent: int) -> list[tuple[float, int, int]]:
         """(value, position, document) of a latent's entries, best first."""
+        self._merge()
         there = self.position[latent] >= 0
         columns = self.value[latent][there], self.position[latent][there], self.document[latent][there]
         return list(zip(*(column.tolist() for column in columns), strict=True))

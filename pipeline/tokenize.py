@@ -100,7 +100,7 @@ def tokenize(
     with Encoder(config.tokenizer, tok, workers, offline) as encoder:
         for split in SPLITS if config.validation > 0 else SPLITS[:1]:
             wanted = config.tokens if split == "train" else config.validation_tokens
-            stores[split] = _tokenize_split(config, split, wanted, source, tok, encoder, root, progress)
+            stores[split] = tokenize_split(config, split, wanted, source, tok, encoder, root, progress)
     return TokenizeResult(stores)
 
 
@@ -117,10 +117,11 @@ def token_recipe(config: TokenizeConfig, source: TextSource, tok: Tokenizer, spl
     }
 
 
-def _tokenize_split(
+def tokenize_split(
     config: TokenizeConfig, split: str, wanted: Amount, source: TextSource, tok: Tokenizer,
     encoder: "Encoder", root: Path, progress: Progress,
 ) -> TokenStore:  # fmt: skip
+    """Make or continue the store of one split."""
     slug = "-".join([source.slug, tok.slug, str(config.context), *([split] if split != "train" else [])])
     with TokenWriter(root, slug, token_recipe(config, source, tok, split)) as writer:
         if writer.notice:
@@ -278,7 +279,7 @@ class Encoder:
     """Encodes blocks in this process or in worker processes, in order, a block ahead of the packing."""
 
     def __init__(self, spec: str, tok: Tokenizer, workers: int, offline: bool) -> None:
-        self._tokenizer = tok
+        self._tokenizer, self._workers = tok, workers
         self._pool = None
         if workers > 1:
             self._pool = ProcessPoolExecutor(workers, get_context("spawn"), _boot, (spec, offline))
@@ -289,6 +290,11 @@ class Encoder:
     def __exit__(self, *_: object) -> None:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
+
+    def warm_up(self) -> None:
+        """Start the workers now rather than at the first block."""
+        if self._pool:
+            list(self._pool.map(_encode, [[]] * self._workers))
 
     def blocks(self, blocks: Iterator[Block], skip: int) -> Iterator[tuple[Block, Iterator[np.ndarray]]]:
         """Each block with the tokens of its documents, the first `skip` documents of the first block left out."""

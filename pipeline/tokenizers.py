@@ -68,7 +68,7 @@ def tokenizer(spec: str, *, offline: bool = False) -> Tokenizer:
     Raises SaeError where there is none of that name, or it needs a network that is not there.
     """
     if spec == embedded.NAME:
-        return TiktokenTokenizer(_embedded())
+        return TiktokenTokenizer(embedded_encoding())
     if spec in _tiktoken_names():
         return TiktokenTokenizer(_from_tiktoken(spec, offline))
     if spec.startswith("hf:"):
@@ -200,7 +200,7 @@ def _sentence_piece(token: str) -> bytes:
 
 
 @functools.cache
-def _embedded() -> tiktoken.Encoding:
+def embedded_encoding() -> tiktoken.Encoding:
     import base64
 
     import tiktoken

@@ -53,21 +53,14 @@ def test_a_name_is_a_key_a_beginning_or_a_path(tmp_path: Path) -> None:
 
 def test_a_path_anywhere_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outside the cache, relative, or the folder one is in."""
-    moved = (
-        write_activations(tmp_path, ROWS)
-        .path.rename(tmp_path / "x")
-        .rename(tmp_path / find_name(write_activations(tmp_path / "again", ROWS)))
-    )
+    store = write_activations(tmp_path, ROWS)
+    moved = store.path.rename(tmp_path / store.key)
     monkeypatch.chdir(tmp_path)
     for name in (str(moved), moved.name):
         assert isinstance(catalogue.any_store(tmp_path / "nowhere", name), ActivationStore)
         assert find_rows(tmp_path / "nowhere", name).path == moved
     monkeypatch.chdir(moved)
     assert catalogue.any_store(tmp_path / "nowhere", ".").path == moved
-
-
-def find_name(store: ActivationStore) -> str:
-    return store.key
 
 
 def test_a_key_that_begins_another_key(tmp_path: Path) -> None:
@@ -82,7 +75,7 @@ def test_nothing_yet(tmp_path: Path) -> None:
         find_tokens(tmp_path)
     with pytest.raises(NotFound, match="there is nothing yet; run `sae tokenize`"):
         find_tokens(tmp_path, "gpt2")
-    with pytest.raises(NotFound, match="gpt2: no such store in .*; there is nothing yet"):
+    with pytest.raises(NotFound, match=r"gpt2: no such store in .*; there is nothing yet"):
         catalogue.any_store(tmp_path, "gpt2")
     assert catalogue.stores(tmp_path) == []
     assert catalogue.latest(tmp_path) == {}
@@ -115,7 +108,7 @@ def test_without_a_name_what_the_last_command_made(tmp_path: Path) -> None:
     catalogue.remove(one)
     assert find_rows(tmp_path).key == other.key
     (tmp_path / "latest.json").write_text("[")
-    with pytest.raises(DamagedStore, match="latest.json: is not the JSON that was written; remove the file"):
+    with pytest.raises(DamagedStore, match=r"latest\.json: is not the JSON that was written; remove the file"):
         find_rows(tmp_path)
 
 
@@ -140,9 +133,6 @@ def test_siblings(tmp_path: Path) -> None:
     found = catalogue.sibling_of(tmp_path, train, "validation")
     assert found is not None
     assert found.key == validation.key
-    beside = catalogue.sibling_of(tmp_path / "another", train, "validation")
-    assert beside is not None
-    assert beside.key == validation.key
 
 
 def test_removal(tmp_path: Path) -> None:
@@ -209,5 +199,5 @@ def test_runs(tmp_path: Path) -> None:
     assert catalogue.find_run(root, None).name == "a"
     assert catalogue.find_run(root, "c").name == "c"
     assert catalogue.find_run(tmp_path, str(root / "b")).name == "b"
-    with pytest.raises(NotFound, match="x: no such run in .*; there is b, a, c"):
+    with pytest.raises(NotFound, match=r"x: no such run in .*; there is b, a, c"):
         catalogue.find_run(root, "x")

@@ -13,11 +13,11 @@ from safetensors.numpy import save_file
 
 from cache.errors import DamagedStore
 from cache.runs import Run
-from pipeline import report
 from pipeline.charts import MOST_POINTS, Scale, Series, histogram, ladder, line_chart, number, steady
 from pipeline.contexts import pieces
 from pipeline.examples import Band, Bin, Example, Feature, Features, TokenCount
 from pipeline.report import write_report
+from pipeline.scores import density_html
 
 VOID = {"meta", "br", "input", "link", "img", "hr", "base"}
 NASTY = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</style><b>", "&amp;", "$body ${style}"]
@@ -250,8 +250,7 @@ def test_damage_is_named(tmp_path: Path, name: str) -> None:
 
 def test_density_bins_hold_every_latent() -> None:
     density = np.array([1.0, 0.1, 1e-6, 0.0, 3e-4])
-    found = report.Found("x", {}, [], None, density, None, None)
-    page = Page(report._density(found))
+    page = Page(density_html(density, None))
     counts = [int(text.split()[0]) for _, text in page.all("rect") if text]
     assert sum(counts) == 5
 
@@ -283,7 +282,7 @@ def test_every_byte_can_be_shown() -> None:
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (0, "0"), (1, "1"), (12345, "12,345"), (1234.56, "1,235"), (1.5e6, "1.5M"), (2.5e9, "2.5G"), (0.01234, "0.01234"),
+        (0, "0"), (1, "1"), (12345, "12,345"), (1234.56, "1,235"), (1.5e6, "1.5M"), (2.5e9, "2.5G"), (0.012, "0.012"),
         (3e-7, "3e-7"), (-0.5, "-0.5"), (100.0, "100"), (1e-12, "1e-12"),
     ],
 )  # fmt: skip

@@ -118,7 +118,7 @@ def test_the_finished_dictionary(run: Run) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DamagedStore, match="sae_weights.safetensors: damaged"):
+    with pytest.raises(DamagedStore, match=r"sae_weights\.safetensors: damaged"):
         run.load_weights()
 
 

@@ -23,9 +23,9 @@ def default_k(d: int) -> int:
 def auxk_loss(pre: Preactivations, dead: Tensor, k_aux: int, y: Tensor, y_hat: Tensor, table: Tensor) -> Tensor:
     """||e - e_hat||^2 over the variance of e, summed over the batch: a scalar of order 1, without its coefficient.
 
-    e is the residual y - y_hat [B, d_out], table W_dec [m, d_out]. e is taken as given (no gradient); e_hat decodes, without bias, the k_aux largest
-    of every row's ReLU'd pre-activations among the dead latents (bool [m]), or all of them where fewer are dead.
-    0 where none is dead or the residual is constant.
+    e is the residual y - y_hat [B, d_out], taken as given (no gradient). e_hat decodes through the table (W_dec
+    [m, d_out], no bias) the k_aux largest of every row's ReLU'd pre-activations among the dead latents (bool [m]), or
+    all of them where fewer are dead. 0 where none is dead or the residual is constant.
     """
     who = dead.nonzero().view(-1)
     k_aux = min(k_aux, who.numel())

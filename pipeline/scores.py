@@ -1,0 +1,128 @@
+"""What an evaluation found, as HTML: the figures with a line on each, the cross-entropies, how often latents fire."""
+
+import json
+import math
+from html import escape
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipeline.charts import framed, histogram, ladder, number, percent
+
+BINS_PER_DECADE = 6
+MOST_ITEMS = 24  # of a list in the details; the JSON file has them all
+
+
+class Figure(NamedTuple):
+    """A number of eval.json, its name, and what it means in one line."""
+
+    key: str
+    name: str
+    meaning: str
+
+
+FIGURES = (
+    Figure("fvu", "FVU", "share of the variance the reconstruction misses: 0 is perfect, 1 no better than the mean"),
+    Figure("explained_variance", "explained variance", "1 − FVU"),
+    Figure("l0", "L0", "latents active on a token, on average"),
+    Figure("dead_fraction", "dead latents", "share of latents that fired on none of the rows searched"),
+    Figure("ce_clean", "CE, model as it is", "next-token cross-entropy in nats on held-out text"),
+    Figure("ce_spliced", "CE, spliced", "the same with every activation at this site replaced by its reconstruction"),
+    Figure("ce_mean", "CE, mean-ablated", "replaced by the mean activation of the training rows"),
+    Figure("ce_zero", "CE, zero-ablated", "replaced by zero; so destructive that almost anything recovers most of it"),
+    Figure("ce_recovered_mean", "CE recovered, of mean", "share of mean ablation’s damage that splicing avoids"),
+    Figure("ce_recovered_zero", "CE recovered, of zero", "the same for zero ablation, the kinder yardstick"),
+    Figure("kl", "KL", "divergence in nats of the spliced model's predictions from its own"),
+    Figure("rows", "rows", "held-out activations the reconstruction was judged on"),
+    Figure("tokens", "tokens", "held-out tokens the cross-entropies were taken over"),
+)
+SHARES = {"dead_fraction", "ce_recovered_mean", "ce_recovered_zero", "explained_variance"}
+
+
+def scores_html(values: dict[str, Any], latents: int, vocabulary: int | None) -> str:
+    """`eval.json` of a dictionary of so many latents, for a model of so many tokens. A null is shown as undefined."""
+    cards = _card("Variance explained", values, "explained_variance", f"FVU {_shown(values, 'fvu')}")
+    cards += _card("Active per token", values, "l0", f"L0, of {latents:,} latents")
+    added = _difference(values, "ce_spliced", "ce_clean")
+    cards += _card("Loss recovered", values, "ce_recovered_mean", f"against mean ablation; splicing adds {added}")
+    cards += _card("Dead latents", values, "dead_fraction", _dead_window(values))
+    rows = "".join(
+        f'<tr><th scope="row">{f.name}</th><td class="n">{_shown(values, f.key)}</td><td>{f.meaning}</td></tr>'
+        for f in FIGURES
+        if f.key in values
+    )
+    details = values.get("details")
+    more = f"<details><summary>Details of the evaluation</summary>{tree(details)}</details>" if details else ""
+    about = "<p>Judged on documents the dictionary was never trained on.</p>"
+    return f'{about}<div class="cards">{cards}</div>{_losses(values, vocabulary)}<table>{rows}</table>{more}'
+
+
+def _card(title: str, values: dict[str, Any], key: str, about: str) -> str:
+    return f'<div class="card"><h3>{title}</h3><strong>{_shown(values, key)}</strong><p>{about}</p></div>'
+
+
+def _dead_window(values: dict[str, Any]) -> str:
+    rows = (values.get("details") or {}).get("dead_rows", values.get("rows"))
+    return "never fired" if rows is None else f"never fired on {rows:,} rows"
+
+
+def _shown(values: dict[str, Any], key: str) -> str:
+    value = values.get(key)
+    if value is None:
+        return '<span title="not defined here">–</span>'
+    return percent(value) if key in SHARES else number(value)
+
+
+def _difference(values: dict[str, Any], key: str, base: str) -> str:
+    if values.get(key) is None or values.get(base) is None:
+        return "–"
+    return f"{values[key] - values[base]:+.3f} nats".replace("-", "−")
+
+
+def _losses(values: dict[str, Any], vocabulary: int | None) -> str:
+    """The cross-entropies as bars, beside that of guessing every token alike."""
+    named = {"ce_clean": "as it is", "ce_spliced": "spliced", "ce_mean": "mean-ablated", "ce_zero": "zero-ablated"}
+    there = {key: name for key, name in named.items() if values.get(key) is not None}
+    if "ce_clean" not in there:
+        return ""
+    rungs = [(n, values[k], "" if k == "ce_clean" else _difference(values, k, "ce_clean")) for k, n in there.items()]
+    reference = ("guessing uniformly", math.log(vocabulary)) if vocabulary else None
+    chart = ladder(rungs, label="Cross-entropy in nats", reference=reference)
+    return f'<div class="charts">{framed("Cross-entropy of the next token, nats", chart, "full")}</div><br>'
+
+
+def density_html(density: np.ndarray, fired: np.ndarray | None) -> str:
+    """How many latents fire how often: density float64 [d_sae], and whether each ever fired, also elsewhere."""
+    live = density[density > 0]
+    about = (
+        f"<p>Share of held-out rows on which each of {len(density):,} latents fires. "
+        f"{len(density) - len(live):,} never do"
+    )
+    if fired is not None and (elsewhere := int((fired & (density == 0)).sum())):
+        about += f" ({elsewhere:,} of them do on training rows)"
+    about += f"; {int((density > 0.1).sum()):,} fire on more than 10 %"
+    about += f"; the median live latent on {percent(float(np.median(live)))}.</p>" if len(live) else ".</p>"
+    bins: list[tuple[float, float, int]] = []
+    if len(live):
+        decades = max(1, math.ceil(-math.log10(live.min())))
+        edges = 10.0 ** (np.arange(decades * BINS_PER_DECADE + 1) / BINS_PER_DECADE - decades)
+        counts = np.histogram(live, edges)[0]
+        bins = [(float(a), float(b), int(n)) for a, b, n in zip(edges, edges[1:], counts, strict=False)]
+    drawn = histogram(bins, label="Latents by density", apart=("never", len(density) - len(live)))
+    title = "Latents by share of rows they fire on"
+    return f'{about}<div class="charts">{framed(title, drawn, "full")}</div>'
+
+
+def tree(value: Any) -> str:
+    """Any JSON as nested definition lists."""
+    if isinstance(value, dict):
+        items = "".join(f"<dt>{escape(str(key))}</dt><dd>{tree(inner)}</dd>" for key, inner in value.items())
+        return f'<dl class="tree">{items}</dl>'
+    if isinstance(value, list):
+        shown = ", ".join(tree(item) for item in value[:MOST_ITEMS])
+        return shown + (f", … {len(value) - MOST_ITEMS:,} more" if len(value) > MOST_ITEMS else "")
+    if isinstance(value, float):
+        return number(value)
+    if isinstance(value, str):
+        return escape(value)
+    return f"{value:,}" if type(value) is int else "–" if value is None else json.dumps(value)

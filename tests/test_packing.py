@@ -1,0 +1,299 @@
+"""Documents -> contexts: nothing lost, nothing doubled, and the same bytes however often it was interrupted."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_stores import files, few, shrunk, some
+
+from cache.errors import SaeError
+from cache.tokens import TokenStore
+from pipeline import tokenize as stage
+from pipeline.progress import Silent
+from pipeline.sources.base import Indexed
+from pipeline.tokenize import Packer, Place, TokenizeConfig, tokenize
+
+BEGIN = 0
+documents_st = st.lists(st.integers(1, 40), max_size=30)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small() -> Iterator[None]:
+    with shrunk() as patch:
+        patch.setattr(stage, "BLOCK_DOCUMENTS", 7)
+        patch.setattr(stage, "PIECE_CHARACTERS", 50)
+        yield
+
+
+# --- the packer -------------------------------------------------------------------------------------------------------
+
+
+def documents_of(lengths: list[int]) -> list[np.ndarray]:
+    """Documents of these lengths whose tokens are all different, the begin token first."""
+    made, first = [], 1
+    for length in lengths:
+        made.append(np.array([BEGIN, *range(first, first + length - 1)], np.uint32))
+        first += length - 1
+    return made
+
+
+def place_of(document: int, token: int = 0) -> Place:
+    return Place(None, 0, document, token, document)
+
+
+def packed_whole(documents: list[np.ndarray], context: int, packing: str) -> list[tuple[list[int], list[int], int]]:
+    """Every context by the definition: (tokens, documents, length)."""
+    if packing == "concat":
+        tokens = [int(t) for document in documents for t in document]
+        owner = [i for i, document in enumerate(documents) for _ in document]
+        ends = range(context, len(tokens) + 1, context)
+        return [(tokens[end - context : end], owner[end - context : end], context) for end in ends]
+    contexts = []
+    for number, document in enumerate(documents):
+        for start in range(0, len(document), context):
+            piece = document[start : start + context].tolist()
+            if len(piece) > 1:
+                padded = piece + [BEGIN] * (context - len(piece))
+                contexts.append((padded, [number] * context, len(piece)))
+    return contexts
+
+
+def as_contexts(arrays: dict[str, np.ndarray]) -> list[tuple[list[int], list[int], int]]:
+    tokens, document, length = arrays["tokens"], arrays["document"], arrays["length"]
+    return [(tokens[i].tolist(), document[i].tolist(), int(length[i])) for i in range(len(tokens))]
+
+
+@some
+@given(documents_st, st.integers(2, 12), st.sampled_from(["concat", "document"]), st.data())
+def test_any_way_of_taking_gives_the_same(lengths: list[int], context: int, packing: str, data: Any) -> None:
+    """Documents arrive one by one and contexts leave in pieces of any size; all agree with the definition."""
+    documents = documents_of(lengths)
+    expected = packed_whole(documents, context, packing)
+    packer = Packer(context, packing, BEGIN)
+    found = []
+    for number, document in enumerate(documents):
+        packer.add(document, place_of(number))
+        if packer.contexts and data.draw(st.booleans()):
+            found += as_contexts(packer.take(data.draw(st.integers(1, packer.contexts)))[0])
+    assert packer.contexts == len(expected) - len(found)
+    if packer.contexts:
+        found += as_contexts(packer.take(packer.contexts)[0])
+    assert found == expected
+    assert packer.contexts == 0
+
+
+@some
+@given(documents_st, st.integers(2, 12), st.sampled_from(["concat", "document"]), st.data())
+def test_the_place_after_a_window_continues_it(lengths: list[int], context: int, packing: str, data: Any) -> None:
+    """A packer that begins at the place another one gave makes the rest."""
+    documents = documents_of(lengths)
+    expected = packed_whole(documents, context, packing)
+    if not expected:
+        return
+    packer = Packer(context, packing, BEGIN)
+    for number, document in enumerate(documents):
+        packer.add(document, place_of(number))
+    taken = data.draw(st.integers(1, len(expected)))
+    found, place = packer.take(taken)
+    assert as_contexts(found) == expected[:taken]
+    resumed = Packer(context, packing, BEGIN)
+    resumed.add(documents[place.document][place.token :], place)
+    for number in range(place.document + 1, len(documents)):
+        resumed.add(documents[number], place_of(number))
+    assert resumed.contexts == len(expected) - taken
+    if resumed.contexts:
+        assert as_contexts(resumed.take(resumed.contexts)[0]) == expected[taken:]
+
+
+# --- the stage --------------------------------------------------------------------------------------------------------
+
+
+class Letters:
+    """A tokenizer of one token a character, without a pool."""
+
+    slug, n_vocab, begin = "letters", 128, BEGIN
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode("ascii"), np.uint8).astype(np.uint32) for text in texts]
+
+    def vocabulary(self) -> list[bytes]:
+        return [bytes([i]) for i in range(128)]
+
+    def recipe(self) -> dict[str, Any]:
+        return {"name": "letters"}
+
+
+class Texts:
+    """A source of given texts that counts how often it was read."""
+
+    slug = "texts"
+
+    def __init__(self, texts: list[str]) -> None:
+        self.texts = texts
+
+    def recipe(self) -> dict[str, Any]:
+        return {"kind": "texts"}
+
+    def open(self, state: dict[str, Any] | None = None) -> Indexed:
+        return Indexed(self.texts, state)
+
+
+def texts_of(n: int, seed: int = 0) -> list[str]:
+    random = np.random.default_rng(seed)
+    return [
+        "".join(random.choice(list("abcdefgh "), int(random.integers(0, 60)))) + f"{number:04d}" for number in range(n)
+    ]
+
+
+@pytest.fixture
+def texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    made = texts_of(400)
+    monkeypatch.setattr(stage, "text_source", lambda *_, **__: Texts(made))
+    monkeypatch.setattr(stage, "tokenizer", lambda *_, **__: Letters())
+    return made
+
+
+def config(**settings: Any) -> TokenizeConfig:
+    defaults = {"context": 8, "tokens": "all", "validation_tokens": "all", "validation": 0.2}
+    return TokenizeConfig(**{**defaults, **settings})
+
+
+def documents_in(store: TokenStore) -> list[str]:
+    """Texts of a store from its tokens, document numbers and lengths; the last one may be cut off by the end."""
+    tokens, owner = store.contexts(0, store.n_contexts), store.document_ids(0, store.n_contexts)
+    real = np.arange(store.context_length) < store.lengths(0, store.n_contexts)[:, None]
+    tokens, owner = tokens[real], owner[real]
+    assert sorted(owner.tolist()) == owner.tolist()
+    found = []
+    for number in range(int(owner[-1]) + 1):
+        ids = tokens[owner == number]
+        assert ids[0] == BEGIN
+        assert BEGIN not in ids[1:]
+        found.append(bytes(ids[1:].astype(np.uint8)).decode("ascii"))
+    return found
+
+
+@pytest.mark.parametrize("packing", ["concat", "document"])
+def test_every_document_is_in_one_split(tmp_path: Path, texts: list[str], packing: str) -> None:
+    stores = tokenize(config(packing=packing), tmp_path, Silent()).stores
+    found = {split: documents_in(store) for split, store in stores.items()}
+    assert len(found["validation"]) > 20
+    if packing == "document":
+        # a last token by itself, in a context of its own, is left out
+        whole = {text if len(text) % 8 else text[:-1] for text in texts}
+        assert sorted(found["train"] + found["validation"]) == sorted(whole)
+    else:
+        for documents in found.values():
+            assert set(documents[:-1]) <= set(texts)
+            assert any(text.startswith(documents[-1]) for text in texts)
+        assert len(texts) - 2 <= len(found["train"] + found["validation"]) <= len(texts)
+    assert not set(found["train"][:-1]) & set(found["validation"][:-1])
+    assert found["train"] != [text for text in texts if text in found["train"]]  # shuffled
+    assert all(store.closed for store in stores.values())
+
+
+@pytest.mark.parametrize("packing", ["concat", "document"])
+def test_resuming_at_every_window_gives_the_same_bytes(tmp_path: Path, texts: list[str], packing: str) -> None:
+    whole = tokenize(config(packing=packing), tmp_path / "whole", Silent()).stores["train"]
+    assert len(whole.manifest.windows) > 4
+    for window in whole.manifest.windows:
+        stores = tokenize(config(packing=packing, tokens=window.stop * 8), tmp_path / "parts", Silent()).stores
+        assert stores["train"].n_contexts == window.stop
+    stores = tokenize(config(packing=packing), tmp_path / "parts", Silent()).stores
+    assert files(stores["train"].path) == files(whole.path)
+    before = files(whole.path)
+    assert (
+        tokenize(config(packing=packing), tmp_path / "whole", Silent()).stores["train"].n_contexts == whole.n_contexts
+    )
+    assert files(whole.path) == before
+
+
+@pytest.mark.parametrize("packing", ["concat", "document"])
+def test_killed_between_windows(
+    tmp_path: Path, texts: list[str], packing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after any commit, the last one among them: the next call ends with the same bytes, closed."""
+    whole = tokenize(config(packing=packing), tmp_path / "whole", Silent()).stores["train"]
+    append = stage.TokenWriter.append
+    for last in range(len(whole.manifest.windows)):
+        root = tmp_path / str(last)
+
+        def append_or_die(self: Any, arrays: Any, notes: Any, last: int = last) -> Any:
+            window = append(self, arrays, notes)
+            if window.index == last:
+                raise KeyboardInterrupt
+            return window
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(stage.TokenWriter, "append", append_or_die)
+            tokenize(config(packing=packing, validation=0), root, Silent())
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(stage.TokenWriter, "append", append_or_die)
+            tokenize(config(packing=packing), root, Silent())
+        assert files(tokenize(config(packing=packing), root, Silent()).stores["train"].path) == files(whole.path)
+
+
+@few
+@given(st.integers(1, 3000), st.integers(2, 40))
+def test_what_is_asked_for_is_rounded_up(tmp_path_factory: Any, tokens: int, context: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "text_source", lambda *_, **__: Texts(texts_of(400)))
+        patch.setattr(stage, "tokenizer", lambda *_, **__: Letters())
+        settings = config(tokens=tokens, context=context, validation=0)
+        store = tokenize(settings, tmp_path_factory.mktemp("asked"), Silent()).stores["train"]
+    available = sum(map(len, texts_of(400))) + 400
+    contexts = min(store.windows.round_up(-(-tokens // context)), available // context)
+    assert store.n_contexts == contexts
+    assert store.complete
+    assert store.n_tokens == contexts * context
+
+
+def test_a_larger_validation_share_is_another_store(tmp_path: Path, texts: list[str]) -> None:
+    keys = [tokenize(config(**one), tmp_path, Silent()).stores["train"].key for one in (
+        {}, {"validation": 0.3}, {"seed": 1}, {"packing": "document"}, {"context": 9},
+    )]  # fmt: skip
+    assert len(set(keys)) == len(keys)
+    assert tokenize(config(tokens=8), tmp_path, Silent()).stores["train"].key == keys[0]  # how many is no identity
+
+
+def test_no_validation_at_all(tmp_path: Path, texts: list[str]) -> None:
+    stores = tokenize(config(validation=0), tmp_path, Silent()).stores
+    assert list(stores) == ["train"]
+    assert len(documents_in(stores["train"])) >= len(texts) - 1
+
+
+def test_too_little_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "tokenizer", lambda *_, **__: Letters())
+    monkeypatch.setattr(stage, "text_source", lambda *_, **__: Texts(["abc"]))
+    with pytest.raises(SaeError, match="holds less than one context of 8 tokens; try a smaller --context"):
+        tokenize(config(validation=0), tmp_path, Silent())
+    monkeypatch.setattr(stage, "text_source", lambda *_, **__: Texts(["abcdefghijklmn"]))
+    with pytest.raises(SaeError, match="no document fell to the validation split"):
+        tokenize(config(validation=0.0001), tmp_path, Silent())
+
+
+def test_the_vocabulary_is_kept(tmp_path: Path, texts: list[str]) -> None:
+    assert tokenize(config(), tmp_path, Silent()).stores["train"].vocabulary() == Letters().vocabulary()
+
+
+def test_documents_are_numbered_in_store_order(tmp_path: Path, texts: list[str]) -> None:
+    store = tokenize(config(), tmp_path, Silent()).stores["train"]
+    owner = store.document_ids(0, store.n_contexts).flatten().tolist()
+    assert {after - before for before, after in pairwise(owner)} == {0, 1}
+    assert owner[0] == 0
+
+
+@pytest.mark.slow
+def test_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded tokenizer in this process and in two others."""
+    monkeypatch.setattr(stage, "text_source", lambda *_, **__: Texts(texts_of(300)))
+    settings = config(tokenizer="tiny")
+    alone = tokenize(settings, tmp_path / "one", Silent(), workers=1).stores
+    together = tokenize(settings, tmp_path / "two", Silent(), workers=2).stores
+    for split, store in alone.items():
+        assert files(together[split].path) == files(store.path)
