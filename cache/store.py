@@ -12,7 +12,8 @@ Readers see committed windows only, and never a byte that does not match its che
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
@@ -32,6 +33,7 @@ FORMAT = 1
 RECIPE = "recipe.json"
 REQUEST = "request.json"
 HINTS = "hints.json"
+WRITERS = 8  # files encoded and flushed side by side
 
 
 class Store:
@@ -250,9 +252,14 @@ class Writer:
         rows = counts.pop()
         assert 0 < rows <= stop - start and not self.store.closed, (rows, start, stop)
         assert start == self.store.n_rows, "only the last window of a closed store may be short"
-        files: dict[str, tuple[int, str]] = {}
-        for name, values in arrays.items():
-            files |= self._write(self.store.arrays[name], values, start)
+        specs = self.store.arrays
+        files = self._write(
+            [
+                (file, specs[name].encode, part)
+                for name, values in arrays.items()
+                for file, part in _chunks(specs[name], values, start)
+            ]
+        )
         window = Window(index, start, start + rows, files, notes)
         manifest.commit(self.path, window)
         self._published()
@@ -263,21 +270,27 @@ class Writer:
         manifest.close(self.path, self.store.n_rows)
         self._published()
 
-    def _write(self, spec: ArraySpec, values: np.ndarray, start: int) -> dict[str, tuple[int, str]]:
-        first = start // spec.chunk_rows if spec.grows else 0
-        files = {}
-        for offset in range(0, len(values), spec.chunk_rows):
-            name = spec.chunk_file(first + offset // spec.chunk_rows)
-            data = spec.encode(values[offset : offset + spec.chunk_rows])
+    def _write(
+        self, files: Sequence[tuple[str, Callable[[np.ndarray], bytes], np.ndarray]]
+    ) -> dict[str, tuple[int, str]]:
+        """Encode and write files by (name, encoder, rows), side by side: flushing to the disk is mostly waiting."""
+
+        def write(file: tuple[str, Callable[[np.ndarray], bytes], np.ndarray]) -> tuple[str, tuple[int, str]]:
+            name, encode, rows = file
+            data = encode(rows)
             write_atomic(self.path / name, data)
-            files[name] = (len(data), checksum(data))
-        return files
+            return name, (len(data), checksum(data))
+
+        with ThreadPoolExecutor(WRITERS) as pool:
+            return dict(pool.map(write, files))
 
     def _published(self) -> None:
+        """Take up what the manifest now says, and bring the Zarr metadata to it."""
         self.store = self.store.refreshed()
-        for name, data in self.store.metadata().items():
-            if not (self.path / name).exists() or (self.path / name).read_bytes() != data:
-                write_atomic(self.path / name, data)
+        stale = [(n, d) for n, d in self.store.metadata().items() if not _holds(self.path / n, d)]
+        with ThreadPoolExecutor(WRITERS) as pool:
+            for done in [pool.submit(write_atomic, self.path / name, data) for name, data in stale]:
+                done.result()
 
     def _heal(self) -> None:
         """Remove what a crash left half done: temporary files, chunks no manifest line lists, stale metadata."""
@@ -287,6 +300,17 @@ class Writer:
             if name.endswith(PARTIAL) or ("/c/" in name and name not in listed):
                 path.unlink()
         self._published()
+
+
+def _chunks(spec: ArraySpec, values: np.ndarray, start: int) -> Iterator[tuple[str, np.ndarray]]:
+    """(file, rows) of every chunk of an array's new rows, the first of which is row `start`."""
+    first = start // spec.chunk_rows if spec.grows else 0
+    for i in range(-(-len(values) // spec.chunk_rows)):
+        yield spec.chunk_file(first + i), values[i * spec.chunk_rows : (i + 1) * spec.chunk_rows]
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    return path.exists() and path.read_bytes() == data
 
 
 def read_head(path: Path, kind: str | None = None) -> dict[str, Any]:

@@ -80,7 +80,8 @@ def percent(share: float) -> str:
 
 def framed(title: str, drawn: str, size: str = "", keys: str = "") -> str:
     """A chart as a figure of the page: `size` is "wide", "full" or nothing, `keys` the HTML of its legend."""
-    caption = f"<figcaption><b>{escape(title)}</b>{keys}<output></output></figcaption>"
+    hover = "<output></output>" if "data-hover" in drawn else ""
+    caption = f"<figcaption><b>{escape(title)}</b>{keys}{hover}</figcaption>"
     return f'<figure class="chart {size}">{caption}{drawn}</figure>'
 
 
@@ -141,12 +142,11 @@ def sparkline(counts: Sequence[int], label: str, width: int = 168, height: int =
 
 
 def ladder(
-    rungs: Sequence[tuple[str, float, str]], *, label: str, reference: tuple[str, float] | None = None,
-    width: int = 1120,
-) -> str:  # fmt: skip
+    rungs: Sequence[tuple[str, float, str]], *, label: str, reference: tuple[str, float] | None = None, width: int = 640
+) -> str:
     """Horizontal bars from 0: (name, value, remark), and a dashed line at a reference value."""
     high = max([value for _, value, _ in rungs] + ([reference[1]] if reference else [])) * 1.02
-    x = Scale(0, high, 130, width - 190, False)
+    x = Scale(0, high, 112, width - 130, False)
     height = 34 * len(rungs) + (26 if reference else 4)
     body = ""
     if reference:
@@ -155,12 +155,12 @@ def ladder(
         body += _text(x(value), height - 4, f"{name} {value:.3f}", "middle")
     for i, (name, value, remark) in enumerate(rungs):
         top = 34 * i + 4
-        body += _text(120, top + 18, name, "end", "name")
-        body += f'<rect class="bar rung{i}" x="130" y="{top}" width="{_n(x(value) - 130)}" height="26" rx="2"></rect>'
+        body += _text(104, top + 18, name, "end", "name")
+        body += f'<rect class="bar rung{i}" x="112" y="{top}" width="{_n(x(value) - 112)}" height="26" rx="2"></rect>'
         body += _text(x(value) + 8, top + 18, f"{value:.3f}", "start", "value")
-        body += _text(x(value) + 62, top + 18, remark, "start")
+        body += _text(x(value) + 58, top + 18, remark, "start")
     described = ", ".join(f"{name} {value:.3f}" for name, value, _ in rungs)
-    return _svg(body, f"{label}: {described}", width, height)
+    return _svg(body, f"{label}: {described}", width, height, kind="ladder")
 
 
 def superscript(power: int) -> str:
@@ -251,8 +251,9 @@ def _text(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> str
     return f'<text class="{kind}" x="{_n(x)}" y="{_n(y)}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _svg(body: str, label: str, width: float, height: float, hover: str | None = None) -> str:
+def _svg(body: str, label: str, width: float, height: float, hover: str | None = None, kind: str = "") -> str:
     data = f' data-hover="{escape(hover)}"' if hover else ""
+    data += f' class="{kind}"' if kind else ""
     return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}"{data}>{body}</svg>'
 
 

@@ -134,7 +134,10 @@ def boot(store: ActivationStore, model: str | None, device: str, offline: bool) 
     found = LanguageModel.boot(name, device=device, dtype=wanted["dtype"], revision=wanted["revision"], offline=offline)
     differs = [key for key, value in found.recipe().items() if key != "model" and wanted[key] != value]
     if differs:
-        raise SaeError(f"--model {name}: differs from the model {store.key} was harvested from in {', '.join(differs)}; give that model, or harvest again")
+        raise SaeError(
+            f"--model {name}: its {', '.join(differs)} differ from those {store.key} was harvested with; "
+            "give that model, or harvest again"
+        )
     return found
 
 

@@ -12,7 +12,7 @@ run continues there and ends with the same bytes.
 
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cache.errors import SaeError
 from cache.identity import Recipe
+from cache.manifest import Window
 from cache.tokens import TokenStore, TokenWriter
 from pipeline.progress import Progress
 from pipeline.sources import TextSource, is_validation, text_source
@@ -173,18 +174,34 @@ def _fill(
     writer.request(target if target is not None else 1 << 62)
     documents = _encoded_documents(_blocks(config, split, source, place), place, encoder, tok.begin)
     packer = Packer(config.context, config.packing, tok.begin)
-    while target is None or writer.store.n_contexts < target:
-        start, stop = writer.store.windows.bounds(len(writer.store.manifest.windows))
-        while packer.contexts < stop - start and (item := next(documents, None)) is not None:
-            packer.add(*item)
-        ended = packer.contexts < stop - start
-        if packer.contexts:
-            arrays, place = packer.take(min(packer.contexts, stop - start))
-            writer.append(arrays, {"next": place._asdict()})
-            progress.advance(arrays["tokens"].size, documents=place.documents)
-        if ended:
-            writer.close()
-            return
+    number, contexts = len(windows), writer.store.n_contexts
+    # A window is compressed and flushed while the next one is being encoded; at most one is under way.
+    with ThreadPoolExecutor(1) as committing:
+        under_way: Future[Window] | None = None
+        while target is None or contexts < target:
+            start, stop = writer.store.windows.bounds(number)
+            while packer.contexts < stop - start and (item := next(documents, None)) is not None:
+                packer.add(*item)
+            ended = packer.contexts < stop - start
+            _committed(under_way, writer, progress)
+            under_way = None
+            if packer.contexts:
+                arrays, place = packer.take(min(packer.contexts, stop - start))
+                under_way = committing.submit(writer.append, arrays, {"next": place._asdict()})
+                number, contexts = number + 1, contexts + len(arrays["tokens"])
+            if ended:
+                break
+        _committed(under_way, writer, progress)
+    if target is None or contexts < target:
+        writer.close()
+
+
+def _committed(window: Future[Window] | None, writer: TokenWriter, progress: Progress) -> None:
+    """Wait until a window is on the disk, then report it."""
+    if window is not None:
+        done = window.result()
+        tokens = (done.stop - done.start) * writer.store.context_length
+        progress.advance(tokens, documents=done.notes["next"]["documents"])
 
 
 def _blocks(config: TokenizeConfig, split: str, source: TextSource, place: Place) -> Iterator[Block]:
@@ -228,18 +245,14 @@ class Packer:
         self.contexts = 0  # whole contexts that `take` can give
 
     def add(self, tokens: np.ndarray, place: Place) -> None:
-        if not len(tokens):
-            return
-        self._held.append((tokens, place))
-        self._tokens += len(tokens)
-        self.contexts = (
-            self._tokens // self.context if self.packing == "concat" else self.contexts + self._pieces(len(tokens))
-        )
-
-    def _pieces(self, tokens: int) -> int:
-        """Contexts of one document by itself; a last piece of a single token has nothing to predict and is left out."""
-        whole, rest = divmod(tokens, self.context)
-        return whole + (rest > 1)
+        """Take in what is left of a document from `place` on."""
+        if self.packing == "document" and len(tokens) % self.context == 1:
+            tokens = tokens[:-1]  # a last context of one token has nothing to predict
+        if len(tokens):
+            self._held.append((tokens, place))
+            self._tokens += len(tokens)
+            pieces = -(-len(tokens) // self.context)
+            self.contexts = self._tokens // self.context if self.packing == "concat" else self.contexts + pieces
 
     def take(self, contexts: int) -> tuple[dict[str, np.ndarray], Place]:
         """Arrays of the next `contexts` contexts, and the place of the context after them."""
@@ -250,29 +263,23 @@ class Packer:
         filled = 0
         while filled < len(tokens):
             held, place = self._held.popleft()
-            if self.packing == "document" and len(held) == 1:
-                self._tokens -= 1
-                continue
             used = min(len(held), len(tokens) - filled)
             tokens[filled : filled + used] = held[:used]
             document[filled : filled + used] = place.documents
             filled += used
             self._tokens -= used
-            last = place._replace(token=place.token + used)
+            after = place._replace(token=place.token + used)
             if used < len(held):
-                if not (self.packing == "document" and len(held) - used == 1):
-                    self._held.appendleft((held[used:], last))
-                else:
-                    self._tokens -= 1
-            elif self.packing == "document" and used % self.context:
-                short = self.context - used % self.context
-                document[filled : filled + short] = place.documents
-                length[filled // self.context] = used % self.context
-                filled += short
+                self._held.appendleft((held[used:], after))
+            elif self.packing == "document" and filled % self.context:
+                length[filled // self.context] = filled % self.context
+                padded = self.context - filled % self.context
+                document[filled : filled + padded] = place.documents
+                filled += padded
         self.contexts = self._tokens // self.context if self.packing == "concat" else self.contexts - contexts
         shape = (contexts, self.context)
-        next_place = self._held[0][1] if self._held else last
-        return {"tokens": tokens.reshape(shape), "document": document.reshape(shape), "length": length}, next_place
+        arrays = {"tokens": tokens.reshape(shape), "document": document.reshape(shape), "length": length}
+        return arrays, self._held[0][1] if self._held else after
 
 
 class Encoder:

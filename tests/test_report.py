@@ -13,8 +13,9 @@ from safetensors.numpy import save_file
 
 from cache.errors import DamagedStore
 from cache.runs import Run
+from pipeline import report
 from pipeline.charts import MOST_POINTS, Scale, Series, histogram, ladder, line_chart, number, steady
-from pipeline.contexts import pieces
+from pipeline.contexts import LEVELS, pieces
 from pipeline.examples import Band, Bin, Example, Feature, Features, TokenCount
 from pipeline.report import write_report
 from pipeline.scores import density_html
@@ -197,6 +198,24 @@ def test_nothing_is_requested(text: str, page: Page) -> None:
     assert all(str(a["href"]).startswith("#") for a, _ in page.all("a"))
     policies = [a["content"] for a, _ in page.all("meta") if a.get("http-equiv")]
     assert len(policies) == 1 and str(policies[0]).startswith("default-src 'none'; style-src 'unsafe-inline'; script")
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_can_be_read_on_its_ground(dark: bool) -> None:
+    """WCAG 2 contrast of at least 4.5 for every text colour, in both schemes."""
+    style = (Path(report.__file__).parent / "report.css").read_text("utf-8")
+    light, at_night = style.split("@media (prefers-color-scheme: dark)")
+    colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", at_night if dark else light))
+
+    def luminance(name: str) -> float:
+        parts = [int(colours[name][i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    pairs = [(text, ground) for text in ("ink", "soft", "faint", "accent") for ground in ("paper", "card")]
+    for text, ground in [*pairs, *(("on", f"a{level}") for level in range(1, LEVELS + 1))]:
+        high, low = sorted((luminance(text), luminance(ground)), reverse=True)
+        assert (high + 0.05) / (low + 0.05) >= 4.5, (text, ground)
 
 
 def test_same_run_same_bytes(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from pydantic import BaseModel, ValidationError
 from saes_kit import CASES, B, D, M, batches, made, one_thread, settings, train
 from torch import Tensor
@@ -179,6 +180,20 @@ def test_whole_steps_equal_those_of_a_dense_twin(
             gradients += [p.grad.clone() for p in sae.parameters() if p.grad is not None]
         results.append([*gradients, *sae.state_dict().values()])
     torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-11)
+
+
+def test_under_autocast_the_loss_and_gradients_stay_close_and_float32(config: saes.Config) -> None:
+    sae, x = made(config), next(batches(None, 1))[0]
+    sae.loss(x).total.backward()
+    full = [p.grad.clone() for p in sae.parameters() if p.grad is not None]
+    sae.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = sae.loss(x)
+    losses.total.backward()
+    torch.testing.assert_close(losses.total, sae.loss(x).total, rtol=0.05, atol=0)
+    for parameter, expected in zip(sae.parameters(), full, strict=True):
+        assert parameter.grad is not None and parameter.grad.dtype == torch.float32
+        assert F.cosine_similarity(parameter.grad.flatten(), expected.flatten(), dim=0) > 0.95
 
 
 def test_unit_rows_after_every_step_and_in_what_is_saved(config: saes.Config, d_out: int | None) -> None:

@@ -28,7 +28,7 @@ SITES = {
 }
 # Logits are made for this many (row, token) pairs at a time: below the 32 MiB where the CPU allocator slows down,
 # and large enough to fill a GPU.
-_LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**27}
+_LOGITS_AT_ONCE = {"cpu": 2**23 - 1, "cuda": 2**27}
 
 Replacement = Callable[..., Tensor]
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, TypeAdapter
 
-from .base import ARCHITECTURES, SAE, Losses, register
+from .base import ARCHITECTURES, SAE, register
 from .config import FINISHED, Clock, Config
 from .latents import Latents
+from .losses import Losses
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")

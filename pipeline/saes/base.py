@@ -37,9 +37,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import reduce
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -49,39 +47,7 @@ from . import initial, latents, sparse
 from .config import FINISHED, Clock, Config
 from .encoder import Preactivations
 from .latents import Latents
-
-
-@dataclass(frozen=True, eq=False)
-class Losses:
-    """One batch's loss: named scalar terms with their coefficients in, and what they were computed from.
-
-    reconstruction: [B, d_out] in the space the loss is taken in; `x_hat` is the same in the data's units.
-    """
-
-    terms: dict[str, Tensor]
-    latents: Latents
-    reconstruction: Tensor
-    target_scale: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        """The terms added in their order, and nothing else."""
-        return reduce(torch.add, self.terms.values())
-
-    @property
-    def x_hat(self) -> Tensor:
-        return self.reconstruction / self.target_scale
-
-
-class Batch(NamedTuple):
-    """What a loss term may look at, all in the space the loss is taken in."""
-
-    x: Tensor
-    y: Tensor
-    pre: Preactivations
-    latents: Latents
-    y_hat: Tensor
-    clock: Clock
+from .losses import Batch, Losses
 
 
 class SAE(nn.Module, ABC):

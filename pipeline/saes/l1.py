@@ -8,10 +8,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .base import SAE, Batch, register
+from .base import SAE, register
 from .config import Config, ramp
 from .encoder import Preactivations
 from .latents import Latents
+from .losses import Batch
 
 
 class L1Config(Config):
@@ -42,7 +43,10 @@ class L1Config(Config):
 @final
 @register
 class L1(SAE):
-    """f = ReLU(p); the penalty is the mean over the batch of its row sums, times the coefficient."""
+    """ReLU with an L1 penalty: plain, weighted by decoder norms, or per token.
+
+    f = ReLU(p); the term is the coefficient times the mean over the batch of each row's penalty.
+    """
 
     config_type = L1Config
     config: L1Config

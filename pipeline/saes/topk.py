@@ -8,10 +8,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from .auxk import auxk_loss, default_k
-from .base import SAE, Batch, register
+from .base import SAE, register
 from .config import Config
 from .encoder import Preactivations
 from .latents import Latents
+from .losses import Batch
 
 
 class TopKConfig(Config):
@@ -36,7 +37,10 @@ class TopKConfig(Config):
 @final
 @register
 class TopK(SAE):
-    """f = ReLU(the k largest of p), exactly k chosen whatever the ties; L0 is below k where fewer are positive."""
+    """The k largest pre-activations of every input, with AuxK for dead latents.
+
+    f = ReLU(the k largest of p), exactly k chosen whatever the ties; L0 is below k where fewer are positive.
+    """
 
     config_type = TopKConfig
     config: TopKConfig

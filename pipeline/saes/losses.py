@@ -1,0 +1,47 @@
+"""What a loss returns, and what its terms are computed from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import Clock
+from .encoder import Preactivations
+from .latents import Latents
+
+
+@dataclass(frozen=True, eq=False)
+class Losses:
+    """One batch's loss: named scalar terms with their coefficients in, and what they were computed from.
+
+    reconstruction: [B, d_out] in the space the loss is taken in; `x_hat` is the same in the data's units.
+    """
+
+    terms: dict[str, Tensor]
+    latents: Latents
+    reconstruction: Tensor
+    target_scale: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """The terms added in their order, and nothing else."""
+        return reduce(torch.add, self.terms.values())
+
+    @property
+    def x_hat(self) -> Tensor:
+        return self.reconstruction / self.target_scale
+
+
+class Batch(NamedTuple):
+    """What a loss term may look at, all in the space the loss is taken in."""
+
+    x: Tensor
+    y: Tensor
+    pre: Preactivations
+    latents: Latents
+    y_hat: Tensor
+    clock: Clock
