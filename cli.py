@@ -9,65 +9,62 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
+from decimal import Decimal
 from enum import IntEnum
+from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cache.errors import SaeError
+from cache.errors import DamagedStore, SaeError
 
 if TYPE_CHECKING:
+    from cache.runs import Run
     from cache.store import Store
     from configs import Settings
 
 app = typer.Typer(
     help="Run a language model once, keep its activations in a compact, shuffled, crash-safe cache, and train and judge "
-    "any number of sparse autoencoders from it. Four stages: tokenize, harvest, train, eval; each takes up what the one "
-    "before it left in the cache. Offline and curious? Run `sae demo`.",
+    "any number of sparse autoencoders from it.\n\nFour stages: `tokenize`, `harvest`, `train`, `eval`. Each takes up "
+    "what the one before it left on disk and says what it picked, so their names alone are enough:\n\n"
+    "    sae tokenize && sae harvest && sae train && sae eval\n\n"
+    "That is GPT-2 small on FineWeb. Offline and curious? `sae demo`. What there is to choose from: `sae list`.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 cache_app = typer.Typer(help="Look at the stores of the cache, check them, remove them.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
 
 
 class Exit(IntEnum):
-    """Exit codes: 2 the user's input, 3 damaged data (both from SaeError), 1 our bug, 130 Ctrl-C."""
+    """Exit codes: 2 the user's input (and SaeError), 3 damaged data (DamagedStore), 1 our bug, 130 Ctrl-C."""
 
     BUG = 1
+    USAGE = 2
     INTERRUPTED = 130
-
-
-CacheRoot = Annotated[
-    Path | None,
-    typer.Option("--cache", envvar="SAE_CACHE", help="Folder of the cache. Default: the platform's cache folder."),
-]
-RunsRoot = Annotated[Path, typer.Option("--runs", envvar="SAE_RUNS", help="Folder of the runs.")]
-Offline = Annotated[bool, typer.Option("--offline", envvar="SAE_OFFLINE", help="Never touch the network.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of tables.")]
-Preset = Annotated[str | None, typer.Option("--preset", help="Settings to start from; `sae list` names them.")]
-ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="YAML file with a section a stage: tokenize, harvest, ...")
-]
-Set = Annotated[list[str] | None, typer.Option("--set", help="One setting, as in --set train.lr=3e-4. Repeatable.")]
-Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")]
 
 
 def amount(text: str) -> str:
     """A count as people write it: 500, 300k, 10M, 1e8, 1G, or all."""
     if text == "all":
         return text
-    found = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?(?:e\d+)?)([kKMGB]?)", text)
-    if not found:
-        raise typer.BadParameter(f"{text!r} is no count; write 500, 300k, 10M, 1e8 or all")
-    scale = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}[found[2]]
-    return str(int(float(found[1].replace("_", "").replace(",", "")) * scale))
+    found = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?(?:e\d{1,2})?)([kmgb]?)", text, re.IGNORECASE)
+    number = Decimal(re.sub("[_,]", "", found[1])) if found else Decimal("NaN")
+    scale = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}[found[2].lower() if found else ""]
+    if not number.is_finite() or number * scale % 1:
+        raise typer.BadParameter(f"{text}: is no count; write 500, 300k, 10M, 1e8 or all")
+    return str(int(number * scale))
 
 
-Amount = Annotated[str | None, typer.Option(parser=amount, metavar="N", help="How many: 500, 300k, 10M, or all.")]
+def count(help: str) -> Any:
+    """An option that takes an amount."""
+    return typer.Option(
+        parser=amount, metavar="N", show_default=False, help=f"{help} Write 500, 300k, 10M, 1e8 or all."
+    )
 
 
 def several(text: str | None) -> list[str] | None:
@@ -75,11 +72,53 @@ def several(text: str | None) -> list[str] | None:
     return None if text is None else [item.strip() for item in text.split(",")]
 
 
+def complete_preset() -> list[str]:
+    """Presets, for the shell's completion."""
+    from configs import presets
+
+    return presets()
+
+
+def complete_store(context: typer.Context) -> list[str]:
+    """Keys of stores, for the shell's completion."""
+    return sorted(path.parent.name for path in cache_root(context.params.get("cache")).glob("*/*/recipe.json"))
+
+
+def complete_run(context: typer.Context) -> list[str]:
+    """Names of runs, for the shell's completion."""
+    return sorted(path.parent.name for path in Path(context.params.get("runs") or "runs").glob("*/config.json"))
+
+
+# One option a line: this is the manual.
+# fmt: off
+SETTINGS, PLACES = "Settings", "Where"
+Json = Annotated[bool, typer.Option("--json", metavar="", help="Print the result as JSON on stdout, and nothing else there.")]
+Preset = Annotated[str | None, typer.Option(metavar="NAME", rich_help_panel=SETTINGS, autocompletion=complete_preset, help="Settings to start from: gpt2 (the defaults, written out) or tiny (embedded, offline).")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", rich_help_panel=SETTINGS, help="YAML file with a section a stage, on top of the preset; `configs/gpt2.yaml` shows every key.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", rich_help_panel=SETTINGS, help="One setting, as in `--set train.lr=3e-4`, on top of the file. Repeatable.")]
+Device = Annotated[str, typer.Option(metavar="NAME", rich_help_panel=PLACES, show_default=False, help="cpu, cuda, cuda:1, ... Default: auto, a GPU where there is one.")]
+CacheRoot = Annotated[Path | None, typer.Option("--cache", metavar="DIR", envvar="SAE_CACHE", rich_help_panel=PLACES, help="Folder of the cache. Default: the platform's (on Linux `~/.cache/sae`).")]
+RunsRoot = Annotated[Path, typer.Option("--runs", metavar="DIR", envvar="SAE_RUNS", rich_help_panel=PLACES, show_default=False, help="Folder of the runs. Default: `runs`, here.")]
+Offline = Annotated[bool, typer.Option("--offline", metavar="", envvar="SAE_OFFLINE", rich_help_panel=PLACES, help="Never touch the network.")]
+RunName = typer.Argument(metavar="RUN", autocompletion=complete_run, show_default=False, help="Run folder or its name. Default: the newest finished run.")
+StoreName = Annotated[str, typer.Argument(metavar="STORE", autocompletion=complete_store, help="Key, the beginning of a key, or a path.")]
+TrainingStore = Annotated[str | None, typer.Option(metavar="STORE", autocompletion=complete_store, help="Activations it was trained on: key, beginning of a key, or path. Default: those the run names.")]
+# fmt: on
+
+
 def cache_root(given: Path | None) -> Path:
     """The folder of the cache."""
     import platformdirs
 
-    return (given or Path(platformdirs.user_cache_dir("sae"))).expanduser()
+    return folder("--cache", given or Path(platformdirs.user_cache_dir("sae")))
+
+
+def folder(option: str, path: Path) -> Path:
+    """A folder that may not be there yet. Raises SaeError where something else is."""
+    path = path.expanduser()
+    if path.exists() and not path.is_dir():
+        raise SaeError(f"{option} {path}: is a file, not a folder; name another")
+    return path
 
 
 def settings(
@@ -92,26 +131,37 @@ def settings(
     **flags: Any,
 ) -> "Settings":
     """The settings of a stage from everything the command line says."""
-    from configs import resolve
+    from configs import SECTIONS, resolve
 
+    for item in overrides or ():
+        if (other := item.partition(".")[0]) != section and other in SECTIONS:
+            raise SaeError(f"--set {item}: `sae {section}` reads {section}.*; give this one to `sae {other}`")
     return resolve(section, kind, preset=preset, file=file, overrides=overrides or (), flags=flags)
 
 
 @app.command()
 def tokenize(
-    source: Annotated[str | None, typer.Option(help="fineweb, python, org/name on the hub, or local files, folders, globs.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="gpt2 or another tiktoken name, tiny, a Hugging Face folder.")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens in a context.")] = None,
-    tokens: Amount = None,
-    packing: Annotated[str | None, typer.Option(help="concat, or document: no context crosses documents.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the document shuffle.")] = None,
-    workers: Annotated[int, typer.Option(help="Processes that encode. Default: one a core.")] = os.cpu_count() or 1,
+    source: Annotated[str | None, typer.Option(metavar="SOURCE", help="fineweb, python (the text that ships with Python), org/name on the hub, or local parquet, jsonl, txt files, folders, globs. Default: fineweb.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(metavar="NAME", help="gpt2 or another tiktoken encoding, tiny (embedded), a Hugging Face folder, or hf:org/name. Default: gpt2.")] = None,
+    context: Annotated[int | None, typer.Option(metavar="N", help="Tokens in a context. Default: 128.")] = None,
+    tokens: Annotated[str | None, count("Training tokens wanted, rounded up to a whole window. Default: 10M.")] = None,
+    packing: Annotated[str | None, typer.Option(metavar="RULE", help="concat: documents end to end; document: none shares a context with another. Default: concat.")] = None,
+    validation: Annotated[float | None, typer.Option(metavar="SHARE", help="Share of the documents, chosen by hash, that is kept for validation. Default: 0.01.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of the document shuffle. Default: 0.")] = None,
+    workers: Annotated[int, typer.Option(metavar="N", min=1, show_default=False, help="Processes that encode. Default: one a core.")] = os.cpu_count() or 1,
     cache: CacheRoot = None, offline: Offline = False, preset: Preset = None, config: ConfigFile = None,
     set_: Set = None, json: Json = False,
 ) -> None:  # fmt: skip
     """Turn text into token stores: training and validation, no document in both.
 
-    FineWeb through GPT-2's encoding by default. A second call with more `--tokens` continues the same store.
+    FineWeb through GPT-2's encoding, 10 million tokens in contexts of 128, unless options, a preset or a file say
+    otherwise. An interrupted run continues where it was; a second call with more `--tokens` grows the same store.
+
+    Examples:
+
+        sae tokenize --tokens 100M
+        sae tokenize --source "texts/*.jsonl.gz" --context 256 --tokens all
+        sae tokenize --preset tiny        # offline
     """
     import console
     from cache import catalogue
@@ -120,31 +170,41 @@ def tokenize(
 
     values = settings(
         "tokenize", TokenizeConfig, preset, config, set_,
-        source=source, tokenizer=tokenizer, context=context, tokens=tokens, packing=packing, seed=seed,
+        source=source, tokenizer=tokenizer, context=context, tokens=tokens, packing=packing, validation=validation,
+        seed=seed,
     )  # fmt: skip
-    root = cache_root(cache)
-    result = stage(values, root, console.Bars(), workers=workers, offline=offline)
+    root, bars = cache_root(cache), console.Bars()
+    result = stage(values, root, bars, workers=workers, offline=offline)
     catalogue.remember(root, "tokens", [result.stores["train"].key])
-    show_stores(list(result.stores.values()), json, {"tokens": lambda store: getattr(store, "n_tokens", 0)})
+    if not bars.worked:
+        bars.note("nothing to do: the tokens asked for were there already")
+    show_stores(list(result.stores.values()), json, "tokens", lambda store: store.n_tokens)
 
 
 @app.command()
 def harvest(
-    model: Annotated[str | None, typer.Option(help="gpt2, any model transformer_lens boots, a local folder, or tiny.")] = None,
-    layer: Annotated[str | None, typer.Option(help="Layers from 0: 6 or 4,6,8.")] = None,
-    site: Annotated[str | None, typer.Option(help="Sites: mlp_out or resid_post,mlp_out,... (`sae list`).")] = None,
-    codec: Annotated[str | None, typer.Option(help="int8, bfloat16, float16, float32; settings: int8:step=0.11.")] = None,
-    tokens: Amount = None,
-    tokens_from: Annotated[str | None, typer.Option(help="Token store. Default: the last one made.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how many rows, bytes and minutes.")] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait where another process is writing the same store.")] = False,
-    device: Device = "auto",
-    cache: CacheRoot = None, offline: Offline = False, preset: Preset = None, config: ConfigFile = None,
-    set_: Set = None, json: Json = False,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="gpt2, any hub model transformer_lens boots, a local Hugging Face folder, or tiny (embedded). Default: gpt2.")] = None,
+    layer: Annotated[str | None, typer.Option(metavar="N,...", help="Layers, from 0: one, or several as 4,6,8. Default: 6.")] = None,
+    site: Annotated[str | None, typer.Option(metavar="NAME,...", help="Sites: one, or several as resid_post,mlp_out; `sae list` explains each. Default: mlp_out.")] = None,
+    codec: Annotated[str | None, typer.Option(metavar="NAME", help="int8, bfloat16, float16 or float32; with settings as int8:step=0.11. Default: int8.")] = None,
+    tokens: Annotated[str | None, count("Training tokens to run. Default: all.")] = None,
+    tokens_from: Annotated[str | None, typer.Option(metavar="STORE", autocompletion=complete_store, help="Token store: key, beginning of a key, or path. Default: the last one made.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", metavar="", help="Only say how many rows, bytes and minutes it would take.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", metavar="", help="Wait where another process is writing the same store.")] = False,
+    device: Device = "auto", cache: CacheRoot = None, offline: Offline = False, preset: Preset = None,
+    config: ConfigFile = None, set_: Set = None, json: Json = False,
 ) -> None:  # fmt: skip
     """Run the model over a token store and keep its activations: one pass, one store for each layer and site.
 
-    A second call for more tokens continues the same stores.
+    GPT-2 small, MLP output of block 6, over the tokens made last, unless options, a preset or a file say otherwise. The
+    validation tokens beside them are harvested as well. An interrupted run continues where it was; a second call for
+    more tokens grows the same stores.
+
+    Examples:
+
+        sae harvest --layer 6 --site mlp_out --dry-run
+        sae harvest --layer 4,6,8 --site resid_post,mlp_out --codec bfloat16
+        sae harvest --model my-llama/ --layer 2 --site resid_post --offline
     """
     import console
     from cache import catalogue
@@ -156,43 +216,47 @@ def harvest(
         "harvest", HarvestConfig, preset, config, set_,
         model=model, layer=several(layer), site=several(site), codec=codec, tokens=tokens,
     )  # fmt: skip
-    root = cache_root(cache)
-    bars = console.Bars()
+    root, bars = cache_root(cache), console.Bars()
     train = catalogue.find(root, TokenStore, tokens_from, "--tokens-from", "sae tokenize")
     validation = catalogue.sibling_of(root, train, "validation")
-    bars.note(f"tokens: {train.key}")
+    bars.note(f"tokens: {train.key}{unfinished(train)}")
     stores = [train, *([validation] if validation is not None and validation.n_contexts else [])]
     result = stage(values, stores, root, bars, device=device, offline=offline, dry_run=dry_run, wait=wait)
     if dry_run:
-        if json:
-            console.as_json({"plans": [asdict(plan) for plan in result.plans]})
+        show_plans([asdict(plan) for plan in result.plans], json)
         return
     catalogue.remember(root, "activations", [store.key for store in result.stores["train"]])
-    show_stores(
-        [store for split in result.stores.values() for store in split], json, {"width": lambda s: getattr(s, "d", 0)}
-    )
+    if not bars.worked:
+        bars.note("nothing to do: the rows asked for were there already")
+    show_stores([s for split in result.stores.values() for s in split], json, "width", lambda store: store.d)
 
 
 @app.command()
 def train(
-    activations: Annotated[str | None, typer.Option(help="Activation store. Default: what the last harvest made.")] = None,
-    arch: Annotated[str | None, typer.Option(help="Architecture (`sae list`).")] = None,
-    k: Annotated[int | None, typer.Option("--k", help="Active latents a row, for architectures that fix it.")] = None,
-    d_sae: Annotated[int | None, typer.Option(help="Latents.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Rows in a batch.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps. Default: one pass over the store.")] = None,
-    rows: Annotated[str | None, typer.Option(parser=amount, metavar="N", help="Rows to see, instead of --steps.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the initial weights.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the run folder. Default: from the settings.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its last checkpoint.")] = False,
-    device: Device = "auto",
-    cache: CacheRoot = None, runs: RunsRoot = Path("runs"), preset: Preset = None, config: ConfigFile = None,
-    set_: Set = None, json: Json = False,
+    activations: Annotated[str | None, typer.Option(metavar="STORE", autocompletion=complete_store, help="Activation store: key, beginning of a key, or path. Default: what the last harvest made.")] = None,
+    arch: Annotated[str | None, typer.Option(metavar="NAME", help="Architecture; `sae list` explains each. Default: topk.")] = None,
+    k: Annotated[int | None, typer.Option("--k", metavar="N", help="Active latents a row, for architectures that fix it. Default: 32.")] = None,
+    d_sae: Annotated[int | None, typer.Option(metavar="N", help="Latents. Default: 8192.")] = None,
+    lr: Annotated[float | None, typer.Option(metavar="X", help="Learning rate of Adam. Default: 1e-4.")] = None,
+    batch: Annotated[int | None, typer.Option(metavar="N", help="Rows in a batch. Default: 4096.")] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Steps. Default: one pass over the store.")] = None,
+    rows: Annotated[str | None, count("Rows to see, instead of `--steps`.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of the initial weights. Default: 0.")] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", autocompletion=complete_run, help="Name of the run folder. Default: made from the settings.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", metavar="", help="Continue a run from its last checkpoint: the one `--name` says, or the one these settings made, or, without any, the one that is not finished.")] = False,
+    device: Device = "auto", cache: CacheRoot = None, runs: RunsRoot = Path("runs"), preset: Preset = None,
+    config: ConfigFile = None, set_: Set = None, json: Json = False,
 ) -> None:  # fmt: skip
     """Train a sparse autoencoder on a store of activations; no language model is loaded.
 
-    Ctrl-C writes a checkpoint; `--resume` continues it bit for bit.
+    A TopK dictionary of 8192 latents, 32 of them active, one pass over what the last harvest made, unless options, a
+    preset or a file say otherwise. Ctrl-C writes a checkpoint; `--resume` continues it bit for bit.
+
+    Examples:
+
+        sae train --k 64 --d-sae 16384 --lr 2e-4
+        sae train --arch l1 --rows 50M --name l1-first --set train.sae.coefficient=3
+        sae train --resume
     """
     import console
     from cache import catalogue
@@ -204,65 +268,89 @@ def train(
         "train", TrainConfig, preset, config, set_,
         sae={"arch": arch, "k": k, "d_sae": d_sae}, lr=lr, batch=batch, steps=steps, rows=rows, seed=seed,
     )  # fmt: skip
-    bars = console.Bars()
-    store = catalogue.find(cache_root(cache), ActivationStore, activations, "--activations", "sae harvest")
-    bars.note(f"activations: {store.key}")
+    root, runs, bars = cache_root(cache), folder("--runs", runs), console.Bars()
+    options = [preset, config, set_ or None, arch, k, d_sae, lr, batch, steps, rows, seed]
+    said = any(option is not None for option in options)
+    if resume and (name is not None or not said):
+        before = run_to_resume(runs, name)
+        runs, name = before.path.parent, before.name
+        activations = activations or before.config["activations"]["key"]
+        values = values if said else TrainConfig.model_validate(before.config["train"])
+    elif name is not None and Path(name).name != name:
+        raise SaeError(f"--name {name}: is a path; give a name, and the folder with --runs")
+    store = catalogue.find(root, ActivationStore, activations, "--activations", "sae harvest")
+    bars.note(f"activations: {store.key}{unfinished(store)}")
     run = open_run(values, store, runs, name, resume=resume)
-    result = stage([run], store, bars, device=device)[0]
+    bars.note(f"run: {run.path}{'; nothing to do, it is finished' if run.finished else ''}")
+    result = run.metrics()[-1] if run.finished else stage([run], store, bars, device=device)[0]
     if json:
         console.as_json({"run": str(run.path), **result})
     else:
-        console.table(f"run {run.path}", ["", ""], list(result.items()))
+        console.table(f"run {run.path}", ["figure", "last value"], list(result.items()))
 
 
 @app.command("eval")
 def evaluate(
-    run: Annotated[str | None, typer.Argument(help="Run folder or its name. Default: the newest finished run.")] = None,
-    rows: Annotated[str | None, typer.Option(parser=amount, metavar="N", help="Held-out rows to judge on, or all.")] = None,
-    tokens: Annotated[str | None, typer.Option(parser=amount, metavar="N", help="Held-out tokens for cross-entropy.")] = None,
-    activations: Annotated[str | None, typer.Option(help="Training store. Default: the one the run names.")] = None,
-    model: Annotated[str | None, typer.Option(help="Where the language model is now, if not where harvest found it.")] = None,
-    device: Device = "auto",
-    cache: CacheRoot = None, runs: RunsRoot = Path("runs"), offline: Offline = False, preset: Preset = None,
-    config: ConfigFile = None, set_: Set = None, json: Json = False,
+    run: Annotated[str | None, RunName] = None,
+    rows: Annotated[str | None, count("Held-out rows to judge reconstruction on. Default: all.")] = None,
+    tokens: Annotated[str | None, count("Held-out tokens to judge cross-entropy on. Default: 65536.")] = None,
+    activations: TrainingStore = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="Where the language model is now. Default: where harvest found it.")] = None,
+    device: Device = "auto", cache: CacheRoot = None, runs: RunsRoot = Path("runs"), offline: Offline = False,
+    preset: Preset = None, config: ConfigFile = None, set_: Set = None, json: Json = False,
 ) -> None:  # fmt: skip
-    """Judge a trained dictionary on held-out documents: reconstruction, cross-entropy when spliced in, dead latents."""
+    """Judge a trained dictionary on held-out documents: reconstruction, cross-entropy when spliced in, dead latents.
+
+    Prints the figures with what each means, and writes them into the run folder (`eval/eval.json`).
+
+    Examples:
+
+        sae eval
+        sae eval l1-first --tokens 500k --json
+    """
     import console
     from cache import catalogue
     from pipeline.evaluate import EvalConfig
     from pipeline.evaluate import evaluate as stage
 
     values = settings("eval", EvalConfig, preset, config, set_, rows=rows, tokens=tokens)
-    found = catalogue.find_run(runs, run)
-    bars = console.Bars()
+    root, bars = cache_root(cache), console.Bars()
+    found = catalogue.find_run(folder("--runs", runs), run)
     bars.note(f"run: {found.path}")
-    result = stage(
-        values, found, cache_root(cache), bars, activations=activations, model=model, device=device, offline=offline
-    )
+    result = stage(values, found, root, bars, activations=activations, model=model, device=device, offline=offline)
     if json:
         console.as_json(result.as_json())
     else:
-        console.evaluation(result.as_json(), str(found.path))
+        console.evaluation(result.as_json(), f"run {found.path}")
 
 
 @app.command()
 def report(
-    run: Annotated[str | None, typer.Argument(help="Run folder or its name. Default: the newest finished run.")] = None,
-    latents: Annotated[str | None, typer.Option(help="Latents to show, as in 3,17,256. Default: a sample.")] = None,
-    rows: Annotated[str, typer.Option(parser=amount, metavar="N", help="Rows to search for contexts, or all.")] = "262144",
-    activations: Annotated[str | None, typer.Option(help="Training store. Default: the one the run names.")] = None,
-    device: Device = "auto",
-    cache: CacheRoot = None, runs: RunsRoot = Path("runs"), json: Json = False,
+    run: Annotated[str | None, RunName] = None,
+    latents: Annotated[str | None, typer.Option(metavar="N,...", help="Latents to show, as 3,17,256. Default: the strongest few and a sample of the others.")] = None,
+    rows: Annotated[str, count("Rows to search for contexts. Default: 262144.")] = "262144",
+    activations: TrainingStore = None,
+    device: Device = "auto", cache: CacheRoot = None, runs: RunsRoot = Path("runs"), json: Json = False,
 ) -> None:  # fmt: skip
-    """Write a page to look at: losses, densities, cross-entropies and the text that latents fire on. One HTML file."""
+    """Write a page to look at: losses, densities, cross-entropies and the text that latents fire on. One HTML file.
+
+    Needs no language model; shows what `sae eval` found, where it has run.
+
+    Examples:
+
+        sae report
+        sae report l1-first --latents 3,17,256
+    """
     import console
     from cache import catalogue
-    from pipeline.features import FeaturesConfig
-    from pipeline.reporting import report as stage
+    from pipeline.report.features import FeaturesConfig
+    from pipeline.report.stage import report as stage
 
-    found = catalogue.find_run(runs, run)
     values = settings("report", FeaturesConfig, None, None, None, latents=several(latents), rows=rows)
-    path = stage(found, cache_root(cache), console.Bars(), config=values, activations=activations, device=device)
+    root, bars = cache_root(cache), console.Bars()
+    found = catalogue.find_run(folder("--runs", runs), run)
+    bars.note(f"run: {found.path}")
+    path = stage(found, root, bars, config=values, activations=activations, device=device)
     if json:
         console.as_json({"run": str(found.path), "report": str(path)})
     else:
@@ -271,87 +359,111 @@ def report(
 
 @app.command()
 def demo(
-    workers: Annotated[int, typer.Option(help="Processes that encode text.")] = 1,
-    device: Device = "auto",
-    cache: CacheRoot = None, runs: RunsRoot = Path("runs"), set_: Set = None, json: Json = False,
+    workers: Annotated[int, typer.Option(metavar="N", min=1, show_default=False, help="Processes that encode text. Default: 1.")] = 1,
+    device: Device = "auto", cache: CacheRoot = None, runs: RunsRoot = Path("runs"), set_: Set = None, json: Json = False,
 ) -> None:  # fmt: skip
-    """All four stages and a report on the embedded default: real text, a small real model, no network, two minutes."""
+    """All four stages and a report on the embedded default: real text, a small real model, no network, two minutes.
+
+    The `tiny` preset through the same stages that the commands run. Repeated, it does not do finished ones again.
+
+    Examples:
+
+        sae demo
+        sae demo --set train.steps=4000 --json
+    """
     import console
     from pipeline.demo import demo as stage
 
-    result = stage(cache_root(cache), runs, console.Bars(), overrides=set_ or [], device=device, workers=workers)
+    root, bars = cache_root(cache), console.Bars()
+    result = stage(root, folder("--runs", runs), bars, overrides=set_ or [], device=device, workers=workers)
     if json:
         console.as_json(result)
         return
-    console.evaluation(result, result["run"])
+    console.evaluation(result, f"run {result['run']}")
     console.table("seconds", list(result["seconds"]), [list(result["seconds"].values())])
     console.say(f"report: {result['report']}")
 
 
 @app.command("list")
 def list_(runs: RunsRoot = Path("runs"), json: Json = False) -> None:
-    """What there is to choose from: runs, architectures, codecs, sites, sources, presets."""
+    """What there is to choose from: runs, architectures, codecs, sites, sources, presets.
+
+    Example:
+
+        sae list
+    """
     import console
     from pipeline.choices import choices
 
-    found = choices(runs)
+    found = choices(folder("--runs", runs))
     if json:
         console.as_json(found)
         return
     for title, entries in found.items():
-        console.table(title, ["name", "what it is"], [[entry["name"], entry["help"]] for entry in entries])
+        rows = [[entry["name"], entry["help"]] for entry in entries] or [["none yet", f"{runs} is where they would be"]]
+        console.table(title, ["name", "what it is"], rows, prose=title != "runs")
 
 
 @cache_app.command("ls")
 def cache_ls(cache: CacheRoot = None, json: Json = False) -> None:
-    """List the stores."""
+    """List the stores. Exit code 3 where one cannot be read; the others are listed all the same.
+
+    Example:
+
+        sae cache ls --json
+    """
     import console
     from cache import catalogue
 
     root = cache_root(cache)
-    entries = [catalogue.entry(store) for store in catalogue.stores(root)]
+    stores, damage = catalogue.readable(root)
+    entries = [catalogue.entry(store) for store in stores]
     if json:
         console.as_json([entry.as_json() for entry in entries])
-    elif not entries:
-        console.say(f"{root}: no stores yet; `sae tokenize` makes the first")
-    else:
+    elif entries:
         rows = [[e.key, e.kind, e.rows, console.size(e.bytes), "yes" if e.complete else "no"] for e in entries]
         console.table(str(root), ["key", "kind", "rows", "size", "complete"], rows)
-
-
-StoreName = Annotated[str, typer.Argument(help="Key, the beginning of a key, or a path.")]
+    elif not damage:
+        console.say(f"{root}: no stores yet; `sae tokenize` makes the first")
+    report_damage(damage)
 
 
 @cache_app.command("inspect")
 def cache_inspect(store: StoreName, cache: CacheRoot = None, json: Json = False) -> None:
-    """Everything about one store: recipe, arrays, windows, statistics."""
+    """Everything about one store: recipe, arrays, windows, statistics.
+
+    Example:
+
+        sae cache inspect gpt2-6.mlp_out
+    """
     import console
     from cache import catalogue
 
     found = catalogue.any_store(cache_root(cache), store)
-    description = found.describe()
+    description = {**catalogue.entry(found).as_json(), **found.describe()}
     if json:
-        console.as_json({**catalogue.entry(found).as_json(), **description})
+        console.as_json(description)
     else:
-        console.table(found.key, ["", ""], [[name, console.compact(value)] for name, value in description.items()])
+        console.outline(description)
 
 
 @cache_app.command("verify")
 def cache_verify(
-    store: Annotated[
-        str | None, typer.Argument(help="Key, the beginning of a key, or a path. Default: every store.")
-    ] = None,
-    cache: CacheRoot = None,
-    json: Json = False,
-) -> None:
-    """Check every file of a store against its checksum. Exit code 3 where something is damaged."""
+    store: Annotated[str | None, typer.Argument(metavar="STORE", autocompletion=complete_store, show_default=False, help="Key, the beginning of a key, or a path. Default: every store.")] = None,
+    cache: CacheRoot = None, json: Json = False,
+) -> None:  # fmt: skip
+    """Check every file of a store against its checksum. Exit code 3 where something is damaged.
+
+    Examples:
+
+        sae cache verify
+        sae cache verify gpt2-6.mlp_out
+    """
     import console
     from cache import catalogue
 
-    root = cache_root(cache)
-    found = catalogue.stores(root) if store is None else [catalogue.any_store(root, store)]
-    bars = console.Bars()
-    damage: list[str] = []
+    root, bars = cache_root(cache), console.Bars()
+    found, damage = catalogue.readable(root, None if store is None else [catalogue.located(root, store)])
     for one in found:
         names = [*one.metadata(), *one.committed_files()]
         bars.start(f"verify {one.key}", len(names), "files")
@@ -361,62 +473,128 @@ def cache_verify(
         bars.finish()
     if json:
         console.as_json({"stores": [one.key for one in found], "damage": damage})
-    for line in [] if json else damage or [f"{len(found)} stores, every byte as committed"]:
-        console.say(line)
-    if damage:
-        raise typer.Exit(3)
+    elif not damage:
+        console.say(f"{len(found)} stores, every byte as committed")
+    report_damage(damage)
 
 
 @cache_app.command("rm")
 def cache_rm(
-    stores: Annotated[list[str], typer.Argument(help="Keys, beginnings of keys, or paths.")],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    cache: CacheRoot = None,
-    json: Json = False,
-) -> None:
-    """Remove stores. Asks first, unless `--yes`."""
+    stores: Annotated[list[str], typer.Argument(metavar="STORE...", autocompletion=complete_store, help="Keys, beginnings of keys, or paths.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", metavar="", help="Do not ask.")] = False,
+    cache: CacheRoot = None, json: Json = False,
+) -> None:  # fmt: skip
+    """Remove stores, damaged ones too. Asks first, unless `--yes`.
+
+    Example:
+
+        sae cache rm gpt2-6.mlp_out --yes
+    """
     import console
     from cache import catalogue
 
-    found = [catalogue.any_store(cache_root(cache), name) for name in stores]
+    root = cache_root(cache)
+    found = list(dict.fromkeys(catalogue.located(root, name) for name in stores))
     if not yes:
-        sizes = ", ".join(f"{one.key} ({console.size(one.manifest.stored_bytes)})" for one in found)
+        sizes = ", ".join(f"{path.name} ({console.size(catalogue.bytes_in(path))})" for path in found)
         typer.confirm(f"Remove {sizes}?", abort=True, err=True)
-    freed = {one.key: catalogue.remove(one) for one in found}
+    freed = {path.name: catalogue.remove_folder(path) for path in found}
     if json:
         console.as_json({"removed": freed})
     for key, size in {} if json else freed.items():
         console.say(f"removed {key}, {console.size(size)}")
 
 
-def show_stores(stores: "list[Store]", json: bool, extra: "dict[str, Callable[[Any], Any]]") -> None:
-    """The stores a stage made: a table or JSON."""
+def run_to_resume(runs: Path, name: str | None) -> "Run":
+    """The run `--resume` means where no settings tell: the one named, else the only one that is not finished."""
+    from cache import catalogue
+
+    if name is not None:
+        return catalogue.find_run(runs, name)
+    waiting = [run for run in catalogue.runs(runs) if not run.finished]
+    if not waiting:
+        raise SaeError(f"--resume: no unfinished run in {runs}; `sae list` shows the runs, `sae train` starts one")
+    if len(waiting) > 1:
+        raise SaeError(f"--resume: which one? Give --name: {', '.join(run.name for run in waiting)}")
+    return waiting[0]
+
+
+def unfinished(store: "Store") -> str:
+    """What to say after the key of a store that is not complete."""
+    return "" if store.complete else f" (unfinished: {store.n_rows:,} rows; the command that made it continues it)"
+
+
+def report_damage(damage: list[str]) -> None:
+    """Raise DamagedStore with the last of what is wrong, after a line of stderr for each of the others."""
+    import console
+
+    for line in damage[:-1]:
+        console.complain(line)
+    if damage:
+        raise DamagedStore(damage[-1])
+
+
+def show_plans(plans: list[dict[str, Any]], json: bool) -> None:
+    """What a harvest would do: a table or JSON."""
+    import console
+
+    if json:
+        console.as_json({"plans": plans})
+        return
+    rows = [[p["split"], p["rows"], p["rows_to_do"], console.size(p["stored_bytes"]), p["seconds"] or 0] for p in plans]
+    console.table("what harvest would do", ["split", "rows", "rows to write", "size", "seconds"], rows)
+
+
+def show_stores(stores: list[Any], json: bool, name: str, extra: Callable[[Any], int]) -> None:
+    """The stores a stage made, with one figure more: a table or JSON."""
     import console
     from cache import catalogue
 
     if json:
-        listed = [{**catalogue.entry(s).as_json(), **{name: get(s) for name, get in extra.items()}} for s in stores]
-        console.as_json({"stores": listed})
+        console.as_json({"stores": [{**catalogue.entry(store).as_json(), name: extra(store)} for store in stores]})
         return
-    rows = [
-        [s.key, s.n_rows, *(get(s) for get in extra.values()), console.size(s.manifest.stored_bytes)] for s in stores
-    ]
-    console.table("stores", ["key", "rows", *extra, "size"], rows)
+    rows = [[s.key, s.n_rows, extra(s), console.size(s.manifest.stored_bytes)] for s in stores]
+    console.table("stores", ["key", "rows", name, "size"], rows)
 
 
 def show_version(wanted: bool) -> None:
-    if wanted:
+    """Print the version and leave."""
+    if not wanted:
+        return
+    try:
         typer.echo(f"sae {package_version('sae-cache')}")
-        raise typer.Exit
+    except PackageNotFoundError:
+        typer.echo("sae, run from its source without being installed")
+    raise typer.Exit
 
 
 @app.callback()
 def root(
     version: Annotated[
-        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", metavar="", callback=show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     pass
+
+
+def misused(error: typer.TyperException) -> str:
+    """What is wrong with a command line, in one line: the option, the value, what to try."""
+    context, param = getattr(error, "ctx", None), getattr(error, "param", None)
+    if isinstance(error, typer.BadParameter) and param is not None and error.message:
+        problems: list[Any] = getattr(error.__cause__, "errors", list)()  # pydantic's, where it is typer that refused
+        value = f"{problems[0]['input']}: " if problems else ""
+        names = [name for name in param.opts if name.startswith("--")] or [param.name]
+        variable = f" (or {param.envvar})" if param.envvar else ""
+        return f"{names[0]}{variable} {value}{error.message[:1].lower()}{error.message[1:]}"
+    wrong = error.format_message().strip().rstrip(".")
+    command = context.command_path if context is not None else "sae"
+    return f"{wrong[:1].lower()}{wrong[1:]}; `{command} --help` tells more"
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether Python, torch or CUDA ran out of memory."""
+    torch_says = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or torch_says
 
 
 def main() -> None:
@@ -424,17 +602,30 @@ def main() -> None:
     import console
 
     try:
-        app()
+        code = app(standalone_mode=False, prog_name="sae")
+        if code == Exit.INTERRUPTED:  # typer's own answer to Ctrl-C
+            raise KeyboardInterrupt
     except SaeError as error:
         console.complain(str(error))
         sys.exit(error.exit_code)
+    except typer.TyperException as error:
+        if error.message:  # without one, the help was shown instead
+            console.complain(misused(error))
+        sys.exit(Exit.USAGE)
+    except typer.Abort:
+        console.complain("not confirmed, so nothing was done; --yes does not ask")
+        sys.exit(Exit.USAGE)
     except KeyboardInterrupt:
         console.complain("interrupted; what was committed is safe, repeat the command to continue")
         sys.exit(Exit.INTERRUPTED)
-    except Exception:  # noqa: BLE001 - the last resort: show it whole and say what to do
+    except Exception as error:  # noqa: BLE001 - the last resort: show it whole and say what to do
+        if out_of_memory(error):
+            console.complain("not enough memory; ask for less at once, as with --batch, --d-sae or --device cpu")
+            sys.exit(Exit.USAGE)
         traceback.print_exc()
         console.complain("this is a bug; please report the lines above with the command that caused them")
         sys.exit(Exit.BUG)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Everything a person sees in a terminal: bars and notes on stderr, tables and JSON on stdout."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -36,7 +38,10 @@ class RateColumn(ProgressColumn):
 
 
 class Bars:
-    """A `pipeline.progress.Progress` on stderr: a live bar on a terminal, a line now and then elsewhere."""
+    """A `pipeline.progress.Progress` on stderr: a live bar on a terminal, a line now and then elsewhere.
+
+    `worked` tells whether anything was counted at all, in this task or an earlier one.
+    """
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
@@ -45,6 +50,7 @@ class Bars:
         self._total: int | None = None
         self._done = self._begun_at = 0
         self._begun = self._said = 0.0
+        self.worked = False
 
     def start(self, title: str, total: int | None, unit: str, done: int = 0) -> None:
         self._title, self._unit, self._total = title, unit, total
@@ -69,6 +75,7 @@ class Bars:
 
     def advance(self, n: int, **fields: float | int | str) -> None:
         self._done += n
+        self.worked = self.worked or n > 0
         extra = "  ".join(f"{name} {short(value)}" for name, value in fields.items())
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, advance=n, amount=self._amount(), extra=extra)
@@ -82,6 +89,8 @@ class Bars:
         if self._bar is not None:
             self._bar.stop()
             self._bar = self._task = None
+        if self._done == self._begun_at:
+            return  # nothing to do, or an error before the first step, which says enough by itself
         took = time.monotonic() - self._begun
         err.print(f"{self._title}: {self._amount()} {self._unit} in {took:,.1f} s ({self._rate()})", soft_wrap=True)
 
@@ -115,15 +124,33 @@ def short(value: float | int | str | None) -> str:
     return f"{value:.4g}"
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table on stdout; every column after the first is right-aligned when its cells are numbers."""
-    grid = Table(title=title, title_justify="left", header_style="bold")
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, prose: bool = False) -> None:
+    """Print a table on stdout; a column of numbers is right-aligned.
+
+    Names are never cut or folded, so that they can be copied: where they do not fit, lines run over the terminal's
+    edge. Only with `prose` does the last column fold, and only on a terminal.
+    """
+    cells = [[cell if isinstance(cell, str) else short(cell) for cell in row] for row in rows]
+    numbers = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(columns))]
+    if not out.is_terminal:
+        widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+        say(title)
+        for line in [columns, *cells]:
+            padded = [c.rjust(w) if n else c.ljust(w) for c, w, n in zip(line, widths, numbers, strict=True)]
+            say("  ".join(padded).rstrip())
+        return
+    grid = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
-        numbers = bool(rows) and all(isinstance(row[i], int | float) and not isinstance(row[i], bool) for row in rows)
-        grid.add_column(column, justify="right" if numbers else "left", overflow="fold")
-    for row in rows:
-        grid.add_row(*(cell if isinstance(cell, str) else short(cell) for cell in row))
-    out.print(grid)
+        folds = prose and i == len(columns) - 1
+        grid.add_column(column, justify="right" if numbers[i] else "left", no_wrap=not folds)
+    for row in cells:
+        grid.add_row(*map(Text, row))
+    wide = max(out.width, out.measure(grid).minimum if prose else out.measure(grid).maximum)
+    out.print(grid, width=wide, crop=False, no_wrap=True, overflow="ignore")
+
+
+def _is_number(cell: Any) -> bool:
+    return isinstance(cell, int | float) and not isinstance(cell, bool)
 
 
 def size(n: float) -> str:
@@ -136,8 +163,17 @@ def size(n: float) -> str:
 
 
 def as_json(result: Any) -> None:
-    """One JSON object on stdout and nothing else."""
-    sys.stdout.write(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    """One JSON value on stdout and nothing else. What is not a finite number has no JSON: it becomes null."""
+    sys.stdout.write(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
+    sys.stdout.flush()  # a reader that has gone is noticed here, not when Python ends
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def say(line: str) -> None:
@@ -147,14 +183,19 @@ def say(line: str) -> None:
 
 def complain(line: str) -> None:
     """The one line an error is."""
-    err.print(Text(f"sae: error: {line}", style="bold red" if err.is_terminal else ""), soft_wrap=True)
+    text = " ".join(f"sae: error: {line}".splitlines())
+    err.print(Text(text, style="bold red" if err.is_terminal else ""), soft_wrap=True)
 
 
-def compact(value: Any) -> str:
-    """A value of a description in one cell: nested ones as indented text."""
-    if isinstance(value, dict):
-        return "\n".join(f"{name}: {compact(inner)}".replace("\n", "\n  ") for name, inner in value.items())
-    return ", ".join(map(compact, value)) if isinstance(value, list) else str(value)
+def outline(value: dict[str, Any], indent: str = "") -> None:
+    """Print nested settings on stdout, a line each, what is inside indented under its name."""
+    for name, inner in value.items():
+        if isinstance(inner, dict) and inner:
+            say(f"{indent}{name}:")
+            outline(inner, indent + "  ")
+        else:
+            parts = inner if isinstance(inner, list) else [inner]
+            say(f"{indent}{name}: " + ", ".join(p if isinstance(p, str) else json.dumps(p) for p in parts))
 
 
 MEANING = {
@@ -176,4 +217,5 @@ MEANING = {
 
 def evaluation(result: dict[str, Any], title: str) -> None:
     """The figures of an evaluation, each with what it means."""
-    table(title, ["figure", "value", "what it is"], [[name, short(result[name]), help] for name, help in MEANING.items()])
+    rows = [[name, short(result[name]), help] for name, help in MEANING.items()]
+    table(title, ["figure", "value", "what it is"], rows, prose=True)

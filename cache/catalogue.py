@@ -58,6 +58,18 @@ def stores(root: Path) -> list[Store]:
     return [kind(path) for name, kind in kinds().items() for path in folders(root, name)]
 
 
+def readable(root: Path, paths: Sequence[Path] | None = None) -> tuple[list[Store], list[str]]:
+    """The stores at `paths` (all of a cache, where not given) that can be opened, and what is wrong with the others."""
+    found: list[Store] = []
+    damage: list[str] = []
+    for path in [p for kind in kinds() for p in folders(root, kind)] if paths is None else paths:
+        try:
+            found.append(opened(path))
+        except DamagedStore as error:
+            damage.append(str(error))
+    return found, damage
+
+
 def entry(store: Store) -> Entry:
     """What there is to list about a store."""
     slug = store.slug
@@ -92,19 +104,29 @@ def find(root: Path, kind: type[AnyStore], name: str | None, option: str, make: 
 
 def any_store(root: Path, name: str) -> Store:
     """The one store of any kind that `name` means."""
+    return opened(located(root, name))
+
+
+def located(root: Path, name: str) -> Path:
+    """Where the one store is that `name` means; it need not be readable."""
     every = [path for kind in kinds() for path in folders(root, kind)]
     if (Path(name) / RECIPE).exists():
         matches = [Path(name).resolve()]
     else:
-        matches = [path for path in every if path.name == name] or [p for p in every if p.name.startswith(name)]
+        matches = [path for path in every if path.name == name] or [p for p in every if p.name.startswith(name or "/")]
     if not matches:
         raise NotFound(f"{name}: no such store in {root}; there is {_listed(every) or 'nothing yet'}")
     if len(matches) > 1:
         raise SaeError(f"{name}: which one? {_listed(matches)}")
-    kind = read_head(matches[0])["kind"]
+    return matches[0]
+
+
+def opened(path: Path) -> Store:
+    """The store in a folder, of whatever kind it says it is."""
+    kind = read_head(path)["kind"]
     if kind not in kinds():
-        raise SaeError(f"{matches[0]}: holds {kind}, of which this version knows nothing; use the one that wrote it")
-    return kinds()[kind](matches[0])
+        raise SaeError(f"{path}: holds {kind}, of which this version knows nothing; use the one that wrote it")
+    return kinds()[kind](path)
 
 
 def of_recipe(root: Path, kind: type[AnyStore], recipe: Recipe) -> AnyStore | None:
@@ -139,17 +161,27 @@ def remember(root: Path, kind: str, keys: Sequence[str]) -> None:
 
 
 def remove(store: Store) -> int:
-    """Delete a store; returns the bytes freed. Raises Busy while a living process writes to it.
+    """Delete a store; returns the bytes freed. Raises Busy while a living process writes to it."""
+    return remove_folder(store.path)
+
+
+def remove_folder(path: Path) -> int:
+    """Delete the store in a folder, readable or not.
 
     The recipe and the manifest go first, so that a deletion cut short leaves no store, only remains that the next
     writer clears away.
     """
-    with Lock(store.path):
-        freed = sum(path.stat().st_size for path in store.path.rglob("*") if path.is_file())
+    with Lock(path):
+        freed = bytes_in(path)
         for name in (RECIPE, MANIFEST):
-            (store.path / name).unlink(missing_ok=True)
-        shutil.rmtree(store.path)
+            (path / name).unlink(missing_ok=True)
+        shutil.rmtree(path)
     return freed
+
+
+def bytes_in(folder: Path) -> int:
+    """Size of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def runs(root: Path) -> list[Run]:

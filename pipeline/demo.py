@@ -15,7 +15,7 @@ from cache.runs import CONFIG
 from pipeline.evaluate import EvalConfig, evaluate
 from pipeline.harvest import HarvestConfig, harvest
 from pipeline.progress import Progress
-from pipeline.reporting import report
+from pipeline.report.stage import report
 from pipeline.tokenize import TokenizeConfig, tokenize
 from pipeline.train import TrainConfig, open_run, train
 

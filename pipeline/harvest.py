@@ -2,7 +2,7 @@
 
 A window of rows is the unit of work. Its contexts are batched from the window's own start, so its bytes depend on the
 recipe, the window and the batch shape alone: an interrupted, a grown and an uninterrupted harvest write the same. The
-context that straddles two windows is computed for both.
+context that straddles two windows is computed for both, and a batch at the end of the tokens is filled up.
 
 Which tokens become rows is decided by tokens and positions only (`RowRule`), never by values, so rows of all sites of
 a model align.
@@ -18,6 +18,7 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
 from cache.activations import WINDOWS, ActivationStore, ActivationWriter, WindowBuffer
 from cache.codecs import codec, codec_recipe
@@ -99,16 +100,16 @@ def harvest(
     points = [Point(layer, site) for layer in dict.fromkeys(config.layer) for site in dict.fromkeys(config.site)]
     for point in points:
         model.check(point)
-    plans, stores = [], {}
-    for tokens in token_stores:
+    jobs, plans = [], []
+    for tokens in token_stores:  # all planned before the first is run: what cannot be done is said at once
         check_tokens(model, tokens)
         wanted = config.tokens if tokens.split == "train" else config.validation_tokens
-        job = _Job(config, model, tokens, points, root, progress, wait)
-        plans.append(job.plan(wanted))
+        jobs.append(_Job(config, model, tokens, points, root, progress, wait))
+        plans.append(jobs[-1].plan(wanted))
         progress.note(describe(plans[-1]))
-        if not dry_run:
-            stores[tokens.split] = job.run(plans[-1])
-    return HarvestResult(plans, stores)
+    if dry_run:
+        return HarvestResult(plans, {})
+    return HarvestResult(plans, {job.tokens.split: job.run(plan) for job, plan in zip(jobs, plans, strict=True)})
 
 
 def check_tokens(model: LanguageModel, tokens: TokenStore) -> None:
@@ -183,7 +184,8 @@ class _Job:
             raise SaeError(f"{self.tokens.key}: no token of it becomes a row; see rows.skip_first and rows.skip_begin")
         rows = available
         if wanted != "all" and wanted < self.tokens.n_tokens:
-            rows = min(available, WINDOWS.round_up(self._count_rows(-(-wanted // self.tokens.context_length))))
+            counted = self._count_rows(-(-wanted // self.tokens.context_length))
+            rows = min(available, WINDOWS.round_up(max(1, counted)))
         if not self.tokens.closed and WINDOWS.start(WINDOWS.count(rows)) != rows:
             rows = WINDOWS.start(WINDOWS.count(rows) - 1)
             if not rows:
@@ -218,6 +220,9 @@ class _Job:
                         self._window(window, behind, plan)
             finally:
                 self.progress.finish()
+            for writer in writers.values():  # here, so that a store whose last window came earlier is closed, too
+                if self.tokens.closed and writer.store.n_rows == self._all_rows and not writer.store.closed:
+                    writer.close()
             return [writer.store for writer in writers.values()]
 
     def _window(self, window: int, writers: dict[Point, ActivationWriter], plan: Plan) -> None:
@@ -231,7 +236,7 @@ class _Job:
         for context, tokens, mask in self._batches(place.context):
             keep = np.flatnonzero(mask)
             keep = keep[place.row if context == place.context else 0 :][: stop - start - filled]
-            found = self.model.activations(torch.from_numpy(tokens), list(writers))
+            found = self.model.activations(self._full_batch(tokens), list(writers))
             index = torch.from_numpy(keep).to(self.model.device)
             positions = context * self.tokens.context_length + keep
             for point, buffer in buffers.items():
@@ -244,8 +249,6 @@ class _Job:
         notes = {"next": self._after(context, mask, int(keep[-1]))._asdict(), "made": self._made()}
         for point, writer in writers.items():
             writer.commit(buffers[point], notes)
-            if self.tokens.closed and stop == self._all_rows:
-                writer.close()
 
     def _after(self, context: int, mask: np.ndarray, last: int) -> Place:
         """The place after row `last` (a flat index into the batch that starts at `context`)."""
@@ -262,6 +265,13 @@ class _Job:
             tokens = self.tokens.contexts(context, stop)
             yield context, tokens, self.config.rows.mask(tokens, self.tokens.lengths(context, stop), self.begin)
             context = stop
+
+    def _full_batch(self, tokens: np.ndarray) -> Tensor:
+        """Tokens [b, T] as [batch, T], the last context repeated.
+
+        Rounding depends on the batch's shape, so a row must not know where a token store that grows ended at the time.
+        """
+        return torch.from_numpy(np.pad(tokens, ((0, self.batch - len(tokens)), (0, 0)), mode="edge"))
 
     def _count_rows(self, contexts: int) -> int:
         """Rows in the first `contexts` contexts."""

@@ -1,7 +1,7 @@
 """Train the embedded language model: a small GPT-2 on the training documents of the `python` source.
 
     python scripts/train_tiny_bpe.py
-    OMP_NUM_THREADS=1 python scripts/train_tiny_lm.py --minutes 43
+    OMP_NUM_THREADS=1 python scripts/train_tiny_lm.py --minutes 33
 
 Writes `config.json` and `model.safetensors` (float32) into `pipeline/embedded/model`, and the figures into
 `training.json`. Every document begins with `<|endoftext|>`; each epoch shuffles the documents, packs them end to end
@@ -155,12 +155,22 @@ def build(n_vocab: int, args: argparse.Namespace) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
+def load(folder: Path) -> GPT2LMHeadModel:
+    """What an earlier run saved, to be trained further."""
+    model = GPT2LMHeadModel.from_pretrained(folder)
+    model.config.activation_function = "gelu_pytorch_tanh"
+    for block in model.transformer.h:
+        block.mlp.act = torch.nn.GELU(approximate="tanh")
+    return model.train()
+
+
 def save(model: GPT2LMHeadModel, folder: Path) -> None:
     """config.json and model.safetensors; each is replaced whole."""
     staging = folder / ".staging"
     model.config.activation_function = "gelu_new"
     model.save_pretrained(staging)
     for name in ("config.json", "model.safetensors"):
+        (staging / name).chmod(0o644)  # safetensors writes files nobody else may read
         (staging / name).replace(folder / name)
     for rest in staging.iterdir():
         rest.unlink()
@@ -169,13 +179,15 @@ def save(model: GPT2LMHeadModel, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=43.0, help="wall-clock budget of the training itself")
+    parser.add_argument("--minutes", type=float, default=33.0, help="wall-clock budget of the training itself")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--batch", type=int, default=6, help="contexts a step (small: more steps for the same text)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--further", type=Path, help="folder of an earlier run's weights to train further")
+    parser.add_argument("--peak", type=float, default=1.0, help="highest learning rate, as a multiple of the usual one")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "pipeline" / "embedded" / "model")
     args = parser.parse_args()
 
@@ -189,7 +201,8 @@ def main() -> None:
     train = [x for x, text in zip(ids, texts, strict=True) if not is_validation(text, VALIDATION)]
     test = [x for x, text in zip(ids, texts, strict=True) if is_validation(text, VALIDATION)]
 
-    model = build(n_vocab, args)
+    before = json.loads((args.further / "training.json").read_text()) if args.further else None
+    model = load(args.further) if args.further else build(n_vocab, args)
     muon = Muon([p for p in model.transformer.h.parameters() if p.dim() == 2], args.width)
     embeddings = [model.transformer.wte.weight, model.transformer.wpe.weight]
     vectors = [p for p in model.parameters() if p.dim() == 1]
@@ -206,7 +219,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, deadline.hurry)
     step, running, checked = 0, math.log(n_vocab), time.monotonic()
     while deadline.left() > 0:
-        rate = deadline.rate(step)
+        rate = args.peak * deadline.rate(step)
         for group in adam.param_groups:
             group["lr"] = OTHER_LR * rate
         ce = loss(model, torch.stack([next(rows) for _ in range(args.batch)]))
@@ -235,12 +248,12 @@ def main() -> None:
     figures = {
         "source": source.recipe(),
         "platform": f"{platform.system()} {platform.machine()}, torch {torch.__version__}",
-        "command": f"scripts/train_tiny_lm.py --minutes {args.minutes:g}",
+        "command": " ".join([before["command"] + "; then"] * bool(before) + ["scripts/train_tiny_lm.py", *sys.argv[1:]]),
         "parameters": n_parameters,
         "training_tokens": n_train,
-        "tokens_seen": tokens,
-        "steps": step,
-        "minutes": round(seconds / 60, 1),
+        "tokens_seen": tokens + (before["tokens_seen"] if before else 0),
+        "steps": step + (before["steps"] if before else 0),
+        "minutes": round(seconds / 60 + (before["minutes"] if before else 0), 1),
         "tokens_per_second": round(tokens / seconds),
         "held_out_tokens": all_rows[:, 1:].numel(),
         "ce_held_out": round(evaluate(model, all_rows), 4),

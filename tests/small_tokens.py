@@ -9,6 +9,7 @@ from cache.tokens import TokenStore, TokenWriter
 
 CHUNK = 32  # rows of a chunk and of the first window in shrunk stores; the largest window has four of them
 CONTEXT = 8
+OTHERS = ("lock", "request.json", "hints.json")  # files that say nothing about the data
 
 
 def token_recipe(split: str = "train", *, n_vocab: int = 1000, context: int = CONTEXT, seed: int = 0) -> Recipe:
@@ -46,6 +47,6 @@ def write_tokens(root: Path, contexts: int, *, ended: bool = False, **recipe: ob
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Every file of a store that its recipe and row count decide: all but the lock and the request."""
+    """Every file of a store that its recipe and row count decide."""
     found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in sorted(found.items()) if name not in ("lock", "request.json")}
+    return {name: path.read_bytes() for name, path in sorted(found.items()) if name not in OTHERS}

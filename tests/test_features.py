@@ -16,11 +16,11 @@ from cache.activations import ActivationStore, ActivationWriter
 from cache.codecs import codec, codec_recipe
 from cache.errors import SaeError
 from cache.tokens import TokenStore, TokenWriter, contexts_per_chunk
-from pipeline.examples import Example, Feature, Features
-from pipeline.features import FeaturesConfig, find_features
 from pipeline.progress import Silent
+from pipeline.report.examples import Example, Feature, Features
+from pipeline.report.features import FeaturesConfig, find_features
+from pipeline.report.survey import Best, random_scores
 from pipeline.saes import Latents, create, parse
-from pipeline.survey import Best, random_scores
 
 T, D, BEGIN = 32, 12, 0  # context length, width (one dimension a token id), begin token
 Stores = tuple[TokenStore, ActivationStore]

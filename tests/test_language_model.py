@@ -437,6 +437,12 @@ def damage_kind(copy: Path) -> None:
     (copy / "config.json").write_text('{"model_type": "nosuch"}')
 
 
+def damage_with_code(copy: Path) -> None:
+    kinds = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (copy / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": kinds}))
+    (copy / "own.py").write_text("raise SystemExit('code of a model was run')")
+
+
 def damage_purpose(copy: Path) -> None:
     T5Config().save_pretrained(copy)
 
@@ -475,6 +481,7 @@ def no_config(copy: Path) -> None:
     [
         (damage_config, "config.json is not understood"),
         (damage_kind, "config.json is not understood"),
+        (damage_with_code, "config.json is not understood: .*custom code"),
         (damage_purpose, "a t5 is not a causal language model"),
         (damage_weights, "its weights are damaged"),
         (damage_missing, r"1 weights are missing \(transformer.h.1.mlp.c_fc.weight"),
@@ -497,7 +504,7 @@ def test_a_folder_that_is_not_whole_is_refused_in_one_line(
 def test_names_that_lead_nowhere_say_what_to_try(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(files, "reachable", lambda _: False)
-    for name in ("/no/such/folder", "./nowhere", "~nobody/x", "a/b/c"):
+    for name in ("/no/such/folder", "./nowhere", "~no-such-user/x", "a/b/c"):
         with pytest.raises(NotFound, match="no such folder"):
             LanguageModel.boot(name)
     with pytest.raises(NotFound, match="neither a folder nor a hub name"):

@@ -13,12 +13,12 @@ from safetensors.numpy import save_file
 
 from cache.errors import DamagedStore
 from cache.runs import Run
-from pipeline import report
-from pipeline.charts import MOST_POINTS, Scale, Series, histogram, ladder, line_chart, number, steady
-from pipeline.contexts import LEVELS, pieces
-from pipeline.examples import Band, Bin, Example, Feature, Features, TokenCount
-from pipeline.report import write_report
-from pipeline.scores import density_html
+from pipeline.report import page as report
+from pipeline.report.charts import MOST_POINTS, Scale, Series, histogram, ladder, line_chart, number, steady
+from pipeline.report.contexts import LEVELS, pieces
+from pipeline.report.examples import Band, Bin, Example, Feature, Features, TokenCount
+from pipeline.report.page import write_report
+from pipeline.report.scores import density_html
 
 VOID = {"meta", "br", "input", "link", "img", "hr", "base"}
 NASTY = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</style><b>", "&amp;", "$body ${style}"]
@@ -203,7 +203,7 @@ def test_nothing_is_requested(text: str, page: Page) -> None:
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_can_be_read_on_its_ground(dark: bool) -> None:
     """WCAG 2 contrast of at least 4.5 for every text colour, in both schemes."""
-    style = (Path(report.__file__).parent / "report.css").read_text("utf-8")
+    style = (Path(report.__file__).parent / "page.css").read_text("utf-8")
     light, at_night = style.split("@media (prefers-color-scheme: dark)")
     colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", at_night if dark else light))
 

@@ -464,3 +464,26 @@ def test_every_source_has_a_line_of_help_and_a_name_of_its_own() -> None:
     assert {"python", "fineweb", "files"} <= {entry.name for entry in entries}
     assert len({entry.name for entry in entries}) == len(entries)
     assert all(entry.help for entry in entries)
+
+
+def test_a_long_text_without_separators_is_cut_at_blank_lines(tmp_path: Path) -> None:
+    """So that a corpus in one file still shuffles and splits; nothing but blank lines is lost, and resuming agrees."""
+    paragraphs = [f"Paragraph {i}. " + "words and more words. " * (i % 7 * 10) for i in range(400)]
+    (tmp_path / "long.txt").write_text("\n\n".join(paragraphs))
+    source = text_source(str(tmp_path / "long.txt"), offline=True)
+    stream = source.open()
+    documents, states = [], []
+    for document in stream:
+        documents.append(document)
+        states.append(stream.state())
+    assert len(documents) > 20
+    assert all(len(document) >= 1000 for document in documents[:-1])
+    assert [line for d in documents for line in d.split("\n") if line] == [p.rstrip("\n") for p in paragraphs]
+    for i in (0, 7, len(documents) - 2):
+        assert list(source.open(states[i])) == documents[i + 1 :]
+
+
+def test_a_short_text_stays_whole(tmp_path: Path) -> None:
+    text = "one\n\ntwo\n\n" * 100
+    (tmp_path / "short.txt").write_text(text)
+    assert list(text_source(str(tmp_path / "short.txt"), offline=True).open()) == [text]

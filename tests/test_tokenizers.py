@@ -95,6 +95,16 @@ class TestTiny:
         assert embedded.resolve("tiny") == str(embedded.MODEL)
         assert embedded.resolve("gpt2") == "gpt2"
 
+    def test_the_readme_gives_the_figures_of_the_run(self) -> None:
+        figures = json.loads((embedded.MODEL / "training.json").read_text())
+        readme = (embedded.MODEL.parent / "README.md").read_text()
+        for name in ("parameters", "training_tokens", "tokens_seen", "steps", "held_out_tokens"):
+            assert f"{figures[name]:,}" in readme, name
+        for name in ("ce_uniform", "ce_unigram", "ce_held_out", "ce_train"):
+            assert f"{figures[name]:.4f}" in readme, name
+        assert figures["command"] in readme
+        assert figures["source"]["digest"] in readme
+
     def test_the_recipe_is_fixed(self, tiny: Tokenizer) -> None:
         """A change here changes the name of every store made from it."""
         assert tiny.recipe() == {"name": "tiny", "digest": "a7afc517f6242791cebf7872bafdc928"}

@@ -7,6 +7,7 @@ folder by the digest of what it holds.
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ def find_model(name: str, *, revision: str | None = None, offline: bool = False)
     """
     if name == embedded.NAME:
         return _without_revision(ModelFiles(name, embedded.MODEL), revision)
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))  # Path.expanduser raises for a user who is not there
     if folder.is_dir():
         if not (folder / CONFIG).is_file():
             raise SaeError(f"--model {name}: the folder has no {CONFIG}; give a Hugging Face model folder")

@@ -1,6 +1,7 @@
 """A folder -> a Hugging Face causal model in memory, whole or an error; or one with random weights, on request."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,11 +58,11 @@ def _from_files(files: ModelFiles, dtype: torch.dtype) -> Any:
         with _quiet():
             model, found = AutoModelForCausalLM.from_pretrained(
                 files.folder, config=config, dtype=dtype, use_safetensors=True, local_files_only=True,
-                ignore_mismatched_sizes=True, output_loading_info=True,
+                ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False,
             )  # fmt: skip
     except SafetensorError as error:
         raise SaeError(f"--model {files.name}: its weights are damaged ({error}); fetch or save them again") from None
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise SaeError(f"--model {files.name}: cannot be loaded: {_one_line(error)}") from error
     for key, what in (("missing_keys", "missing"), ("mismatched_keys", f"of another shape than {CONFIG} says")):
         if wrong := sorted(str(weight[0] if isinstance(weight, tuple) else weight) for weight in found[key]):
@@ -73,7 +74,8 @@ def _from_files(files: ModelFiles, dtype: torch.dtype) -> Any:
 
 def _config(folder: Path, name: str) -> Any:
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        # code in the folder is never run: left unsaid, transformers would stop and ask on the terminal
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise SaeError(f"--model {name}: {CONFIG} is not understood: {_one_line(error)}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -87,14 +89,14 @@ def _random(shape: str, dtype: torch.dtype) -> Loaded:
         width, layers, heads = GPT2_SHAPES[shape]
         name, config = shape, GPT2Config(n_embd=width, n_layer=layers, n_head=heads)
     else:
-        folder = Path(shape).expanduser()
+        folder = Path(os.path.expanduser(shape))
         if not (folder / CONFIG).is_file():
             raise NotFound(f"--model {RANDOM}{shape}: give {', '.join(GPT2_SHAPES)}, or a folder with a {CONFIG}")
         name = slug(folder.resolve().name)
         config = _config(folder, name)
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     digest = _digest(model.state_dict())
     return Loaded(model, RANDOM + name, None, lambda: digest)
 

@@ -138,7 +138,7 @@ def _matching(pattern: str) -> list[File]:
     paths = [Path(p) for p in glob.glob(str(Path(pattern).expanduser()), recursive=True)]
     paths = [path for path in paths if path.is_file()]
     if not paths:
-        raise SaeError(f"--source {pattern}: no file matches; try a wider pattern, in quotes so that the shell leaves it alone")
+        raise SaeError(f"--source {pattern}: no file matches; try a wider pattern, in quotes")
     fixed = Path(pattern).expanduser()
     while re.search(r"[*?\[]", str(fixed)):
         fixed = fixed.parent

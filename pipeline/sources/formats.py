@@ -19,6 +19,8 @@ from cache.errors import SaeError
 from pipeline.sources.base import checked_text, missing_column
 
 SEPARATOR = b"<|endoftext|>"
+LONG_TEXT = 1 << 16  # a text without separators above this many bytes is cut at blank lines,
+LEAST_PIECE = 1000  # into documents of at least this many
 COMPRESSED = (".gz", ".zst")
 _MARK = b"\xef\xbb\xbf"  # the byte-order mark some editors put first; not text
 _READ = 1 << 20
@@ -144,19 +146,33 @@ def _lines(raw: BinaryIO, place: int) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _plain(file: File, place: int, column: str) -> Iterator[tuple[str, int]]:
-    """The file as one document, or the documents between separator lines."""
-    begin, separated = place, place > 0
+    """Documents between separator lines; without any, a short file is one document, a long one is cut at blank lines."""
+    separated, size = _survey(file)
+    cut = not separated and size > LONG_TEXT
+    begin, held = place, 0
     parts: list[bytes] = []
     with file.open() as raw:
         for line, _, stop in _lines(raw, place):
-            if line.rstrip(b"\r\n") != SEPARATOR:
+            bare = line.rstrip(b"\r\n")
+            ends = bare == SEPARATOR or (cut and not bare.strip() and held >= LEAST_PIECE)
+            if not ends:
                 parts.append(line)
+                held += len(line)
                 continue
             yield _piece(file, parts, begin), stop
-            begin, parts, separated = stop, [], True
+            begin, held, parts = stop, 0, []
     if parts:
-        text = _piece(file, parts, begin) if separated else file.decode(b"".join(parts), begin)
+        text = _piece(file, parts, begin) if separated or cut else file.decode(b"".join(parts), begin)
         yield text, begin + sum(map(len, parts))
+
+
+def _survey(file: File) -> tuple[bool, int]:
+    """Whether a text has separator lines, and its bytes."""
+    separated, size = False, 0
+    with file.open() as raw:
+        for line, _, stop in _lines(raw, 0):
+            separated, size = separated or line.rstrip(b"\r\n") == SEPARATOR, stop
+    return separated, size
 
 
 def _piece(file: File, parts: list[bytes], begin: int) -> str:

@@ -10,9 +10,9 @@ from cache.errors import NotFound
 from cache.runs import Run
 from cache.tokens import TokenStore
 from pipeline import trained
-from pipeline.features import FeaturesConfig, find_features
 from pipeline.progress import Progress
-from pipeline.report import FEATURES, write_report
+from pipeline.report.features import FeaturesConfig, find_features
+from pipeline.report.page import FEATURES, write_report
 
 REPORT = "report.html"
 

@@ -1,6 +1,6 @@
 """Where a dictionary's latents fire: top contexts and weaker ones, computed from the cache alone.
 
-Two passes, no language model. The first (pipeline.survey) reads rows and keeps, for every latent, its largest firings
+Two passes, no language model. The first (pipeline.report.survey) reads rows and keeps, for every latent, its largest firings
 (one a document), a uniform sample of all its firings, and counts. Then the latents to show are chosen, and the second
 pass encodes just the rows of the tokens around their firings, so that each context shows the latent on every token.
 
@@ -10,6 +10,7 @@ Top contexts alone flatter a feature: the weaker ones are random draws from each
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Annotated, Literal
 
 import numpy as np
@@ -20,7 +21,8 @@ from cache.activations import ActivationStore
 from cache.codecs import Encoded
 from cache.errors import SaeError
 from cache.tokens import TokenStore
-from pipeline.examples import (
+from pipeline.progress import Progress
+from pipeline.report.examples import (
     BINS_PER_OCTAVE,
     LOWEST_OCTAVE,
     Band,
@@ -31,8 +33,7 @@ from pipeline.examples import (
     Group,
     TokenCount,
 )
-from pipeline.progress import Progress
-from pipeline.survey import BATCH_ROWS, Dictionary, Survey, firings, judging, survey
+from pipeline.report.survey import BATCH_ROWS, Dictionary, Survey, firings, judging, survey
 
 QUARTERS = ((0.75, 1.0), (0.5, 0.75), (0.25, 0.5), (0.0, 0.25))
 STRONGEST_SHARE = 4  # one in so many of the latents shown is there for its strength
@@ -90,7 +91,7 @@ def find_features(
     with judging(sae):
         survey(sae, store, tokens, rows, seen, progress, where)
         chosen = choose(seen, config)
-        described = _Describer(seen, tokens, config)
+        described = _Describer(seen, tokens, config, list(chosen))
         spots = [spot for latent in chosen for spot in described.spots(latent)]
         values = _values_around(sae, store, spots, progress, where)
     features = [described.feature(latent, group, *values) for latent, group in chosen.items()]
@@ -125,11 +126,12 @@ def choose(seen: Survey, config: FeaturesConfig) -> dict[int, Group]:
 
 
 class _Describer:
-    """Turns a survey into records; reads each context of the token store once."""
+    """Turns a survey into records of the chosen latents; reads each chunk of the token store at most once."""
 
-    def __init__(self, seen: Survey, tokens: TokenStore, config: FeaturesConfig) -> None:
+    def __init__(self, seen: Survey, tokens: TokenStore, config: FeaturesConfig, chosen: Sequence[int]) -> None:
         self.seen, self.tokens, self.config = seen, tokens, config
-        self._contexts: dict[int, tuple[np.ndarray, int]] = {}
+        shown = [one for latent in chosen for table in (seen.top, seen.sample) for one in table.of(latent)]
+        self._contexts = _contexts(tokens, {position // tokens.context_length for _, position, _ in shown})
         self._spots: dict[int, tuple[list[_Spot], list[list[_Spot]]]] = {}
 
     def spots(self, latent: int) -> list[_Spot]:
@@ -189,20 +191,24 @@ class _Describer:
     def _spot(self, latent: int, value: float, position: int, document: int) -> _Spot:
         context, place = divmod(position, self.tokens.context_length)
         first = max(0, place - self.config.before)
-        stop = min(self._context(context)[1], place + self.config.after + 1)
+        stop = min(self._contexts[context][1], place + self.config.after + 1)
         begin = context * self.tokens.context_length
         return _Spot(latent, value, position, document, begin + first, begin + stop)
 
     def _token(self, place: int) -> int:
         context, at = divmod(place, self.tokens.context_length)
-        return int(self._context(context)[0][at])
+        return int(self._contexts[context][0][at])
 
-    def _context(self, context: int) -> tuple[np.ndarray, int]:
-        """Tokens [T] of a context and how many of them are real."""
-        if context not in self._contexts:
-            tokens = self.tokens.contexts(context, context + 1)[0]
-            self._contexts[context] = tokens, int(self.tokens.lengths(context, context + 1)[0])
-        return self._contexts[context]
+
+def _contexts(tokens: TokenStore, wanted: set[int]) -> dict[int, tuple[np.ndarray, int]]:
+    """Tokens [T] of each wanted context, and how many of them are real."""
+    found: dict[int, tuple[np.ndarray, int]] = {}
+    for _, part in groupby(sorted(wanted), lambda context: context // tokens.arrays["tokens"].chunk_rows):
+        inside = list(part)
+        first, stop = inside[0], inside[-1] + 1
+        text, lengths = tokens.contexts(first, stop), tokens.lengths(first, stop)
+        found |= {context: (text[context - first].copy(), int(lengths[context - first])) for context in inside}
+    return found
 
 
 def _values_around(

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import pairwise
 
-from pipeline.charts import number, percent, sparkline, steady, superscript
-from pipeline.examples import Example, Feature, Features
+from pipeline.report.charts import number, percent, sparkline, steady, superscript
+from pipeline.report.examples import Example, Feature, Features
 
 LEVELS = 8  # shades; classes a1 ... a8 of the style sheet
 SIGNS = {"\n": "↵", "\r": "␍", "\t": "⇥"}

@@ -23,10 +23,10 @@ from safetensors.numpy import load_file
 from cache.durable import write_atomic
 from cache.errors import DamagedStore
 from cache.runs import CONFIG, Run
-from pipeline.charts import Series, framed, line_chart, number
-from pipeline.contexts import LEVELS, features_html
-from pipeline.examples import Features
-from pipeline.scores import density_html, scores_html, tree
+from pipeline.report.charts import Series, framed, line_chart, number
+from pipeline.report.contexts import LEVELS, features_html
+from pipeline.report.examples import Features
+from pipeline.report.scores import density_html, scores_html, tree
 
 EVALUATION, LATENTS, FEATURES = "eval/eval.json", "eval/latents.safetensors", "eval/features.json"
 
@@ -90,12 +90,12 @@ def page(found: Found) -> str:
     body = f"<header>{_heading(found)}<nav>{links}</nav></header><main>"
     body += "".join(f'<section class="part" id="{name}"><h2>{t}</h2>{html}</section>' for name, t, html in parts)
     body += f"</main><footer>Run <code>{escape(found.name)}</code>. Made by <code>sae report</code>.</footer>"
-    resources = files("pipeline")
-    script = resources.joinpath("report.js").read_text("utf-8")
+    resources = files("pipeline.report")
+    script = resources.joinpath("page.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return Template(resources.joinpath("report.html").read_text("utf-8")).substitute(
+    return Template(resources.joinpath("page.html").read_text("utf-8")).substitute(
         title=escape(f"{_place(found)} · {found.name}"),
-        style=resources.joinpath("report.css").read_text("utf-8"),
+        style=resources.joinpath("page.css").read_text("utf-8"),
         script=script,
         script_hash=f"sha256-{digest}",
         body=body,

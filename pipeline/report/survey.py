@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from cache.activations import ActivationStore
 from cache.tokens import TokenStore
-from pipeline.examples import BINS, BINS_PER_OCTAVE, LOWEST_OCTAVE
 from pipeline.progress import Progress
+from pipeline.report.examples import BINS, BINS_PER_OCTAVE, LOWEST_OCTAVE
 from pipeline.saes import Latents
 
 BATCH_ROWS = 4096

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.charts import framed, histogram, ladder, number, percent
+from pipeline.report.charts import framed, histogram, ladder, number, percent
 
 BINS_PER_DECADE = 6
 MOST_ITEMS = 24  # of a list in the details; the JSON file has them all
