@@ -240,7 +240,7 @@ def train(
     lr: Annotated[float | None, typer.Option(metavar="X", help="Learning rate of Adam. Default: 1e-4.")] = None,
     batch: Annotated[int | None, typer.Option(metavar="N", help="Rows in a batch. Default: 4096.")] = None,
     steps: Annotated[int | None, typer.Option(metavar="N", help="Steps. Default: one pass over the store.")] = None,
-    rows: Annotated[str | None, count("Rows to see, instead of `--steps`.")] = None,
+    rows: Annotated[str | None, count("Rows to see, instead of `--steps`. Default: one pass over the store.")] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of the initial weights. Default: 0.")] = None,
     name: Annotated[str | None, typer.Option(metavar="NAME", autocompletion=complete_run, help="Name of the run folder. Default: made from the settings.")] = None,
     resume: Annotated[bool, typer.Option("--resume", metavar="", help="Continue a run from its last checkpoint: the one `--name` says, or the one these settings made, or, without any, the one that is not finished.")] = False,
@@ -388,9 +388,7 @@ def demo(
 def list_(runs: RunsRoot = Path("runs"), json: Json = False) -> None:
     """What there is to choose from: runs, architectures, codecs, sites, sources, presets.
 
-    Example:
-
-        sae list
+    Example: `sae list --json`.
     """
     import console
     from pipeline.choices import choices
@@ -408,9 +406,7 @@ def list_(runs: RunsRoot = Path("runs"), json: Json = False) -> None:
 def cache_ls(cache: CacheRoot = None, json: Json = False) -> None:
     """List the stores. Exit code 3 where one cannot be read; the others are listed all the same.
 
-    Example:
-
-        sae cache ls --json
+    Example: `sae cache ls --json`.
     """
     import console
     from cache import catalogue
@@ -432,9 +428,7 @@ def cache_ls(cache: CacheRoot = None, json: Json = False) -> None:
 def cache_inspect(store: StoreName, cache: CacheRoot = None, json: Json = False) -> None:
     """Everything about one store: recipe, arrays, windows, statistics.
 
-    Example:
-
-        sae cache inspect gpt2-6.mlp_out
+    Example: `sae cache inspect gpt2-6.mlp_out`.
     """
     import console
     from cache import catalogue
@@ -454,10 +448,7 @@ def cache_verify(
 ) -> None:  # fmt: skip
     """Check every file of a store against its checksum. Exit code 3 where something is damaged.
 
-    Examples:
-
-        sae cache verify
-        sae cache verify gpt2-6.mlp_out
+    Examples: `sae cache verify`, `sae cache verify gpt2-6.mlp_out`.
     """
     import console
     from cache import catalogue
@@ -480,15 +471,13 @@ def cache_verify(
 
 @cache_app.command("rm")
 def cache_rm(
-    stores: Annotated[list[str], typer.Argument(metavar="STORE...", autocompletion=complete_store, help="Keys, beginnings of keys, or paths.")],
+    stores: Annotated[list[str], typer.Argument(metavar="STORE", autocompletion=complete_store, help="Keys, beginnings of keys, or paths.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", metavar="", help="Do not ask.")] = False,
     cache: CacheRoot = None, json: Json = False,
 ) -> None:  # fmt: skip
     """Remove stores, damaged ones too. Asks first, unless `--yes`.
 
-    Example:
-
-        sae cache rm gpt2-6.mlp_out --yes
+    Example: `sae cache rm gpt2-6.mlp_out --yes`.
     """
     import console
     from cache import catalogue
@@ -586,9 +575,11 @@ def misused(error: typer.TyperException) -> str:
         names = [name for name in param.opts if name.startswith("--")] or [param.name]
         variable = f" (or {param.envvar})" if param.envvar else ""
         return f"{names[0]}{variable} {value}{error.message[:1].lower()}{error.message[1:]}"
-    wrong = error.format_message().strip().rstrip(".")
+    if similar := getattr(error, "possibilities", None):
+        return f"{error.message[:1].lower()}{error.message[1:]}; did you mean {' or '.join(similar)}?"
+    wrong = error.format_message().strip().rstrip(".").replace(". Did", "; did")
     command = context.command_path if context is not None else "sae"
-    return f"{wrong[:1].lower()}{wrong[1:]}; `{command} --help` tells more"
+    return f"{wrong[:1].lower()}{wrong[1:]}" + ("" if wrong.endswith("?") else f"; `{command} --help` tells more")
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -609,7 +600,7 @@ def main() -> None:
         console.complain(str(error))
         sys.exit(error.exit_code)
     except typer.TyperException as error:
-        if error.message:  # without one, the help was shown instead
+        if error.format_message().strip():  # without one, the help was shown instead
             console.complain(misused(error))
         sys.exit(Exit.USAGE)
     except typer.Abort:

@@ -48,8 +48,8 @@ def token_store(root: Path, contexts: int) -> TokenStore:
             start, stop = writer.store.windows.bounds(len(writer.store.manifest.windows))
             shape = (min(left, stop - start), CONTEXT)
             tokens = np.random.default_rng(start).integers(0, 50256, shape).astype(np.uint16)
-            arrays = {"tokens": tokens, "document": np.zeros(shape, np.uint32), "length": np.full(shape[0], CONTEXT, np.uint32)}
-            writer.append(arrays, {})
+            length = np.full(shape[0], CONTEXT, np.uint32)
+            writer.append({"tokens": tokens, "document": np.zeros(shape, np.uint32), "length": length}, {})
         writer.close()
         return writer.store
 

@@ -60,7 +60,7 @@ def resolve(
     try:
         return settings.model_validate(values)
     except ValidationError as error:
-        raise SaeError(_explained(section, settings, error)) from error
+        raise SaeError(_explained(section, settings, error, _options(flags or {}))) from error
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -83,6 +83,15 @@ def _defaults(settings: type[BaseModel]) -> dict[str, Any]:
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
     given = {key: _given(value) if isinstance(value, dict) else value for key, value in flags.items()}
     return {key: value for key, value in given.items() if value is not None and value != {}}
+
+
+def _options(flags: dict[str, Any]) -> dict[str, str]:
+    """What the command line calls the settings that its own options gave: {"sae.d_sae": "--d-sae", ...}."""
+    found: dict[str, str] = {}
+    for key, value in _given(flags).items():
+        inner = {f"{key}.{name}": option for name, option in _options(value).items()} if isinstance(value, dict) else {}
+        found |= inner or {key: "--" + key.replace("_", "-")}
+    return found
 
 
 def _preset(name: str) -> dict[str, Any]:
@@ -138,18 +147,21 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"
 
 
-def _explained(section: str, settings: type[BaseModel], error: ValidationError) -> str:
+def _explained(section: str, settings: type[BaseModel], error: ValidationError, options: dict[str, str]) -> str:
     """The first problem in one line (for a value that may be of several types, with what each of them asks)."""
     first, *others = error.errors()
     keys, known = _followed(settings, first["loc"])
     name = ".".join([section, *keys])
+    option = options.get(".".join(keys)) or options.get(".".join(keys[:-1]))  # the latter for an item of a list
     if first["type"] == "extra_forbidden":
         key = str(first["loc"][-1])
         return f"{name}.{key}: unknown key{_nearest(key, known)}"
     same = [first, *(other for other in others if _followed(settings, other["loc"])[0] == keys)]
     messages = [problem["msg"].removeprefix("Value error, ") for problem in same]
     message = "; or ".join(message[:1].lower() + message[1:] for message in messages)
-    return f"{name}: {message}" if isinstance(first["input"], dict) else f"{name} = {first['input']!r}: {message}"
+    if isinstance(first["input"], dict):
+        return f"{name}: {message}"
+    return f"{option} {first['input']}: {message}" if option else f"{name} = {first['input']!r}: {message}"
 
 
 def _followed(settings: type[BaseModel], place: Sequence[str | int]) -> tuple[list[str], list[str]]:

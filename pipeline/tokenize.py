@@ -10,6 +10,7 @@ Each window of contexts is committed with the place in the source where the next
 run continues there and ends with the same bytes.
 """
 
+import signal
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -58,7 +59,7 @@ class TokenizeConfig(BaseModel):
     )
     validation_tokens: Amount = Field(131_072, description="validation tokens wanted; all for all there are")
     validation: float = Field(
-        0.01, ge=0, lt=1, description="share of documents, chosen by hash, that is kept for validation"
+        0.05, ge=0, lt=1, description="share of documents, chosen by hash, that is kept for validation"
     )
     packing: Literal["concat", "document"] = Field(
         "concat", description="concat: documents end to end; document: none shares a context"
@@ -341,6 +342,7 @@ _worker: Tokenizer | None = None
 
 def _boot(spec: str, offline: bool) -> None:
     global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the one that asked us answers it
     _worker = tokenizer(spec, offline=offline)
 
 

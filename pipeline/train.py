@@ -19,10 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from cache.activations import ActivationStore
-from cache.errors import SaeError
+from cache.errors import NotFound, SaeError
 from cache.identity import digest
 from cache.loader import Loader
-from cache.runs import Run
+from cache.runs import CONFIG, Run
 from pipeline.progress import Progress
 from pipeline.saes import SAE, AnyConfig, Clock, Losses, create, parse
 
@@ -87,6 +87,8 @@ def open_run(config: TrainConfig, store: ActivationStore, root: Path, name: str 
         name = f"{config.sae.arch}-{config.sae.d_sae}-{point}-{digest(identity)}"
     if not resume:
         return Run.create(root / name, content)
+    if not (root / name / CONFIG).exists():
+        raise NotFound(f"--resume: no run {name} in {root}; `sae list` shows the runs, without --resume it is started")
     run = Run(root / name)
     for part, given in (("train", content["train"]), ("recipe", store.recipe)):
         saved = run.config["train"] if part == "train" else run.config["activations"]["recipe"]

@@ -244,11 +244,12 @@ def main() -> None:
 
     seconds = time.monotonic() - deadline.start
     tokens = step * args.batch * args.context
+    command = " ".join(["scripts/train_tiny_lm.py", *sys.argv[1:]])
     save(model, args.out)
     figures = {
         "source": source.recipe(),
         "platform": f"{platform.system()} {platform.machine()}, torch {torch.__version__}",
-        "command": " ".join([before["command"] + "; then"] * bool(before) + ["scripts/train_tiny_lm.py", *sys.argv[1:]]),
+        "command": "; then ".join([*([before["command"]] if before else []), command]),
         "parameters": n_parameters,
         "training_tokens": n_train,
         "tokens_seen": tokens + (before["tokens_seen"] if before else 0),

@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network, e
 import pytest
 import torch
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # tests run side by side; two spinning pools on two cores are many times slower
 
 
 @pytest.fixture(scope="session")

@@ -296,7 +296,7 @@ SITE_PAIR = {"site": ["mlp_out", "resid_post"], "batch_tokens": 3 * CONTEXT}
 def test_stopped_inside_the_model_and_repeated(tmp_path_factory: pytest.TempPathFactory, gpt2: Path) -> None:
     """Wherever it stops, the next call ends with the same bytes; two sites, in one pass."""
     whole = tmp_path_factory.mktemp("whole")
-    tokens = token_store(whole, made_up(24))
+    tokens = token_store(whole, made_up(14))
     run(gpt2, whole, tokens, **SITE_PAIR)
     sizes = set()
     for batches in range(100):
@@ -313,8 +313,8 @@ def test_stopped_inside_the_model_and_repeated(tmp_path_factory: pytest.TempPath
         sizes |= {ActivationStore(path).n_rows for path in (root / "activations").glob("*")}
         run(gpt2, root, tokens, **SITE_PAIR)
         assert everything(root) == everything(whole), batches
-    assert sizes == {0, 32, 64, 128, 256}
-    assert batches > 10
+    assert sizes == {0, 32, 64, 128}
+    assert batches > 8
 
 
 @pytest.mark.parametrize(("sites", "stride"), [(["mlp_out"], 1), (["mlp_out", "resid_pre"], 3)])

@@ -1,8 +1,8 @@
 """Where a dictionary's latents fire: top contexts and weaker ones, computed from the cache alone.
 
-Two passes, no language model. The first (pipeline.report.survey) reads rows and keeps, for every latent, its largest firings
-(one a document), a uniform sample of all its firings, and counts. Then the latents to show are chosen, and the second
-pass encodes just the rows of the tokens around their firings, so that each context shows the latent on every token.
+Two passes, no language model. The first (`survey`) reads rows and keeps, for every latent, its largest firings (one a
+document), a uniform sample of all its firings, and counts. Then the latents to show are chosen, and the second pass
+encodes just the rows of the tokens around their firings, so that each context shows the latent on every token.
 
 Top contexts alone flatter a feature: the weaker ones are random draws from each quarter of its activation values.
 """

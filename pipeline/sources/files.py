@@ -7,7 +7,8 @@ Files are read in the order of their names and streamed. Records whose text is n
 | `.parquet` | the text column of a row |
 | `.jsonl`, `.ndjson` (`.gz`, `.zst`) | the text field of a line, or a line that is a JSON string |
 | `.json` (`.gz`, `.zst`) | an element of an array, a line, or the whole file where it is one object |
-| `.txt` (`.gz`, `.zst`) | the file; or what stands between lines that are `<|endoftext|>`, if it has any |
+| `.txt` (`.gz`, `.zst`) | what stands between lines that are `<|endoftext|>`; without any the file, cut at blank |
+|                         | lines into parts of at least 1,000 bytes where it is longer than 64 KiB                |
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def _lines(raw: BinaryIO, place: int) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _plain(file: File, place: int, column: str) -> Iterator[tuple[str, int]]:
-    """Documents between separator lines; without any, a short file is one document, a long one is cut at blank lines."""
+    """Documents between separator lines; without any, a short file is one, and a long one is cut at blank lines."""
     separated, size = _survey(file)
     cut = not separated and size > LONG_TEXT
     begin, held = place, 0

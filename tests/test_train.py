@@ -1,0 +1,680 @@
+"""Training: it learns, it survives, and what is saved is what was trained."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small_stores import activation_recipe, extend, few, shrunk
+from torch import Tensor
+
+from cache import activations
+from cache.activations import ActivationStore, ActivationWriter
+from cache.errors import Busy, DamagedStore, NotFound, SaeError
+from cache.loader import Loader
+from cache.manifest import Windows
+from cache.runs import CHECKPOINT, METRICS, WEIGHTS, Run
+from pipeline import trained
+from pipeline.progress import Silent
+from pipeline.saes import SAE, create, parse
+from pipeline.train import TrainConfig, open_run, train
+
+D, TRUE, ACTIVE, D_SAE = 16, 24, 3, 32  # width, true features, of which active in a row, latents
+ROWS = 4096
+PROJECT = Path(__file__).resolve().parents[1]
+TOPK = {"arch": "topk", "d_sae": D_SAE, "k": 4, "dead_after": 800}
+L1 = {"arch": "l1", "d_sae": D_SAE, "coefficient": 0.5}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small() -> Iterator[pytest.MonkeyPatch]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with shrunk() as patch:
+        patch.setattr(activations, "CHUNK_ROWS", 256)
+        patch.setattr(activations, "WINDOWS", Windows(256, 1024))
+        yield patch
+    torch.set_num_threads(threads)
+
+
+def true_features() -> Tensor:
+    """Unit directions [TRUE, D]."""
+    random = torch.Generator().manual_seed(11)
+    return torch.nn.functional.normalize(torch.randn(TRUE, D, generator=random), dim=1)
+
+
+def planted_rows(n: int, seed: int = 0) -> Tensor:
+    """Rows [n, D], each of ACTIVE true features, away from the origin and much longer than 1."""
+    random = torch.Generator().manual_seed(seed)
+    chosen = torch.rand(n, TRUE, generator=random).topk(ACTIVE, dim=1).indices
+    strength = torch.zeros(n, TRUE).scatter_(1, chosen, 1 + torch.rand(n, ACTIVE, generator=random))
+    return 7 * (strength @ true_features()) + 5
+
+
+def planted_store(root: Path, rows: Tensor | None = None, codec: str = "int8", seed: int = 0) -> ActivationStore:
+    rows = planted_rows(ROWS) if rows is None else rows
+    recipe = {**activation_recipe(rows.shape[1], codec, seed=seed), "hook": "blocks.1.hook_mlp_out"}
+    with ActivationWriter(root, "planted", recipe) as writer:
+        extend(writer, rows, ended=True)
+        return writer.store
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, small: pytest.MonkeyPatch) -> ActivationStore:
+    return planted_store(tmp_path_factory.mktemp("cache"))
+
+
+def settings(sae: dict[str, Any] | None = None, **changes: Any) -> TrainConfig:
+    given = {"lr": 3e-3, "batch": 128, "steps": 40, "log_every": 4, "checkpoint_every": 10, **changes}
+    return TrainConfig(sae=parse(TOPK if sae is None else sae), **given)
+
+
+def go(
+    config: TrainConfig | Sequence[TrainConfig], store: ActivationStore, root: Path,
+    *, resume: bool = False, progress: Silent | None = None,
+) -> list[Run]:  # fmt: skip
+    """Train (or continue) runs 0, 1, ... under `root`."""
+    configs = [config] if isinstance(config, TrainConfig) else config
+    runs = [open_run(config, store, root, str(i), resume=resume) for i, config in enumerate(configs)]
+    train(runs, store, progress or Silent(), device="cpu")
+    return runs
+
+
+def outcome(run: Run) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
+    """All that training leaves: every file's bytes, and the metrics without the seconds they took."""
+    names = ("config.json", "cfg.json", WEIGHTS, CHECKPOINT)
+    metrics = [{name: value for name, value in entry.items() if name != "seconds"} for entry in run.metrics()]
+    return {name: (run.path / name).read_bytes() for name in names}, metrics
+
+
+# It learns
+
+
+def test_the_loss_falls_and_the_planted_dictionary_is_found(tmp_path: Path, store: ActivationStore) -> None:
+    (run,) = go(settings(steps=500, lr=1e-2, log_every=20), store, tmp_path)
+    metrics = run.metrics()
+    assert metrics[-1]["loss"] < 0.1 * metrics[0]["loss"]
+    assert metrics[-1]["fvu"] < 0.05 < metrics[0]["fvu"]
+    found = trained.load(run).W_dec
+    cosines = (true_features() @ found.T).amax(1)
+    untrained = create(parse(TOPK), D, seed=1).W_dec.detach()
+    assert cosines.mean() > 0.93 > 0.8 > (true_features() @ untrained.T).amax(1).mean()
+    assert (cosines > 0.95).float().mean() > 0.8
+
+
+def test_metrics_say_what_they_say(tmp_path: Path, store: ActivationStore) -> None:
+    config = settings(steps=21, log_every=10, sae=TOPK)
+    (run,) = go(config, store, tmp_path)
+    metrics = run.metrics()
+    assert [entry["step"] for entry in metrics] == [10, 20, 21]
+    for entry in metrics:
+        assert entry["rows"] == entry["step"] * 128
+        assert entry["loss"] == pytest.approx(entry["loss_reconstruction"] + entry["loss_auxk"], rel=1e-6)
+        assert entry["lr"] == config.lr_at(entry["step"] - 1, 21)
+        assert 0 < entry["l0"] <= 4 and 0 <= entry["dead"] <= 1 and 0 < entry["fvu"] < 1
+    assert [entry["seconds"] for entry in metrics] == sorted(entry["seconds"] for entry in metrics)
+
+
+def twin_step(weights: dict[str, Tensor], x: Tensor, k: int) -> Tensor:
+    """TopK written out with dense matrices: the loss of a batch of scaled rows."""
+    before = (x - weights["b_dec"]) @ weights["W_enc_rows"].T + weights["b_enc"]
+    top = before.topk(k, dim=1)
+    latents = torch.zeros_like(before).scatter(1, top.indices, top.values.relu())
+    return (latents @ weights["W_dec"] + weights["b_dec"] - x).square().sum() / len(x)
+
+
+def twin_training(store: ActivationStore, config: TrainConfig, *, clip_first: bool = False) -> dict[str, Tensor]:
+    """The training loop in plain torch: project the gradient, clip, set the rate, step, renormalise."""
+    sae = create(config.sae, D, seed=config.seed)
+    sae.initialise(store.rows(0, min(config.initial_rows, store.n_rows)))
+    scale = sae.scale.clone()
+    weights = {name: value.detach().clone().requires_grad_() for name, value in sae.named_parameters()}
+    optimiser = torch.optim.Adam(weights.values(), betas=config.betas)
+    total = config.total_steps(store.n_rows)
+    with Loader(store, config.batch, seed=config.data_seed) as loader:
+        for step, x in zip(range(total), loader, strict=False):
+            optimiser.zero_grad()
+            twin_step(weights, x * scale, 4).backward()
+            if clip_first:
+                torch.nn.utils.clip_grad_norm_(weights.values(), config.clip)
+            rows, grad = weights["W_dec"].detach(), weights["W_dec"].grad
+            assert grad is not None
+            grad -= (grad * rows).sum(1, keepdim=True) * rows
+            if not clip_first and config.clip is not None:
+                torch.nn.utils.clip_grad_norm_(weights.values(), config.clip)
+            optimiser.param_groups[0]["lr"] = config.lr_at(step, total)
+            optimiser.step()
+            weights["W_dec"].data /= weights["W_dec"].data.norm(dim=1, keepdim=True)
+    return {name: value.detach() for name, value in weights.items()}
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_training_equals_the_same_steps_written_out(tmp_path: Path, store: ActivationStore, clip: float | None) -> None:
+    """Batches, loss, projection, clipping after it, rate, Adam, unit rows."""
+    config = settings({**TOPK, "aux_coefficient": 0.0}, steps=12, clip=clip)
+    (run,) = go(config, store, tmp_path)
+    tensors, _ = run.load_checkpoint()
+    expected = twin_training(store, config)
+    for name, value in expected.items():
+        torch.testing.assert_close(tensors[f"sae.{name}"], value, rtol=2e-4, atol=2e-5)
+    if clip is not None:
+        other = twin_training(store, config, clip_first=True)
+        apart = max((other[name] - value).abs().max().item() for name, value in expected.items())
+        assert apart > 1e-3, "clipping before projecting would not be noticed"
+
+
+# The learning rate
+
+
+def test_the_learning_rate_rises_stays_and_falls() -> None:
+    config = settings(lr=2.0, warmup=0.1, decay=0.2)
+    rates = [config.lr_at(step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2) and rates[8] == pytest.approx(1.8)
+    assert rates[9:81] == [2.0] * 72
+    assert rates[90] == pytest.approx(1.0) and rates[99] == pytest.approx(0.1)
+    assert config.lr_at(100, 100) == 0
+
+
+@few
+@given(
+    warmup=st.floats(0, 1), decay=st.floats(0, 1), total=st.integers(1, 300), lr=st.floats(1e-6, 1e3)
+)  # fmt: skip
+def test_the_learning_rate_is_never_0_nor_too_high(warmup: float, decay: float, total: int, lr: float) -> None:
+    decay = min(decay, 1 - warmup)
+    config = settings(lr=lr, warmup=warmup, decay=decay)
+    rates = [config.lr_at(step, total) for step in range(total)]
+    assert all(0 < rate <= lr for rate in rates)
+    peak = rates.index(max(rates))
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+@pytest.mark.parametrize("total", [1, 2])
+def test_the_shortest_trainings(tmp_path: Path, store: ActivationStore, total: int) -> None:
+    (run,) = go(settings(steps=total, warmup=0.5, decay=0.5), store, tmp_path)
+    assert run.metrics()[-1]["step"] == total and run.metrics()[-1]["lr"] > 0
+
+
+def test_the_length_of_a_training() -> None:
+    assert settings(steps=7).total_steps(10_000) == 7
+    assert settings(steps=None, rows=1000, batch=128).total_steps(10_000) == 7
+    assert settings(steps=None, batch=128).total_steps(10_000) == 78
+    assert settings(steps=None, batch=4096).total_steps(100) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"steps": 3, "rows": 4}, "steps = 3 and rows = 4: give one of them"),
+        ({"warmup": 0.7, "decay": 0.4}, "warmup = 0.7 and decay = 0.4: together they are more than all steps"),
+        ({"lr": 0}, "lr"),
+        ({"lr": float("nan")}, "lr"),
+        ({"steps": 0}, "steps"),
+        ({"batch_size": 3}, "batch_size"),
+        ({"clip": 0}, "clip"),
+    ],
+)
+def test_settings_that_make_no_sense(wrong: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        settings(**wrong)
+
+
+# Several at once
+
+
+def test_every_dictionary_of_several_equals_its_solo_run(tmp_path: Path, store: ActivationStore) -> None:
+    """Bit for bit, whatever trains beside it."""
+    configs = [settings(), settings(L1, lr=1e-3, clip=None), settings(seed=5), settings({**TOPK, "d_sae": 48, "k": 2})]
+    together = go(configs, store, tmp_path / "together")
+    for i, (run, config) in enumerate(zip(together, configs, strict=True)):
+        (solo,) = go(config, store, tmp_path / f"solo-{i}")
+        assert outcome(run) == outcome(solo), i
+    assert outcome(together[0])[0][WEIGHTS] != outcome(together[2])[0][WEIGHTS]
+
+
+def test_the_seed_of_the_weights_and_of_the_rows(tmp_path: Path, store: ActivationStore) -> None:
+    weights = set()
+    for i, changes in enumerate(({}, {}, {"seed": 1}, {"data_seed": 1})):
+        (run,) = go(settings(**changes), store, tmp_path / str(i))
+        weights.add((run.path / WEIGHTS).read_bytes())
+    assert len(weights) == 3
+
+
+@pytest.mark.parametrize("changes", [{"batch": 64}, {"steps": 39}, {"steps": None}, {"data_seed": 1}])
+def test_dictionaries_that_cannot_share_a_stream(
+    tmp_path: Path, store: ActivationStore, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(SaeError, match=f"train.{next(iter(changes))}: dictionaries trained together must agree on it"):
+        go([settings(), settings(**changes)], store, tmp_path)
+
+
+def test_dictionaries_that_were_promised_different_rows(tmp_path: Path, store: ActivationStore) -> None:
+    """The store grew between the making of the two runs."""
+    runs = [open_run(settings(), store, tmp_path, str(i), resume=False) for i in range(2)]
+    content = json.loads((runs[1].path / "config.json").read_text())
+    content["activations"]["rows"] = ROWS // 2
+    (runs[1].path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(SaeError, match=r"4,096.*2,048"):
+        train([runs[0], Run(runs[1].path)], store, Silent(), device="cpu")
+
+
+def test_a_run_of_another_store(tmp_path: Path, store: ActivationStore) -> None:
+    other = planted_store(tmp_path, planted_rows(512), seed=4)
+    run = open_run(settings(), other, tmp_path, "other", resume=False)
+    with pytest.raises(SaeError, match=r"other: .*was started on"):
+        train([run], store, Silent(), device="cpu")
+
+
+# Interruption
+
+
+class Killed(BaseException):
+    """As SIGKILL: nothing that handles errors sees it."""
+
+
+class At(Silent):
+    """Does something when a step has ended, and keeps what it was told."""
+
+    def __init__(self, step: int, act: Callable[[], object]) -> None:
+        self.left, self.act = step, act
+        self.lines: list[str] = []
+        self.begun: list[tuple[int | None, int]] = []
+
+    def start(self, title: str, total: int | None, unit: str, done: int = 0) -> None:
+        self.begun.append((total, done))
+
+    def advance(self, n: int, **fields: object) -> None:
+        self.left -= n
+        if self.left == 0:
+            self.act()
+
+    def note(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def die() -> None:
+    raise Killed
+
+
+PAIR = [settings(), settings(L1, seed=3, log_every=3)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, store: ActivationStore) -> list[Any]:
+    """What PAIR must leave however often it is interrupted."""
+    return [outcome(run) for run in go(PAIR, store, tmp_path_factory.mktemp("whole"))]
+
+
+@pytest.mark.parametrize("step", [1, 9, 10, 23, 39, 40])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_by_a_signal_and_resumed(
+    tmp_path: Path, store: ActivationStore, uninterrupted: list[Any], step: int, number: signal.Signals
+) -> None:
+    """The step in progress ends, a checkpoint is written, and nothing of it can be seen afterwards."""
+    before = signal.getsignal(number)
+    stopping = At(step, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(KeyboardInterrupt):
+        go(PAIR, store, tmp_path, progress=stopping)
+    assert signal.getsignal(number) is before
+    assert stopping.lines == [f"checkpoint at step {step}; continue with --resume"]
+    runs = [Run(tmp_path / str(i)) for i in range(2)]
+    assert all(run.load_checkpoint()[1]["step"] == step and not run.finished for run in runs)
+    resumed = At(-1, die)
+    assert [outcome(run) for run in go(PAIR, store, tmp_path, resume=True, progress=resumed)] == uninterrupted
+    assert resumed.begun == [(40, step)]
+    assert resumed.lines == [f"0: continuing at step {step} of 40"]
+
+
+def test_a_second_signal_acts_at_once(tmp_path: Path, store: ActivationStore) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    stopping = At(5, twice)
+    with pytest.raises(KeyboardInterrupt):
+        go(settings(), store, tmp_path, progress=stopping)
+    assert stopping.lines == [] and not Run(tmp_path / "0").has_checkpoint
+
+
+@pytest.mark.parametrize("step", [1, 7, 10, 11, 25, 40])
+def test_killed_after_a_step_and_resumed(
+    tmp_path: Path, store: ActivationStore, uninterrupted: list[Any], step: int
+) -> None:
+    """Before the first checkpoint, between two, after the last: what was logged since is not logged twice."""
+    with pytest.raises(Killed):
+        go(PAIR, store, tmp_path, progress=At(step, die))
+    assert [outcome(run) for run in go(PAIR, store, tmp_path, resume=True)] == uninterrupted
+
+
+def test_killed_at_every_write_and_resumed(
+    tmp_path_factory: pytest.TempPathFactory, store: ActivationStore
+) -> None:
+    """Also between the checkpoints of two dictionaries, and while the finished ones are written."""
+    pair = [settings(steps=6, checkpoint_every=2, log_every=1), settings(L1, steps=6, checkpoint_every=2)]
+    whole = [outcome(run) for run in go(pair, store, tmp_path_factory.mktemp("whole"))]
+    replace = os.replace
+    for stop in range(2, 100):  # the first two writes are the configurations
+        root, left = tmp_path_factory.mktemp("killed"), stop
+
+        def counted(*args: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            replace(*args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "replace", counted)
+            try:
+                go(pair, store, root)
+            except Killed:
+                pass
+            else:
+                break
+        assert [outcome(run) for run in go(pair, store, root, resume=True)] == whole, stop
+    assert stop == 2 + 3 * 2 + 2 * 2
+
+
+def test_interrupted_again_and_again(tmp_path: Path, store: ActivationStore, uninterrupted: list[Any]) -> None:
+    (first,) = uninterrupted[:1]
+    for i in range(6):
+        with pytest.raises((KeyboardInterrupt, Killed)):
+            act = die if i % 2 else lambda: signal.raise_signal(signal.SIGINT)
+            go(PAIR[0], store, tmp_path, resume=i > 0, progress=At(5 + i, act))
+    assert outcome(go(PAIR[0], store, tmp_path, resume=True)[0]) == first
+
+
+def test_resuming_a_finished_run_changes_nothing(
+    tmp_path: Path, store: ActivationStore, uninterrupted: list[Any]
+) -> None:
+    go(PAIR, store, tmp_path)
+    steps = At(0, die)
+    assert [outcome(run) for run in go(PAIR, store, tmp_path, resume=True, progress=steps)] == uninterrupted
+    assert steps.left == 0
+
+
+def test_a_store_that_has_grown_is_seen_as_it_was(tmp_path: Path, small: pytest.MonkeyPatch) -> None:
+    def grown(root: Path, rows: int) -> ActivationStore:
+        recipe = {**activation_recipe(D), "hook": "blocks.1.hook_mlp_out"}
+        with ActivationWriter(root, "planted", recipe) as writer:
+            extend(writer, planted_rows(2048)[:rows])
+            return writer.store
+
+    (whole,) = go(settings(), grown(tmp_path / "cache", 1024), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        go(settings(), grown(tmp_path / "cache", 1024), tmp_path / "stopped", progress=stop_at(13))
+    (resumed,) = go(settings(), grown(tmp_path / "cache", 2048), tmp_path / "stopped", resume=True)
+    assert outcome(resumed) == outcome(whole)
+
+
+def stop_at(step: int) -> At:
+    return At(step, lambda: signal.raise_signal(signal.SIGINT))
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from cache import activations
+from cache.manifest import Windows
+activations.CHUNK_ROWS, activations.WINDOWS = 256, Windows(256, 1024)
+import torch
+torch.set_num_threads(1)
+from cache.activations import ActivationStore
+from cache.runs import CONFIG
+from pipeline.progress import Silent
+from pipeline.train import TrainConfig, open_run, train
+from pipeline import trained
+store, root = ActivationStore(Path(sys.argv[1])), Path(sys.argv[2])
+config = TrainConfig.model_validate_json(sys.argv[3])
+run = open_run(config, store, root, "0", resume=(root / "0" / CONFIG).exists())
+train([run], store, Silent(), device="cpu")
+trained.load(run)
+print(json.dumps(sorted(name for name in sys.modules if name.startswith("trans") or name.startswith("pipeline."))))
+"""
+
+
+def script(store: ActivationStore, root: Path, config: TrainConfig) -> list[str]:
+    return [sys.executable, "-c", SCRIPT, str(store.path), str(root), config.model_dump_json()]
+
+
+@pytest.mark.slow
+def test_kill_9_and_resume(tmp_path: Path, store: ActivationStore) -> None:
+    """A real process, killed by SIGKILL in mid-run, twice, and continued by another."""
+    config = settings(steps=4000, checkpoint_every=37, log_every=3)
+    (whole,) = go(config, store, tmp_path / "whole")
+    root, steps = tmp_path / "killed", 0
+    metrics = root / "0" / METRICS
+    for more in (100, 1000):
+        with subprocess.Popen(script(store, root, config), cwd=PROJECT, stdout=subprocess.DEVNULL) as process:
+            while (lines := metrics.read_bytes().count(b"\n") if metrics.exists() else 0) * 3 < steps + more:
+                assert process.poll() is None
+                time.sleep(0.002)
+            process.send_signal(signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL
+        steps = lines * 3
+    assert not Run(root / "0").finished and Run(root / "0").load_checkpoint()[1]["step"] > 1000
+    (resumed,) = go(config, store, root, resume=True)
+    assert outcome(resumed) == outcome(whole)
+
+
+def test_training_never_imports_a_language_model(tmp_path: Path, store: ActivationStore) -> None:
+    done = subprocess.run(
+        script(store, tmp_path, settings(steps=3)), cwd=PROJECT, capture_output=True, text=True, check=True
+    )
+    loaded = json.loads(done.stdout)
+    assert "pipeline.train" in loaded
+    assert not [name for name in loaded if name.startswith(("transformer", "pipeline.language_model"))]
+    assert not [name for name in loaded if name in ("pipeline.harvest", "pipeline.tokenize", "pipeline.evaluate")]
+
+
+# Refusals
+
+
+def test_a_run_is_not_begun_twice(tmp_path: Path, store: ActivationStore) -> None:
+    (run,) = go(settings(), store, tmp_path)
+    before = outcome(run)
+    with pytest.raises(SaeError, match=r"^--name 0: .* exists; continue it with --resume or choose another --name$"):
+        go(settings(), store, tmp_path)
+    assert outcome(run) == before
+    with pytest.raises(NotFound, match="is not a run folder"):
+        open_run(settings(), store, tmp_path, "1", resume=True)
+
+
+def test_a_name_of_its_own(tmp_path: Path, store: ActivationStore) -> None:
+    names = [open_run(c, store, tmp_path, None, resume=False).name for c in (settings(), settings(L1), settings(seed=1))]
+    assert names[0].startswith("topk-32-1.mlp_out-") and names[1].startswith("l1-32-1.mlp_out-")
+    assert len(set(names)) == 3
+    assert open_run(settings(), store, tmp_path, None, resume=True).name == names[0]
+
+
+def test_resume_refuses_other_settings_and_names_them(tmp_path: Path, store: ActivationStore) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        go(settings(), store, tmp_path, progress=stop_at(3))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for changed, names in (
+        (settings(lr=1e-3), "lr"),
+        (settings(batch=64, steps=41), "batch, steps"),
+        (settings({**TOPK, "k": 5}), "sae"),
+    ):
+        with pytest.raises(SaeError, match=rf"^--resume: .* was started with other settings \({names}\); repeat those"):
+            go(changed, store, tmp_path, resume=True)
+    other = planted_store(tmp_path / "other", seed=9)
+    with pytest.raises(SaeError, match=r"other settings \(tokens\)"):
+        go(settings(), other, tmp_path, resume=True)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "emptied"])
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, store: ActivationStore, damage: str) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        go(settings(), store, tmp_path, progress=stop_at(3))
+    path = tmp_path / "0" / CHECKPOINT
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes({"flipped": bytes(data), "cut": bytes(data[:-10]), "emptied": b""}[damage])
+    with pytest.raises(DamagedStore, match=r"checkpoint\.safetensors"):
+        go(settings(), store, tmp_path, resume=True)
+
+
+def test_damaged_rows_are_refused(tmp_path: Path) -> None:
+    damaged = planted_store(tmp_path, planted_rows(1024))
+    path = damaged.path / "rows/c/2/0"
+    data = bytearray(path.read_bytes())
+    data[50] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(DamagedStore, match="rows/c/2/0: damaged"):
+        go(settings(), damaged, tmp_path)
+
+
+def test_dictionaries_that_stopped_at_different_steps(tmp_path: Path, store: ActivationStore) -> None:
+    """Only Ctrl-C and a kill in one unlucky moment make them; each can still go on by itself."""
+    pair = [settings(), settings(seed=1)]
+    whole = [outcome(run) for run in go(pair, store, tmp_path / "whole")]
+    with pytest.raises(KeyboardInterrupt):
+        go(pair, store, tmp_path / "stopped", progress=stop_at(13))
+    one = open_run(pair[1], store, tmp_path / "stopped", "1", resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        train([one], store, stop_at(4), device="cpu")
+    runs = go(pair, store, tmp_path / "stopped", resume=True)
+    assert [outcome(run) for run in runs] == whole
+
+
+def test_a_run_is_trained_by_one_process(tmp_path: Path, store: ActivationStore) -> None:
+    run = open_run(settings(), store, tmp_path, "0", resume=False)
+    with run.lock(), pytest.raises(Busy, match="is writing here"):
+        train([run], store, Silent(), device="cpu")
+
+
+@pytest.mark.parametrize("log_every", [1, 1000])
+def test_a_loss_that_explodes_is_said(tmp_path: Path, store: ActivationStore, log_every: int) -> None:
+    """And the last checkpoint stays one from before: nothing that is not a number is ever saved."""
+    config = settings(lr=1e25, clip=None, warmup=0, decay=0, log_every=log_every, checkpoint_every=1)
+    with pytest.raises(SaeError, match=r"try a smaller --lr$") as caught:
+        go(config, store, tmp_path)
+    assert "\n" not in str(caught.value)
+    run = Run(tmp_path / "0")
+    assert not run.finished
+    for entry in run.metrics():
+        json.dumps(entry, allow_nan=False)
+    if run.has_checkpoint:
+        tensors, _ = run.load_checkpoint()
+        assert all(torch.isfinite(tensor).all() for tensor in tensors.values() if tensor.is_floating_point())
+
+
+def test_rows_that_are_all_zero(tmp_path: Path) -> None:
+    zeros = planted_store(tmp_path, torch.zeros(512, D), "float32")
+    with pytest.raises(SaeError, match="not all zero"):
+        go(settings(), zeros, tmp_path)
+
+
+@pytest.mark.parametrize("sae", [{}, {"input_scale": "none"}])
+def test_rows_that_are_all_the_same(tmp_path: Path, sae: dict[str, Any]) -> None:
+    """There is no variance to explain; every line of metrics is still JSON."""
+    same = planted_store(tmp_path, torch.ones(512, D), "float32")
+    (run,) = go(settings({**TOPK, **sae}), same, tmp_path)
+    assert len(run.metrics()) == 10
+    for entry in run.metrics():
+        json.dumps(entry, allow_nan=False)
+
+
+def test_a_batch_of_one_row(tmp_path: Path, store: ActivationStore) -> None:
+    (run,) = go(settings(batch=1, steps=8), store, tmp_path)
+    for entry in run.metrics():
+        json.dumps(entry, allow_nan=False)
+
+
+# What is saved
+
+
+ALL = [
+    TOPK,
+    L1,
+    {**L1, "decoder_norm": "free", "penalty": "decoder_norm"},
+    {**TOPK, "input_scale": "none"},
+    {**TOPK, "b_dec_init": "none", "pre_encoder_bias": False, "encoder_bias": False},
+]
+
+
+@pytest.mark.parametrize("sae", ALL)
+def test_what_is_saved_is_what_was_trained(tmp_path: Path, store: ActivationStore, sae: dict[str, Any]) -> None:
+    """The folded dictionary is the trained one, in the data's units."""
+    (run,) = go(settings(sae), store, tmp_path)
+    alive = in_training(run)
+    saved = trained.load(run)
+    x = store.rows(0, 512)
+    expected = alive(x)
+    assert (saved(x) - expected).abs().max() <= 1e-6 * expected.abs().max() + 1e-5
+    assert torch.equal(saved.encode(x).dense() > 0, alive.encode(x).dense() > 0)
+    torch.testing.assert_close(saved.encode(x).dense() * alive.target_scale, alive.encode(x).dense(), rtol=1e-4, atol=1e-5)
+    assert float(saved.scale) == 1 and not saved.training and not any(p.requires_grad for p in saved.parameters())
+    if sae.get("decoder_norm") != "free":
+        torch.testing.assert_close(saved.W_dec.norm(dim=1), torch.ones(D_SAE), rtol=0, atol=1e-6)
+
+
+def in_training(run: Run) -> SAE:
+    """The dictionary as the last checkpoint holds it."""
+    tensors, _ = run.load_checkpoint()
+    sae = create(parse(run.config["train"]["sae"]), D)
+    sae.load_state_dict({n.removeprefix("sae."): t for n, t in tensors.items() if n.startswith("sae.")})
+    return sae
+
+
+@pytest.mark.parametrize("sae", ALL)
+def test_the_files_are_what_saelens_opens(tmp_path: Path, store: ActivationStore, sae: dict[str, Any]) -> None:
+    """Its keys, shapes and settings; and its own formulas, in NumPy, on the saved tensors."""
+    (run,) = go(settings(sae), store, tmp_path)
+    cfg = json.loads((run.path / "cfg.json").read_text())
+    name = {"topk": "topk", "l1": "standard"}[sae["arch"]]
+    assert {
+        "architecture": name, "d_in": D, "d_sae": D_SAE, "dtype": "float32", "device": "cpu",
+        "apply_b_dec_to_input": sae.get("pre_encoder_bias", True), "normalize_activations": "none",
+        "reshape_activations": "none",
+    }.items() <= cfg.items()  # fmt: skip
+    assert {name: cfg.get(name) for name in ("k", "rescale_acts_by_decoder_norm")} == (
+        {"k": 4, "rescale_acts_by_decoder_norm": False} if name == "topk" else {"k": None, "rescale_acts_by_decoder_norm": None}
+    )
+    assert cfg["metadata"]["sae_lens_version"] >= "6.0.0"
+    assert cfg["metadata"]["hook_name"] == "blocks.1.hook_mlp_out"
+    assert (cfg["metadata"]["model_name"], cfg["metadata"]["context_size"]) == ("synthetic", 8)
+    assert cfg["metadata"]["model_from_pretrained_kwargs"] == {} and cfg["metadata"]["prepend_bos"] is False
+    tensors = {n: t.numpy() for n, t in safetensors.torch.load_file(run.path / WEIGHTS).items()}
+    shapes = {"W_enc": (D, D_SAE), "b_enc": (D_SAE,), "W_dec": (D_SAE, D), "b_dec": (D,)}
+    assert {n: t.shape for n, t in tensors.items()} == shapes
+    assert all(t.dtype == np.float32 for t in tensors.values())
+    x = store.rows(0, 300).numpy()
+    centred = x - tensors["b_dec"] if cfg["apply_b_dec_to_input"] else x
+    latents = np.maximum(centred @ tensors["W_enc"] + tensors["b_enc"], 0)
+    if name == "topk":
+        least = np.sort(latents, axis=1)[:, -cfg["k"], None]
+        latents = np.where(latents >= least, latents, 0)
+    np.testing.assert_allclose(latents @ tensors["W_dec"] + tensors["b_dec"], trained.load(run)(torch.from_numpy(x)), rtol=1e-4, atol=1e-3)
+
+
+def test_a_dictionary_that_does_not_fit_its_settings(tmp_path: Path, store: ActivationStore) -> None:
+    (run,) = go(settings(steps=2), store, tmp_path)
+    tensors = safetensors.torch.load_file(run.path / WEIGHTS)
+    (run.path / WEIGHTS).write_bytes(safetensors.torch.save({**tensors, "threshold": torch.zeros(D_SAE)}))
+    with pytest.raises(DamagedStore, match="do not fit the run's settings: .*threshold"):
+        trained.load(run)
+    data = bytearray(safetensors.torch.save(tensors))
+    (run.path / WEIGHTS).write_bytes(data[:-3])
+    with pytest.raises(DamagedStore, match="sae_weights"):
+        trained.load(run)
+
+
+def test_a_run_that_has_not_finished_has_no_dictionary(tmp_path: Path, store: ActivationStore) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        go(settings(), store, tmp_path, progress=stop_at(3))
+    with pytest.raises(NotFound, match=r"training has not finished; continue it with `sae train --resume --name 0`"):
+        trained.load(Run(tmp_path / "0"))
