@@ -152,15 +152,17 @@ def _explained(section: str, settings: type[BaseModel], error: ValidationError, 
     first, *others = error.errors()
     keys, known = _followed(settings, first["loc"])
     name = ".".join([section, *keys])
-    option = options.get(".".join(keys)) or options.get(".".join(keys[:-1]))  # the latter for an item of a list
     if first["type"] == "extra_forbidden":
         key = str(first["loc"][-1])
+        if option := options.get(".".join([*keys, key])):
+            return f"{option} {first['input']}: these settings have no {key}{_nearest(key, known)}"
         return f"{name}.{key}: unknown key{_nearest(key, known)}"
     same = [first, *(other for other in others if _followed(settings, other["loc"])[0] == keys)]
     messages = [problem["msg"].removeprefix("Value error, ") for problem in same]
     message = "; or ".join(message[:1].lower() + message[1:] for message in messages)
     if isinstance(first["input"], dict):
         return f"{name}: {message}"
+    option = options.get(".".join(keys)) or options.get(".".join(keys[:-1]))  # the latter for an item of a list
     return f"{option} {first['input']}: {message}" if option else f"{name} = {first['input']!r}: {message}"
 
 
