@@ -19,6 +19,7 @@ from pipeline.network import hub_address, offline_wanted, reachable
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+RANDOM = "random:"  # before a name: an untrained model of that shape
 WANTED = (CONFIG, WEIGHTS, INDEX, "model-*-of-*.safetensors")
 
 

@@ -14,10 +14,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from transformers.utils import logging
 
 from cache.errors import NotFound, SaeError
-from pipeline.language_model.files import CONFIG, ModelFiles, find_model, slug
+from pipeline.language_model.files import CONFIG, RANDOM, ModelFiles, slug
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-RANDOM = "random:"
 RANDOM_SEED = 0
 GPT2_SHAPES = {  # width, layers, heads
     "gpt2": (768, 12, 12),
@@ -37,17 +35,11 @@ class Loaded:
     weights: Callable[[], str] | None  # sha256 of weights no commit names; a function, because it reads them all
 
 
-def load(name: str, *, dtype: str, revision: str | None, offline: bool) -> Loaded:
-    """Load the model a name stands for (see `LanguageModel.boot`). Raises SaeError when that cannot be done."""
-    if dtype not in DTYPES:
-        raise SaeError(f"--dtype {dtype}: the forward pass runs in {' or '.join(DTYPES)}")
-    if name.startswith(RANDOM):
-        if revision is not None:
-            raise SaeError(f"--revision {revision}: {name} has no revisions")
-        return _random(name.removeprefix(RANDOM), DTYPES[dtype])
-    files = find_model(name, revision=revision, offline=offline)
-    weights = files.digest if files.revision is None else None
-    return Loaded(_from_files(files, DTYPES[dtype]), files.name, files.revision, weights)
+def load(files: ModelFiles, dtype: torch.dtype) -> Loaded:
+    """Load the model of some files. Raises SaeError when it is not whole, or not a causal language model."""
+    return Loaded(
+        _from_files(files, dtype), files.name, files.revision, files.digest if files.revision is None else None
+    )
 
 
 def _from_files(files: ModelFiles, dtype: torch.dtype) -> Any:
@@ -83,8 +75,11 @@ def _config(folder: Path, name: str) -> Any:
     return config
 
 
-def _random(shape: str, dtype: torch.dtype) -> Loaded:
-    """An untrained model of a shape: the same weights every time (for one version of torch)."""
+def load_random(shape: str, dtype: torch.dtype) -> Loaded:
+    """An untrained model in the shape of a GPT-2, or of a folder with a configuration.
+
+    The weights are the same every time, for one version of torch. Raises NotFound for any other shape.
+    """
     if shape in GPT2_SHAPES:
         width, layers, heads = GPT2_SHAPES[shape]
         name, config = shape, GPT2Config(n_embd=width, n_layer=layers, n_head=heads)

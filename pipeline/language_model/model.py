@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cache.errors import SaeError
-from pipeline.language_model.files import slug
+from pipeline.language_model.files import RANDOM, find_model, slug
 
 if TYPE_CHECKING:
     from pipeline.language_model.bridge import Hook, Hooked
@@ -26,6 +26,7 @@ SITES = {
     "mlp_post": "the MLP's hidden units after the activation function (times the gate where there is one)",
     "mlp_out": "what the MLP adds to the residual stream",
 }
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Logits are made for this many (row, token) pairs at a time: below the 32 MiB where the CPU allocator slows down,
 # and large enough to fill a GPU.
 _LOGITS_AT_ONCE = {"cpu": 2**23 - 1, "cuda": 2**27}
@@ -90,10 +91,19 @@ class LanguageModel:
 
         Raises SaeError (one line, what to try) for a name that is unknown, out of reach, incomplete or damaged.
         """
+        if dtype not in _DTYPES:
+            raise SaeError(f"--dtype {dtype}: the forward pass runs in {' or '.join(_DTYPES)}")
+        where = _device(device)
+        if name.startswith(RANDOM):
+            if revision is not None:
+                raise SaeError(f"--revision {revision}: {name} has no revisions")
+            from pipeline.language_model.loading import load_random
+
+            return cls(load_random(name.removeprefix(RANDOM), _DTYPES[dtype]), where)
+        files = find_model(name, revision=revision, offline=offline)  # first: a wrong name is said at once
         from pipeline.language_model.loading import load
 
-        where = _device(device)
-        return cls(load(name, dtype=dtype, revision=revision, offline=offline), where)
+        return cls(load(files, _DTYPES[dtype]), where)
 
     def recipe(self) -> dict[str, str | None]:
         """What decides the activations: the weights (by the hub's commit or by digest), their processing, precision.
