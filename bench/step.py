@@ -3,31 +3,26 @@
 A step is all of it: loss, backward, decoder projection, Adam(fused=True), renormalisation, dead counters.
 Every repetition runs the floor and then the step, so that a busy machine slows both; figures are medians of ratios.
 
-    python -m bench.step [--arch topk,l1] [--batch 2048] [--d-in 768] [--d-sae 8192] [--threads 1,2] [--json]
+    python bench/step.py [--arch topk,l1] [--batch 2048] [--d-in 768] [--d-sae 8192] [--threads 1,2] [--json]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, normalize
 
+from bench.rows import Row, show
 from pipeline import saes
-
-
-class Row(NamedTuple):
-    what: str
-    value: float
-    unit: str
-    ratio: float
-    reference: str
 
 
 def planted_rows(count: int, width: int, seed: int) -> Tensor:
@@ -124,12 +119,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="machine-readable rows on stdout")
     args = parser.parse_args()
     rows = [row for threads in args.threads.split(",") for row in measure(args, int(threads))]
-    if args.json:
-        print(json.dumps({"rows": [row._asdict() for row in rows]}))
-        return
-    print(f"batch {args.batch}, d_in {args.d_in}, d_sae {args.d_sae}, medians of {args.steps} steps")
-    for row in rows:
-        print(f"{row.what:44s} {row.value:9.1f} {row.unit}   {row.ratio:6.2f} x floor")
+    title = f"step: batch {args.batch}, d_in {args.d_in}, d_sae {args.d_sae}, medians of {args.steps} steps"
+    show(title, rows, as_json=args.json)
 
 
 if __name__ == "__main__":
