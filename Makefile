@@ -16,10 +16,10 @@ demo: $(VENV)/installed
 	$(BIN)/sae demo
 
 test: $(VENV)/tested
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-all: $(VENV)/tested
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -n auto -m "slow or not slow"
 
 lint: $(VENV)/tested
 	$(BIN)/ruff check .

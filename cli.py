@@ -4,12 +4,12 @@ Each command opens what it needs, calls one stage, and prints. Heavy imports hap
 """
 
 import os
-import re
+import shutil
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from decimal import Decimal
 from enum import IntEnum
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
@@ -18,12 +18,31 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cache.errors import DamagedStore, SaeError
+import cli_cache
+from cache.errors import Busy, NotFound, SaeError
+from cli_options import (
+    CacheRoot,
+    ConfigFile,
+    Device,
+    Json,
+    Offline,
+    Preset,
+    RunName,
+    RunsRoot,
+    Set,
+    TrainingStore,
+    cache_root,
+    complete_run,
+    complete_store,
+    count,
+    folder,
+    settings,
+    several,
+)
 
 if TYPE_CHECKING:
     from cache.runs import Run
     from cache.store import Store
-    from configs import Settings
 
 app = typer.Typer(
     help="Run a language model once, keep its activations in a compact, shuffled, crash-safe cache, and train and judge "
@@ -36,8 +55,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-cache_app = typer.Typer(help="Look at the stores of the cache, check them, remove them.", no_args_is_help=True)
-app.add_typer(cache_app, name="cache")
+app.add_typer(cli_cache.app, name="cache")
 
 
 class Exit(IntEnum):
@@ -48,97 +66,6 @@ class Exit(IntEnum):
     INTERRUPTED = 130
 
 
-def amount(text: str) -> str:
-    """A count as people write it: 500, 300k, 10M, 1e8, 1G, or all."""
-    if text == "all":
-        return text
-    found = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?(?:e\d{1,2})?)([kmgb]?)", text, re.IGNORECASE)
-    number = Decimal(re.sub("[_,]", "", found[1])) if found else Decimal("NaN")
-    scale = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}[found[2].lower() if found else ""]
-    if not number.is_finite() or number * scale % 1:
-        raise typer.BadParameter(f"{text}: is no count; write 500, 300k, 10M, 1e8 or all")
-    return str(int(number * scale))
-
-
-def count(help: str) -> Any:
-    """An option that takes an amount."""
-    return typer.Option(
-        parser=amount, metavar="N", show_default=False, help=f"{help} Write 500, 300k, 10M, 1e8 or all."
-    )
-
-
-def several(text: str | None) -> list[str] | None:
-    """A comma-separated list, or None where the option was not given."""
-    return None if text is None else [item.strip() for item in text.split(",")]
-
-
-def complete_preset() -> list[str]:
-    """Presets, for the shell's completion."""
-    from configs import presets
-
-    return presets()
-
-
-def complete_store(context: typer.Context) -> list[str]:
-    """Keys of stores, for the shell's completion."""
-    return sorted(path.parent.name for path in cache_root(context.params.get("cache")).glob("*/*/recipe.json"))
-
-
-def complete_run(context: typer.Context) -> list[str]:
-    """Names of runs, for the shell's completion."""
-    return sorted(path.parent.name for path in Path(context.params.get("runs") or "runs").glob("*/config.json"))
-
-
-# One option a line: this is the manual.
-# fmt: off
-SETTINGS, PLACES = "Settings", "Where"
-Json = Annotated[bool, typer.Option("--json", metavar="", help="Print the result as JSON on stdout, and nothing else there.")]
-Preset = Annotated[str | None, typer.Option(metavar="NAME", rich_help_panel=SETTINGS, autocompletion=complete_preset, help="Settings to start from: gpt2 (the defaults, written out) or tiny (embedded, offline).")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", rich_help_panel=SETTINGS, help="YAML file with a section a stage, on top of the preset; `configs/gpt2.yaml` shows every key.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", rich_help_panel=SETTINGS, help="One setting, as in `--set train.lr=3e-4`, on top of the file. Repeatable.")]
-Device = Annotated[str, typer.Option(metavar="NAME", rich_help_panel=PLACES, show_default=False, help="cpu, cuda, cuda:1, ... Default: auto, a GPU where there is one.")]
-CacheRoot = Annotated[Path | None, typer.Option("--cache", metavar="DIR", envvar="SAE_CACHE", rich_help_panel=PLACES, help="Folder of the cache. Default: the platform's (on Linux `~/.cache/sae`).")]
-RunsRoot = Annotated[Path, typer.Option("--runs", metavar="DIR", envvar="SAE_RUNS", rich_help_panel=PLACES, show_default=False, help="Folder of the runs. Default: `runs`, here.")]
-Offline = Annotated[bool, typer.Option("--offline", metavar="", envvar="SAE_OFFLINE", rich_help_panel=PLACES, help="Never touch the network.")]
-RunName = typer.Argument(metavar="RUN", autocompletion=complete_run, show_default=False, help="Run folder or its name. Default: the newest finished run.")
-StoreName = Annotated[str, typer.Argument(metavar="STORE", autocompletion=complete_store, help="Key, the beginning of a key, or a path.")]
-TrainingStore = Annotated[str | None, typer.Option(metavar="STORE", autocompletion=complete_store, help="Activations it was trained on: key, beginning of a key, or path. Default: those the run names.")]
-# fmt: on
-
-
-def cache_root(given: Path | None) -> Path:
-    """The folder of the cache."""
-    import platformdirs
-
-    return folder("--cache", given or Path(platformdirs.user_cache_dir("sae")))
-
-
-def folder(option: str, path: Path) -> Path:
-    """A folder that may not be there yet. Raises SaeError where something else is."""
-    path = path.expanduser()
-    if path.exists() and not path.is_dir():
-        raise SaeError(f"{option} {path}: is a file, not a folder; name another")
-    return path
-
-
-def settings(
-    section: str,
-    kind: "type[Settings]",
-    preset: str | None,
-    file: Path | None,
-    overrides: list[str] | None,
-    /,
-    **flags: Any,
-) -> "Settings":
-    """The settings of a stage from everything the command line says."""
-    from configs import SECTIONS, resolve
-
-    for item in overrides or ():
-        if (other := item.partition(".")[0]) != section and other in SECTIONS:
-            raise SaeError(f"--set {item}: `sae {section}` reads {section}.*; give this one to `sae {other}`")
-    return resolve(section, kind, preset=preset, file=file, overrides=overrides or (), flags=flags)
-
-
 @app.command()
 def tokenize(
     source: Annotated[str | None, typer.Option(metavar="SOURCE", help="fineweb, python (the text that ships with Python), org/name on the hub, or local parquet, jsonl, txt files, folders, globs. Default: fineweb.")] = None,
@@ -146,7 +73,7 @@ def tokenize(
     context: Annotated[int | None, typer.Option(metavar="N", help="Tokens in a context. Default: 128.")] = None,
     tokens: Annotated[str | None, count("Training tokens wanted, rounded up to a whole window. Default: 10M.")] = None,
     packing: Annotated[str | None, typer.Option(metavar="RULE", help="concat: documents end to end; document: none shares a context with another. Default: concat.")] = None,
-    validation: Annotated[float | None, typer.Option(metavar="SHARE", help="Share of the documents, chosen by hash, that is kept for validation. Default: 0.01.")] = None,
+    validation: Annotated[float | None, typer.Option(metavar="SHARE", help="Share of the documents, chosen by hash, that is kept for validation. Default: 0.05.")] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of the document shuffle. Default: 0.")] = None,
     workers: Annotated[int, typer.Option(metavar="N", min=1, show_default=False, help="Processes that encode. Default: one a core.")] = os.cpu_count() or 1,
     cache: CacheRoot = None, offline: Offline = False, preset: Preset = None, config: ConfigFile = None,
@@ -264,9 +191,11 @@ def train(
     from pipeline.train import TrainConfig, open_run
     from pipeline.train import train as stage
 
+    # one of the two takes the place of what a preset says of the other; all the rows once is what neither says
+    length = [f"train.{other}=null" for given, other in ((steps, "rows"), (rows, "steps")) if given is not None]
     values = settings(
-        "train", TrainConfig, preset, config, set_,
-        sae={"arch": arch, "k": k, "d_sae": d_sae}, lr=lr, batch=batch, steps=steps, rows=rows, seed=seed,
+        "train", TrainConfig, preset, config, [*length, *(set_ or [])], sae={"arch": arch, "k": k, "d_sae": d_sae},
+        lr=lr, batch=batch, steps=steps, rows=None if rows == "all" else rows, seed=seed,
     )  # fmt: skip
     root, runs, bars = cache_root(cache), folder("--runs", runs), console.Bars()
     options = [preset, config, set_ or None, arch, k, d_sae, lr, batch, steps, rows, seed]
@@ -276,13 +205,14 @@ def train(
         runs, name = before.path.parent, before.name
         activations = activations or before.config["activations"]["key"]
         values = values if said else TrainConfig.model_validate(before.config["train"])
-    elif name is not None and Path(name).name != name:
-        raise SaeError(f"--name {name}: is a path; give a name, and the folder with --runs")
+    elif name is not None and (name in ("", "..") or Path(name).name != name):
+        raise SaeError(f"--name {name}: is not the name of a folder; where the folder goes is said by --runs")
     store = catalogue.find(root, ActivationStore, activations, "--activations", "sae harvest")
     bars.note(f"activations: {store.key}{unfinished(store)}")
     run = open_run(values, store, runs, name, resume=resume)
     bars.note(f"run: {run.path}{'; nothing to do, it is finished' if run.finished else ''}")
-    result = run.metrics()[-1] if run.finished else stage([run], store, bars, device=device)[0]
+    with unless_it_fails_at_once(run):
+        result = [{}, *run.metrics()][-1] if run.finished else stage([run], store, bars, device=device)[0]
     if json:
         console.as_json({"run": str(run.path), **result})
     else:
@@ -372,8 +302,10 @@ def demo(
         sae demo --set train.steps=4000 --json
     """
     import console
+    from pipeline import devices
     from pipeline.demo import demo as stage
 
+    devices.device(device)
     root, bars = cache_root(cache), console.Bars()
     result = stage(root, folder("--runs", runs), bars, overrides=set_ or [], device=device, workers=workers)
     if json:
@@ -402,96 +334,15 @@ def list_(runs: RunsRoot = Path("runs"), json: Json = False) -> None:
         console.table(title, ["name", "what it is"], rows, prose=title != "runs")
 
 
-@cache_app.command("ls")
-def cache_ls(cache: CacheRoot = None, json: Json = False) -> None:
-    """List the stores. Exit code 3 where one cannot be read; the others are listed all the same.
-
-    Example: `sae cache ls --json`.
-    """
-    import console
-    from cache import catalogue
-
-    root = cache_root(cache)
-    stores, damage = catalogue.readable(root)
-    entries = [catalogue.entry(store) for store in stores]
-    if json:
-        console.as_json([entry.as_json() for entry in entries])
-    elif entries:
-        rows = [[e.key, e.kind, e.rows, console.size(e.bytes), "yes" if e.complete else "no"] for e in entries]
-        console.table(str(root), ["key", "kind", "rows", "size", "complete"], rows)
-    elif not damage:
-        console.say(f"{root}: no stores yet; `sae tokenize` makes the first")
-    report_damage(damage)
-
-
-@cache_app.command("inspect")
-def cache_inspect(store: StoreName, cache: CacheRoot = None, json: Json = False) -> None:
-    """Everything about one store: recipe, arrays, windows, statistics.
-
-    Example: `sae cache inspect gpt2-6.mlp_out`.
-    """
-    import console
-    from cache import catalogue
-
-    found = catalogue.any_store(cache_root(cache), store)
-    description = {**catalogue.entry(found).as_json(), **found.describe()}
-    if json:
-        console.as_json(description)
-    else:
-        console.outline(description)
-
-
-@cache_app.command("verify")
-def cache_verify(
-    store: Annotated[str | None, typer.Argument(metavar="STORE", autocompletion=complete_store, show_default=False, help="Key, the beginning of a key, or a path. Default: every store.")] = None,
-    cache: CacheRoot = None, json: Json = False,
-) -> None:  # fmt: skip
-    """Check every file of a store against its checksum. Exit code 3 where something is damaged.
-
-    Examples: `sae cache verify`, `sae cache verify gpt2-6.mlp_out`.
-    """
-    import console
-    from cache import catalogue
-
-    root, bars = cache_root(cache), console.Bars()
-    found, damage = catalogue.readable(root, None if store is None else [catalogue.located(root, store)])
-    for one in found:
-        names = [*one.metadata(), *one.committed_files()]
-        bars.start(f"verify {one.key}", len(names), "files")
-        for name in names:
-            damage += filter(None, [one.damage(name)])
-            bars.advance(1)
-        bars.finish()
-    if json:
-        console.as_json({"stores": [one.key for one in found], "damage": damage})
-    elif not damage:
-        console.say(f"{len(found)} stores, every byte as committed")
-    report_damage(damage)
-
-
-@cache_app.command("rm")
-def cache_rm(
-    stores: Annotated[list[str], typer.Argument(metavar="STORE", autocompletion=complete_store, help="Keys, beginnings of keys, or paths.")],
-    yes: Annotated[bool, typer.Option("--yes", "-y", metavar="", help="Do not ask.")] = False,
-    cache: CacheRoot = None, json: Json = False,
-) -> None:  # fmt: skip
-    """Remove stores, damaged ones too. Asks first, unless `--yes`.
-
-    Example: `sae cache rm gpt2-6.mlp_out --yes`.
-    """
-    import console
-    from cache import catalogue
-
-    root = cache_root(cache)
-    found = list(dict.fromkeys(catalogue.located(root, name) for name in stores))
-    if not yes:
-        sizes = ", ".join(f"{path.name} ({console.size(catalogue.bytes_in(path))})" for path in found)
-        typer.confirm(f"Remove {sizes}?", abort=True, err=True)
-    freed = {path.name: catalogue.remove_folder(path) for path in found}
-    if json:
-        console.as_json({"removed": freed})
-    for key, size in {} if json else freed.items():
-        console.say(f"removed {key}, {console.size(size)}")
+@contextmanager
+def unless_it_fails_at_once(run: "Run") -> Iterator[None]:
+    """Remove the folder of a run that failed before there was anything in it, so that it is not in the way."""
+    try:
+        yield
+    except Exception as error:
+        if not (isinstance(error, Busy) or run.has_checkpoint or run.metrics()):
+            shutil.rmtree(run.path)
+        raise
 
 
 def run_to_resume(runs: Path, name: str | None) -> "Run":
@@ -499,7 +350,10 @@ def run_to_resume(runs: Path, name: str | None) -> "Run":
     from cache import catalogue
 
     if name is not None:
-        return catalogue.find_run(runs, name)
+        try:
+            return catalogue.find_run(runs, name)
+        except NotFound as error:
+            raise NotFound(f"--name {error}") from error
     waiting = [run for run in catalogue.runs(runs) if not run.finished]
     if not waiting:
         raise SaeError(f"--resume: no unfinished run in {runs}; `sae list` shows the runs, `sae train` starts one")
@@ -511,16 +365,6 @@ def run_to_resume(runs: Path, name: str | None) -> "Run":
 def unfinished(store: "Store") -> str:
     """What to say after the key of a store that is not complete."""
     return "" if store.complete else f" (unfinished: {store.n_rows:,} rows; the command that made it continues it)"
-
-
-def report_damage(damage: list[str]) -> None:
-    """Raise DamagedStore with the last of what is wrong, after a line of stderr for each of the others."""
-    import console
-
-    for line in damage[:-1]:
-        console.complain(line)
-    if damage:
-        raise DamagedStore(damage[-1])
 
 
 def show_plans(plans: list[dict[str, Any]], json: bool) -> None:
@@ -604,10 +448,12 @@ def main() -> None:
             console.complain(misused(error))
         sys.exit(Exit.USAGE)
     except typer.Abort:
-        console.complain("not confirmed, so nothing was done; --yes does not ask")
+        console.complain("no answer, so nothing was done; --yes does not ask")
         sys.exit(Exit.USAGE)
     except KeyboardInterrupt:
-        console.complain("interrupted; what was committed is safe, repeat the command to continue")
+        console.complain(
+            "interrupted; what was committed is safe, repeat the command (`sae train` with --resume) to continue"
+        )
         sys.exit(Exit.INTERRUPTED)
     except Exception as error:  # noqa: BLE001 - the last resort: show it whole and say what to do
         if out_of_memory(error):

@@ -17,7 +17,6 @@ from rich.progress import (
     Task,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
@@ -26,6 +25,8 @@ from rich.text import Text
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
+TITLE = 24  # letters of a bar's title
+REST_OF_BAR = 38  # columns of everything in a bar but its title, amount, unit and the values beside it
 QUIET_SECONDS = 15.0  # between two progress lines where there is no terminal to draw a bar on
 
 
@@ -61,28 +62,31 @@ class Bars:
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(12),
             TextColumn("{task.fields[amount]}"),
             RateColumn(),
-            TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("[dim]{task.fields[extra]}"),
             console=err,
             transient=True,
         )
-        self._task = self._bar.add_task(title, total=total, completed=done, unit=unit, amount="", extra="")
+        name = title if len(title) <= TITLE else f"{title[: TITLE - 1]}…"
+        self._task = self._bar.add_task(name, total=total, completed=done, unit=unit, amount="", extra="")
         self._bar.start()
 
     def advance(self, n: int, **fields: float | int | str) -> None:
         self._done += n
         self.worked = self.worked or n > 0
-        extra = "  ".join(f"{name} {short(value)}" for name, value in fields.items())
+        extra = [f"{name} {short(value)}" for name, value in fields.items()]
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, advance=n, amount=self._amount(), extra=extra)
+            amount = short(self._done) + (f"/{short(self._total)}" if self._total else "")
+            taken = len(self._bar.tasks[0].description) + len(amount) + len(self._unit) + REST_OF_BAR
+            self._bar.update(self._task, advance=n, amount=amount, extra=_fitting(extra, err.width - taken))
         elif time.monotonic() - self._said > QUIET_SECONDS:
             self._said = time.monotonic()
             err.print(
-                f"{self._title}: {self._amount()} {self._unit}, {self._rate()}, {self._left()}{extra}", soft_wrap=True
+                f"{self._title}: {self._amount()} {self._unit}, {self._rate()}, {self._left()}{'  '.join(extra)}",
+                soft_wrap=True,
             )
 
     def finish(self) -> None:
@@ -110,6 +114,16 @@ class Bars:
         return f"{(time.monotonic() - self._begun) / new * (self._total - self._done):,.0f} s left, "
 
 
+def _fitting(parts: list[str], room: int) -> str:
+    """As many of the parts as there is room for: rich would shorten every column alike, the time left included."""
+    line = ""
+    for part in parts:
+        if len(line) + len(part) + 2 > room:
+            break
+        line += f"{part}  "
+    return line
+
+
 def short(value: float | int | str | None) -> str:
     """A number as a person would write it: 12,345 or 0.0123 or 1.2M."""
     if value is None:
@@ -127,26 +141,26 @@ def short(value: float | int | str | None) -> str:
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, prose: bool = False) -> None:
     """Print a table on stdout; a column of numbers is right-aligned.
 
-    Names are never cut or folded, so that they can be copied: where they do not fit, lines run over the terminal's
-    edge. Only with `prose` does the last column fold, and only on a terminal.
+    Names are never cut or folded, so that they can be copied: where they do not fit, and where there is no terminal,
+    the table is plain lines of any length. With `prose` the last column folds instead (on a terminal).
     """
     cells = [[cell if isinstance(cell, str) else short(cell) for cell in row] for row in rows]
     numbers = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(columns))]
-    if not out.is_terminal:
-        widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-        say(title)
-        for line in [columns, *cells]:
-            padded = [c.rjust(w) if n else c.ljust(w) for c, w, n in zip(line, widths, numbers, strict=True)]
-            say("  ".join(padded).rstrip())
-        return
     grid = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
         folds = prose and i == len(columns) - 1
         grid.add_column(column, justify="right" if numbers[i] else "left", no_wrap=not folds)
     for row in cells:
         grid.add_row(*map(Text, row))
-    wide = max(out.width, out.measure(grid).minimum if prose else out.measure(grid).maximum)
-    out.print(grid, width=wide, crop=False, no_wrap=True, overflow="ignore")
+    fits = prose or out.measure(grid, options=out.options.update(width=100_000)).maximum <= out.width
+    if out.is_terminal and fits:
+        out.print(grid)
+        return
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    say(title)
+    for line in [columns, *cells]:
+        padded = [c.rjust(w) if n else c.ljust(w) for c, w, n in zip(line, widths, numbers, strict=True)]
+        say("  ".join(padded).rstrip())
 
 
 def _is_number(cell: Any) -> bool:

@@ -5,7 +5,6 @@ one answer is listed, never guessed.
 """
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -109,11 +108,13 @@ def any_store(root: Path, name: str) -> Store:
 
 def located(root: Path, name: str) -> Path:
     """Where the one store is that `name` means; it need not be readable."""
+    if not name:
+        raise SaeError("the name of a store is empty; `sae cache ls` lists the keys")
     every = [path for kind in kinds() for path in folders(root, kind)]
     if (Path(name) / RECIPE).exists():
         matches = [Path(name).resolve()]
     else:
-        matches = [path for path in every if path.name == name] or [p for p in every if p.name.startswith(name or "/")]
+        matches = [path for path in every if path.name == name] or [p for p in every if p.name.startswith(name)]
     if not matches:
         raise NotFound(f"{name}: no such store in {root}; there is {_listed(every) or 'nothing yet'}")
     if len(matches) > 1:
@@ -171,11 +172,11 @@ def remove_folder(path: Path) -> int:
     The recipe and the manifest go first, so that a deletion cut short leaves no store, only remains that the next
     writer clears away.
     """
-    with Lock(path):
+    with Lock(path) as lock:
         freed = bytes_in(path)
         for name in (RECIPE, MANIFEST):
             (path / name).unlink(missing_ok=True)
-        shutil.rmtree(path)
+        lock.erase()
     return freed
 
 

@@ -84,10 +84,8 @@ class Int8:
     def encode(self, rows: Tensor, columns: Columns) -> Encoded:
         normalised = (rows - columns.mean) / columns.scale
         widest = normalised.abs().amax(dim=1)
-        wanted = (widest / CODES_MAX).clamp_min(max(self.step, FP16_SMALLEST))
-        scale = wanted.to(torch.float16)
-        short = scale.float() < wanted  # rounding down would clip the widest value: take the next float16
-        scale = torch.where(short, (scale.view(torch.int16) + 1).view(torch.float16), scale)
+        # float16 rounds by less than half a step in 127, so the widest value still rounds to a code of at most 127
+        scale = (widest / CODES_MAX).clamp_min(max(self.step, FP16_SMALLEST)).to(torch.float16)
         if not torch.isfinite(scale).all():
             raise SaeError(
                 "--codec int8: an activation is 8 million standard deviations from its column's mean; use bfloat16"

@@ -83,7 +83,11 @@ def explained(error: OSError, path: Path) -> SaeError:
     """The one-line version of a failed write."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return SaeError(f"{path.parent}: no space left on the disk; what was committed is safe, free some and repeat")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+    if error.errno == errno.EFBIG:
+        return SaeError(
+            f"{path}: files may not grow that large here, see `ulimit -f`; what was committed is safe: {error.strerror}"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
         return SaeError(f"{path.parent}: cannot write here ({error.strerror}); choose another folder")
     return SaeError(f"{path}: {error.strerror or error}")
 

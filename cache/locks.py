@@ -7,8 +7,10 @@ On network file systems without flock, writers must not meet: use one harvester 
 import fcntl
 import json
 import os
+import shutil
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -54,6 +56,17 @@ class Lock:
         os.ftruncate(self._handle, 0)
         os.close(self._handle)
         self._handle = None
+
+    def erase(self) -> None:
+        """Remove the folder whose lock this is, the lock last: nobody begins in it before all else is gone."""
+        for path in self.path.parent.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path != self.path:
+                path.unlink()
+        self.path.unlink()
+        with suppress(OSError):  # somebody has begun anew in it
+            self.path.parent.rmdir()
 
     def _acquired(self) -> int | None:
         """The lock file, open and locked; None where it was removed, with its folder, while we waited for it."""

@@ -14,6 +14,7 @@ Readers see committed windows only, and never a byte that does not match its che
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
@@ -224,6 +225,9 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, SaeError) and not self.store.n_rows:
+            with suppress(OSError):  # where the disk refuses this as well, the next writer takes up what is left
+                self._lock.erase()  # a store that never had a row would only be in the way
         self._lock.__exit__(kind, error, trace)
 
     @property

@@ -157,6 +157,11 @@ def _explained(section: str, settings: type[BaseModel], error: ValidationError, 
         if option := options.get(".".join([*keys, key])):
             return f"{option} {first['input']}: these settings have no {key}{_nearest(key, known)}"
         return f"{name}.{key}: unknown key{_nearest(key, known)}"
+    if first["type"] == "union_tag_invalid":
+        tag, there = first["ctx"]["tag"], first["ctx"]["expected_tags"].replace("'", "").split(", ")
+        key = ".".join([*keys, first["ctx"]["discriminator"].strip("'")])
+        option = options.get(key) or f"{section}.{key} ="
+        return f"{option} {tag}: there is no such one{_nearest(tag, there)}"
     same = [first, *(other for other in others if _followed(settings, other["loc"])[0] == keys)]
     messages = [problem["msg"].removeprefix("Value error, ") for problem in same]
     message = "; or ".join(message[:1].lower() + message[1:] for message in messages)

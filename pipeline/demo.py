@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import configs
 from cache import catalogue
+from cache.errors import SaeError
 from cache.runs import CONFIG
 from pipeline.evaluate import EvalConfig, evaluate
 from pipeline.harvest import HarvestConfig, harvest
@@ -41,15 +42,23 @@ def demo(
     def settings(section: str, kind: type[configs.Settings]) -> configs.Settings:
         return configs.resolve(section, kind, preset=PRESET, overrides=overrides)
 
-    tokens = timed("tokenize", lambda: tokenize(settings("tokenize", TokenizeConfig), root, progress, workers=workers))
+    # all of them first: what is wrong with the last should not wait for the others
+    tokenizing, harvesting = settings("tokenize", TokenizeConfig), settings("harvest", HarvestConfig)
+    training, judging = settings("train", TrainConfig), settings("eval", EvalConfig)
+    tokens = timed("tokenize", lambda: tokenize(tokenizing, root, progress, workers=workers))
     stores = list(tokens.stores.values())
-    rows = timed("harvest", lambda: harvest(settings("harvest", HarvestConfig), stores, root, progress, device=device))
+    rows = timed("harvest", lambda: harvest(harvesting, stores, root, progress, device=device))
     activations = rows.stores["train"][0]
     catalogue.remember(root, "tokens", [tokens.stores["train"].key])
     catalogue.remember(root, "activations", [activations.key])
     started = (runs / name / CONFIG).exists()
-    run = open_run(settings("train", TrainConfig), activations, runs, name, resume=started)
+    try:
+        run = open_run(training, activations, runs, name, resume=started)
+    except SaeError as error:
+        if not started:
+            raise
+        raise SaeError(f"{runs / name}: is of other settings; remove it, or name another folder with --runs") from error
     timed("train", lambda: train([run], activations, progress, device=device))
-    found = timed("eval", lambda: evaluate(settings("eval", EvalConfig), run, root, progress, device=device))
+    found = timed("eval", lambda: evaluate(judging, run, root, progress, device=device))
     path = timed("report", lambda: report(run, root, progress, device=device))
     return {**found.as_json(), "seconds": seconds, "run": str(run.path), "report": str(path)}

@@ -105,6 +105,11 @@ def evaluate(
     training = catalogue.find(
         root, ActivationStore, activations or run.config["activations"]["key"], "--activations", "sae harvest"
     )
+    if training.d != sae.d_in:
+        raise SaeError(
+            f"--activations {training.key}: its rows have {training.d} values, {run.name} reads {sae.d_in}; "
+            "give a store of the site it was trained on"
+        )
     held_out = _held_out(root, training)
     tokens = catalogue.of_recipe(root, TokenStore, held_out.recipe["tokens"])
     if tokens is None:
@@ -115,7 +120,7 @@ def evaluate(
     fired = sparsity.density() > 0
     if searched := min(config.dead_rows, training.n_rows):
         fired |= firing(sae, training, searched, config.batch_tokens, progress) > 0
-    mean = training.rows(0, min(config.mean_rows, training.n_rows)).double().mean(0).float()
+    mean = mean_row(training, min(config.mean_rows, training.n_rows))
     downstream = judge_tokens(sae, language_model, tokens, held_out, mean, config, progress)
     searched_rows = reconstruction.result().rows + searched
     result = Evaluation(
@@ -148,6 +153,14 @@ def _held_out(root: Path, training: ActivationStore) -> ActivationStore:
             f"{training.key}: no held-out rows beside it; tokenize with a validation share, then harvest again"
         )
     return found
+
+
+def mean_row(store: ActivationStore, rows: int) -> Tensor:
+    """float32 [d]: the mean of a store's first rows, one chunk in memory at a time."""
+    total = torch.zeros(store.d, dtype=torch.float64)
+    for start in range(0, rows, store.chunk_rows):
+        total += store.rows(start, min(start + store.chunk_rows, rows)).sum(0, dtype=torch.float64)
+    return (total / rows).float()
 
 
 def judge_rows(
@@ -238,7 +251,10 @@ def judge_tokens(
             progress.advance((stop - start) * length)
     finally:
         progress.finish()
-    return downstream.result()["sae"]
+    try:
+        return downstream.result()["sae"]
+    except ValueError as error:
+        raise SaeError(f"--tokens {config.tokens}: none of their predictions counts; judge on more") from error
 
 
 def _replacing(mask: Tensor, new: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

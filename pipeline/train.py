@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -23,9 +23,11 @@ from cache.errors import NotFound, SaeError
 from cache.identity import digest
 from cache.loader import Loader
 from cache.runs import CONFIG, Run
+from pipeline import devices
 from pipeline.progress import Progress
 from pipeline.saes import SAE, AnyConfig, Clock, Losses, create, parse
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
 STREAM = ("batch", "steps", "rows", "data_seed")  # what dictionaries trained together must agree on
 
 
@@ -38,7 +40,7 @@ class TrainConfig(BaseModel):
         parse({"arch": "topk"}), description="the dictionary: its architecture and that architecture's settings"
     )
     lr: float = Field(1e-4, gt=0, description="learning rate of Adam")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Adam's decay rates")
     warmup: float = Field(0.05, ge=0, le=1, description="share of the steps over which the learning rate rises from 0")
     decay: float = Field(0.2, ge=0, le=1, description="share of the steps, the last ones, over which it falls to 0")
     clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null for none")
@@ -77,6 +79,8 @@ def open_run(config: TrainConfig, store: ActivationStore, root: Path, name: str 
 
     Raises SaeError where a new one exists, where there is none to resume, or where its configuration differs.
     """
+    if config.batch > store.n_rows:
+        raise SaeError(f"--batch {config.batch}: {store.key} has {store.n_rows:,} rows; lower it, or harvest more")
     content = {
         "train": config.model_dump(mode="json"),
         "activations": {"key": store.key, "rows": store.n_rows, "recipe": store.recipe},
@@ -100,12 +104,13 @@ def open_run(config: TrainConfig, store: ActivationStore, root: Path, name: str 
 
 @dataclass
 class Member:
-    """One dictionary in training: its run, its weights, its optimiser."""
+    """One dictionary in training: its run, its weights, its optimiser, and how many steps it has taken."""
 
     run: Run
     config: TrainConfig
     sae: SAE
     optimiser: torch.optim.Optimizer
+    done: int = 0
 
     def step(self, x: Tensor, step: int, total: int) -> dict[str, float] | None:
         """One optimiser step on a batch [batch, d]; the metrics where this step is logged."""
@@ -119,20 +124,52 @@ class Member:
             group["lr"] = self.config.lr_at(step, total)
         self.optimiser.step()
         self.sae.after_step(losses.latents)
+        self.done = step + 1
         logged = (step + 1) % self.config.log_every == 0 or step + 1 == total
         return self._metrics(x, losses, step, total) if logged else None
 
     def _metrics(self, x: Tensor, losses: Losses, step: int, total: int) -> dict[str, float]:
-        scatter = (x - x.mean(dim=0)).square().sum()
-        metrics = {"step": step + 1, "rows": (step + 1) * len(x), "loss": losses.total.item()}
+        loss = losses.total.item()
+        if not math.isfinite(loss):
+            raise SaeError(f"{self.run.path}: the loss is {loss} at step {step + 1}; try a smaller --lr")
+        metrics = {"step": step + 1, "rows": (step + 1) * len(x), "loss": loss}
         metrics |= {f"loss_{name}": term.item() for name, term in losses.terms.items()}
-        metrics["fvu"] = ((x - losses.x_hat).square().sum() / scatter).item()
+        if scatter := (x - x.mean(dim=0)).square().sum().item():  # without variance there is no share of it
+            metrics["fvu"] = (x - losses.x_hat).square().sum().item() / scatter
         metrics["l0"] = losses.latents.l0().float().mean().item()
         metrics["dead"] = self.sae.dead().float().mean().item()
         metrics["lr"] = self.config.lr_at(step, total)
-        if not math.isfinite(metrics["loss"]):
-            raise SaeError(f"{self.run.path}: the loss is {metrics['loss']} at step {step + 1}; try a smaller --lr")
         return metrics
+
+    def save(self, loader: dict[str, int]) -> None:
+        """Write the checkpoint; `loader` is where the next batch starts. SaeError for weights that are no numbers."""
+        tensors = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
+        if not all(value.isfinite().all() for value in tensors.values()):
+            raise SaeError(
+                f"{self.run.path}: the weights are no numbers any more at step {self.done}; try a smaller --lr"
+            )
+        for index, entries in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{index}.{name}": torch.as_tensor(value) for name, value in entries.items()}
+        tensors["random"] = torch.get_rng_state()
+        self.run.save_checkpoint(tensors, {"step": self.done, "loader": loader})
+
+    def restore(self) -> tuple[Tensor, dict[str, int]] | None:
+        """Take up the checkpoint: the random state and the loader's. None where there is none yet."""
+        if not self.run.has_checkpoint:
+            self.run.rewind_metrics(0)
+            return None
+        tensors, state = self.run.load_checkpoint()
+        self.sae.load_state_dict({n.removeprefix("sae."): t for n, t in tensors.items() if n.startswith("sae.")})
+        entries: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimiser."):
+                _, index, key = name.split(".")
+                entries.setdefault(int(index), {})[key] = tensor
+        groups = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": entries, "param_groups": groups})
+        self.done = state["step"]
+        self.run.rewind_metrics(self.done)
+        return tensors["random"], state["loader"]
 
 
 @dataclass
@@ -146,41 +183,27 @@ class TrainState:
     started: float = field(default_factory=time.monotonic)
 
     def save(self) -> None:
-        """Write every member's checkpoint."""
+        """Write the members' checkpoints, but for those that are ahead: they have a later one."""
         for member in self.members:
-            tensors = {f"sae.{name}": value for name, value in member.sae.state_dict().items()}
-            for index, entries in member.optimiser.state_dict()["state"].items():
-                tensors |= {f"optimiser.{index}.{name}": torch.as_tensor(value) for name, value in entries.items()}
-            tensors["random"] = torch.get_rng_state()
-            member.run.save_checkpoint(tensors, {"step": self.step, "loader": self.loader.state_dict()})
+            if member.done == self.step:
+                member.save(self.loader.state_dict())
 
     def restore(self) -> None:
-        """Take up the members' checkpoints, which must be of one step."""
-        steps = set()
-        for member in self.members:
-            tensors, state = member.run.load_checkpoint()
-            member.sae.load_state_dict({n.removeprefix("sae."): t for n, t in tensors.items() if n.startswith("sae.")})
-            entries: dict[int, dict[str, Tensor]] = {}
-            for name, tensor in tensors.items():
-                if name.startswith("optimiser."):
-                    _, index, key = name.split(".")
-                    entries.setdefault(int(index), {})[key] = tensor
-            groups = member.optimiser.state_dict()["param_groups"]
-            member.optimiser.load_state_dict({"state": entries, "param_groups": groups})
-            member.run.rewind_metrics(state["step"])
-            torch.set_rng_state(tensors["random"])
-            self.loader.load_state_dict(state["loader"])
-            self.step = state["step"]
-            steps.add(self.step)
-        if len(steps) > 1:
-            raise SaeError(f"--resume: the runs stopped at different steps ({sorted(steps)}); resume them one by one")
+        """Take up the members' checkpoints. A kill may have caught some before theirs was written: the others wait."""
+        states = [member.restore() for member in self.members]
+        last, state = min(zip(self.members, states, strict=True), key=lambda pair: pair[0].done)
+        self.step = last.done
+        if state is not None:
+            random, loader = state
+            torch.set_rng_state(random)
+            self.loader.load_state_dict(loader)
 
 
 def train(
     runs: Sequence[Run], store: ActivationStore, progress: Progress, *, device: str = "auto"
 ) -> list[dict[str, Any]]:
     """Train (or continue) the dictionaries of `runs` over one stream of `store`'s rows; their last metrics."""
-    where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    where = devices.device(device)
     with ExitStack() as stack:
         for run in runs:
             stack.enter_context(run.lock())
@@ -192,9 +215,11 @@ def train(
         for x in state.loader if state.step < state.total else ():
             shown: dict[str, float] = {}
             for member in state.members:
+                if member.done > state.step:
+                    continue
                 if (metrics := member.step(x, state.step, state.total)) is not None:
                     member.run.log({**metrics, "seconds": round(time.monotonic() - state.started, 3)})
-                    shown = {name: metrics[name] for name in ("loss", "fvu", "l0", "dead")}
+                    shown = {name: metrics[name] for name in ("loss", "fvu", "l0", "dead") if name in metrics}
             state.step += 1
             progress.advance(1, **shown)
             every = min(member.config.checkpoint_every for member in state.members)
@@ -214,20 +239,25 @@ def _begin(runs: Sequence[Run], store: ActivationStore, device: torch.device, pr
     for name in STREAM:
         if len({getattr(config, name) for config in configs}) > 1:
             raise SaeError(f"train.{name}: dictionaries trained together must agree on it")
-    first = configs[0]
-    rows = runs[0].config["activations"]["rows"]
-    sample = store.rows(0, min(first.initial_rows, rows)).to(device)
+    first, rows = configs[0], runs[0].config["activations"]["rows"]
+    loader = Loader(store, first.batch, seed=first.data_seed, rows=rows, device=device)
     members = []
     for run, config in zip(runs, configs, strict=True):
+        seen = run.config["activations"]
+        if seen["recipe"] != store.recipe or seen["rows"] != rows:
+            raise SaeError(f"{run.path}: is for {seen['rows']:,} rows of {seen['key']}, not {rows:,} of {store.key}")
         sae = create(config.sae, store.d, seed=config.seed).to(device)
-        sae.initialise(sample)
+        sample = store.rows(0, min(config.initial_rows, rows)).to(device)
+        try:
+            sae.initialise(sample)
+        except ValueError as error:
+            raise SaeError(f"{store.path}: {error}") from error
         optimiser = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=config.betas, fused=True)
         members.append(Member(run, config, sae, optimiser))
     torch.manual_seed(first.seed)
-    loader = Loader(store, first.batch, seed=first.data_seed, rows=rows, device=device)
     state = TrainState(members, loader, first.total_steps(rows))
-    if runs[0].has_checkpoint:
-        state.restore()
+    state.restore()
+    if any(run.has_checkpoint for run in runs):
         progress.note(f"{runs[0].name}: continuing at step {state.step:,} of {state.total:,}")
     return state
 

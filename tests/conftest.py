@@ -4,11 +4,12 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network, even by accident
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and start processes of their own
 
 import pytest
 import torch
 
-torch.set_num_threads(1)  # tests run side by side; two spinning pools on two cores are many times slower
+torch.set_num_threads(1)  # two spinning pools on two cores are many times slower
 
 
 @pytest.fixture(scope="session")

@@ -170,6 +170,18 @@ def test_description(tmp_path: Path) -> None:
     assert 1 <= description["share_of_float32"] < 1.1
 
 
+def test_the_caller_may_reuse_its_rows(tmp_path: Path) -> None:
+    rows = heavy_rows(2 * CHUNK, 7)
+    reference = write_activations(tmp_path / "a", rows)
+    with ActivationWriter(tmp_path / "b", reference.slug, reference.recipe) as writer:
+        for start in (0, CHUNK):
+            buffer, given = writer.window(CHUNK), rows[start : start + CHUNK].clone()
+            buffer.add(given, np.arange(start, start + CHUNK))
+            given.zero_()
+            writer.commit(buffer, {"next": start + CHUNK})
+    assert files(writer.path) == files(reference.path)
+
+
 @pytest.mark.parametrize("batches", [[32], [1] * 32, [31, 1], [5, 0, 27]])
 def test_batches_do_not_matter(tmp_path: Path, batches: list[int]) -> None:
     rows = heavy_rows(CHUNK, 7)

@@ -135,6 +135,21 @@ def test_siblings(tmp_path: Path) -> None:
     assert found.key == validation.key
 
 
+def test_a_damaged_store_is_found_and_removed(tmp_path: Path) -> None:
+    good, bad = write_tokens(tmp_path, CHUNK), write_activations(tmp_path, ROWS)
+    (bad.path / MANIFEST).write_bytes(b"nonsense\n")
+    readable, damage = catalogue.readable(tmp_path)
+    assert [store.key for store in readable] == [good.key]
+    assert [str(bad.path / MANIFEST) in line for line in damage] == [True]
+    with pytest.raises(DamagedStore):
+        catalogue.any_store(tmp_path, bad.key)
+    assert catalogue.located(tmp_path, bad.key[:12]) == bad.path
+    assert catalogue.remove_folder(bad.path) > 0
+    assert not bad.path.exists()
+    with pytest.raises(SaeError, match="the name of a store is empty"):
+        catalogue.located(tmp_path, "")
+
+
 def test_removal(tmp_path: Path) -> None:
     store = write_tokens(tmp_path, CHUNK)
     with Lock(store.path), pytest.raises(Busy, match="is writing here"):

@@ -137,8 +137,8 @@ def test_numbers_in_a_file(tmp_path: Path) -> None:
         ("train.rows.skip=1", "train.rows.skip: unknown key; did you mean 'skip_first'?"),
         ("trian.lr=1", "--set trian.lr=1: unknown section 'trian'; did you mean 'train'?"),
         ("x.lr=1", "--set x.lr=1: unknown section 'x'; there are tokenize, harvest, train, eval"),
-        ("train.sae.arch=l3", "train.sae: input tag 'l3' found using 'arch' does not match any of the expected tags: "
-         "'topk', 'l1'"),
+        ("train.sae.arch=l3", "train.sae.arch = l3: there is no such one; did you mean 'l1'?"),
+        ("train.sae.arch=xyz", "train.sae.arch = xyz: there is no such one; there are topk, l1"),
         ("train.lr=-1", "train.lr = -1: input should be greater than 0"),
         ("train.sae.k=0", "train.sae.k = 0: input should be greater than or equal to 1"),
         ("train.sae.k=x", "train.sae.k = 'x': input should be a valid integer, unable to parse string as an integer"),

@@ -134,7 +134,7 @@ def test_threads_change_nothing(store: ActivationStore, threads: int) -> None:
 
 
 @few
-@given(st.integers(1, 90), st.integers(1, 12), st.integers(0, 30), st.integers(1, N))
+@given(st.integers(1, 90), st.integers(1, 12), st.integers(0, 12), st.integers(1, N))
 def test_resuming_from_any_batch(store: ActivationStore, batch: int, open_chunks: int, done: int, rows: int) -> None:
     def loader() -> Loader:
         return Loader(store, batch, open_chunks=open_chunks, rows=rows, seed=5)

@@ -112,6 +112,41 @@ def test_a_store_removed_while_we_waited_is_begun_again(tmp_path: Path, monkeypa
             Lock(folder).__enter__()
 
 
+def test_erasing_a_folder_keeps_others_out_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "store"
+    (folder / "rows" / "c").mkdir(parents=True)
+    (folder / "recipe.json").write_bytes(b"")
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    unlink = os.unlink
+
+    def unlinked(path: Path, **options: int) -> None:
+        if Path(path).name == LOCK:
+            assert os.listdir(folder) == [LOCK]
+        with pytest.raises(Busy):
+            Lock(folder).__enter__()
+        unlink(path, **options)
+
+    with Lock(folder) as lock:
+        monkeypatch.setattr(os, "unlink", unlinked)
+        lock.erase()
+    assert not folder.exists()
+
+
+def test_erasing_leaves_what_somebody_began_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "store"
+    unlink = os.unlink
+
+    def unlinked(path: Path, **options: int) -> None:
+        unlink(path, **options)
+        if Path(path).name == LOCK:
+            (folder / LOCK).write_bytes(b"")
+
+    with Lock(folder) as lock:
+        monkeypatch.setattr(os, "unlink", unlinked)
+        lock.erase()
+    assert os.listdir(folder) == [LOCK]
+
+
 def test_a_folder_that_cannot_be_locked_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(SaeError, match="cannot write here"):

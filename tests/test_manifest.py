@@ -110,6 +110,12 @@ def test_lines_that_do_not_follow_are_refused(tmp_path: Path, order: list[int]) 
         Manifest.read(tmp_path)
 
 
+def test_a_window_of_another_number_is_refused(tmp_path: Path) -> None:
+    commit(tmp_path, Window(1, 0, 8, {}, {}))
+    with pytest.raises(DamagedStore, match="line 1 does not follow the line before it"):
+        Manifest.read(tmp_path)
+
+
 notes = st.dictionaries(
     st.text(max_size=5), st.none() | st.integers() | st.text(max_size=5) | st.booleans(), max_size=3
 )

@@ -240,11 +240,11 @@ def test_killed_between_windows(
 @given(st.integers(1, 3000), st.integers(2, 40))
 def test_what_is_asked_for_is_rounded_up(tmp_path_factory: Any, tokens: int, context: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "text_source", lambda *_, **__: Texts(texts_of(400)))
+        patch.setattr(stage, "text_source", lambda *_, **__: Texts(texts_of(120)))
         patch.setattr(stage, "tokenizer", lambda *_, **__: Letters())
         settings = config(tokens=tokens, context=context, validation=0)
         store = tokenize(settings, tmp_path_factory.mktemp("asked"), Silent()).stores["train"]
-    available = sum(map(len, texts_of(400))) + 400
+    available = sum(map(len, texts_of(120))) + 120
     contexts = min(store.windows.round_up(-(-tokens // context)), available // context)
     assert store.n_contexts == contexts
     assert store.complete
@@ -252,8 +252,8 @@ def test_what_is_asked_for_is_rounded_up(tmp_path_factory: Any, tokens: int, con
 
 
 def test_a_larger_validation_share_is_another_store(tmp_path: Path, texts: list[str]) -> None:
-    keys = [tokenize(config(**one), tmp_path, Silent()).stores["train"].key for one in (
-        {}, {"validation": 0.3}, {"seed": 1}, {"packing": "document"}, {"context": 9},
+    keys = [tokenize(config(**{"tokens": 8, **one}), tmp_path, Silent()).stores["train"].key for one in (
+        {"tokens": 16}, {"validation": 0.3}, {"seed": 1}, {"packing": "document"}, {"context": 9},
     )]  # fmt: skip
     assert len(set(keys)) == len(keys)
     assert tokenize(config(tokens=8), tmp_path, Silent()).stores["train"].key == keys[0]  # how many is no identity

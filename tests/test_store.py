@@ -234,6 +234,29 @@ def test_a_window_is_all_its_arrays(tmp_path: Path) -> None:
         writer.append(arrays, {})
 
 
+def test_a_store_that_never_had_a_row_is_not_left_behind(tmp_path: Path) -> None:
+    with pytest.raises(SaeError), TokenWriter(tmp_path, "a", token_recipe()):
+        raise SaeError("no text")
+    assert list((tmp_path / "tokens").iterdir()) == []
+    with pytest.raises(KeyboardInterrupt), TokenWriter(tmp_path, "a", token_recipe()) as writer:
+        raise KeyboardInterrupt
+    assert TokenStore(writer.path).n_rows == 0
+    store = write_tokens(tmp_path, CHUNK)
+    with pytest.raises(SaeError), TokenWriter(tmp_path, store.slug, store.recipe):
+        raise SaeError("the disk is full")
+    assert store.refreshed().n_rows == CHUNK
+
+
+def test_hints_are_no_part_of_the_data(tmp_path: Path) -> None:
+    with TokenWriter(tmp_path, "a", token_recipe()) as writer:
+        assert writer.store.hints == {}
+        writer.hint(model="/models/mine")
+        assert writer.store.hints == {"model": "/models/mine"}
+        (writer.path / "hints.json").write_text("[")
+        with pytest.raises(DamagedStore, match=r"hints\.json: is not what was written; remove it"):
+            _ = writer.store.hints
+
+
 def test_the_writers_errors_free_the_lock(store: Store) -> None:
     (store.path / "manifest.jsonl").write_bytes(b"nonsense\n")
     writer = TokenWriter(store.path.parents[1], "synthetic", token_recipe())

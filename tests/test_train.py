@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,21 +92,35 @@ def go(
     return runs
 
 
-def outcome(run: Run) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
-    """All that training leaves: every file's bytes, and the metrics without the seconds they took."""
-    names = ("config.json", "cfg.json", WEIGHTS, CHECKPOINT)
+def outcome(run: Run) -> dict[str, Any]:
+    """All that training leaves, bit for bit, but for the seconds it took."""
+    found: dict[str, Any] = {name: (run.path / name).read_bytes() for name in ("config.json", "cfg.json", WEIGHTS)}
+    tensors, state = run.load_checkpoint()
+    del tensors["random"]  # of the first of several
+    found |= {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
     metrics = [{name: value for name, value in entry.items() if name != "seconds"} for entry in run.metrics()]
-    return {name: (run.path / name).read_bytes() for name in names}, metrics
+    return {**found, "state": state, "metrics": metrics}
+
+
+def different(runs: Sequence[Run], expected: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of what the runs left that is not as expected."""
+    return [
+        f"{i} {name}"
+        for i, (run, other) in enumerate(zip(runs, expected, strict=True))
+        for found in [outcome(run)]
+        for name in {**found, **other}
+        if found.get(name) != other.get(name)
+    ]
 
 
 # It learns
 
 
 def test_the_loss_falls_and_the_planted_dictionary_is_found(tmp_path: Path, store: ActivationStore) -> None:
-    (run,) = go(settings(steps=500, lr=1e-2, log_every=20), store, tmp_path)
+    (run,) = go(settings(steps=250, lr=2e-2, log_every=2, checkpoint_every=500), store, tmp_path)
     metrics = run.metrics()
-    assert metrics[-1]["loss"] < 0.1 * metrics[0]["loss"]
-    assert metrics[-1]["fvu"] < 0.05 < metrics[0]["fvu"]
+    assert metrics[-1]["loss"] < 0.15 * metrics[0]["loss"]
+    assert metrics[-1]["fvu"] < 0.1 < 0.4 < metrics[0]["fvu"]
     found = trained.load(run).W_dec
     cosines = (true_features() @ found.T).amax(1)
     untrained = create(parse(TOPK), D, seed=1).W_dec.detach()
@@ -162,12 +177,12 @@ def twin_training(store: ActivationStore, config: TrainConfig, *, clip_first: bo
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_training_equals_the_same_steps_written_out(tmp_path: Path, store: ActivationStore, clip: float | None) -> None:
     """Batches, loss, projection, clipping after it, rate, Adam, unit rows."""
-    config = settings({**TOPK, "aux_coefficient": 0.0}, steps=12, clip=clip)
+    config = settings({**TOPK, "aux_coefficient": 0.0}, steps=12, lr=3e-2, clip=clip)
     (run,) = go(config, store, tmp_path)
     tensors, _ = run.load_checkpoint()
     expected = twin_training(store, config)
     for name, value in expected.items():
-        torch.testing.assert_close(tensors[f"sae.{name}"], value, rtol=2e-4, atol=2e-5)
+        torch.testing.assert_close(tensors[f"sae.{name}"], value, rtol=0, atol=3e-6)
     if clip is not None:
         other = twin_training(store, config, clip_first=True)
         apart = max((other[name] - value).abs().max().item() for name, value in expected.items())
@@ -235,12 +250,17 @@ def test_settings_that_make_no_sense(wrong: dict[str, Any], match: str) -> None:
 
 def test_every_dictionary_of_several_equals_its_solo_run(tmp_path: Path, store: ActivationStore) -> None:
     """Bit for bit, whatever trains beside it."""
-    configs = [settings(), settings(L1, lr=1e-3, clip=None), settings(seed=5), settings({**TOPK, "d_sae": 48, "k": 2})]
+    configs = [
+        settings(),
+        settings(L1, lr=1e-3, clip=None),
+        settings(seed=5),
+        settings({**TOPK, "d_sae": 48, "k": 2}, initial_rows=99),
+    ]
     together = go(configs, store, tmp_path / "together")
     for i, (run, config) in enumerate(zip(together, configs, strict=True)):
         (solo,) = go(config, store, tmp_path / f"solo-{i}")
-        assert outcome(run) == outcome(solo), i
-    assert outcome(together[0])[0][WEIGHTS] != outcome(together[2])[0][WEIGHTS]
+        assert not different([run], [outcome(solo)]), i
+    assert outcome(together[0])[WEIGHTS] != outcome(together[2])[WEIGHTS]
 
 
 def test_the_seed_of_the_weights_and_of_the_rows(tmp_path: Path, store: ActivationStore) -> None:
@@ -265,14 +285,14 @@ def test_dictionaries_that_were_promised_different_rows(tmp_path: Path, store: A
     content = json.loads((runs[1].path / "config.json").read_text())
     content["activations"]["rows"] = ROWS // 2
     (runs[1].path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(SaeError, match=r"4,096.*2,048"):
+    with pytest.raises(SaeError, match=r"1: is for 2,048 rows of planted-\w+, not 4,096 of planted-"):
         train([runs[0], Run(runs[1].path)], store, Silent(), device="cpu")
 
 
 def test_a_run_of_another_store(tmp_path: Path, store: ActivationStore) -> None:
     other = planted_store(tmp_path, planted_rows(512), seed=4)
     run = open_run(settings(), other, tmp_path, "other", resume=False)
-    with pytest.raises(SaeError, match=r"other: .*was started on"):
+    with pytest.raises(SaeError, match=r"other: is for 512 rows of planted-\w+, not 512 of planted-"):
         train([run], store, Silent(), device="cpu")
 
 
@@ -316,8 +336,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, store: ActivationSto
     return [outcome(run) for run in go(PAIR, store, tmp_path_factory.mktemp("whole"))]
 
 
-@pytest.mark.parametrize("step", [1, 9, 10, 23, 39, 40])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "step"), [(signal.SIGINT, 1), (signal.SIGINT, 10), (signal.SIGTERM, 23), (signal.SIGINT, 40)]
+)
 def test_interrupted_by_a_signal_and_resumed(
     tmp_path: Path, store: ActivationStore, uninterrupted: list[Any], step: int, number: signal.Signals
 ) -> None:
@@ -331,7 +352,7 @@ def test_interrupted_by_a_signal_and_resumed(
     runs = [Run(tmp_path / str(i)) for i in range(2)]
     assert all(run.load_checkpoint()[1]["step"] == step and not run.finished for run in runs)
     resumed = At(-1, die)
-    assert [outcome(run) for run in go(PAIR, store, tmp_path, resume=True, progress=resumed)] == uninterrupted
+    assert not different(go(PAIR, store, tmp_path, resume=True, progress=resumed), uninterrupted)
     assert resumed.begun == [(40, step)]
     assert resumed.lines == [f"0: continuing at step {step} of 40"]
 
@@ -347,19 +368,17 @@ def test_a_second_signal_acts_at_once(tmp_path: Path, store: ActivationStore) ->
     assert stopping.lines == [] and not Run(tmp_path / "0").has_checkpoint
 
 
-@pytest.mark.parametrize("step", [1, 7, 10, 11, 25, 40])
+@pytest.mark.parametrize("step", [7, 10, 25, 40])
 def test_killed_after_a_step_and_resumed(
     tmp_path: Path, store: ActivationStore, uninterrupted: list[Any], step: int
 ) -> None:
     """Before the first checkpoint, between two, after the last: what was logged since is not logged twice."""
     with pytest.raises(Killed):
         go(PAIR, store, tmp_path, progress=At(step, die))
-    assert [outcome(run) for run in go(PAIR, store, tmp_path, resume=True)] == uninterrupted
+    assert not different(go(PAIR, store, tmp_path, resume=True), uninterrupted)
 
 
-def test_killed_at_every_write_and_resumed(
-    tmp_path_factory: pytest.TempPathFactory, store: ActivationStore
-) -> None:
+def test_killed_at_every_write_and_resumed(tmp_path_factory: pytest.TempPathFactory, store: ActivationStore) -> None:
     """Also between the checkpoints of two dictionaries, and while the finished ones are written."""
     pair = [settings(steps=6, checkpoint_every=2, log_every=1), settings(L1, steps=6, checkpoint_every=2)]
     whole = [outcome(run) for run in go(pair, store, tmp_path_factory.mktemp("whole"))]
@@ -382,17 +401,17 @@ def test_killed_at_every_write_and_resumed(
                 pass
             else:
                 break
-        assert [outcome(run) for run in go(pair, store, root, resume=True)] == whole, stop
-    assert stop == 2 + 3 * 2 + 2 * 2
+        assert not different(go(pair, store, root, resume=True), whole), stop
+    assert stop == 2 * (1 + 1 + 3 + 2)  # configuration, metrics, checkpoints, the finished dictionary
 
 
 def test_interrupted_again_and_again(tmp_path: Path, store: ActivationStore, uninterrupted: list[Any]) -> None:
     (first,) = uninterrupted[:1]
-    for i in range(6):
+    for i in range(4):
+        stopping = At(5 + i, die) if i % 2 else stop_at(5 + i)
         with pytest.raises((KeyboardInterrupt, Killed)):
-            act = die if i % 2 else lambda: signal.raise_signal(signal.SIGINT)
-            go(PAIR[0], store, tmp_path, resume=i > 0, progress=At(5 + i, act))
-    assert outcome(go(PAIR[0], store, tmp_path, resume=True)[0]) == first
+            go(PAIR[0], store, tmp_path, resume=i > 0, progress=stopping)
+    assert not different(go(PAIR[0], store, tmp_path, resume=True), [first])
 
 
 def test_resuming_a_finished_run_changes_nothing(
@@ -400,7 +419,7 @@ def test_resuming_a_finished_run_changes_nothing(
 ) -> None:
     go(PAIR, store, tmp_path)
     steps = At(0, die)
-    assert [outcome(run) for run in go(PAIR, store, tmp_path, resume=True, progress=steps)] == uninterrupted
+    assert not different(go(PAIR, store, tmp_path, resume=True, progress=steps), uninterrupted)
     assert steps.left == 0
 
 
@@ -415,7 +434,17 @@ def test_a_store_that_has_grown_is_seen_as_it_was(tmp_path: Path, small: pytest.
     with pytest.raises(KeyboardInterrupt):
         go(settings(), grown(tmp_path / "cache", 1024), tmp_path / "stopped", progress=stop_at(13))
     (resumed,) = go(settings(), grown(tmp_path / "cache", 2048), tmp_path / "stopped", resume=True)
-    assert outcome(resumed) == outcome(whole)
+    assert not different([resumed], [outcome(whole)])
+
+
+def test_a_store_that_has_lost_rows_is_refused(tmp_path: Path) -> None:
+    whole = planted_store(tmp_path, planted_rows(1024))
+    with pytest.raises(KeyboardInterrupt):
+        go(settings(), whole, tmp_path / "runs", progress=stop_at(3))
+    shutil.rmtree(whole.path)
+    less = planted_store(tmp_path, planted_rows(300))
+    with pytest.raises(SaeError, match=r"1,024 rows asked for, 300 are there; harvest more$"):
+        go(settings(), less, tmp_path / "runs", resume=True)
 
 
 def stop_at(step: int) -> At:
@@ -451,11 +480,11 @@ def script(store: ActivationStore, root: Path, config: TrainConfig) -> list[str]
 @pytest.mark.slow
 def test_kill_9_and_resume(tmp_path: Path, store: ActivationStore) -> None:
     """A real process, killed by SIGKILL in mid-run, twice, and continued by another."""
-    config = settings(steps=4000, checkpoint_every=37, log_every=3)
+    config = settings(steps=1500, checkpoint_every=37, log_every=3)
     (whole,) = go(config, store, tmp_path / "whole")
     root, steps = tmp_path / "killed", 0
     metrics = root / "0" / METRICS
-    for more in (100, 1000):
+    for more in (60, 400):
         with subprocess.Popen(script(store, root, config), cwd=PROJECT, stdout=subprocess.DEVNULL) as process:
             while (lines := metrics.read_bytes().count(b"\n") if metrics.exists() else 0) * 3 < steps + more:
                 assert process.poll() is None
@@ -463,11 +492,12 @@ def test_kill_9_and_resume(tmp_path: Path, store: ActivationStore) -> None:
             process.send_signal(signal.SIGKILL)
         assert process.returncode == -signal.SIGKILL
         steps = lines * 3
-    assert not Run(root / "0").finished and Run(root / "0").load_checkpoint()[1]["step"] > 1000
+    assert not Run(root / "0").finished and Run(root / "0").load_checkpoint()[1]["step"] > 400
     (resumed,) = go(config, store, root, resume=True)
-    assert outcome(resumed) == outcome(whole)
+    assert not different([resumed], [outcome(whole)])
 
 
+@pytest.mark.slow
 def test_training_never_imports_a_language_model(tmp_path: Path, store: ActivationStore) -> None:
     done = subprocess.run(
         script(store, tmp_path, settings(steps=3)), cwd=PROJECT, capture_output=True, text=True, check=True
@@ -486,13 +516,15 @@ def test_a_run_is_not_begun_twice(tmp_path: Path, store: ActivationStore) -> Non
     before = outcome(run)
     with pytest.raises(SaeError, match=r"^--name 0: .* exists; continue it with --resume or choose another --name$"):
         go(settings(), store, tmp_path)
-    assert outcome(run) == before
-    with pytest.raises(NotFound, match="is not a run folder"):
+    assert not different([run], [before])
+    with pytest.raises(NotFound, match=r"^--resume: no run 1 in"):
         open_run(settings(), store, tmp_path, "1", resume=True)
 
 
 def test_a_name_of_its_own(tmp_path: Path, store: ActivationStore) -> None:
-    names = [open_run(c, store, tmp_path, None, resume=False).name for c in (settings(), settings(L1), settings(seed=1))]
+    names = [
+        open_run(c, store, tmp_path, None, resume=False).name for c in (settings(), settings(L1), settings(seed=1))
+    ]
     assert names[0].startswith("topk-32-1.mlp_out-") and names[1].startswith("l1-32-1.mlp_out-")
     assert len(set(names)) == 3
     assert open_run(settings(), store, tmp_path, None, resume=True).name == names[0]
@@ -546,8 +578,7 @@ def test_dictionaries_that_stopped_at_different_steps(tmp_path: Path, store: Act
     one = open_run(pair[1], store, tmp_path / "stopped", "1", resume=True)
     with pytest.raises(KeyboardInterrupt):
         train([one], store, stop_at(4), device="cpu")
-    runs = go(pair, store, tmp_path / "stopped", resume=True)
-    assert [outcome(run) for run in runs] == whole
+    assert not different(go(pair, store, tmp_path / "stopped", resume=True), whole)
 
 
 def test_a_run_is_trained_by_one_process(tmp_path: Path, store: ActivationStore) -> None:
@@ -616,7 +647,9 @@ def test_what_is_saved_is_what_was_trained(tmp_path: Path, store: ActivationStor
     expected = alive(x)
     assert (saved(x) - expected).abs().max() <= 1e-6 * expected.abs().max() + 1e-5
     assert torch.equal(saved.encode(x).dense() > 0, alive.encode(x).dense() > 0)
-    torch.testing.assert_close(saved.encode(x).dense() * alive.target_scale, alive.encode(x).dense(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        saved.encode(x).dense() * alive.target_scale, alive.encode(x).dense(), rtol=1e-4, atol=1e-5
+    )
     assert float(saved.scale) == 1 and not saved.training and not any(p.requires_grad for p in saved.parameters())
     if sae.get("decoder_norm") != "free":
         torch.testing.assert_close(saved.W_dec.norm(dim=1), torch.ones(D_SAE), rtol=0, atol=1e-6)
@@ -642,7 +675,9 @@ def test_the_files_are_what_saelens_opens(tmp_path: Path, store: ActivationStore
         "reshape_activations": "none",
     }.items() <= cfg.items()  # fmt: skip
     assert {name: cfg.get(name) for name in ("k", "rescale_acts_by_decoder_norm")} == (
-        {"k": 4, "rescale_acts_by_decoder_norm": False} if name == "topk" else {"k": None, "rescale_acts_by_decoder_norm": None}
+        {"k": 4, "rescale_acts_by_decoder_norm": False}
+        if name == "topk"
+        else {"k": None, "rescale_acts_by_decoder_norm": None}
     )
     assert cfg["metadata"]["sae_lens_version"] >= "6.0.0"
     assert cfg["metadata"]["hook_name"] == "blocks.1.hook_mlp_out"
@@ -658,14 +693,16 @@ def test_the_files_are_what_saelens_opens(tmp_path: Path, store: ActivationStore
     if name == "topk":
         least = np.sort(latents, axis=1)[:, -cfg["k"], None]
         latents = np.where(latents >= least, latents, 0)
-    np.testing.assert_allclose(latents @ tensors["W_dec"] + tensors["b_dec"], trained.load(run)(torch.from_numpy(x)), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(
+        latents @ tensors["W_dec"] + tensors["b_dec"], trained.load(run)(torch.from_numpy(x)), rtol=1e-4, atol=1e-3
+    )
 
 
 def test_a_dictionary_that_does_not_fit_its_settings(tmp_path: Path, store: ActivationStore) -> None:
     (run,) = go(settings(steps=2), store, tmp_path)
     tensors = safetensors.torch.load_file(run.path / WEIGHTS)
     (run.path / WEIGHTS).write_bytes(safetensors.torch.save({**tensors, "threshold": torch.zeros(D_SAE)}))
-    with pytest.raises(DamagedStore, match="do not fit the run's settings: .*threshold"):
+    with pytest.raises(DamagedStore, match=r"do not fit the run's settings: .*threshold"):
         trained.load(run)
     data = bytearray(safetensors.torch.save(tensors))
     (run.path / WEIGHTS).write_bytes(data[:-3])

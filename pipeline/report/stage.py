@@ -2,14 +2,12 @@
 
 from pathlib import Path
 
-import torch
-
 from cache import catalogue
 from cache.activations import ActivationStore
-from cache.errors import NotFound
+from cache.errors import NotFound, SaeError
 from cache.runs import Run
 from cache.tokens import TokenStore
-from pipeline import trained
+from pipeline import devices, trained
 from pipeline.progress import Progress
 from pipeline.report.features import FeaturesConfig, find_features
 from pipeline.report.page import FEATURES, write_report
@@ -22,13 +20,18 @@ def report(
     config: FeaturesConfig | None = None, activations: str | None = None, device: str = "auto",
 ) -> Path:  # fmt: skip
     """Find what a finished run's latents fire on and write its report. Needs no language model."""
-    where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    where = devices.device(device)
     name = activations or run.config["activations"]["key"]
     store = catalogue.find(root, ActivationStore, name, "--activations", "sae harvest")
     tokens = catalogue.of_recipe(root, TokenStore, store.recipe["tokens"])
     if tokens is None:
         raise NotFound(f"{root}: the tokens {store.key} was harvested from are gone; run `sae tokenize` again")
     sae = trained.load(run).to(where)
+    if store.d != sae.d_in:
+        raise SaeError(
+            f"--activations {store.key}: its rows have {store.d} values, {run.name} reads {sae.d_in}; "
+            "give a store of the site it was trained on"
+        )
     features = find_features(sae, store, tokens, config or FeaturesConfig(rows=262_144), progress, device=where)
     run.write_json(FEATURES, features.model_dump(mode="json"))
     return write_report(run, run.path / REPORT)

@@ -1,0 +1,107 @@
+"""The options that commands share, and what the command line's words mean: counts, lists, folders, settings."""
+
+import re
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cache.errors import SaeError
+
+if TYPE_CHECKING:
+    from configs import Settings
+
+
+SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
+LARGEST = 10**15
+
+
+def amount(text: str) -> str:
+    """A count as people write it: 500, 300k, 10M, 1e8, 1G, or all."""
+    if text == "all":
+        return text
+    found = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?(?:e[0-9]{1,2})?)([kmgb]?)", text, re.IGNORECASE)
+    value = Decimal(re.sub("[_,]", "", found[1])) * SCALES[found[2].lower()] if found else Decimal(-1)
+    if not 0 <= value < LARGEST or value % 1:
+        raise typer.BadParameter(f"{text}: is no count; write 500, 300k, 10M, 1e8 or all")
+    return str(int(value))
+
+
+def count(help: str) -> Any:
+    """An option that takes an amount."""
+    return typer.Option(
+        parser=amount, metavar="N", show_default=False, help=f"{help} Write 500, 300k, 10M, 1e8 or all."
+    )
+
+
+def several(text: str | None) -> list[str] | None:
+    """A comma-separated list, or None where the option was not given."""
+    return None if text is None else [item.strip() for item in text.split(",")]
+
+
+def complete_preset() -> list[str]:
+    """Presets, for the shell's completion."""
+    from configs import presets
+
+    return presets()
+
+
+def complete_store(context: typer.Context) -> list[str]:
+    """Keys of stores, for the shell's completion."""
+    return sorted(path.parent.name for path in cache_root(context.params.get("cache")).glob("*/*/recipe.json"))
+
+
+def complete_run(context: typer.Context) -> list[str]:
+    """Names of runs, for the shell's completion."""
+    return sorted(path.parent.name for path in Path(context.params.get("runs") or "runs").glob("*/config.json"))
+
+
+# One option a line: this is the manual.
+# fmt: off
+SETTINGS, PLACES = "Settings", "Where"
+Json = Annotated[bool, typer.Option("--json", metavar="", help="Print the result as JSON on stdout, and nothing else there.")]
+Preset = Annotated[str | None, typer.Option(metavar="NAME", rich_help_panel=SETTINGS, autocompletion=complete_preset, help="Settings to start from: gpt2 (the defaults, written out) or tiny (embedded, offline).")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", rich_help_panel=SETTINGS, help="YAML file with a section a stage, on top of the preset; `configs/gpt2.yaml` shows every key.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", rich_help_panel=SETTINGS, help="One setting, as in `--set train.lr=3e-4`, on top of the file. Repeatable.")]
+Device = Annotated[str, typer.Option(metavar="NAME", rich_help_panel=PLACES, show_default=False, help="cpu, cuda, cuda:1, ... Default: auto, a GPU where there is one.")]
+CacheRoot = Annotated[Path | None, typer.Option("--cache", metavar="DIR", envvar="SAE_CACHE", rich_help_panel=PLACES, help="Folder of the cache. Default: the platform's (on Linux `~/.cache/sae`).")]
+RunsRoot = Annotated[Path, typer.Option("--runs", metavar="DIR", envvar="SAE_RUNS", rich_help_panel=PLACES, show_default=False, help="Folder of the runs. Default: `runs`, here.")]
+Offline = Annotated[bool, typer.Option("--offline", metavar="", envvar="SAE_OFFLINE", rich_help_panel=PLACES, help="Never touch the network.")]
+RunName = typer.Argument(metavar="RUN", autocompletion=complete_run, show_default=False, help="Run folder or its name. Default: the newest finished run.")
+StoreName = Annotated[str, typer.Argument(metavar="STORE", autocompletion=complete_store, help="Key, the beginning of a key, or a path.")]
+TrainingStore = Annotated[str | None, typer.Option(metavar="STORE", autocompletion=complete_store, help="Activations it was trained on: key, beginning of a key, or path. Default: those the run names.")]
+# fmt: on
+
+
+def cache_root(given: Path | None) -> Path:
+    """The folder of the cache."""
+    import platformdirs
+
+    return folder("--cache", given or Path(platformdirs.user_cache_dir("sae")))
+
+
+def folder(option: str, path: Path) -> Path:
+    """A folder that may not be there yet. Raises SaeError where something else is."""
+    path = path.expanduser()
+    if path.exists() and not path.is_dir():
+        raise SaeError(f"{option} {path}: is a file, not a folder; name another")
+    return path
+
+
+def settings(
+    section: str,
+    kind: "type[Settings]",
+    preset: str | None,
+    file: Path | None,
+    overrides: list[str] | None,
+    /,
+    **flags: Any,
+) -> "Settings":
+    """The settings of a stage from everything the command line says."""
+    from configs import SECTIONS, resolve
+
+    for item in overrides or ():
+        if (other := item.partition(".")[0]) != section and other in SECTIONS:
+            raise SaeError(f"--set {item}: `sae {section}` reads {section}.*; give this one to `sae {other}`")
+    return resolve(section, kind, preset=preset, file=file, overrides=overrides or (), flags=flags)

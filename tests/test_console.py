@@ -1,0 +1,173 @@
+"""What a person sees, and what a program reads: tables, outlines and JSON on stdout, bars and errors on stderr."""
+
+import io
+import json
+import re
+import time
+
+import pytest
+from rich.console import Console
+
+import console
+
+KEY = "gpt2-6.mlp_out-fineweb-10BT-gpt2-128-validation-int8-0a1b2c3d"  # as long as keys become
+
+
+def on_a_terminal(monkeypatch: pytest.MonkeyPatch, name: str, width: int) -> io.StringIO:
+    """A terminal in place of stdout ("out") or stderr ("err")."""
+    file = io.StringIO()
+    monkeypatch.setattr(console, name, Console(file=file, force_terminal=True, width=width, highlight=False))
+    return file
+
+
+def plain(text: str) -> str:
+    """What a terminal shows, without its control sequences."""
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+
+
+def test_a_table_in_a_pipe_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is cut or folded, no frames, no trailing blanks, and columns line up."""
+    rows = [[KEY, 5, "yes"], ["short", 12_345, "no"]]
+    console.table("stores", ["key", "rows", "complete"], rows)
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title == "stores"
+    assert [line.split() for line in lines] == [
+        ["key", "rows", "complete"],
+        [KEY, "5", "yes"],
+        ["short", "12,345", "no"],
+    ]
+    assert lines[1].index("5  yes") + 1 == lines[2].index("12,345") + len("12,345")
+    assert all(line == line.rstrip() and line.isascii() for line in lines)
+
+
+@pytest.mark.parametrize("width", [30, 80, 200])
+def test_a_table_on_a_terminal_never_cuts_a_name(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    seen = on_a_terminal(monkeypatch, "out", width)
+    console.table("stores", ["key", "rows"], [[KEY, 5], ["b", 12_345_678]])
+    shown = plain(seen.getvalue())
+    assert KEY in shown and "12.35M" in shown and "…" not in shown
+    assert ("──" in shown) == (width > len(KEY) + 10)  # the frame is for tables that fit
+
+
+def test_only_prose_folds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    words = " ".join(f"word{i}" for i in range(30))
+    console.table("list", ["name", "what it is"], [["one", words]], prose=True)
+    assert words in capsys.readouterr().out
+    seen = on_a_terminal(monkeypatch, "out", 60)
+    console.table("list", ["name", "what it is"], [["one", words]], prose=True)
+    lines = plain(seen.getvalue()).splitlines()
+    assert max(map(len, lines)) <= 60
+    assert " ".join(" ".join(lines[4:]).split()) == f"one {words}"
+
+
+def test_markup_in_data_is_data(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    console.table("[b]", ["[i]x"], [["[red]key[/red]"]])
+    console.say("[bold]")
+    assert capsys.readouterr().out == "[b]\n[i]x\n[red]key[/red]\n[bold]\n"
+    seen = on_a_terminal(monkeypatch, "out", 60)
+    console.table("t", ["x"], [["[red]key[/red]"]])
+    assert "[red]key[/red]" in plain(seen.getvalue())
+
+
+def test_an_empty_table(capsys: pytest.CaptureFixture[str]) -> None:
+    console.table("stores", ["key", "rows"], [])
+    assert capsys.readouterr().out == "stores\nkey  rows\n"
+
+
+def test_json_is_one_value(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is not finite has no JSON and becomes null."""
+    console.as_json({"a": float("nan"), "b": [float("inf"), 1.5, (2, "x")], "c": {"d": None, "e": True}})
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"a": None, "b": [None, 1.5, [2, "x"]], "c": {"d": None, "e": True}}
+    assert captured.err == ""
+
+
+def test_an_outline(capsys: pytest.CaptureFixture[str]) -> None:
+    console.outline({"key": KEY, "recipe": {"split": "train", "files": [{"name": "a"}], "d": 5}, "none": {}, "x": None})
+    assert capsys.readouterr().out.splitlines() == [
+        f"key: {KEY}", "recipe:", "  split: train", '  files: {"name": "a"}', "  d: 5", "none: {}", "x: null",
+    ]  # fmt: skip
+
+
+def test_a_complaint_is_one_line_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    console.complain("--x [1]: wrong\nin two lines " + "long " * 50)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("sae: error: --x [1]: wrong in two lines long") and captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "-"), ("x", "x"), (0, "0"),
+        (12_345, "12,345"), (1_234_567, "1.23M"), (2e9, "2.00G"), (0.0123456, "0.01235"),
+        (1234.5, "1,234"), (-3_000_000, "-3.00M"),
+    ],
+)  # fmt: skip
+def test_short_numbers(value: float | str | None, text: str) -> None:
+    assert console.short(value) == text
+
+
+@pytest.mark.parametrize(
+    ("n", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2.5e9, "2.5 GB"), (3e15, "3000.0 TB")]
+)
+def test_sizes(n: float, text: str) -> None:
+    assert console.size(n) == text
+
+
+def test_bars_in_a_pipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line now and then, and one at the end; nothing where there was nothing to do."""
+    clock = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    bars = console.Bars()
+    bars.start("nothing", 100, "rows", done=100)
+    bars.finish()
+    assert capsys.readouterr().err == "" and not bars.worked
+    bars.start("harvest", 1000, "rows", done=200)
+    for _ in range(4):
+        clock[0] += 10
+        bars.advance(100, loss=0.5)
+    bars.finish()
+    bars.note("a [note]")
+    captured = capsys.readouterr()
+    assert captured.err.splitlines() == [
+        "harvest: 400 of 1,000 rows, 10 rows/s, 60 s left, loss 0.5",
+        "harvest: 600 of 1,000 rows, 10 rows/s, 40 s left, loss 0.5",
+        "harvest: 600 of 1,000 rows in 40.0 s (10 rows/s)",
+        "a [note]",
+    ]
+    assert captured.out == "" and bars.worked
+
+
+@pytest.mark.parametrize("width", [80, 140])
+@pytest.mark.parametrize("title", ["train", f"verify {KEY}"])
+def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch, width: int, title: str) -> None:
+    """One line, with the rate and the time left; the values beside it are whole or absent."""
+    seen = on_a_terminal(monkeypatch, "err", width)
+    bars = console.Bars()
+    bars.start(title, 200_000_000, "tokens")
+    for _ in range(2):  # a rate takes two
+        bars.advance(25_000_000, loss=0.12345678, fvu=0.5, l0=32.0, dead=0.0123)
+        time.sleep(0.002)
+    assert bars._bar is not None
+    bars._bar.refresh()
+    bars.finish()
+    drawn = [line for line in re.split(r"[\r\n]", plain(seen.getvalue())) if "tokens/s" in line]
+    assert len(drawn) > 1
+    *lines, last = drawn
+    for line in lines:
+        assert title[:8] in line and "M/200.00M" in line and len(line.rstrip()) <= width
+        assert re.search(r"\d:\d\d:\d\d|-:--:--", line), line
+        assert re.fullmatch(r".*(?:-|\d)(?:  ?loss 0\.1235(?:  fvu 0\.5(?:  l0 32(?:  dead 0\.0123)?)?)?)?\s*", line), (
+            line
+        )
+    assert last.startswith(f"{title}: 50,000,000 of 200,000,000 tokens in")
+
+
+def test_the_table_of_an_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every figure with what it means; an undefined one is a dash."""
+    console.evaluation(dict.fromkeys(console.MEANING, 0.25) | {"ce_recovered_zero": None}, "run x")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == list(console.MEANING)
+    assert all(meaning in line for meaning, line in zip(console.MEANING.values(), lines[2:], strict=True))
+    assert "-" in next(line for line in lines if line.startswith("ce_recovered_zero")).split()

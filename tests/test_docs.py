@@ -1,0 +1,218 @@
+"""What is written about the tool is true of it: help, README, changelog."""
+
+import re
+import shlex
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from pydantic import BaseModel
+
+import cli
+import configs
+from cli_options import amount
+from pipeline.evaluate import EvalConfig
+from pipeline.harvest import HarvestConfig
+from pipeline.saes import ARCHITECTURES
+from pipeline.tokenize import TokenizeConfig
+from pipeline.train import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.glob("docs/**/*.md")}
+STAGES: dict[str, type[BaseModel]] = {
+    "tokenize": TokenizeConfig, "harvest": HarvestConfig, "train": TrainConfig, "eval": EvalConfig,
+}  # fmt: skip
+SHELLS = ("console", "bash", "sh", "shell")
+
+
+def commands(group: Any = None, prefix: str = "sae") -> Iterator[tuple[str, Any]]:
+    """Every command as it is typed, and what typer made of it."""
+    for name, command in (group or typer.main.get_command(cli.app)).commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{prefix} {name}")
+        else:
+            yield f"{prefix} {name}", command
+
+
+COMMANDS = dict(commands())
+
+
+def parsed(arguments: list[str]) -> dict[str, Any]:
+    """The values a command line gives its command, without running it. Raises typer's error where it is wrong."""
+    command: Any = typer.main.get_command(cli.app)
+    context = command.make_context("sae", arguments)
+    while hasattr(command, "commands"):
+        name, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        context = command.make_context(name, rest, parent=context)
+    return dict(context.params)
+
+
+def shell_lines(text: str) -> Iterator[str]:
+    """The commands in a page's shell blocks: the lines after a prompt where there are prompts, else all."""
+    for language, block in re.findall(r"^```(\w+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        if language in SHELLS:
+            lines = block.replace("\\\n", " ").splitlines()
+            prompted = [line[2:] for line in lines if line.startswith("$ ")]
+            yield from prompted or lines
+
+
+def typed(text: str, program: str) -> list[list[str]]:
+    """Arguments of every call of a program in a page's shell blocks."""
+    found = []
+    for line in shell_lines(text):
+        words: list[str] = []
+        for word in [*shlex.split(line, comments=True), ";"]:
+            if word not in ("&&", ";", "|", "||"):
+                words.append(word)
+                continue
+            while words and re.fullmatch(r"\w+=.*", words[0]):  # NAME=value in front
+                words = words[1:]
+            if words and words[0] == program:
+                found.append(words[1:])
+            words = []
+    return found
+
+
+def test_there_is_something_to_look_at() -> None:
+    assert {"sae tokenize", "sae harvest", "sae train", "sae eval", "sae cache ls", "sae cache rm"} <= set(COMMANDS)
+    assert len(typed(README, "sae")) > 10
+    page = (
+        "```console\n$ A=1 sae x \\\n  --y 'a b' && sae z # c\nout\n```\n```python\nsae no\n```\n```bash\nsae w\n```\n"
+    )
+    assert typed(page, "sae") == [["x", "--y", "a b"], ["z"], ["w"]]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_and_option_has_help(name: str) -> None:
+    command = COMMANDS[name]
+    first, *rest = (command.help or "").strip().split("\n\n")
+    assert len(first) > 10 and first.endswith((".", "`"))
+    assert name in "\n".join(rest), "an example"
+    for param in command.params:
+        assert param.help and param.help.strip().endswith("."), param.name
+        assert all("_" not in option for option in param.opts if option.startswith("--"))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_in_the_help_are_right(name: str) -> None:
+    text = COMMANDS[name].help
+    examples = re.findall(r"^    (sae .*)$", text, re.MULTILINE) + re.findall(r"`(sae [^`]*)`", text)
+    assert examples
+    for example in examples:
+        parsed(shlex.split(example, comments=True)[1:])
+
+
+def test_everything_reads_the_same_everywhere() -> None:
+    """An option means one thing: with one help, one variable and one default wherever it is, but for the listed."""
+    own = {"tokens", "rows", "seed", "activations", "workers", "store", "stores", "model", "name"}
+    seen: dict[str, set[tuple[Any, ...]]] = {}
+    for command in COMMANDS.values():
+        for param in command.params:
+            seen.setdefault(param.name, set()).add((param.help, param.envvar, str(param.default), tuple(param.opts)))
+    assert {name for name, meanings in seen.items() if len(meanings) > 1} <= own
+    assert all("json_" in {p.name for p in c.params} or "json" in {p.name for p in c.params} for c in COMMANDS.values())
+
+
+def number(text: str) -> float:
+    """10M, 128 or 1e-4."""
+    try:
+        return int(amount(text))
+    except typer.BadParameter:
+        return float(text)
+
+
+def test_the_defaults_that_the_help_states() -> None:
+    """`Default: X.` in the help of an option is the default of the setting it stands for."""
+    checked = 0
+    for stage, kind in STAGES.items():
+        values: Any = kind().model_dump()
+        values |= values.get("sae", {})
+        for param in COMMANDS[f"sae {stage}"].params:
+            stated = re.search(r"Default: (\S+)\.(?: Write|$)", param.help)
+            if stated is None or param.name not in values:
+                continue
+            value = values[param.name][0] if isinstance(values[param.name], tuple) else values[param.name]
+            assert (stated[1] if isinstance(value, str) else number(stated[1])) == value, (stage, param.name)
+            checked += 1
+    assert checked > 15
+
+
+def test_the_gpt2_preset_has_every_key() -> None:
+    """As the help of `--config` says; that the values are the defaults is tested beside the settings."""
+    text = (configs.FOLDER / "gpt2.yaml").read_text(encoding="utf-8")
+    assert set(re.findall(r"^(\w+):$", text, re.MULTILINE)) == set(STAGES)
+    for section, kind in STAGES.items():
+        part = re.split(r"^\w", text.split(f"{section}:\n")[1], flags=re.MULTILINE)[0]
+        assert set(re.findall(r"^  (\w+):", part, re.MULTILINE)) == set(kind.model_fields), section
+
+
+@pytest.mark.parametrize("arguments", typed(README, "sae"), ids=" ".join)
+def test_every_command_in_the_readme_is_right(arguments: list[str]) -> None:
+    parsed(arguments)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_documented(name: str) -> None:
+    assert any(re.search(rf"\b{re.escape(name)}\b", text) for text in [README, *PAGES.values()])
+
+
+def test_the_settings_in_the_readme_exist() -> None:
+    for arguments in typed(README, "sae"):
+        values = parsed(arguments)
+        if (overrides := values.get("set_")) and arguments[0] in STAGES:
+            arch = {"sae": {"arch": values["arch"]}} if values.get("arch") else {}
+            configs.resolve(arguments[0], STAGES[arguments[0]], overrides=list(overrides), flags=arch)
+        assert values.get("arch") in {None, *ARCHITECTURES}
+
+
+def test_every_make_target_in_the_readme_exists() -> None:
+    targets = re.findall(r"^([\w./$()-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    targets = [target.replace("$(VENV)", ".venv") for target in targets]
+    wanted = {word for words in typed(README, "make") for word in words[:1]} | set(
+        re.findall(r"`make ([\w-]+)`", README)
+    )
+    assert {"demo", "test"} <= wanted <= set(targets)
+
+
+@pytest.mark.parametrize("page", ["README.md", *PAGES])
+def test_links_lead_somewhere(page: str) -> None:
+    text = README if page == "README.md" else PAGES[page]
+    for target in re.findall(r"\]\(([^)#\s]+)", text):
+        if not re.match(r"\w+:", target):
+            assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_the_changelog_is_kept() -> None:
+    """Keep a Changelog: unreleased first, then versions with dates, newest first, in the known groups."""
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert text.startswith("# Changelog\n") and "keepachangelog.com" in text and "semver.org" in text
+    headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert headings[0] == "[Unreleased]"
+    released = [re.fullmatch(r"\[(\d+)\.(\d+)\.(\d+)\] - (\d{4}-\d\d-\d\d)", heading) for heading in headings[1:]]
+    assert released and all(released)
+    found = [(tuple(map(int, match.groups()[:3])), match[4]) for match in released if match]
+    assert found == sorted(found, reverse=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert ".".join(map(str, found[0][0])) == project["version"]
+    groups = set(re.findall(r"^### (.*)$", text, re.MULTILINE))
+    assert groups <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+def test_no_file_knows_the_machine_it_was_written_on() -> None:
+    """No absolute path of a home, a mount or a work folder in what is kept."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    folders = "|".join(["home", "root", "Users", "work", "mnt", "opt", "private", "workspace"])
+    machine = re.compile(rf"(?<![\w.~:/$}}])/(?:{folders})/\w".encode())
+    found = []
+    for name in listed.stdout.decode().split("\0"):
+        path = ROOT / name
+        if name and path.is_file() and b"\0" not in (data := path.read_bytes()):
+            found += [f"{name}: {line.decode(errors='replace')}" for line in data.splitlines() if machine.search(line)]
+    assert found == []
