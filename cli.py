@@ -447,9 +447,6 @@ def main() -> None:
         if error.format_message().strip():  # without one, the help was shown instead
             console.complain(misused(error))
         sys.exit(Exit.USAGE)
-    except typer.Abort:
-        console.complain("no answer, so nothing was done; --yes does not ask")
-        sys.exit(Exit.USAGE)
     except KeyboardInterrupt:
         console.complain(
             "interrupted; what was committed is safe, repeat the command (`sae train` with --resume) to continue"

@@ -97,7 +97,7 @@ def rm(
     found = list(dict.fromkeys(catalogue.located(root, name) for name in stores))
     if not yes:
         sizes = ", ".join(f"{path.name} ({console.size(catalogue.bytes_in(path))})" for path in found)
-        if not typer.confirm(f"Remove {sizes}?", err=True):
+        if not console.agreed(f"Remove {sizes}?"):
             raise SaeError("not confirmed, so nothing was removed; --yes does not ask")
     freed = {path.name: catalogue.remove_folder(path) for path in found}
     if json:

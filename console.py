@@ -195,6 +195,15 @@ def say(line: str) -> None:
     out.print(Text(line), soft_wrap=True)
 
 
+def agreed(question: str) -> bool:
+    """Whether the answer on stdin is yes. Asked on stderr; no answer is a no."""
+    err.print(Text(f"{question} [y/N] "), end="", soft_wrap=True)
+    answer = sys.stdin.readline()
+    if not answer.endswith("\n"):  # nobody ended the line
+        err.print()
+    return answer.strip().lower() in ("y", "yes")
+
+
 def complain(line: str) -> None:
     """The one line an error is."""
     text = " ".join(f"sae: error: {line}".splitlines())

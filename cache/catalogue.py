@@ -77,14 +77,14 @@ def entry(store: Store) -> Entry:
 
 
 def find(root: Path, kind: type[AnyStore], name: str | None, option: str, make: str) -> AnyStore:
-    """The one store `name` means; without a name, the training store of the last `make` command.
+    """The one training store `name` means; without a name, that of the last `make` command.
 
     Raises NotFound with what to run, or SaeError listing the candidates.
     """
     known = folders(root, kind.kind)
     if name is not None and (Path(name) / RECIPE).exists():
-        return kind(Path(name))
-    if name is not None:
+        matches = [Path(name)]
+    elif name is not None:
         exact = [path for path in known if path.name == name]
         matches = exact or [path for path in known if path.name.startswith(name)]
         if not matches:
@@ -92,13 +92,16 @@ def find(root: Path, kind: type[AnyStore], name: str | None, option: str, make: 
             raise NotFound(f"{option} {name}: no such store in {root / kind.kind}; there is {there}")
     else:
         matches = [root / kind.kind / key for key in latest(root).get(kind.kind, []) if root / kind.kind / key in known]
-        if not matches:
-            matches = [path for path in known if _for_training(path)]
+        matches = matches or known
         if not matches:
             raise NotFound(f"{root / kind.kind}: no store yet; run `{make}` first")
-    if len(matches) > 1:
-        raise SaeError(f"{option}: which one? {_listed(matches)}")
-    return kind(matches[0])
+    training = [path for path in matches if _for_training(path)]
+    if not training:
+        kept = f"{_listed(matches)} holds documents kept for judging"
+        raise SaeError(f"{option}: {kept}; name the store of the training documents, this one goes with it")
+    if len(training) > 1:
+        raise SaeError(f"{option}: which one? {_listed(training)}")
+    return kind(training[0])
 
 
 def any_store(root: Path, name: str) -> Store:

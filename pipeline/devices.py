@@ -15,7 +15,7 @@ def device(name: str) -> torch.device:
     try:
         found = torch.device(name)
     except RuntimeError:
-        raise SaeError(f"--device {name}: is no device; try auto, cpu, cuda or cuda:1") from None
+        raise SaeError(f"--device {name}: not usable here (no such device); try auto, cpu or cuda:1") from None
     try:
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -31,6 +31,7 @@ from pipeline.rows import RowRule
 
 VOCABULARY_PADDING = 1024  # models round their embedding up; more than this is another vocabulary
 SCAN_CONTEXTS = 8192
+ESTIMATE_TOKENS = 1024  # the pass that is timed to say how long a harvest will take
 
 Amount = Annotated[int, Field(ge=1)] | Literal["all"]
 
@@ -93,6 +94,9 @@ def harvest(
 
     `model` is the language model `config` names, where the caller has booted it already.
     """
+    codec(config.codec)  # and the sites: what is wrong without looking at the model is said before it is loaded
+    if unknown := [site for site in config.site if site not in SITES]:
+        raise SaeError(f"--site {unknown[0]}: the sites are {', '.join(SITES)}")
     if model is None:
         model = LanguageModel.boot(
             config.model, device=device, dtype=config.dtype, revision=config.revision, offline=offline
@@ -291,8 +295,9 @@ class _Job:
         return ActivationStore(path).n_rows if (path / "recipe.json").exists() else 0
 
     def _tokens_per_second(self) -> float:
-        """Speed of the forward pass, from the second of two batches."""
-        tokens = torch.from_numpy(self.tokens.contexts(0, min(self.batch, self.tokens.n_contexts)))
+        """Speed of the forward pass, from the second of two small batches."""
+        contexts = max(1, min(self.batch, self.tokens.n_contexts, ESTIMATE_TOKENS // self.tokens.context_length))
+        tokens = torch.from_numpy(self.tokens.contexts(0, contexts))
         self.model.activations(tokens, self.points)
         begun = time.perf_counter()
         for activations in self.model.activations(tokens, self.points).values():

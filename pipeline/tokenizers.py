@@ -117,9 +117,12 @@ class TiktokenTokenizer:
         return [token(i) for i in range(self.n_vocab)]
 
     def recipe(self) -> dict[str, Any]:
+        return {"name": self.slug, "digest": self._content}
+
+    @cached_property
+    def _content(self) -> str:
         # The ranks and the pattern are the whole function; tiktoken has no public name for the pattern.
-        digest = _digest([self._encoding._pat_str.encode(), *self.vocabulary()])
-        return {"name": self.slug, "digest": digest}
+        return _digest([self._encoding._pat_str.encode(), *self.vocabulary()])
 
 
 class HuggingFaceTokenizer:

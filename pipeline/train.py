@@ -79,8 +79,6 @@ def open_run(config: TrainConfig, store: ActivationStore, root: Path, name: str 
 
     Raises SaeError where a new one exists, where there is none to resume, or where its configuration differs.
     """
-    if config.batch > store.n_rows:
-        raise SaeError(f"--batch {config.batch}: {store.key} has {store.n_rows:,} rows; lower it, or harvest more")
     content = {
         "train": config.model_dump(mode="json"),
         "activations": {"key": store.key, "rows": store.n_rows, "recipe": store.recipe},
@@ -90,6 +88,8 @@ def open_run(config: TrainConfig, store: ActivationStore, root: Path, name: str 
         identity = {"train": content["train"], "activations": store.recipe}
         name = f"{config.sae.arch}-{config.sae.d_sae}-{point}-{digest(identity)}"
     if not resume:
+        if config.batch > store.n_rows:
+            raise SaeError(f"--batch {config.batch}: {store.key} has {store.n_rows:,} rows; lower it, or harvest more")
         return Run.create(root / name, content)
     if not (root / name / CONFIG).exists():
         raise NotFound(f"--resume: no run {name} in {root}; `sae list` shows the runs, without --resume it is started")
@@ -286,7 +286,8 @@ def _metadata(recipe: dict[str, Any]) -> dict[str, Any]:
 def _interruptible() -> Iterator[list[int]]:
     """A list that fills when Ctrl-C or SIGTERM arrives, so that the step in progress can end first.
 
-    A second signal acts as usual. Outside the main thread signals stay as they are.
+    A second signal acts as usual. Signals that are ignored (of a process in the background) stay so, and outside the
+    main thread all do.
     """
     received: list[int] = []
 
@@ -297,7 +298,8 @@ def _interruptible() -> Iterator[list[int]]:
     before: dict[int, Any] = {}
     try:
         for wanted in (signal.SIGINT, signal.SIGTERM):
-            before[wanted] = signal.signal(wanted, note)
+            if signal.getsignal(wanted) is not signal.SIG_IGN:
+                before[wanted] = signal.signal(wanted, note)
     except ValueError:  # not the main thread: nobody sends us signals
         before.clear()
     try:

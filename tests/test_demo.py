@@ -60,7 +60,6 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     return folder, show(folder, Silent(), SMALL)
 
 
-@pytest.mark.slow
 def test_the_demo_goes_from_text_to_a_report(shown: tuple[Path, dict[str, Any]]) -> None:
     folder, found = shown
     assert list(found["seconds"]) == ["tokenize", "harvest", "train", "eval", "report"]
@@ -77,7 +76,6 @@ def test_the_demo_goes_from_text_to_a_report(shown: tuple[Path, dict[str, Any]])
     assert catalogue.latest(folder / "cache")["activations"] == [store.key]
 
 
-@pytest.mark.slow
 def test_repeating_the_demo_takes_up_what_is_there(shown: tuple[Path, dict[str, Any]]) -> None:
     folder, found = shown
 

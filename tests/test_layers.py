@@ -87,7 +87,7 @@ ARROWS: dict[str, tuple[tuple[str, ...], set[str] | None]] = {
     "pipeline.metrics": (("pipeline.metrics",), {"torch", "numpy"}),
     "pipeline.sources": (("pipeline.sources", "pipeline.network", "cache.errors"), None),
     "pipeline.language_model": (
-        ("pipeline.language_model", "pipeline.network", "pipeline.embedded", "cache.errors"), None,
+        ("pipeline.language_model", "pipeline.network", "pipeline.embedded", "pipeline.devices", "cache.errors"), None,
     ),
     "cli_options": (("cache.errors", "configs"), {"typer", "platformdirs"}),
     "cli_cache": (("cache", "console", "cli_options"), {"typer"}),

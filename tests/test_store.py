@@ -273,7 +273,7 @@ def powerless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("powerless")
     root = os.geteuid() == 0
     if root:
-        for parent in folder.parents[:2]:
+        for parent in folder.parents[:3]:
             parent.chmod(0o755)
         os.chown(folder, 65_534, -1)
         os.seteuid(65_534)

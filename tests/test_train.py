@@ -42,10 +42,12 @@ L1 = {"arch": "l1", "d_sae": D_SAE, "coefficient": 0.5}
 def small() -> Iterator[pytest.MonkeyPatch]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background ignoring it
     with shrunk() as patch:
         patch.setattr(activations, "CHUNK_ROWS", 256)
         patch.setattr(activations, "WINDOWS", Windows(256, 1024))
         yield patch
+    signal.signal(signal.SIGINT, before)
     torch.set_num_threads(threads)
 
 
@@ -358,14 +360,27 @@ def test_interrupted_by_a_signal_and_resumed(
 
 
 def test_a_second_signal_acts_at_once(tmp_path: Path, store: ActivationStore) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
     def twice() -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        while signal.getsignal(signal.SIGINT) is not before:  # until the first has been handled
+            time.sleep(0.001)
+        signal.raise_signal(signal.SIGINT)
 
     stopping = At(5, twice)
     with pytest.raises(KeyboardInterrupt):
         go(settings(), store, tmp_path, progress=stopping)
     assert stopping.lines == [] and not Run(tmp_path / "0").has_checkpoint
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path: Path, store: ActivationStore) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        (run,) = go(settings(steps=6), store, tmp_path, progress=stop_at(3))
+        assert run.finished and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("step", [7, 10, 25, 40])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cache.errors import SaeError
+from pipeline import devices
 from pipeline.language_model.files import RANDOM, find_model, slug
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class LanguageModel:
         """
         if dtype not in _DTYPES:
             raise SaeError(f"--dtype {dtype}: the forward pass runs in {' or '.join(_DTYPES)}")
-        where = _device(device)
+        where = devices.device(device)
         if name.startswith(RANDOM):
             if revision is not None:
                 raise SaeError(f"--revision {revision}: {name} has no revisions")
@@ -262,15 +263,3 @@ def _hooked(at: torch.nn.Module, call: Hook) -> Hooked:
     from pipeline.language_model.bridge import Hooked
 
     return Hooked(at, call)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).partition("\n")[0]
-        raise SaeError(f"--device {name}: not usable here ({first[:200]}); try auto or cpu") from None
-    return device

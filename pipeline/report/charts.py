@@ -158,7 +158,7 @@ def ladder(
         body += _text(104, top + 18, name, "end", "name")
         body += f'<rect class="bar rung{i}" x="112" y="{top}" width="{_n(x(value) - 112)}" height="26" rx="2"></rect>'
         body += _text(x(value) + 8, top + 18, f"{value:.3f}", "start", "value")
-        body += _text(x(value) + 58, top + 18, remark, "start")
+        body += _text(x(value) + 18 + 8 * len(f"{value:.3f}"), top + 18, remark, "start")
     described = ", ".join(f"{name} {value:.3f}" for name, value, _ in rungs)
     return _svg(body, f"{label}: {described}", width, height, kind="ladder")
 
