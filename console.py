@@ -231,7 +231,7 @@ MEANING = {
     "ce_zero": "with zeros in place",
     "ce_mean": "with the training mean in place",
     "ce_recovered_zero": "share of what zeros cost that the reconstruction recovers",
-    "ce_recovered_mean": "the same against the mean",
+    "ce_recovered_mean": "share of what the mean costs that the reconstruction recovers",
     "kl": "KL(clean || spliced), nats a token",
     "rows": "held-out rows judged",
     "tokens": "held-out predictions judged",

@@ -585,7 +585,7 @@ def test_damaged_rows_are_refused(tmp_path: Path) -> None:
 
 
 def test_dictionaries_that_stopped_at_different_steps(tmp_path: Path, store: ActivationStore) -> None:
-    """Only Ctrl-C and a kill in one unlucky moment make them; each can still go on by itself."""
+    """A kill in one unlucky moment makes them. The one ahead waits, and each can still go on by itself."""
     pair = [settings(), settings(seed=1)]
     whole = [outcome(run) for run in go(pair, store, tmp_path / "whole")]
     with pytest.raises(KeyboardInterrupt):
