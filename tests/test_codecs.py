@@ -70,6 +70,10 @@ def test_every_value_is_within_the_bound_at_any_scale(
     if value.name == "float16" and rows.abs().max() > 60_000:
         rows = rows / rows.abs().max()
     columns = calibrate(rows)
+    if value.name == "int8" and ((rows - columns.mean).abs() / columns.scale).max() > 8e6:
+        with pytest.raises(SaeError, match="standard deviations from its column's mean"):
+            value.encode(rows, columns)  # no float16 scale reaches that far: refused, never stored wrong
+        return
     encoded, decoded = through(value, rows, columns)
     assert bool(((decoded - rows).abs() <= value.error_bound(rows, encoded, columns)).all())
 

@@ -593,6 +593,12 @@ def test_dictionaries_that_stopped_at_different_steps(tmp_path: Path, store: Act
     one = open_run(pair[1], store, tmp_path / "stopped", "1", resume=True)
     with pytest.raises(KeyboardInterrupt):
         train([one], store, stop_at(4), device="cpu")
+    with pytest.raises(KeyboardInterrupt):  # the other has not caught up yet
+        go(pair, store, tmp_path / "stopped", resume=True, progress=stop_at(2))
+    shutil.copytree(tmp_path / "stopped" / "1", tmp_path / "alone" / "1")
+    alone = open_run(pair[1], store, tmp_path / "alone", "1", resume=True)
+    train([alone], store, Silent(), device="cpu")
+    assert not different([alone], whole[1:])
     assert not different(go(pair, store, tmp_path / "stopped", resume=True), whole)
 
 
