@@ -29,7 +29,7 @@ def demo(
 ) -> dict[str, Any]:
     """Run everything on the embedded preset; the evaluation, the seconds each stage took, and the report's path.
 
-    Repeating it takes up what is there: finished stages are not done again.
+    Repeating it takes up what is there: tokens, rows and training steps are not made again; judging and the report are.
     """
     seconds: dict[str, float] = {}
 
