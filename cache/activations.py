@@ -24,7 +24,8 @@ from cache.codecs import Codec, Columns, Encoded, calibrate, codec_from_recipe, 
 from cache.errors import SaeError
 from cache.identity import Recipe, canonical
 from cache.manifest import Windows
-from cache.store import Store, Writer
+from cache.store import Store
+from cache.writer import Writer
 
 CHUNK_ROWS = 16_384
 CHUNK_BYTES = 24 << 20  # buffers of 32 MiB and more are mapped and unmapped at every use, three times slower
@@ -127,10 +128,6 @@ class ActivationWriter(Writer):
         """A buffer for the next window, of which `rows` rows exist (fewer than its size only at the source's end)."""
         columns = self.store.columns if self.store.n_rows else None
         return WindowBuffer(self.store, len(self.store.manifest.windows), rows, columns)
-
-    def commit(self, buffer: "WindowBuffer", notes: dict[str, Any]) -> None:
-        """Make a full buffer's rows durable."""
-        self.append(buffer.arrays(), notes)
 
 
 class WindowBuffer:

@@ -1,4 +1,4 @@
-"""A store: a folder named by its recipe, holding a Zarr v3 group that grows by whole, checked windows.
+"""A store as it is read: a folder named by its recipe, a Zarr v3 group that grows by whole, checked windows.
 
     <kind>/<slug>-<hash8>/
         recipe.json      what the bytes are: the canonical recipe, readable
@@ -8,33 +8,27 @@
         zarr.json        the group; one folder an array beside it, opened as they are by zarr, dask, xarray, tensorstore
         lock             held by the one living writer
 
-Readers see committed windows only, and never a byte that does not match its checksum.
+Readers see committed windows only, and never a byte that does not match its checksum. `cache.writer` writes them.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from cache import manifest
 from cache.arrays import NAMES, ArraySpec, group_metadata
-from cache.durable import PARTIAL, checksum, unreadable, write_atomic
+from cache.durable import checksum, unreadable
 from cache.errors import DamagedStore, NotFound, SaeError
 from cache.identity import Recipe, digest
-from cache.identity import key as store_key
-from cache.locks import Lock, held
+from cache.locks import held
 from cache.manifest import Manifest, Window, Windows
 
 FORMAT = 1
 RECIPE = "recipe.json"
 REQUEST = "request.json"
 HINTS = "hints.json"
-WRITERS = 8  # files encoded and flushed side by side
 
 
 class Store:
@@ -193,128 +187,6 @@ class Store:
         except DamagedStore as error:
             return str(error)
         return None
-
-
-class Writer:
-    """The writing side: takes the lock, heals what a crash left, appends whole windows.
-
-    Use as a context manager. `store` is the reading side and follows every commit.
-    """
-
-    store_class: ClassVar[type[Store]]
-
-    def __init__(self, root: Path, slug: str, recipe: Recipe, *, wait: bool = False) -> None:
-        self.path = root / self.store_class.kind / store_key(slug, recipe)
-        self._recipe, self._slug = recipe, slug
-        self._lock = Lock(self.path, wait=wait)
-
-    def __enter__(self) -> Self:
-        self._lock.__enter__()
-        try:
-            if not (self.path / RECIPE).exists():
-                head = {"format": FORMAT, "kind": self.store_class.kind, "slug": self._slug, "recipe": self._recipe}
-                write_atomic(self.path / RECIPE, json.dumps(head, indent=2).encode())
-            self.store = self.store_class(self.path)
-            assert self.store.recipe == json.loads(json.dumps(self._recipe)), "a recipe must be plain JSON"
-            self._heal()
-        except BaseException:
-            self._lock.__exit__(None, None, None)
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, SaeError) and not self.store.n_rows:
-            with suppress(OSError):  # where the disk refuses this as well, the next writer takes up what is left
-                self._lock.erase()  # a store that never had a row would only be in the way
-        self._lock.__exit__(kind, error, trace)
-
-    @property
-    def notice(self) -> str | None:
-        """What the user should know about how this store was found."""
-        return self._lock.stale
-
-    def request(self, rows: int) -> None:
-        """Note how many rows are wanted, so that an interrupted store is known as incomplete."""
-        write_atomic(self.path / REQUEST, json.dumps({"rows": rows}).encode())
-
-    def hint(self, **where: str) -> None:
-        """Note where things named by the recipe were found."""
-        write_atomic(self.path / HINTS, json.dumps(where).encode())
-
-    def append(self, arrays: dict[str, np.ndarray], notes: dict[str, Any]) -> Window:
-        """Commit the next window: the rows of every growing array, as many for each, and in window 0 the others.
-
-        Returns when the window survives `kill -9` and a power cut.
-        """
-        index = len(self.store.manifest.windows)
-        start, stop = self.store.windows.bounds(index)
-        counts = {len(rows) for name, rows in arrays.items() if self.store.arrays[name].grows}
-        assert len(counts) == 1, counts
-        assert set(arrays) == {s.name for s in self.store.arrays.values() if s.grows or index == 0}, sorted(arrays)
-        rows = counts.pop()
-        assert 0 < rows <= stop - start and not self.store.closed, (rows, start, stop)
-        assert start == self.store.n_rows, "only the last window of a closed store may be short"
-        specs = self.store.arrays
-        files = self._write(
-            [
-                (file, specs[name].encode, part)
-                for name, values in arrays.items()
-                for file, part in _chunks(specs[name], values, start)
-            ]
-        )
-        window = Window(index, start, start + rows, files, notes)
-        manifest.commit(self.path, window)
-        self._published()
-        return window
-
-    def close(self) -> None:
-        """Say that the source has ended: the store is all there will ever be."""
-        manifest.close(self.path, self.store.n_rows)
-        self._published()
-
-    def _write(
-        self, files: Sequence[tuple[str, Callable[[np.ndarray], bytes], np.ndarray]]
-    ) -> dict[str, tuple[int, str]]:
-        """Encode and write files by (name, encoder, rows), side by side: flushing to the disk is mostly waiting."""
-
-        def write(file: tuple[str, Callable[[np.ndarray], bytes], np.ndarray]) -> tuple[str, tuple[int, str]]:
-            name, encode, rows = file
-            data = encode(rows)
-            write_atomic(self.path / name, data)
-            return name, (len(data), checksum(data))
-
-        with ThreadPoolExecutor(WRITERS) as pool:
-            return dict(pool.map(write, files))
-
-    def _published(self) -> None:
-        """Take up what the manifest now says, and bring the Zarr metadata to it."""
-        self.store = self.store.refreshed()
-        stale = [(n, d) for n, d in self.store.metadata().items() if not _holds(self.path / n, d)]
-        with ThreadPoolExecutor(WRITERS) as pool:
-            for done in [pool.submit(write_atomic, self.path / name, data) for name, data in stale]:
-                done.result()
-
-    def _heal(self) -> None:
-        """Remove what a crash left half done: temporary files, chunks no manifest line lists, stale metadata."""
-        listed = set(self.store.committed_files())
-        for path in [p for p in self.path.rglob("*") if p.is_file()]:
-            name = path.relative_to(self.path).as_posix()
-            if name.endswith(PARTIAL) or ("/c/" in name and name not in listed):
-                path.unlink()
-        self._published()
-
-
-def _chunks(spec: ArraySpec, values: np.ndarray, start: int) -> Iterator[tuple[str, np.ndarray]]:
-    """(file, rows) of every chunk of an array's new rows, the first of which is row `start`."""
-    first = start // spec.chunk_rows if spec.grows else 0
-    for i in range(-(-len(values) // spec.chunk_rows)):
-        yield spec.chunk_file(first + i), values[i * spec.chunk_rows : (i + 1) * spec.chunk_rows]
-
-
-def _holds(path: Path, data: bytes) -> bool:
-    return path.exists() and path.read_bytes() == data
 
 
 def read_head(path: Path, kind: str | None = None) -> dict[str, Any]:

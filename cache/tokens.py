@@ -18,7 +18,8 @@ from cache.durable import unreadable, write_atomic
 from cache.errors import DamagedStore
 from cache.identity import Recipe
 from cache.manifest import Windows
-from cache.store import Store, Writer
+from cache.store import Store
+from cache.writer import Writer
 
 CHUNK_TOKENS = 65_536
 WINDOW_CHUNKS = 64

@@ -252,7 +252,7 @@ class _Job:
         assert filled == stop - start, (filled, start, stop)
         notes = {"next": self._after(context, mask, int(keep[-1]))._asdict(), "made": self._made()}
         for point, writer in writers.items():
-            writer.commit(buffers[point], notes)
+            writer.append(buffers[point].arrays(), notes)
 
     def _after(self, context: int, mask: np.ndarray, last: int) -> Place:
         """The place after row `last` (a flat index into the batch that starts at `context`)."""

@@ -80,7 +80,7 @@ def extend(writer: ActivationWriter, rows: Tensor, *, ended: bool = False) -> No
         for low in range(start, stop, step):
             high = min(low + step, stop)
             buffer.add(rows[low:high], np.arange(low, high))
-        writer.commit(buffer, {"next": stop})
+        writer.append(buffer.arrays(), {"next": stop})
     if ended and not writer.store.closed:
         writer.close()
 

@@ -139,7 +139,7 @@ def test_a_buffer_must_be_full(tmp_path: Path) -> None:
         buffer = writer.window(CHUNK)
         buffer.add(heavy_rows(CHUNK - 1, 7), np.arange(CHUNK - 1))
         with pytest.raises(AssertionError):
-            writer.commit(buffer, {})
+            writer.append(buffer.arrays(), {})
         with pytest.raises(AssertionError):
             buffer.add(heavy_rows(2, 7), np.arange(2))
 
@@ -178,7 +178,7 @@ def test_the_caller_may_reuse_its_rows(tmp_path: Path) -> None:
             buffer, given = writer.window(CHUNK), rows[start : start + CHUNK].clone()
             buffer.add(given, np.arange(start, start + CHUNK))
             given.zero_()
-            writer.commit(buffer, {"next": start + CHUNK})
+            writer.append(buffer.arrays(), {"next": start + CHUNK})
     assert files(writer.path) == files(reference.path)
 
 
@@ -191,7 +191,7 @@ def test_batches_do_not_matter(tmp_path: Path, batches: list[int]) -> None:
         for size in batches:
             buffer.add(rows[low : low + size], np.arange(low, low + size))
             low += size
-        writer.commit(buffer, {"next": CHUNK})
+        writer.append(buffer.arrays(), {"next": CHUNK})
         extend(writer, rows)
     assert files(writer.path) == files(reference.path)
     assert isinstance(writer.store, ActivationStore)

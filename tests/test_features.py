@@ -75,7 +75,7 @@ def build(folder: Path, contexts: int, *, codec_text: str = "float32", lengths: 
             stop = min(rows_writer.store.windows.bounds(window)[1], len(keep))
             buffer = rows_writer.window(stop - start)
             buffer.add(torch.from_numpy(rows[start:stop]), keep[start:stop])
-            rows_writer.commit(buffer, {})
+            rows_writer.append(buffer.arrays(), {})
             start = stop
         rows_writer.close()
         return store, rows_writer.store

@@ -1,0 +1,152 @@
+"""A store as it is written: one holder of the lock, healing what a crash left, committing whole windows in order.
+
+A window's files are written first (`write_window`, which any process may do for windows of its own), then its line is
+appended to the manifest (`Writer.commit`, in the process that holds the lock).
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from cache import manifest
+from cache.arrays import ArraySpec
+from cache.durable import PARTIAL, checksum, write_atomic
+from cache.errors import SaeError
+from cache.identity import Recipe
+from cache.identity import key as store_key
+from cache.locks import Lock
+from cache.manifest import Window
+from cache.store import FORMAT, HINTS, RECIPE, REQUEST, Store
+
+WRITERS = 8  # files encoded and flushed side by side
+
+
+class Writer:
+    """The writing side: takes the lock, heals what a crash left, appends whole windows.
+
+    Use as a context manager. `store` is the reading side and follows every commit.
+    """
+
+    store_class: ClassVar[type[Store]]
+
+    def __init__(self, root: Path, slug: str, recipe: Recipe, *, wait: bool = False) -> None:
+        self.path = root / self.store_class.kind / store_key(slug, recipe)
+        self._recipe, self._slug = recipe, slug
+        self._lock = Lock(self.path, wait=wait)
+
+    def __enter__(self) -> Self:
+        self._lock.__enter__()
+        try:
+            if not (self.path / RECIPE).exists():
+                head = {"format": FORMAT, "kind": self.store_class.kind, "slug": self._slug, "recipe": self._recipe}
+                write_atomic(self.path / RECIPE, json.dumps(head, indent=2).encode())
+            self.store = self.store_class(self.path)
+            assert self.store.recipe == json.loads(json.dumps(self._recipe)), "a recipe must be plain JSON"
+            self._heal()
+        except BaseException:
+            self._lock.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, SaeError) and not self.store.n_rows:
+            with suppress(OSError):  # where the disk refuses this as well, the next writer takes up what is left
+                self._lock.erase()  # a store that never had a row would only be in the way
+        self._lock.__exit__(kind, error, trace)
+
+    @property
+    def notice(self) -> str | None:
+        """What the user should know about how this store was found."""
+        return self._lock.stale
+
+    def request(self, rows: int) -> None:
+        """Note how many rows are wanted, so that an interrupted store is known as incomplete."""
+        write_atomic(self.path / REQUEST, json.dumps({"rows": rows}).encode())
+
+    def hint(self, **where: str) -> None:
+        """Note where things named by the recipe were found."""
+        write_atomic(self.path / HINTS, json.dumps(where).encode())
+
+    def append(self, arrays: dict[str, np.ndarray], notes: dict[str, Any]) -> Window:
+        """Write and commit the next window. Returns when it survives `kill -9` and a power cut."""
+        return self.commit(write_window(self.store, len(self.store.manifest.windows), arrays, notes))
+
+    def commit(self, window: Window) -> Window:
+        """Count a written window as there: from here on its rows exist."""
+        before = self.store.manifest
+        assert window.index == len(before.windows) and window.start == before.rows and not before.closed, (
+            "windows are committed in order, and only the last one of a closed store may be short"
+        )
+        manifest.commit(self.path, window)
+        self._published()
+        return window
+
+    def close(self) -> None:
+        """Say that the source has ended: the store is all there will ever be."""
+        manifest.close(self.path, self.store.n_rows)
+        self._published()
+
+    def _published(self) -> None:
+        """Take up what the manifest now says, and bring the Zarr metadata to it."""
+        self.store = self.store.refreshed()
+        stale = [(n, d) for n, d in self.store.metadata().items() if not _holds(self.path / n, d)]
+        with ThreadPoolExecutor(WRITERS) as pool:
+            for done in [pool.submit(write_atomic, self.path / name, data) for name, data in stale]:
+                done.result()
+
+    def _heal(self) -> None:
+        """Remove what a crash left half done: temporary files, chunks no manifest line lists, stale metadata."""
+        listed = set(self.store.committed_files())
+        for path in [p for p in self.path.rglob("*") if p.is_file()]:
+            name = path.relative_to(self.path).as_posix()
+            if name.endswith(PARTIAL) or ("/c/" in name and name not in listed):
+                path.unlink()
+        self._published()
+
+
+def write_window(store: Store, index: int, arrays: dict[str, np.ndarray], notes: dict[str, Any]) -> Window:
+    """Make the files of window `index` durable, for `Writer.commit` to count: the rows of every growing array, as many
+    for each, and in window 0 the others.
+
+    Needs no lock, since windows are disjoint files: several processes may each write windows of their own.
+    """
+    start, stop = store.windows.bounds(index)
+    specs = store.arrays
+    counts = {len(rows) for name, rows in arrays.items() if specs[name].grows}
+    assert len(counts) == 1, counts
+    assert set(arrays) == {s.name for s in specs.values() if s.grows or index == 0}, sorted(arrays)
+    rows = counts.pop()
+    assert 0 < rows <= stop - start, (rows, start, stop)
+
+    def write(file: tuple[str, Callable[[np.ndarray], bytes], np.ndarray]) -> tuple[str, tuple[int, str]]:
+        name, encode, part = file
+        data = encode(part)
+        write_atomic(store.path / name, data)
+        return name, (len(data), checksum(data))
+
+    files = [
+        (file, specs[name].encode, part)
+        for name, values in arrays.items()
+        for file, part in _chunks(specs[name], values, start)
+    ]
+    with ThreadPoolExecutor(WRITERS) as pool:  # flushing to the disk is mostly waiting
+        return Window(index, start, start + rows, dict(pool.map(write, files)), notes)
+
+
+def _chunks(spec: ArraySpec, values: np.ndarray, start: int) -> Iterator[tuple[str, np.ndarray]]:
+    """(file, rows) of every chunk of an array's new rows, the first of which is row `start`."""
+    first = start // spec.chunk_rows if spec.grows else 0
+    for i in range(-(-len(values) // spec.chunk_rows)):
+        yield spec.chunk_file(first + i), values[i * spec.chunk_rows : (i + 1) * spec.chunk_rows]
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    return path.exists() and path.read_bytes() == data
