@@ -4,22 +4,22 @@ Each command opens what it needs, calls one stage, and prints. Heavy imports hap
 """
 
 import os
-import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from enum import IntEnum
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 import cli_cache
-from cache.errors import Busy, NotFound, SaeError
+import cli_runs
+from cache.errors import SaeError
+from cache.places import outage
 from cli_options import (
     CacheRoot,
     ConfigFile,
@@ -29,20 +29,17 @@ from cli_options import (
     Preset,
     RunName,
     RunsRoot,
+    Scheduler,
     Set,
     TrainingStore,
     cache_root,
-    complete_run,
     complete_store,
     count,
     folder,
     settings,
     several,
+    unfinished,
 )
-
-if TYPE_CHECKING:
-    from cache.runs import Run
-    from cache.store import Store
 
 app = typer.Typer(
     help="Run a language model once, keep its activations in a compact, shuffled, crash-safe cache, and train and judge "
@@ -75,7 +72,8 @@ def tokenize(
     packing: Annotated[str | None, typer.Option(metavar="RULE", help="concat: documents end to end; document: none shares a context with another. Default: concat.")] = None,
     validation: Annotated[float | None, typer.Option(metavar="SHARE", help="Share of the documents, chosen by hash, that is kept for validation. Default: 0.05.")] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of the document shuffle. Default: 0.")] = None,
-    workers: Annotated[int, typer.Option(metavar="N", min=1, show_default=False, help="Processes that encode. Default: one a core.")] = os.cpu_count() or 1,
+    workers: Annotated[int | None, typer.Option(metavar="N", min=1, help="Processes that encode; 1: this one alone. Default: one a core.")] = None,
+    scheduler: Scheduler = None,
     cache: CacheRoot = None, offline: Offline = False, preset: Preset = None, config: ConfigFile = None,
     set_: Set = None, json: Json = False,
 ) -> None:  # fmt: skip
@@ -101,7 +99,8 @@ def tokenize(
         seed=seed,
     )  # fmt: skip
     root, bars = cache_root(cache), console.Bars()
-    result = stage(values, root, bars, workers=workers, offline=offline)
+    together = team(workers, scheduler, os.cpu_count() or 1)
+    result = stage(values, root, bars, workers=together, scheduler=scheduler, offline=offline)
     catalogue.remember(root, "tokens", [result.stores["train"].key])
     if not bars.worked:
         bars.note("nothing to do: the tokens asked for were there already")
@@ -118,6 +117,8 @@ def harvest(
     tokens_from: Annotated[str | None, typer.Option(metavar="STORE", autocompletion=complete_store, help="Token store: key, beginning of a key, or path. Default: the last one made.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", metavar="", help="Only say how many rows, bytes and minutes it would take.")] = False,
     wait: Annotated[bool, typer.Option("--wait", metavar="", help="Wait where another process is writing the same store.")] = False,
+    workers: Annotated[int | None, typer.Option(metavar="N", min=1, help="Processes that run the model, each with a copy of it and its share of the cores. Default: 1, this one alone.")] = None,
+    scheduler: Scheduler = None,
     device: Device = "auto", cache: CacheRoot = None, offline: Offline = False, preset: Preset = None,
     config: ConfigFile = None, set_: Set = None, json: Json = False,
 ) -> None:  # fmt: skip
@@ -132,6 +133,8 @@ def harvest(
         sae harvest --layer 6 --site mlp_out --dry-run
         sae harvest --layer 4,6,8 --site resid_post,mlp_out --codec bfloat16
         sae harvest --model my-llama/ --layer 2 --site resid_post --offline
+        sae harvest --set harvest.dtype=bfloat16 --set "harvest.rows.positions=[1,64]"
+        sae harvest --scheduler tcp://10.0.0.7:8786
     """
     import console
     from cache import catalogue
@@ -143,12 +146,16 @@ def harvest(
         "harvest", HarvestConfig, preset, config, set_,
         model=model, layer=several(layer), site=several(site), codec=codec, tokens=tokens,
     )  # fmt: skip
+    together = team(workers, scheduler, 1)
     root, bars = cache_root(cache), console.Bars()
     train = catalogue.find(root, TokenStore, tokens_from, "--tokens-from", "sae tokenize")
     validation = catalogue.sibling_of(root, train, "validation")
     bars.note(f"tokens: {train.key}{unfinished(train)}")
     stores = [train, *([validation] if validation is not None and validation.n_contexts else [])]
-    result = stage(values, stores, root, bars, device=device, offline=offline, dry_run=dry_run, wait=wait)
+    result = stage(
+        values, stores, root, bars, device=device, offline=offline, dry_run=dry_run, wait=wait,
+        workers=together, scheduler=scheduler,
+    )  # fmt: skip
     if dry_run:
         show_plans([asdict(plan) for plan in result.plans], json)
         return
@@ -158,65 +165,7 @@ def harvest(
     show_stores([s for split in result.stores.values() for s in split], json, "width", lambda store: store.d)
 
 
-@app.command()
-def train(
-    activations: Annotated[str | None, typer.Option(metavar="STORE", autocompletion=complete_store, help="Activation store: key, beginning of a key, or path. Default: what the last harvest made.")] = None,
-    arch: Annotated[str | None, typer.Option(metavar="NAME", help="Architecture; `sae list` explains each. Default: topk.")] = None,
-    k: Annotated[int | None, typer.Option("--k", metavar="N", help="Active latents a row, for architectures that fix it. Default: 32.")] = None,
-    d_sae: Annotated[int | None, typer.Option(metavar="N", help="Latents. Default: 8192.")] = None,
-    lr: Annotated[float | None, typer.Option(metavar="X", help="Learning rate of Adam. Default: 1e-4.")] = None,
-    batch: Annotated[int | None, typer.Option(metavar="N", help="Rows in a batch. Default: 4096.")] = None,
-    steps: Annotated[int | None, typer.Option(metavar="N", help="Steps. Default: one pass over the store.")] = None,
-    rows: Annotated[str | None, count("Rows to see, instead of `--steps`. Default: one pass over the store.")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of the initial weights. Default: 0.")] = None,
-    name: Annotated[str | None, typer.Option(metavar="NAME", autocompletion=complete_run, help="Name of the run folder. Default: made from the settings.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", metavar="", help="Continue a run from its last checkpoint: the one `--name` says, or the one these settings made, or, without any, the one that is not finished.")] = False,
-    device: Device = "auto", cache: CacheRoot = None, runs: RunsRoot = Path("runs"), preset: Preset = None,
-    config: ConfigFile = None, set_: Set = None, json: Json = False,
-) -> None:  # fmt: skip
-    """Train a sparse autoencoder on a store of activations; no language model is loaded.
-
-    A TopK dictionary of 8192 latents, 32 of them active, one pass over what the last harvest made, unless options, a
-    preset or a file say otherwise. Ctrl-C writes a checkpoint; `--resume` continues it bit for bit.
-
-    Examples:
-
-        sae train --k 64 --d-sae 16384 --lr 2e-4
-        sae train --arch l1 --rows 50M --name l1-first --set train.sae.coefficient=3
-        sae train --resume
-    """
-    import console
-    from cache import catalogue
-    from cache.activations import ActivationStore
-    from pipeline.train import TrainConfig, open_run
-    from pipeline.train import train as stage
-
-    # one of the two takes the place of what a preset says of the other; all the rows once is what neither says
-    length = [f"train.{other}=null" for given, other in ((steps, "rows"), (rows, "steps")) if given is not None]
-    values = settings(
-        "train", TrainConfig, preset, config, [*length, *(set_ or [])], sae={"arch": arch, "k": k, "d_sae": d_sae},
-        lr=lr, batch=batch, steps=steps, rows=None if rows == "all" else rows, seed=seed,
-    )  # fmt: skip
-    root, runs, bars = cache_root(cache), folder("--runs", runs), console.Bars()
-    options = [preset, config, set_ or None, arch, k, d_sae, lr, batch, steps, rows, seed]
-    said = any(option is not None for option in options)
-    if resume and (name is not None or not said):
-        before = run_to_resume(runs, name)
-        runs, name = before.path.parent, before.name
-        activations = activations or before.config["activations"]["key"]
-        values = values if said else TrainConfig.model_validate(before.config["train"])
-    elif name is not None and (name in ("", "..") or Path(name).name != name):
-        raise SaeError(f"--name {name}: is not the name of a folder; where the folder goes is said by --runs")
-    store = catalogue.find(root, ActivationStore, activations, "--activations", "sae harvest")
-    bars.note(f"activations: {store.key}{unfinished(store)}")
-    run = open_run(values, store, runs, name, resume=resume)
-    bars.note(f"run: {run.path}{'; nothing to do, it is finished' if run.finished else ''}")
-    with unless_it_fails_at_once(run):
-        result = [{}, *run.metrics()][-1] if run.finished else stage([run], store, bars, device=device)[0]
-    if json:
-        console.as_json({"run": str(run.path), **result})
-    else:
-        console.table(f"run {run.path}", ["figure", "last value"], list(result.items()))
+app.command()(cli_runs.train)
 
 
 @app.command("eval")
@@ -287,6 +236,9 @@ def report(
         console.say(f"report: {path}")
 
 
+app.command()(cli_runs.compare)
+
+
 @app.command()
 def demo(
     workers: Annotated[int, typer.Option(metavar="N", min=1, show_default=False, help="Processes that encode text. Default: 1.")] = 1,
@@ -334,37 +286,11 @@ def list_(runs: RunsRoot = Path("runs"), json: Json = False) -> None:
         console.table(title, ["name", "what it is"], rows, prose=title != "runs")
 
 
-@contextmanager
-def unless_it_fails_at_once(run: "Run") -> Iterator[None]:
-    """Remove the folder of a run that failed before there was anything in it, so that it is not in the way."""
-    try:
-        yield
-    except Exception as error:
-        if not (isinstance(error, Busy) or run.has_checkpoint or run.metrics()):
-            shutil.rmtree(run.path)
-        raise
-
-
-def run_to_resume(runs: Path, name: str | None) -> "Run":
-    """The run `--resume` means where no settings tell: the one named, else the only one that is not finished."""
-    from cache import catalogue
-
-    if name is not None:
-        try:
-            return catalogue.find_run(runs, name)
-        except NotFound as error:
-            raise NotFound(f"--name {error}") from error
-    waiting = [run for run in catalogue.runs(runs) if not run.finished]
-    if not waiting:
-        raise SaeError(f"--resume: no unfinished run in {runs}; `sae list` shows the runs, `sae train` starts one")
-    if len(waiting) > 1:
-        raise SaeError(f"--resume: which one? Give --name: {', '.join(run.name for run in waiting)}")
-    return waiting[0]
-
-
-def unfinished(store: "Store") -> str:
-    """What to say after the key of a store that is not complete."""
-    return "" if store.complete else f" (unfinished: {store.n_rows:,} rows; the command that made it continues it)"
+def team(workers: int | None, scheduler: str | None, usual: int) -> int:
+    """How many processes are to work on this machine, where no scheduler says who works."""
+    if workers is not None and scheduler is not None:
+        raise SaeError(f"--workers {workers}: a scheduler brings its own workers; give --workers or --scheduler")
+    return workers or usual
 
 
 def show_plans(plans: list[dict[str, Any]], json: bool) -> None:
@@ -453,6 +379,9 @@ def main() -> None:
         )
         sys.exit(Exit.INTERRUPTED)
     except Exception as error:  # noqa: BLE001 - the last resort: show it whole and say what to do
+        if (said := outage(error)) is not None:
+            console.complain(f"the remote filesystem failed ({said}); what was committed is safe, repeat the command")
+            sys.exit(Exit.USAGE)
         if out_of_memory(error):
             console.complain("not enough memory; ask for less at once, as with --batch, --d-sae or --device cpu")
             sys.exit(Exit.USAGE)

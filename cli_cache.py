@@ -1,16 +1,21 @@
 """`sae cache`: the stores on disk."""
 
-import re
-from typing import Annotated
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cache.errors import DamagedStore, SaeError
-from cli_options import CacheRoot, Json, StoreName, cache_root, complete_store
+from cache.errors import SaeError
+from cli_options import CacheRoot, Json, StoreName, cache_root, complete_store, count
+from cli_upkeep import Yes, gc, report_damage, verify
 
-REMEDY = "; remove the store (`sae cache rm`) and repeat the command that made it"
+if TYPE_CHECKING:
+    from cache.usage import Part, Usage
 
-app = typer.Typer(help="Look at the stores of the cache, check them, remove them.", no_args_is_help=True)
+app = typer.Typer(
+    help="Look at the stores of the cache, check and repair them, export them, remove them.", no_args_is_help=True
+)
 
 
 @app.command("ls")
@@ -20,71 +25,85 @@ def ls(cache: CacheRoot = None, json: Json = False) -> None:
     Example: `sae cache ls --json`.
     """
     import console
-    from cache import catalogue
+    from cache import catalogue, garbage
 
     root = cache_root(cache)
     stores, damage = catalogue.readable(root)
-    entries = [catalogue.entry(store) for store in stores]
+    entries = [(catalogue.entry(store), garbage.written(store)) for store in stores]
     if json:
-        console.as_json([entry.as_json() for entry in entries])
+        console.as_json([{**entry.as_json(), "written": written} for entry, written in entries])
     elif entries:
-        rows = [[e.key, e.kind, e.rows, console.size(e.bytes), "yes" if e.complete else "no"] for e in entries]
-        console.table(str(root), ["key", "kind", "rows", "size", "complete"], rows)
+        rows = [
+            [e.key, e.kind, e.rows, console.size(e.bytes), "yes" if e.complete else "no", since(written)]
+            for e, written in entries
+        ]
+        console.table(str(root), ["key", "kind", "rows", "size", "complete", "written"], rows)
     elif not damage:
         console.say(f"{root}: no stores yet; `sae tokenize` makes the first")
     report_damage(damage)
 
 
 @app.command("inspect")
-def inspect(store: StoreName, cache: CacheRoot = None, json: Json = False) -> None:
+def inspect(
+    store: StoreName,
+    shuffle_quality: Annotated[bool, typer.Option("--shuffle-quality", metavar="", help="Measure how well batches of the loader (4,096 rows) mix documents.")] = False,
+    cache: CacheRoot = None, json: Json = False,
+) -> None:  # fmt: skip
     """Everything about one store: recipe, arrays, windows, statistics.
 
-    Example: `sae cache inspect gpt2-6.mlp_out`.
+    Examples: `sae cache inspect gpt2-6.mlp_out`, `sae cache inspect gpt2-6.mlp_out --shuffle-quality`.
     """
     import console
     from cache import catalogue
 
-    found = catalogue.any_store(cache_root(cache), store)
+    root = cache_root(cache)
+    found = catalogue.any_store(root, store)
     description = {**catalogue.entry(found).as_json(), **found.describe()}
+    if shuffle_quality:
+        from cache.mixing import mixing_of
+
+        description["shuffle_quality"] = mixing_of(root, found).as_json()
     if json:
         console.as_json(description)
     else:
         console.outline(description)
 
 
-@app.command("verify")
-def verify(
+@app.command("du")
+def du(
     store: Annotated[str | None, typer.Argument(metavar="STORE", autocompletion=complete_store, show_default=False, help="Key, the beginning of a key, or a path. Default: every store.")] = None,
     cache: CacheRoot = None, json: Json = False,
 ) -> None:  # fmt: skip
-    """Check every file of a store against its checksum. Exit code 3 where something is damaged.
+    """Where the bytes are: by store and array, a row, and as a share of plain float32; and what nothing accounts for.
 
-    Examples: `sae cache verify`, `sae cache verify gpt2-6.mlp_out`.
+    Examples: `sae cache du`, `sae cache du gpt2-6.mlp_out --json`.
     """
     import console
-    from cache import catalogue
+    from cache import catalogue, usage
 
-    root, bars = cache_root(cache), console.Bars()
+    root = cache_root(cache)
     found, damage = catalogue.readable(root, None if store is None else [catalogue.located(root, store)])
-    for one in found:
-        names = [*one.metadata(), *one.committed_files()]
-        bars.start(f"verify {one.key}", len(names), "files")
-        for name in names:
-            damage += filter(None, [one.damage(name)])
-            bars.advance(1)
-        bars.finish()
+    entries = [usage.usage(one) for one in found]
+    strays = usage.strays(root, entries) if store is None else 0
+    total = sum(entry.total.bytes for entry in entries) + strays
     if json:
-        console.as_json({"stores": [one.key for one in found], "damage": damage})
-    elif not damage:
-        console.say(f"{len(found)} stores, every byte as committed")
+        console.as_json({"stores": [e.as_json() for e in entries], "not_readable": strays, "bytes": total})
+    else:
+        rows = [row for entry in entries for row in usage_rows(entry)]
+        rows += [["not a readable store", "", console.size(strays), "", ""]] if strays else []
+        rows += [["total", "", console.size(total), "", ""]]
+        console.table(str(root), ["what", "rows", "size", "a row", "of float32"], rows)
     report_damage(damage)
+
+
+app.command("verify")(verify)
+app.command("gc")(gc)
 
 
 @app.command("rm")
 def rm(
     stores: Annotated[list[str], typer.Argument(metavar="STORE", autocompletion=complete_store, help="Keys, beginnings of keys, or paths.")],
-    yes: Annotated[bool, typer.Option("--yes", "-y", metavar="", help="Do not ask.")] = False,
-    cache: CacheRoot = None, json: Json = False,
+    yes: Yes = False, cache: CacheRoot = None, json: Json = False,
 ) -> None:  # fmt: skip
     """Remove stores, damaged ones too. Asks first, unless `--yes`.
 
@@ -106,12 +125,75 @@ def rm(
         console.say(f"removed {key}, {console.size(size)}")
 
 
-def report_damage(damage: list[str]) -> None:
-    """Raise DamagedStore with the last of what is wrong, after a line of stderr for each of the others."""
+@app.command("export")
+def export(
+    store: StoreName,
+    destination: Annotated[Path, typer.Argument(metavar="DEST", help="Folder to make. It must not be there yet.")],
+    dtype: Annotated[str, typer.Option(metavar="NAME", show_default=False, help="float32, float16, or bfloat16 (as the uint16 of its bits, which is what Zarr can hold). Default: float32.")] = "float32",
+    rows: Annotated[str, count("Rows to write, from the first on. Default: all.")] = "all",
+    order: Annotated[str, typer.Option(metavar="NAME", show_default=False, help="stored: shuffled, as training reads them; token: as they stand in the text. Default: stored.")] = "stored",
+    with_tokens: Annotated[bool, typer.Option("--with-tokens", metavar="", help="Write the contexts as well that the rows came from.")] = False,
+    cache: CacheRoot = None, json: Json = False,
+) -> None:  # fmt: skip
+    """Write activations as a plain Zarr v3 array of floats, for tools that know nothing of this cache.
+
+    DEST gets `rows` [N, d] and `position` [N] (context times context length plus place in it), and with `--with-tokens`
+    `tokens` [contexts, T]; its attributes hold the recipe. It appears when it is whole.
+
+    Examples:
+
+        sae cache export gpt2-6.mlp_out mlp_out.zarr
+        sae cache export gpt2-6.mlp_out first.zarr --rows 1M --order token --with-tokens --dtype float16
+    """
+    import console
+    from cache import catalogue
+    from cache import export as writing
+    from cache.activations import ActivationStore
+    from cache.tokens import TokenStore
+
+    root, bars = cache_root(cache), console.Bars()
+    found = catalogue.any_store(root, store)
+    if not isinstance(found, ActivationStore):
+        raise SaeError(f"{store}: holds {found.kind}, not activations; `sae cache ls` lists the stores")
+    tokens = None
+    if with_tokens:
+        tokens = catalogue.of_recipe(root, TokenStore, found.recipe["tokens"])
+        if tokens is None:
+            raise SaeError(
+                f"--with-tokens: the tokens of {found.key} are not in {root}; leave it out, or tokenize again"
+            )
+    n = found.n_rows if rows == "all" else min(int(rows), found.n_rows)
+    bars.start("export", n, "rows")
+    try:
+        made = writing.export(
+            found, destination.expanduser(), bars.advance, dtype=dtype, rows=n, order=order, tokens=tokens
+        )
+    finally:
+        bars.finish()
+    if json:
+        result = {"path": str(made.path), "store": found.key, "rows": made.rows, "bytes": made.bytes}
+        console.as_json({**result, "dtype": dtype, "order": order})
+    else:
+        console.say(f"{made.path}: {made.rows:,} rows of {found.key} as {dtype}, {console.size(made.bytes)}")
+
+
+def since(written: float | None) -> str:
+    """How long ago a store was written."""
     import console
 
-    lines = [re.sub("; `sae cache verify.*", REMEDY, line) for line in damage]
-    for line in lines[:-1]:
-        console.complain(line)
-    if lines:
-        raise DamagedStore(lines[-1])
+    return "never" if written is None else f"{console.ago(time.time() - written)} ago"
+
+
+def usage_rows(entry: "Usage") -> list[list[str]]:
+    """A store's lines in a table of `du`: the whole of it, and what it is made of."""
+    import console
+
+    def line(name: str, rows: str, part: "Part") -> list[str]:
+        per_row = "" if part.per_row is None else f"{part.per_row:,.1f} B"
+        share = "" if part.of_float32 is None else f"{100 * part.of_float32:.1f} %"
+        return [name, rows, console.size(part.bytes), per_row, share]
+
+    parts = [line(f"  {name}", "", part) for name, part in entry.arrays.items()]
+    parts += [["  recipe, manifest and the like", "", console.size(entry.other), "", ""]]
+    parts += [["  left by a crash", "", console.size(entry.unaccounted), "", ""]] if entry.unaccounted else []
+    return [line(entry.key, f"{entry.rows:,}", entry.total), *parts]

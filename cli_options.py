@@ -10,6 +10,7 @@ import typer
 from cache.errors import SaeError
 
 if TYPE_CHECKING:
+    from cache.store import Store
     from configs import Settings
 
 
@@ -65,20 +66,27 @@ Preset = Annotated[str | None, typer.Option(metavar="NAME", rich_help_panel=SETT
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", rich_help_panel=SETTINGS, help="YAML file with a section a stage, on top of the preset; `configs/gpt2.yaml` shows every key.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", rich_help_panel=SETTINGS, help="One setting, as in `--set train.lr=3e-4`, on top of the file. Repeatable.")]
 Device = Annotated[str, typer.Option(metavar="NAME", rich_help_panel=PLACES, show_default=False, help="cpu, cuda, cuda:1, ... Default: auto, a GPU where there is one.")]
-CacheRoot = Annotated[Path | None, typer.Option("--cache", metavar="DIR", envvar="SAE_CACHE", rich_help_panel=PLACES, help="Folder of the cache. Default: the platform's (on Linux `~/.cache/sae`).")]
+CacheRoot = Annotated[str | None, typer.Option("--cache", metavar="DIR", envvar="SAE_CACHE", rich_help_panel=PLACES, help="Folder of the cache, or a URL as s3://bucket/prefix. Default: the platform's (on Linux `~/.cache/sae`).")]
 RunsRoot = Annotated[Path, typer.Option("--runs", metavar="DIR", envvar="SAE_RUNS", rich_help_panel=PLACES, show_default=False, help="Folder of the runs. Default: `runs`, here.")]
 Offline = Annotated[bool, typer.Option("--offline", metavar="", envvar="SAE_OFFLINE", rich_help_panel=PLACES, help="Never touch the network.")]
+Scheduler = Annotated[str | None, typer.Option("--scheduler", metavar="ADDRESS", rich_help_panel=PLACES, help="Give the work to the workers of a dask scheduler, as tcp://host:8786, which all reach the cache.")]
 RunName = typer.Argument(metavar="RUN", autocompletion=complete_run, show_default=False, help="Run folder or its name. Default: the newest finished run.")
 StoreName = Annotated[str, typer.Argument(metavar="STORE", autocompletion=complete_store, help="Key, the beginning of a key, or a path.")]
 TrainingStore = Annotated[str | None, typer.Option(metavar="STORE", autocompletion=complete_store, help="Activations it was trained on: key, beginning of a key, or path. Default: those the run names.")]
 # fmt: on
 
 
-def cache_root(given: Path | None) -> Path:
-    """The folder of the cache."""
+def cache_root(given: str | None) -> Path:
+    """The folder of the cache. Raises SaeError for a file, and for a URL that cannot be reached."""
     import platformdirs
 
-    return folder("--cache", given or Path(platformdirs.user_cache_dir("sae")))
+    from cache.places import expect_reachable, is_remote, place
+
+    found = place(given or platformdirs.user_cache_dir("sae"))
+    if is_remote(found):
+        expect_reachable("--cache", found)
+        return found
+    return folder("--cache", found)
 
 
 def folder(option: str, path: Path) -> Path:
@@ -105,3 +113,8 @@ def settings(
         if (other := item.partition(".")[0]) != section and other in SECTIONS:
             raise SaeError(f"--set {item}: `sae {section}` reads {section}.*; give this one to `sae {other}`")
     return resolve(section, kind, preset=preset, file=file, overrides=overrides or (), flags=flags)
+
+
+def unfinished(store: "Store") -> str:
+    """What to say after the key of a store that is not complete."""
+    return "" if store.complete else f" (unfinished: {store.n_rows:,} rows; the command that made it continues it)"

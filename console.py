@@ -27,6 +27,7 @@ err = Console(stderr=True, highlight=False)
 
 TITLE = 24  # letters of a bar's title
 REST_OF_BAR = 38  # columns of everything in a bar but its title, amount, unit and the values beside it
+BYTES = "bytes"  # the unit that is said as kB, MB, GB
 QUIET_SECONDS = 15.0  # between two progress lines where there is no terminal to draw a bar on
 
 
@@ -35,7 +36,7 @@ class RateColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{short(speed)} {task.fields['unit']}/s")
+        return Text("" if speed is None else f"{quantity(speed, task.fields['unit'])}/s")
 
 
 class Bars:
@@ -79,13 +80,14 @@ class Bars:
         self.worked = self.worked or n > 0
         extra = [f"{name} {short(value)}" for name, value in fields.items()]
         if self._bar is not None and self._task is not None:
-            amount = short(self._done) + (f"/{short(self._total)}" if self._total else "")
+            figure = size if self._unit == BYTES else short
+            amount = figure(self._done) + (f"/{figure(self._total)}" if self._total else "")
             taken = len(self._bar.tasks[0].description) + len(amount) + len(self._unit) + REST_OF_BAR
             self._bar.update(self._task, advance=n, amount=amount, extra=_fitting(extra, err.width - taken))
         elif time.monotonic() - self._said > QUIET_SECONDS:
             self._said = time.monotonic()
             err.print(
-                f"{self._title}: {self._amount()} {self._unit}, {self._rate()}, {self._left()}{'  '.join(extra)}",
+                f"{self._title}: {self._amount()}, {self._rate()}, {self._left()}{'  '.join(extra)}",
                 soft_wrap=True,
             )
 
@@ -96,16 +98,20 @@ class Bars:
         if self._done == self._begun_at:
             return  # nothing to do, or an error before the first step, which says enough by itself
         took = time.monotonic() - self._begun
-        err.print(f"{self._title}: {self._amount()} {self._unit} in {took:,.1f} s ({self._rate()})", soft_wrap=True)
+        err.print(f"{self._title}: {self._amount()} in {took:,.1f} s ({self._rate()})", soft_wrap=True)
 
     def note(self, line: str) -> None:
         err.print(Text(line), soft_wrap=True)
 
     def _amount(self) -> str:
-        return f"{self._done:,}" + (f" of {self._total:,}" if self._total and self._done < self._total else "")
+        unfinished = self._total and self._done < self._total
+        if self._unit == BYTES:
+            return size(self._done) + (f" of {size(self._total)}" if self._total and unfinished else "")
+        return f"{self._done:,}" + (f" of {self._total:,}" if unfinished else "") + f" {self._unit}"
 
     def _rate(self) -> str:
-        return f"{short((self._done - self._begun_at) / max(time.monotonic() - self._begun, 1e-9))} {self._unit}/s"
+        rate = (self._done - self._begun_at) / max(time.monotonic() - self._begun, 1e-9)
+        return f"{quantity(rate, self._unit)}/s"
 
     def _left(self) -> str:
         new = self._done - self._begun_at
@@ -136,6 +142,19 @@ def short(value: float | int | str | None) -> str:
     if isinstance(value, int) or size >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}"
+
+
+def quantity(n: float, unit: str) -> str:
+    """An amount with its unit: 1.2M rows, 34.5 MB."""
+    return size(n) if unit == BYTES else f"{short(n)} {unit}"
+
+
+def ago(seconds: float) -> str:
+    """A length of time in the largest unit that leaves at least one: 45 s, 3 h, 12 d."""
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, prose: bool = False) -> None:

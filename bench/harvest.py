@@ -1,17 +1,24 @@
 """The harvest stage against a bare Hugging Face forward of the same model that stops after the same block.
 
-    python bench/harvest.py [--layer 6] [--site mlp_out] [--codec int8] [--threads 1,2] [--repeats 5] [--json]
+    python bench/harvest.py [--layer 6] [--site mlp_out] [--codec int8] [--dtype float32,bfloat16] [--threads 1]
+                            [--contexts 262] [--batch 32] [--repeats 3] [--clock cpu] [--saelens PYTHON] [--json]
 
-Model: the shape of GPT-2 small with random weights (`random:gpt2`), saved nowhere. Reference: sdpa attention, a forward
-hook that stops the pass, nothing written. Ours: the whole stage, from the token store to flushed chunks on disk.
-Same contexts, batch and threads; runs alternate; medians of ratios pair by pair.
+Model: the shape of GPT-2 small with random weights (`random:gpt2`), saved nowhere. Reference: float32, sdpa attention,
+a forward hook that stops the pass after the deepest layer's MLP, nothing written. Ours: the whole stage, from the token
+store to flushed chunks on disk. Same contexts, batch and threads; runs alternate; medians of ratios pair by pair.
+
+SAELens' CacheActivationsRunner (same shape, hook, rows, batch and threads, float32) runs in an interpreter that has
+sae_lens, which needs another transformer_lens than this program: `--saelens /other/venv/bin/python`.
 """
 
 import argparse
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +35,7 @@ from pipeline.language_model import LanguageModel
 from pipeline.progress import Silent
 
 CONTEXT = 128
+CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 
 
 class Stop(Exception):
@@ -54,61 +62,114 @@ def token_store(root: Path, contexts: int) -> TokenStore:
         return writer.store
 
 
-def bare_forward(model: Any, layer: int, tokens: torch.Tensor, batch: int) -> float:
-    """Seconds for all tokens [n, T] in batches, stopping after the MLP of a block."""
+def bare_forward(model: Any, layer: int, tokens: torch.Tensor, batch: int) -> None:
+    """All tokens [n, T] in batches, stopping after the MLP of a block."""
 
     def stop(*_: object) -> None:
         raise Stop
 
     handle = model.transformer.h[layer].mlp.register_forward_hook(stop)
-    begun = time.perf_counter()
     with torch.no_grad():
         for part in tokens.split(batch):
             try:
                 model.transformer(part, use_cache=False)
             except Stop:
                 continue
-    taken = time.perf_counter() - begun
     handle.remove()
-    return taken
+
+
+class Peer:
+    """`bench/harvest_saelens.py` in another interpreter: a run whenever it is asked for one."""
+
+    missing = True
+
+    def __init__(self, python: str, *arguments: str) -> None:
+        if shutil.which(python) is None:
+            return
+        script = str(Path(__file__).with_name("harvest_saelens.py"))
+        self.process = subprocess.Popen(
+            [python, script, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.missing = self._line() != "ready"
+
+    def rate(self) -> float:
+        """Tokens per second of one run."""
+        assert self.process.stdin is not None
+        print("go", file=self.process.stdin, flush=True)
+        return float(self._line())
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layer", type=int, default=6)
-    parser.add_argument("--site", default="mlp_out")
+    parser.add_argument("--layer", default="6", help="one or several, as 4,5,6")
+    parser.add_argument("--site", default="mlp_out", help="one or several, as resid_post,mlp_out")
     parser.add_argument("--codec", default="int8")
-    parser.add_argument("--threads", default="1,2")
-    parser.add_argument("--contexts", type=int, default=131, help="131 make one window of 16,384 rows")
+    parser.add_argument("--dtype", default="float32", help="of our forward pass; one or several")
+    parser.add_argument("--threads", default="1")
+    parser.add_argument("--contexts", type=int, default=262, help="262: two windows of 16,384 rows and a bit")
     parser.add_argument("--batch", type=int, default=32, help="contexts in a forward pass")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--clock", choices=CLOCKS, default="cpu", help="cpu counts our writing thread as well")
+    parser.add_argument("--saelens", default=sys.executable, metavar="PYTHON", help="an interpreter with sae_lens")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    model = GPT2LMHeadModel(GPT2Config()).eval()
-    config = HarvestConfig(
-        model="random:gpt2", layer=(args.layer,), site=tuple(args.site.split(",")), codec=args.codec,
-        batch_tokens=args.batch * CONTEXT,
-    )  # fmt: skip
-    harvested = LanguageModel.boot("random:gpt2", device="cpu")
+    layers, sites, dtypes = [[*text.split(",")] for text in (args.layer, args.site, args.dtype)]
+    deepest = max(map(int, layers))
+    clock = CLOCKS[args.clock]
+    bare = GPT2LMHeadModel(GPT2Config()).eval()
+    models = {dtype: LanguageModel.boot("random:gpt2", device="cpu", dtype=dtype) for dtype in dtypes}
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as tokens_folder:
         store = token_store(Path(tokens_folder), args.contexts)
         tokens = torch.from_numpy(store.contexts(0, store.n_contexts))
+
+        def rate(call: Callable[[], object]) -> float:
+            begun = clock()
+            call()
+            return tokens.numel() / (clock() - begun)
+
+        def stage(dtype: str) -> None:
+            config = HarvestConfig(
+                model="random:gpt2", layer=tuple(map(int, layers)), site=tuple(sites), codec=args.codec,
+                batch_tokens=args.batch * CONTEXT, dtype=dtype,
+            )  # fmt: skip
+            with tempfile.TemporaryDirectory() as folder:
+                harvest(config, [store], Path(folder), Silent(), model=models[dtype])
+
         for threads in map(int, args.threads.split(",")):
             torch.set_num_threads(threads)
-            bare_forward(model, args.layer, tokens[: args.batch], args.batch)
-            reference, ours = [], []
+            peer = Peer(args.saelens, str(deepest), str(args.contexts), str(args.batch), str(threads), args.clock)
+            if peer.missing:
+                print("SAELens: left out, sae_lens is not installed there (see --saelens)", file=sys.stderr)
+            bare_forward(bare, deepest, tokens[: args.batch], args.batch)
+            reference: list[float] = []
+            ours: dict[str, list[float]] = {dtype: [] for dtype in dtypes}
+            theirs: list[float] = []
             for _ in range(args.repeats):
-                reference.append(tokens.numel() / bare_forward(model, args.layer, tokens, args.batch))
-                with tempfile.TemporaryDirectory() as folder:
-                    begun = time.perf_counter()
-                    harvest(config, [store], Path(folder), Silent(), model=harvested)
-                    ours.append(tokens.numel() / (time.perf_counter() - begun))
-            name = f"bare forward stopped after block {args.layer}, {threads} threads"
-            ratio = statistics.median(a / b for a, b in zip(ours, reference, strict=True))
+                reference.append(rate(lambda: bare_forward(bare, deepest, tokens, args.batch)))
+                for dtype in dtypes:
+                    ours[dtype].append(rate(lambda dtype=dtype: stage(dtype)))
+                if not peer.missing:
+                    theirs.append(peer.rate())
+            name = f"bare forward stopped after block {deepest}, {threads} threads"
+            measured = {
+                f"sae harvest {args.layer}.{args.site} {args.codec}, {d} forward": rates for d, rates in ours.items()
+            }
+            if theirs:
+                measured[f"SAELens CacheActivationsRunner {deepest}.mlp_out"] = theirs
             rows.append(Row(name, statistics.median(reference), "tokens/s", 1.0, name))
-            what = f"sae harvest {args.layer}.{args.site} {args.codec}, {threads} threads"
-            rows.append(Row(what, statistics.median(ours), "tokens/s", ratio, name))
+            for what, rates in measured.items():
+                ratio = statistics.median(a / b for a, b in zip(rates, reference, strict=True))
+                rows.append(Row(f"{what}, {threads} threads", statistics.median(rates), "tokens/s", ratio, name))
+            if theirs:
+                for dtype, rates in ours.items():
+                    ratio = statistics.median(a / b for a, b in zip(rates, theirs, strict=True))
+                    what = f"sae harvest, {dtype} forward, {threads} threads"
+                    rows.append(Row(what, statistics.median(rates), "tokens/s", ratio, "SAELens"))
     show("harvest", rows, as_json=args.json)
 
 

@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -19,9 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tiktoken
 
 from bench.rows import Row, show
+from pipeline.encoding import Encoder
+from pipeline.pool import Pool
 from pipeline.progress import Silent
 from pipeline.sources import text_source
-from pipeline.tokenize import Encoder, TokenizeConfig, tokenize_split
+from pipeline.tokenize import TokenizeConfig, tokenize_split
 from pipeline.tokenizers import embedded_encoding, tokenizer
 
 
@@ -41,7 +44,8 @@ def main() -> None:
     config = TokenizeConfig(source=args.source, tokenizer=args.tokenizer, tokens="all", validation=0)
     for threads in map(int, args.threads.split(",")):
         reference, ours = [], []
-        with Encoder(args.tokenizer, tok, threads, offline=True) as encoder:
+        with Pool(threads) if threads > 1 else nullcontext() as pool:
+            encoder = Encoder(args.tokenizer, tok, lambda pool=pool: pool, offline=True)
             encoder.warm_up()
             for _ in range(args.repeats):
                 begun = time.perf_counter()

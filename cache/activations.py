@@ -2,6 +2,7 @@
 
     rows       [N, d]   the codec's dtype
     row_scale  [N]      float16, int8 only
+    row_norm   [N]      float32, to three digits: the norm of a row before it was encoded
     position   [N]      int64, context * T + position: the token of the token store a row came from
     col_mean   [d]      float32, calibrated on the first window
     col_scale  [d]      float32
@@ -29,7 +30,7 @@ from cache.writer import Writer
 
 CHUNK_ROWS = 16_384
 CHUNK_BYTES = 24 << 20  # buffers of 32 MiB and more are mapped and unmapped at every use, three times slower
-WINDOWS = Windows(first=16_384, largest=262_144)
+WINDOWS = Windows(first=16_384, largest=524_288)
 
 
 def rows_per_chunk(d: int, itemsize: int) -> int:
@@ -56,6 +57,7 @@ class ActivationStore(Store):
                 "rows", codec.numpy_dtype, (d,), chunk, ("row", "dim"), codec.fill, codec.zstd, attributes=attributes
             ),
             ArraySpec("position", "<i8", (), chunk, ("row",), -1),
+            ArraySpec("row_norm", "<f4", (), chunk, ("row",), nan),
             ArraySpec("col_mean", "<f4", (), d, ("dim",), nan, None, grows=False),
             ArraySpec("col_scale", "<f4", (), d, ("dim",), nan, None, grows=False),
         ]
@@ -103,15 +105,22 @@ class ActivationStore(Store):
 
     def encoded_chunk(self, index: int) -> Encoded:
         """The stored numbers of chunk `index`, verified, not yet decoded."""
-        rows = from_numpy(self.chunk("rows", index))
-        scale = from_numpy(self.chunk("row_scale", index)) if self.codec.has_row_scale else None
-        return Encoded(rows, scale)
+        scale = self.row_scale(index)
+        return Encoded(from_numpy(self.chunk("rows", index)), None if scale is None else from_numpy(scale))
+
+    def row_scale(self, index: int) -> np.ndarray | None:
+        """Scales of the rows of chunk `index`, for the codec that has them."""
+        return self.chunk("row_scale", index) if self.codec.has_row_scale else None
 
     def rows(self, start: int, stop: int) -> Tensor:
         """float32 [stop - start, d], in stored order."""
         scale = from_numpy(self.read("row_scale", start, stop)) if self.codec.has_row_scale else None
         encoded = Encoded(from_numpy(self.read("rows", start, stop)), scale)
         return self.codec.decode(encoded, self.columns)
+
+    def norms(self, start: int, stop: int) -> np.ndarray:
+        """float32 [stop - start]: norms of the rows before they were encoded, to three digits."""
+        return self.read("row_norm", start, stop)
 
     def positions(self, start: int, stop: int) -> np.ndarray:
         """int64 [stop - start]: context * context_length + position in the token store."""
@@ -133,7 +142,7 @@ class ActivationWriter(Writer):
 class WindowBuffer:
     """One window in the making: rows arrive in token order and land at their permuted place.
 
-    Holds the window in its stored form: 192 MiB for 262,144 int8 rows of width 768. The first window of a store waits
+    Holds the window in its stored form: 384 MiB for 524,288 int8 rows of width 768. The first window of a store waits
     in float32 until its columns are calibrated.
     """
 
@@ -141,6 +150,7 @@ class WindowBuffer:
         self.store, self.columns, self.filled = store, columns, 0
         self.place = np.argsort(permutation(store.recipe["tokens"], window, rows))
         self.position = np.empty(rows, np.int64)
+        self.norm = torch.empty(rows)
         self._waiting: list[Tensor] = []
         self._rows: Tensor | None = None
         self._scale: Tensor | None = None
@@ -173,18 +183,21 @@ class WindowBuffer:
             arrays |= {"col_mean": self.columns.mean.numpy(), "col_scale": self.columns.scale.numpy()}
         assert self._rows is not None
         arrays["rows"] = to_numpy(self._rows)
+        arrays["row_norm"] = self.norm.bfloat16().float().numpy()  # rounded, so that zstd halves the bytes
         if self._scale is not None:
             arrays["row_scale"] = self._scale.numpy()
         return arrays
 
     def _encode(self, rows: Tensor, place: Tensor, columns: Columns) -> None:
         on_device = Columns(columns.mean.to(rows.device), columns.scale.to(rows.device))
-        encoded = self.store.codec.encode(rows.float(), on_device)
+        rows = rows.float()
+        encoded = self.store.codec.encode(rows, on_device)
         if self._rows is None:
             self._rows = torch.empty((len(self.place), self.store.d), dtype=encoded.rows.dtype)
             if encoded.row_scale is not None:
                 self._scale = torch.empty(len(self.place), dtype=encoded.row_scale.dtype)
         self._rows[place] = encoded.rows.cpu()
+        self.norm[place] = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).cpu().float()
         if self._scale is not None and encoded.row_scale is not None:
             self._scale[place] = encoded.row_scale.cpu()
 

@@ -10,16 +10,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from cache.durable import write_atomic
+from cache.durable import read, write_atomic
 from cache.errors import DamagedStore, NotFound, SaeError
 from cache.identity import Recipe, canonical, digest
-from cache.locks import Lock
-from cache.manifest import MANIFEST
+from cache.locks import Lock, held
+from cache.manifest import MANIFEST, Manifest
+from cache.places import listing, place
 from cache.runs import CONFIG, Run
 from cache.store import RECIPE, Store, read_head
 from cache.tokens import TokenStore, sibling
 
 LATEST = "latest.json"
+REMEDY = ", though the store has rows; remove the folder, or repeat the command that made the store"
 
 AnyStore = TypeVar("AnyStore", bound=Store)
 
@@ -57,10 +59,16 @@ def stores(root: Path) -> list[Store]:
     return [kind(path) for name, kind in kinds().items() for path in folders(root, name)]
 
 
+def without_recipe(root: Path) -> list[Path]:
+    """Folders that hold committed windows but no recipe: no store any more. Not those being removed right now."""
+    held_rows = [path.parent for kind in kinds() for path in sorted((root / kind).glob(f"*/{MANIFEST}"))]
+    return [path for path in held_rows if not (path / RECIPE).exists() and not held(path)]
+
+
 def readable(root: Path, paths: Sequence[Path] | None = None) -> tuple[list[Store], list[str]]:
     """The stores at `paths` (all of a cache, where not given) that can be opened, and what is wrong with the others."""
     found: list[Store] = []
-    damage: list[str] = []
+    damage = [] if paths is not None else [f"{path / RECIPE}: missing{REMEDY}" for path in without_recipe(root)]
     for path in [p for kind in kinds() for p in folders(root, kind)] if paths is None else paths:
         try:
             found.append(opened(path))
@@ -82,8 +90,8 @@ def find(root: Path, kind: type[AnyStore], name: str | None, option: str, make: 
     Raises NotFound with what to run, or SaeError listing the candidates.
     """
     known = folders(root, kind.kind)
-    if name is not None and (Path(name) / RECIPE).exists():
-        matches = [Path(name)]
+    if name is not None and (place(name) / RECIPE).exists():
+        matches = [place(name)]
     elif name is not None:
         exact = [path for path in known if path.name == name]
         matches = exact or [path for path in known if path.name.startswith(name)]
@@ -114,8 +122,8 @@ def located(root: Path, name: str) -> Path:
     if not name:
         raise SaeError("the name of a store is empty; `sae cache ls` lists the keys")
     every = [path for kind in kinds() for path in folders(root, kind)]
-    if (Path(name) / RECIPE).exists():
-        matches = [Path(name).resolve()]
+    if (place(name) / RECIPE).exists():
+        matches = [place(name).resolve()]
     else:
         matches = [path for path in every if path.name == name] or [p for p in every if p.name.startswith(name)]
     if not matches:
@@ -125,12 +133,12 @@ def located(root: Path, name: str) -> Path:
     return matches[0]
 
 
-def opened(path: Path) -> Store:
-    """The store in a folder, of whatever kind it says it is."""
+def opened(path: Path, manifest: Manifest | None = None) -> Store:
+    """The store in a folder, of whatever kind it says it is (with `manifest` in the place of its own)."""
     kind = read_head(path)["kind"]
     if kind not in kinds():
         raise SaeError(f"{path}: holds {kind}, of which this version knows nothing; use the one that wrote it")
-    return kinds()[kind](path)
+    return kinds()[kind](path, manifest)
 
 
 def of_recipe(root: Path, kind: type[AnyStore], recipe: Recipe) -> AnyStore | None:
@@ -151,8 +159,9 @@ def sibling_of(root: Path, store: AnyStore, split: str) -> AnyStore | None:
 def latest(root: Path) -> dict[str, list[str]]:
     """Keys of the training stores the last command of each kind made."""
     path = root / LATEST
+    data = read(path)
     try:
-        return dict(json.loads(path.read_bytes())) if path.exists() else {}
+        return {} if data is None else dict(json.loads(data))
     except (ValueError, TypeError) as error:
         raise DamagedStore(
             f"{path}: is not the JSON that was written; remove the file and name the store you mean"
@@ -172,20 +181,20 @@ def remove(store: Store) -> int:
 def remove_folder(path: Path) -> int:
     """Delete the store in a folder, readable or not.
 
-    The recipe and the manifest go first, so that a deletion cut short leaves no store, only remains that the next
-    writer clears away.
+    The recipe goes first and the manifest last of what describes the rows, so that a deletion cut short leaves no
+    store, only remains that the next writer takes up or clears away.
     """
     with Lock(path) as lock:
         freed = bytes_in(path)
-        for name in (RECIPE, MANIFEST):
-            (path / name).unlink(missing_ok=True)
+        for file in (path / RECIPE, *path.glob("*/zarr.json"), path / MANIFEST):
+            file.unlink(missing_ok=True)
         lock.erase()
     return freed
 
 
 def bytes_in(folder: Path) -> int:
     """Size of all files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return sum(listing(folder).values())
 
 
 def runs(root: Path) -> list[Run]:

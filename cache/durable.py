@@ -1,7 +1,9 @@
 """Writes that are either whole or absent after a crash, and the checksum that tells.
 
-A file is written under a temporary name, flushed to the disk, renamed, and its folder flushed: after a power cut
-the name leads to all of the new bytes or to none of them. A log is only ever appended to, one flushed line at a time.
+On this machine a file is written under a temporary name, flushed to the disk, renamed, and its folder flushed: after a
+power cut the name leads to all of the new bytes or to none of them. A log is only ever appended to, one flushed line at
+a time. On a remote filesystem a file is one request that replaces the whole object (for S3 atomic and, once answered,
+durable); there are no folders, and a log is written anew with one line more.
 """
 
 import errno
@@ -12,6 +14,7 @@ from pathlib import Path
 import google_crc32c
 
 from cache.errors import SaeError
+from cache.places import failures, filesystem, filesystem_path, is_remote, reason
 
 PARTIAL = ".partial"
 
@@ -19,6 +22,17 @@ PARTIAL = ".partial"
 def checksum(data: bytes | bytearray | memoryview) -> str:
     """crc32c of the bytes as eight hex digits."""
     return f"{google_crc32c.value(bytes(data)):08x}"
+
+
+def read(path: Path) -> bytes | None:
+    """All bytes of a file, or None where there is none. Raises SaeError where it cannot be read."""
+    try:
+        # remote: one request; `read_bytes` makes two, between which the object may be replaced
+        return filesystem(path).cat_file(filesystem_path(path)) if is_remote(path) else path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except failures() as error:
+        raise unreadable(error, path) from error
 
 
 def flush_folder(folder: Path) -> None:
@@ -43,6 +57,9 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
 
     Raises SaeError when the disk is full or the folder cannot be written.
     """
+    if is_remote(path):
+        _put(path, data)
+        return
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     try:
         make_folder(path.parent)
@@ -60,6 +77,10 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Add one line to a log so that it survives a crash. A torn last line of an earlier crash is cut off first."""
+    if is_remote(path):
+        before = read(path) or b""
+        _put(path, before[: whole_lines_end(before)] + line.encode() + b"\n")
+        return
     try:
         new = not path.exists()
         with open(path, "ab+") as file:
@@ -74,24 +95,34 @@ def append_line(path: Path, line: str) -> None:
         raise explained(error, path) from error
 
 
+def _put(path: Path, data: bytes | memoryview) -> None:
+    try:
+        filesystem(path).pipe_file(filesystem_path(path), bytes(data))
+    except failures() as error:
+        raise explained(error, path) from error
+
+
 def whole_lines_end(data: bytes) -> int:
     """Where the last complete line ends."""
     return data.rfind(b"\n") + 1
 
 
-def explained(error: OSError, path: Path) -> SaeError:
+def explained(error: Exception, path: Path) -> SaeError:
     """The one-line version of a failed write."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    code = getattr(error, "errno", None)
+    if code in (errno.ENOSPC, errno.EDQUOT):
         return SaeError(f"{path.parent}: no space left on the disk; what was committed is safe, free some and repeat")
-    if error.errno == errno.EFBIG:
+    if code == errno.EFBIG:
         return SaeError(
-            f"{path}: files may not grow that large here, see `ulimit -f`; what was committed is safe: {error.strerror}"
+            f"{path}: files may not grow that large here, see `ulimit -f`; what was committed is safe: {reason(error)}"
         )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
-        return SaeError(f"{path.parent}: cannot write here ({error.strerror}); choose another folder")
-    return SaeError(f"{path}: {error.strerror or error}")
+    if is_remote(path):
+        return SaeError(f"{path}: cannot be written ({reason(error)}); what was committed is safe, repeat the command")
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
+        return SaeError(f"{path.parent}: cannot write here ({reason(error)}); choose another folder")
+    return SaeError(f"{path}: {reason(error)}")
 
 
-def unreadable(error: OSError, path: Path) -> SaeError:
+def unreadable(error: Exception, path: Path) -> SaeError:
     """The one-line version of a failed read."""
-    return SaeError(f"{path}: cannot be read ({error.strerror or error})")
+    return SaeError(f"{path}: cannot be read ({reason(error)})")

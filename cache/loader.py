@@ -1,19 +1,23 @@
-"""Shuffled batches of rows from an activation store.
+"""Shuffled batches of rows from activation stores.
 
-Rows were permuted inside their window when they were written, so mixing at read time needs no gather: chunks are
-visited in a seeded random order, each from a random slice on, `open_chunks` of them (B) are open at once, and a batch
-is made of one contiguous slice from each. Openings are staggered, so that one chunk is decoded while the others are
-being read, and the circle is closed: the chunks that are half read when an epoch starts are finished at its end. Every
-row comes exactly once an epoch, whatever the store's size.
+Rows were permuted inside their window when they were written, so mixing at read time needs no gather: a batch is made
+of one contiguous slice of each of `open_chunks` chunks (cache.schedule says which). The order is a closed formula of
+the seed, so it is the same for any number of threads, and the state is three numbers.
 
-The order is a closed formula of (seed, epoch, turn), so it is the same for any number of threads and the state is
-three numbers. Memory: B chunks and a few prefetched ones (twice B for a moment between epochs), whatever the store's
-size: about 13 MB each for int8 at width 768.
+Threads read ahead (cache.filling) from open chunks (cache.reading). On a GPU a batch is copied as stored, from pinned
+memory, and decoded there. Memory is bounded whatever the store's size: one buffer of about a batch (3 MB for 4,096 rows
+of int8 at width 768) more than there are threads. A compressed or remote store holds `open_chunks` decoded chunks (of
+13 MB) and a few more beside, for a moment between two epochs twice as many.
+
+Given up: a pass opens up to `open_chunks` - 1 chunks twice, and where documents are long a batch mixes them less well
+than a permutation of all rows would (cache.mixing measures it).
 """
 
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, Self, TypedDict, Unpack, final
 
 import numpy as np
 import torch
@@ -22,202 +26,222 @@ from torch import Tensor
 from cache.activations import ActivationStore
 from cache.codecs import Columns, Encoded
 from cache.errors import SaeError
-
-AHEAD = 3  # openings prefetched
-
-
-class Span(NamedTuple):
-    """Rows [start, stop) of one chunk."""
-
-    chunk: int
-    start: int
-    stop: int
+from cache.filling import Buffer, Filler
+from cache.identity import canonical
+from cache.schedule import OPEN_CHUNKS, Batch, Place, Schedule, shares
 
 
-class Schedule:
-    """Which rows come when: pure arithmetic on (epoch, turn). A turn takes one slice from each open chunk."""
+class Settings(TypedDict, total=False):
+    """What every loader can be told."""
 
-    def __init__(self, rows: int, chunk_rows: int, batch: int, open_chunks: int, seed: int) -> None:
-        self.rows, self.chunk_rows, self.seed = rows, chunk_rows, seed
-        self.n_chunks = -(-rows // chunk_rows)
-        self.open = _power_of_two(min(open_chunks, self.n_chunks, chunk_rows))
-        self.slice = min(_power_of_two(max(1, batch // self.open)), chunk_rows // self.open)
-        self.turns_open = chunk_rows // self.slice  # turns a chunk stays open
-        self.stagger = self.turns_open // self.open  # turns between two openings
-        self.turns = self.n_chunks * self.stagger  # turns of an epoch
-        self._drawn: tuple[int, np.ndarray, np.ndarray] | None = None
-
-    def order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The order in which the chunks are opened in an epoch, and the slice each chunk (by its index) starts with."""
-        if self._drawn is None or self._drawn[0] != epoch:
-            # the bits of PCG64 are promised by NumPy for ever; what Generator.permutation makes of them is not
-            bits = np.random.PCG64([self.seed, epoch])
-            chunks = np.argsort(bits.random_raw(self.n_chunks), kind="stable")
-            self._drawn = (epoch, chunks, bits.random_raw(self.n_chunks) % self.turns_open)
-        return self._drawn[1:]
-
-    def opened(self, epoch: int, step: int) -> list[int]:
-        """Chunks open during opening number `step` of an epoch (steps past its end belong to the next one)."""
-        epoch, step = epoch + step // self.n_chunks, step % self.n_chunks
-        order, _ = self.order(epoch)
-        return [int(order[(step - i) % self.n_chunks]) for i in range(self.open)]
-
-    def spans(self, epoch: int, turn: int) -> list[Span]:
-        """The slices of one turn; fewer and shorter where they fall beyond the last row."""
-        step = turn // self.stagger
-        _, first = self.order(epoch)
-        spans = []
-        for i, chunk in enumerate(self.opened(epoch, step)):
-            opened_at = ((step - i) % self.n_chunks) * self.stagger
-            turns = (turn - opened_at) % self.turns  # for which the chunk has been open
-            start = (turns + int(first[chunk])) % self.turns_open * self.slice
-            stop = min(start + self.slice, self.rows - chunk * self.chunk_rows)
-            if start < stop:
-                spans.append(Span(chunk, start, stop))
-        return spans
+    seed: int  # of the order; default 0
+    epochs: int | None  # passes over the rows; default None: it never ends, and a batch may straddle two epochs
+    rows: int | None  # the first rows of the store; default None: all that were committed
+    open_chunks: int  # chunks mixed at any time; default 64
+    threads: int  # that read ahead; default 2
+    device: str | torch.device  # where batches go; default the CPU
+    rank: int  # which share of every round of world * batch rows is this loader's; default 0
+    world: int  # default 1
+    outliers: float | None  # leave out rows whose norm is above so many medians of norms; default None: keep all
 
 
-class Loader:
-    """Iterates float32 batches [batch, d] of a store's first `rows` rows (default: all committed ones).
-
-    `epochs=None` never ends (a batch may straddle two epochs); otherwise the last batch may be short. With `world`
-    ranks, every rank takes its own `batch` rows of each round of world * batch: none is lost or doubled.
-    `state_dict()` after a batch, loaded into a fresh loader of the same arguments, continues with the next batch.
-    """
+class _Batches:
+    """What both loaders are: the order, the state, and batches as stored."""
 
     def __init__(
         self,
-        store: ActivationStore,
-        batch: int = 4096,
+        stores: Sequence[ActivationStore],
+        batch: int,
         *,
         seed: int = 0,
         epochs: int | None = None,
         rows: int | None = None,
-        open_chunks: int = 32,
+        open_chunks: int = OPEN_CHUNKS,
         threads: int = 2,
         device: str | torch.device = "cpu",
         rank: int = 0,
         world: int = 1,
+        outliers: float | None = None,
     ) -> None:
         assert batch > 0 and open_chunks > 0 and seed >= 0 and 0 <= rank < world, (batch, open_chunks, seed, rank)
-        self.store, self.batch, self.epochs = store, batch, epochs
-        self.device = torch.device(device)
-        self.rank, self.world = rank, world
-        self.rows = store.n_rows if rows is None else rows
-        if not 0 < self.rows <= store.n_rows:
-            raise SaeError(f"{store.path}: {self.rows:,} rows asked for, {store.n_rows:,} are there; harvest more")
-        self._order = {"rows": self.rows, "batch": batch * world, "open_chunks": open_chunks, "seed": seed}
-        self.schedule = Schedule(self.rows, store.chunk_rows, batch * world, open_chunks, seed)
-        self.columns = Columns(*(column.to(self.device) for column in store.columns))
-        self._place = (0, 0, 0)  # epoch, turn, rows of the turn already given
+        self.stores, self.batch, self.epochs = tuple(stores), batch, epochs
+        self.device, self.rank, self.world = torch.device(device), rank, world
+        self.rows = _common_rows(self.stores) if rows is None else rows
+        for store in self.stores:
+            if not 0 < self.rows <= store.n_rows:
+                raise SaeError(f"{store.path}: {self.rows:,} rows asked for, {store.n_rows:,} are there; harvest more")
+        if outliers is not None and not outliers > 1:
+            raise SaeError(f"outliers = {outliers:g}: rows around the median norm must stay; try 10")
+        self._order: dict[str, Any] = {
+            "rows": self.rows, "batch": batch * world, "open_chunks": open_chunks, "seed": seed,
+            **({} if outliers is None else {"outliers": outliers}),
+        }  # fmt: skip
+        sizes = [store.chunk_rows for store in self.stores]
+        dropped = None if outliers is None else Outliers(self.stores, max(sizes), outliers)
+        self.schedule = Schedule(
+            self.rows, max(sizes), batch * world, open_chunks, seed, piece=min(sizes), dropped=dropped
+        )
+        self._columns = [Columns(*(column.to(self.device) for column in store.columns)) for store in self.stores]
+        self._place = Place()
+        self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
-        self._chunks: dict[int, Future[Encoded]] = {}
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Where the next batch starts, and what the order depends on: a few numbers, whatever the store's size."""
-        epoch, turn, taken = self._place
-        return {"epoch": epoch, "turn": turn, "taken": taken, **self._order}
+        return {**self._place._asdict(), **self._order}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue where `state_dict` was taken. Raises SaeError for a state of another order."""
-        for name, mine in self._order.items():
-            if state[name] != mine:
-                raise SaeError(f"{self.store.path}: the state is of {name} = {state[name]:,}, this loader has {mine:,}")
-        self._place = (state["epoch"], state["turn"], state["taken"])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken (by any rank). Raises SaeError for a state of another order."""
+        for name in {**self._order, **state}:
+            given, mine = state.get(name), self._order.get(name)
+            if name not in Place._fields and given != mine:
+                where = self.stores[0].path
+                raise SaeError(f"{where}: the state is of {name} = {given}, this loader has {mine}")
+        self._place = Place(*(state[name] for name in Place._fields))
 
     @property
     def epoch(self) -> int:
         """The epoch the next batch starts in."""
-        return self._place[0]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        while (spans := self._next_spans()) is not None:
-            if spans:
-                yield self._gather(spans)
-            self._forget()
+        return self._place.epoch
 
     def close(self) -> None:
-        """Stop the prefetching threads."""
+        """Stop the reading threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def __enter__(self) -> "Loader":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _next_spans(self) -> list[Span] | None:
-        """This rank's part of the next round of world * batch rows; None at the end of the last epoch."""
-        wanted = self.batch * self.world
-        first, last = self.batch * self.rank, self.batch * (self.rank + 1)
-        epoch, turn, taken = self._place
-        mine: list[Span] = []
-        given = 0
-        while given < wanted:
-            if turn == self.schedule.turns:
-                epoch, turn = epoch + 1, 0
-            if self.epochs is not None and epoch >= self.epochs:
-                break
-            self._prefetch(epoch, turn)
-            spans = self.schedule.spans(epoch, turn)
-            total = sum(span.stop - span.start for span in spans)
-            used = min(total - taken, wanted - given)
-            mine += _cut(spans, taken + max(first - given, 0), taken + min(last - given, used))
-            given, taken = given + used, taken + used
-            if taken == total:
-                turn, taken = turn + 1, 0
-        self._place = (epoch, turn, taken)
-        return mine if given else None
+    def encoded(self) -> Iterator[list[Encoded]]:
+        """Batches as they are stored: numbers and row scales of each store, on the device, for `codec.decode`.
 
-    def _coming(self, epoch: int, turn: int) -> dict[int, None]:
-        """Chunks of this opening and the next ones, soonest first."""
-        step = turn // self.schedule.stagger
-        return dict.fromkeys(c for ahead in range(AHEAD + 1) for c in self.schedule.opened(epoch, step + ahead))
+        On the CPU they are views of buffers that are used again, valid until the next batch is asked for.
+        """
+        begun: list[list[Encoded]] = []  # the parts of a batch, store by store
+        coming: deque[Batch] = deque()
+        got = 0
+        with self._filler() as units:
+            for unit, buffer in units:
+                coming.extend(unit.batches)
+                low, there = 0, unit.spans.rows
+                while low < there:
+                    size = coming[0].rows
+                    high = min(there, low + size - got)
+                    begun.append(self._taken(buffer, low, high, keep=high - low < size))
+                    got, low = got + high - low, high
+                    if got == size:
+                        self._place = coming.popleft().after
+                        yield [_joined(parts) for parts in zip(*begun, strict=True)]
+                        begun, got = [], 0
 
-    def _prefetch(self, epoch: int, turn: int) -> None:
-        for chunk in self._coming(epoch, turn):
-            if chunk not in self._chunks:
-                self._chunks[chunk] = self._pool.submit(self.store.encoded_chunk, chunk)
+    def _filler(self) -> Filler:
+        plan = shares(
+            self.schedule, self._place, batch=self.batch, epochs=self.epochs, rank=self.rank, world=self.world
+        )
+        return Filler(self.stores, plan, batch=self.batch, device=self.device, pool=self._pool, threads=self._threads)
 
-    def _forget(self) -> None:
-        """Let go of the chunks that no coming opening needs."""
-        coming = self._coming(*self._place[:2])
-        for chunk in [chunk for chunk in self._chunks if chunk not in coming]:
-            self._chunks.pop(chunk).cancel()
+    def _taken(self, buffer: Buffer, low: int, high: int, *, keep: bool) -> list[Encoded]:
+        """Rows of a buffer, on the device; with `keep` they outlive what the buffer holds."""
+        parts = [buffer.part(i, low, high) for i in range(len(self.stores))]
+        if self.device.type != "cpu":
+            parts = [part.to(self.device) for part in parts]
+            buffer.copied()
+        elif keep:
+            parts = [part.clone() for part in parts]
+        return parts
 
-    def _gather(self, spans: list[Span]) -> Tensor:
-        """The rows of the spans: copied as stored, decoded on the device."""
-        size = sum(span.stop - span.start for span in spans)
-        rows: Tensor | None = None
-        scale: Tensor | None = None
-        filled = 0
-        for span in spans:
-            chunk = self._chunks[span.chunk].result()
-            if rows is None:
-                rows = torch.empty((size, self.store.d), dtype=chunk.rows.dtype)
-                scale = None if chunk.row_scale is None else torch.empty(size, dtype=chunk.row_scale.dtype)
-            end = filled + span.stop - span.start
-            rows[filled:end] = chunk.rows[span.start : span.stop]
-            if scale is not None and chunk.row_scale is not None:
-                scale[filled:end] = chunk.row_scale[span.start : span.stop]
-            filled = end
-        assert rows is not None
-        moved = Encoded(rows.to(self.device), None if scale is None else scale.to(self.device))
-        return self.store.codec.decode(moved, self.columns)
+    def _decoded(self) -> Iterator[tuple[Tensor, ...]]:
+        """Batches as float32, each with memory of its own."""
+        for batch in self.encoded():
+            each = zip(self.stores, batch, self._columns, strict=True)
+            yield tuple(store.codec.decode(one, columns) for store, one, columns in each)
 
 
-def _cut(spans: list[Span], start: int, stop: int) -> list[Span]:
-    """The part of consecutive spans that covers places [start, stop) of their rows laid end to end."""
-    parts = []
-    for span in spans:
-        size = span.stop - span.start
-        low, high = max(start, 0), min(stop, size)
-        if low < high:
-            parts.append(Span(span.chunk, span.start + low, span.start + high))
-        start, stop = start - size, stop - size
-    return parts
+@final
+class Loader(_Batches):
+    """Iterates float32 batches [batch, d] of a store's rows, each with memory of its own.
+
+    With finite `epochs` the last batch may be short. With `world` ranks each takes its own `batch` rows of a round of
+    world * batch: none is lost or doubled, and the shares of a short last round differ by at most one row (a rank whose
+    share is empty gets no batch of it).
+    `state_dict()` after a batch, loaded into a fresh loader of the same arguments, continues with the next batch.
+    Raises SaeError for settings the store cannot serve, DamagedStore where its bytes are not those committed.
+    """
+
+    def __init__(self, store: ActivationStore, batch: int = 4096, **settings: Unpack[Settings]) -> None:
+        super().__init__([store], batch, **settings)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (batch[0] for batch in self._decoded())
 
 
-def _power_of_two(n: int) -> int:
-    """The largest power of two up to n >= 1."""
-    return 1 << (n.bit_length() - 1)
+@final
+class AlignedLoader(_Batches):
+    """As `Loader`, over several stores at once: tuples of float32 batches, row i of each of one and the same token.
+
+    Raises SaeError where the stores' rows do not align: other tokens, another rule which tokens become rows, or
+    different numbers of rows (unless `rows` says how many).
+    """
+
+    def __init__(self, stores: Sequence[ActivationStore], batch: int = 4096, **settings: Unpack[Settings]) -> None:
+        expect_aligned(stores)
+        super().__init__(stores, batch, **settings)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        return self._decoded()
+
+
+class Outliers:
+    """Rows that lie far out in any of the stores: ascending row numbers, chunk by chunk of `chunk_rows` rows."""
+
+    def __init__(self, stores: Sequence[ActivationStore], chunk_rows: int, multiple: float) -> None:
+        self._stores, self._chunk_rows = stores, chunk_rows
+        self._most = [multiple * usual_norm(store) for store in stores]
+        self._rows = lru_cache(maxsize=256)(self._find)
+
+    def __call__(self, chunk: int) -> np.ndarray:
+        return self._rows(chunk)
+
+    def _find(self, chunk: int) -> np.ndarray:
+        low = chunk * self._chunk_rows
+        high = min(low + self._chunk_rows, *(store.n_rows for store in self._stores))
+        far = [store.norms(low, high) > most for store, most in zip(self._stores, self._most, strict=True)]
+        return low + np.flatnonzero(np.logical_or.reduce(far))
+
+
+def usual_norm(store: ActivationStore) -> float:
+    """Median norm of the rows of the first window (on which the columns were calibrated), rows of zeros left out."""
+    norms = store.norms(0, store.manifest.windows[0].stop)
+    return float(np.median(norms[norms > 0])) if norms.any() else 0.0
+
+
+def expect_aligned(stores: Sequence[ActivationStore]) -> None:
+    """Raise SaeError unless row i of every store came from one and the same token."""
+    first = stores[0]
+    for other in stores[1:]:
+        for name, what in (("tokens", "from other tokens"), ("rows", "by another rule which tokens become rows")):
+            if canonical({name: first.recipe.get(name)}) != canonical({name: other.recipe.get(name)}):
+                raise SaeError(
+                    f"{other.path}: was harvested {what} than {first.key}, so their rows do not align; "
+                    "harvest both from one token store with the same settings"
+                )
+
+
+def _common_rows(stores: Sequence[ActivationStore]) -> int:
+    """The number of rows all stores have. Raises SaeError where they differ."""
+    for other in stores[1:]:
+        if other.n_rows != stores[0].n_rows:
+            shorter, longer = sorted((stores[0], other), key=lambda store: store.n_rows)
+            raise SaeError(
+                f"{shorter.path}: has {shorter.n_rows:,} rows, {longer.key} has {longer.n_rows:,}; harvest more of it"
+            )
+    return stores[0].n_rows
+
+
+def _joined(parts: Sequence[Encoded]) -> Encoded:
+    if len(parts) == 1:
+        return parts[0]
+    scales = [part.row_scale for part in parts if part.row_scale is not None]
+    return Encoded(torch.cat([part.rows for part in parts]), torch.cat(scales) if scales else None)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache.durable import append_line, checksum, unreadable, whole_lines_end
+from cache.durable import append_line, checksum, read, whole_lines_end
 from cache.errors import DamagedStore
 
 MANIFEST = "manifest.jsonl"
@@ -85,28 +85,42 @@ class Manifest:
     def read(cls, folder: Path) -> "Manifest":
         """Parse a store's manifest. Raises DamagedStore for a line that fails its own checksum or breaks the order."""
         path = folder / MANIFEST
-        try:
-            data = path.read_bytes() if path.exists() else b""
-        except OSError as error:
-            raise unreadable(error, path) from error
+        data = read(path) or b""
         windows: list[Window] = []
         closed = False
         for number, text in enumerate(data[: whole_lines_end(data)].splitlines(), 1):
-            body = _unsealed(text)
-            if body is None or closed:
+            line = read_line(text)
+            if line is None or closed:
                 raise DamagedStore(f"{path}: line {number} is damaged; `sae cache verify` tells what else is")
-            if "end" in body:
-                closed = body["end"] == (windows[-1].stop if windows else 0)
-                in_order = closed
+            end = windows[-1].stop if windows else 0
+            if isinstance(line, Window):
+                in_order = line.index == len(windows) and line.start == end
+                windows.append(line)
             else:
-                files = {name: (size, crc) for name, (size, crc) in body["files"].items()}
-                start, stop = body["rows"]
-                window = Window(body["window"], start, stop, files, body["notes"])
-                in_order = window.index == len(windows) and window.start == (windows[-1].stop if windows else 0)
-                windows.append(window)
+                closed = in_order = line == end
             if not in_order:
                 raise DamagedStore(f"{path}: line {number} does not follow the line before it")
         return cls(tuple(windows), closed)
+
+    def text(self) -> bytes:
+        """The whole file, as its lines were appended."""
+        lines = [window.line() for window in self.windows] + ([end_line(self.rows)] if self.closed else [])
+        return "".join(f"{line}\n" for line in lines).encode()
+
+
+def read_line(text: bytes) -> Window | int | None:
+    """What a line says: a window, or the rows at which the source ended; None where it is not what was written."""
+    body = _unsealed(text)
+    if body is None or "end" in body:
+        return None if body is None else int(body["end"])
+    files = {name: (size, crc) for name, (size, crc) in body["files"].items()}
+    start, stop = body["rows"]
+    return Window(body["window"], start, stop, files, body["notes"])
+
+
+def end_line(rows: int) -> str:
+    """The line that says the source ended at `rows`."""
+    return _sealed({"end": rows})
 
 
 def commit(folder: Path, window: Window) -> None:
@@ -116,7 +130,7 @@ def commit(folder: Path, window: Window) -> None:
 
 def close(folder: Path, rows: int) -> None:
     """Append the line that says the source ended at `rows`."""
-    append_line(folder / MANIFEST, _sealed({"end": rows}))
+    append_line(folder / MANIFEST, end_line(rows))
 
 
 def _sealed(body: dict[str, Any]) -> str:

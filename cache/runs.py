@@ -5,7 +5,7 @@ metrics.jsonl             one line a logged step
 checkpoint.safetensors    the whole training state, replaced atomically; its JSON part is in the header
 cfg.json                  \\ the dictionary, in the layout SAELens opens; written when training ends
 sae_weights.safetensors   /
-eval/                     what `sae eval` found
+eval/                     what `sae eval` found (eval.json, latents.safetensors), and `sae report` (features.json)
 """
 
 import json
@@ -26,6 +26,7 @@ METRICS = "metrics.jsonl"
 CHECKPOINT = "checkpoint.safetensors"
 WEIGHTS = "sae_weights.safetensors"
 WEIGHTS_CONFIG = "cfg.json"
+EVALUATION, LATENTS, FEATURES = "eval/eval.json", "eval/latents.safetensors", "eval/features.json"
 
 
 class Run:

@@ -1,7 +1,7 @@
 """A store as it is read: a folder named by its recipe, a Zarr v3 group that grows by whole, checked windows.
 
     <kind>/<slug>-<hash8>/
-        recipe.json      what the bytes are: the canonical recipe, readable
+        recipe.json      what the bytes are: the canonical recipe, readable, sealed by a checksum
         manifest.jsonl   what is committed (see cache.manifest): the one truth about how many rows there are
         request.json     how many rows the last writer was asked for
         hints.json       where this machine found what the recipe names (paths); no part of the identity
@@ -19,24 +19,27 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from cache.arrays import NAMES, ArraySpec, group_metadata
-from cache.durable import checksum, unreadable
+from cache.durable import checksum, read
 from cache.errors import DamagedStore, NotFound, SaeError
-from cache.identity import Recipe, digest
+from cache.identity import Recipe, canonical, digest
 from cache.locks import held
-from cache.manifest import Manifest, Window, Windows
+from cache.manifest import MANIFEST, Manifest, Window, Windows
 
-FORMAT = 1
+FORMAT = 2
 RECIPE = "recipe.json"
 REQUEST = "request.json"
 HINTS = "hints.json"
+HEAD = {"format", "kind", "slug", "recipe", "crc"}  # what recipe.json says
 
 
 class Store:
     """The reading side: one recipe, its arrays, and the rows committed when it was opened."""
 
     kind: ClassVar[str]
+    beside: ClassVar[tuple[str, ...]] = ()  # files of the whole store that the first window lists
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, manifest: Manifest | None = None) -> None:
+        """`manifest` stands in for the one on the disk, where that is damaged or about to be written."""
         self.path = path = path.resolve()  # its own name, also where the way to it is a link or "."
         head = read_head(path, self.kind)
         self.recipe: Recipe = head["recipe"]
@@ -44,7 +47,12 @@ class Store:
         self.key = path.name
         self.arrays = {spec.name: spec for spec in self.specs(self.recipe)}
         self.windows = self.layout(self.recipe)
-        self.manifest = Manifest.read(path)
+        if manifest is None:
+            rows, closed = self.rows_by_metadata(), self.closed_by_metadata()  # first: a writer writes them last
+            self.manifest = Manifest.read(path)
+            self._expect_all_lines(rows, closed)
+        else:
+            self.manifest = manifest
 
     @classmethod
     def specs(cls, recipe: Recipe) -> list[ArraySpec]:
@@ -69,8 +77,9 @@ class Store:
     def requested(self) -> int:
         """Rows the last writer was asked for."""
         path = self.path / REQUEST
+        data = read(path)
         try:
-            return int(json.loads(path.read_bytes())["rows"]) if path.exists() else 0
+            return 0 if data is None else int(json.loads(data)["rows"])
         except (ValueError, KeyError, TypeError) as error:
             raise DamagedStore(f"{path}: is not what was written; ask for the rows again") from error
 
@@ -83,8 +92,9 @@ class Store:
     def hints(self) -> dict[str, str]:
         """Where this machine found what the recipe names: {"model": "/models/mine", ...}; {} where nobody said."""
         path = self.path / HINTS
+        data = read(path)
         try:
-            return dict(json.loads(path.read_bytes())) if path.exists() else {}
+            return {} if data is None else dict(json.loads(data))
         except (ValueError, TypeError) as error:
             raise DamagedStore(
                 f"{path}: is not what was written; remove it and name the model on the command line"
@@ -103,24 +113,32 @@ class Store:
         rows = spec.decode(self.stored(spec.chunk_file(index)), out)
         return rows[: self.n_rows - index * spec.chunk_rows] if spec.grows else rows
 
+    def committed(self, name: str) -> tuple[int, str]:
+        """Size and checksum with which a file was committed."""
+        return self._window_of(name).files[name]
+
     def stored(self, name: str) -> bytes:
         """The checked bytes of one committed file."""
-        window = self._window_of(name)
-        size, crc = window.files[name]
+        size, crc = self.committed(name)
         path = self.path / name
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError as error:
-            raise DamagedStore(
-                f"{path}: missing, though it was committed; `sae cache verify {self.key}` tells more"
-            ) from error
-        except OSError as error:
-            raise unreadable(error, path) from error
+        data = read(path)
+        if data is None:
+            raise self.missing(path)
         if len(data) != size or checksum(data) != crc:
-            raise DamagedStore(f"{path}: damaged (its checksum differs); `sae cache verify {self.key}` tells more")
+            raise self.damaged(path)
         return data
 
+    def missing(self, path: Path) -> DamagedStore:
+        """The error for a committed file that is not there."""
+        return DamagedStore(f"{path}: missing, though it was committed; `sae cache verify {self.key}` tells more")
+
+    def damaged(self, path: Path) -> DamagedStore:
+        """The error for a committed file whose bytes are others."""
+        return DamagedStore(f"{path}: damaged (its checksum differs); `sae cache verify {self.key}` tells more")
+
     def _window_of(self, name: str) -> Window:
+        if "/" not in name:
+            return self.manifest.windows[0]  # where a file of the whole store is listed
         array, _, chunk, *_ = name.split("/")
         spec = self.arrays[array]
         window = self.windows.count(int(chunk) * spec.chunk_rows + 1) - 1 if spec.grows else 0
@@ -147,7 +165,10 @@ class Store:
     def metadata(self) -> dict[str, bytes]:
         """The `zarr.json` files as they must be for the committed rows."""
         files = {f"{spec.name}/zarr.json": spec.metadata(self.n_rows) for spec in self.arrays.values()}
-        return {"zarr.json": group_metadata({"kind": self.kind, "recipe": self.recipe}), **files}
+        return {"zarr.json": self._group(self.closed), **files}
+
+    def _group(self, closed: bool) -> bytes:
+        return group_metadata({"kind": self.kind, "recipe": self.recipe, "closed": closed})
 
     def describe(self) -> dict[str, Any]:
         """What `sae cache inspect` shows: recipe, arrays, windows."""
@@ -173,14 +194,45 @@ class Store:
             "requested": self.requested,
         }
 
+    def rows_by_metadata(self) -> dict[str, int]:
+        """Rows of each growing array by its `zarr.json`; without those that are missing or not as they were written."""
+        found = {}
+        for spec in self.arrays.values():
+            if spec.grows and (data := read(self.path / f"{spec.name}/zarr.json")) is not None:
+                rows = rows_shown(data)
+                if rows is not None and data == spec.metadata(rows):
+                    found[spec.name] = rows
+        return found
+
+    def closed_by_metadata(self) -> bool:
+        """Whether the group's `zarr.json` says that the source has ended."""
+        return read(self.path / "zarr.json") == self._group(True)
+
+    def _expect_all_lines(self, shown: dict[str, int], closed: bool) -> None:
+        """Raise DamagedStore where Zarr's metadata was written for more than the manifest lists.
+
+        The manifest comes first, so it has lost whole lines. Without this they would not be missed, and the next writer
+        would clear away the chunks they listed.
+        """
+        for array, rows in shown.items():
+            if rows > self.n_rows:
+                raise DamagedStore(
+                    f"{self.path / MANIFEST}: ends at row {self.n_rows:,}, but {self.path / array}/zarr.json is that "
+                    f"of {rows:,}, so one of the two was changed; `sae cache verify` tells more"
+                )
+        if closed and not self.closed:
+            raise DamagedStore(
+                f"{self.path / MANIFEST}: does not say that the source has ended, but {self.path}/zarr.json does, so "
+                "one of the two was changed; `sae cache verify` tells more"
+            )
+
     def damage(self, name: str) -> str | None:
         """What is wrong with one file, or None."""
         path = self.path / name
         try:
             if name.endswith("zarr.json"):
                 committed = self.refreshed().metadata()[name]  # the store may have grown since it was opened
-                stale = not path.exists() or path.read_bytes() != committed
-                if stale and not held(self.path):  # a living writer is about to bring it up to date
+                if read(path) != committed and not held(self.path):  # a living writer is about to bring it up to date
                     return f"{path}: missing or not as committed; repeat the command that made the store"
             else:
                 self.stored(name)
@@ -189,22 +241,45 @@ class Store:
         return None
 
 
-def read_head(path: Path, kind: str | None = None) -> dict[str, Any]:
-    """The contents of recipe.json, checked: readable, of this kind and format, and of the hash its folder carries."""
-    file = path / RECIPE
+def rows_shown(metadata: bytes) -> int | None:
+    """Rows of an array by its `zarr.json`, or None where it is not one."""
     try:
-        head = json.loads(file.read_bytes())
+        rows = json.loads(metadata)["shape"][0]
+    except (ValueError, KeyError, TypeError, IndexError):
+        return None
+    return rows if isinstance(rows, int) and rows >= 0 else None
+
+
+def head_bytes(kind: str, slug: str, recipe: Recipe) -> bytes:
+    """recipe.json as it is written: every byte of it follows from what it says."""
+    head = {"format": FORMAT, "kind": kind, "slug": slug, "recipe": recipe}
+    return _layout({**head, "crc": checksum(canonical(head).encode())})
+
+
+def read_head(path: Path, kind: str | None = None) -> dict[str, Any]:
+    """The contents of recipe.json, checked: as written, of this kind and format, and of the hash its folder carries."""
+    file = path / RECIPE
+    data = read(file)
+    if data is None:
+        raise NotFound(f"{path}: is not a store (no {RECIPE}); `sae cache ls` lists what is there")
+    try:
+        head = dict(json.loads(data))
         recipe, found, version = head["recipe"], head["kind"], head["format"]
-    except FileNotFoundError as error:
-        raise NotFound(f"{path}: is not a store (no {RECIPE}); `sae cache ls` lists what is there") from error
+        crc = checksum(canonical({name: head[name] for name in head if name != "crc"}).encode())
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedStore(f"{file}: is not readable as a recipe; remove the store and make it again") from error
-    except OSError as error:
-        raise unreadable(error, file) from error
+    if version != FORMAT and "crc" not in head:  # the one before had no checksum
+        raise SaeError(f"{path}: format {version}, this version reads {FORMAT}; use the version that wrote it")
+    if _layout(head) != data or head.get("crc") != crc or head.keys() != HEAD:
+        raise DamagedStore(f"{file}: damaged (its checksum differs); remove the store and make it again")
     if version != FORMAT:
         raise SaeError(f"{path}: format {version}, this version reads {FORMAT}; use the version that wrote it")
     if kind is not None and found != kind:
         raise SaeError(f"{path}: holds {found}, not {kind}; `sae cache ls` lists the stores")
     if not path.name.endswith(digest(recipe)):
         raise DamagedStore(f"{file}: its recipe hashes to {digest(recipe)}, not to the folder's name; it was changed")
-    return dict(head)
+    return head
+
+
+def _layout(head: dict[str, Any]) -> bytes:
+    return json.dumps(head, indent=2).encode()

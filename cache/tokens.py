@@ -8,16 +8,17 @@ A row of this store is a context. The first window is about 65,536 tokens, the l
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
 from cache.arrays import ArraySpec
-from cache.durable import unreadable, write_atomic
-from cache.errors import DamagedStore
+from cache.durable import checksum, read, write_atomic
+from cache.errors import DamagedStore, NotFound
 from cache.identity import Recipe
-from cache.manifest import Windows
+from cache.manifest import Window, Windows
 from cache.store import Store
 from cache.writer import Writer
 
@@ -35,6 +36,7 @@ class TokenStore(Store):
     """Contexts of tokens, with the documents they came from."""
 
     kind: ClassVar[str] = "tokens"
+    beside: ClassVar[tuple[str, ...]] = (VOCABULARY,)
 
     @classmethod
     def specs(cls, recipe: Recipe) -> list[ArraySpec]:
@@ -93,12 +95,15 @@ class TokenStore(Store):
     def vocabulary(self) -> list[bytes]:
         """The bytes every token stands for, so that later stages can show text without the tokenizer."""
         path = self.path / VOCABULARY
+        windows = self.manifest.windows
+        # stores of version 0.1.0 do not list it
+        data = self.stored(VOCABULARY) if windows and VOCABULARY in windows[0].files else read(path)
+        if data is None:
+            raise NotFound(f"{path}: not there; tokenize again to restore it")
         try:
-            return [entry.encode("latin-1") for entry in json.loads(path.read_bytes())]
-        except (ValueError, AttributeError) as error:
+            return [entry.encode("latin-1") for entry in json.loads(data)]
+        except (ValueError, AttributeError, TypeError) as error:
             raise DamagedStore(f"{path}: is not what was written; tokenize again to restore it") from error
-        except OSError as error:
-            raise unreadable(error, path) from error
 
 
 class TokenWriter(Writer):
@@ -106,12 +111,30 @@ class TokenWriter(Writer):
 
     store_class: ClassVar[type[Store]] = TokenStore
     store: TokenStore
+    _vocabulary: tuple[int, str] | None = None  # size and checksum
 
     def write_vocabulary(self, vocabulary: list[bytes]) -> None:
-        """Store what each token stands for (once; the recipe already names the tokenizer)."""
-        data = json.dumps([entry.decode("latin-1") for entry in vocabulary]).encode()
-        if not (self.path / VOCABULARY).exists() or (self.path / VOCABULARY).read_bytes() != data:
+        """Store what each token stands for, before the first window, which lists it; later only restore what was lost.
+
+        What was committed stays: other bytes than those are not written over them.
+        """
+        data = vocabulary_bytes(vocabulary)
+        self._vocabulary = (len(data), checksum(data))
+        windows = self.store.manifest.windows
+        committed = windows[0].files.get(VOCABULARY, self._vocabulary) if windows else self._vocabulary
+        if committed == self._vocabulary and read(self.path / VOCABULARY) != data:
             write_atomic(self.path / VOCABULARY, data)
+
+    def commit(self, window: Window) -> Window:
+        """As for every store; the first window lists the vocabulary, too."""
+        if window.index == 0 and self._vocabulary is not None:
+            window = replace(window, files={**window.files, VOCABULARY: self._vocabulary})
+        return super().commit(window)
+
+
+def vocabulary_bytes(vocabulary: list[bytes]) -> bytes:
+    """vocabulary.json: what each token stands for, each character a byte."""
+    return json.dumps([entry.decode("latin-1") for entry in vocabulary]).encode()
 
 
 def sibling(recipe: Recipe, split: str) -> Recipe:

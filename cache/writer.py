@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
@@ -16,13 +17,14 @@ import numpy as np
 
 from cache import manifest
 from cache.arrays import ArraySpec
-from cache.durable import PARTIAL, checksum, write_atomic
+from cache.durable import PARTIAL, checksum, read, write_atomic
 from cache.errors import SaeError
 from cache.identity import Recipe
 from cache.identity import key as store_key
 from cache.locks import Lock
 from cache.manifest import Window
-from cache.store import FORMAT, HINTS, RECIPE, REQUEST, Store
+from cache.places import listing
+from cache.store import HINTS, RECIPE, REQUEST, Store, head_bytes
 
 WRITERS = 8  # files encoded and flushed side by side
 
@@ -44,8 +46,7 @@ class Writer:
         self._lock.__enter__()
         try:
             if not (self.path / RECIPE).exists():
-                head = {"format": FORMAT, "kind": self.store_class.kind, "slug": self._slug, "recipe": self._recipe}
-                write_atomic(self.path / RECIPE, json.dumps(head, indent=2).encode())
+                write_atomic(self.path / RECIPE, head_bytes(self.store_class.kind, self._slug, self._recipe))
             self.store = self.store_class(self.path)
             assert self.store.recipe == json.loads(json.dumps(self._recipe)), "a recipe must be plain JSON"
             self._heal()
@@ -85,19 +86,21 @@ class Writer:
         assert window.index == len(before.windows) and window.start == before.rows and not before.closed, (
             "windows are committed in order, and only the last one of a closed store may be short"
         )
+        self._lock.confirm()
         manifest.commit(self.path, window)
         self._published()
         return window
 
     def close(self) -> None:
         """Say that the source has ended: the store is all there will ever be."""
+        self._lock.confirm()
         manifest.close(self.path, self.store.n_rows)
         self._published()
 
     def _published(self) -> None:
         """Take up what the manifest now says, and bring the Zarr metadata to it."""
         self.store = self.store.refreshed()
-        stale = [(n, d) for n, d in self.store.metadata().items() if not _holds(self.path / n, d)]
+        stale = [(n, d) for n, d in self.store.metadata().items() if read(self.path / n) != d]
         with ThreadPoolExecutor(WRITERS) as pool:
             for done in [pool.submit(write_atomic, self.path / name, data) for name, data in stale]:
                 done.result()
@@ -105,10 +108,9 @@ class Writer:
     def _heal(self) -> None:
         """Remove what a crash left half done: temporary files, chunks no manifest line lists, stale metadata."""
         listed = set(self.store.committed_files())
-        for path in [p for p in self.path.rglob("*") if p.is_file()]:
-            name = path.relative_to(self.path).as_posix()
+        for name in listing(self.path):
             if name.endswith(PARTIAL) or ("/c/" in name and name not in listed):
-                path.unlink()
+                (self.path / name).unlink()
         self._published()
 
 
@@ -126,19 +128,25 @@ def write_window(store: Store, index: int, arrays: dict[str, np.ndarray], notes:
     rows = counts.pop()
     assert 0 < rows <= stop - start, (rows, start, stop)
 
-    def write(file: tuple[str, Callable[[np.ndarray], bytes], np.ndarray]) -> tuple[str, tuple[int, str]]:
-        name, encode, part = file
-        data = encode(part)
+    def write(file: tuple[str, Callable[[], bytes]]) -> tuple[str, tuple[int, str]]:
+        name, encode = file
+        data = encode()
         write_atomic(store.path / name, data)
         return name, (len(data), checksum(data))
 
-    files = [
-        (file, specs[name].encode, part)
-        for name, values in arrays.items()
-        for file, part in _chunks(specs[name], values, start)
-    ]
     with ThreadPoolExecutor(WRITERS) as pool:  # flushing to the disk is mostly waiting
-        return Window(index, start, start + rows, dict(pool.map(write, files)), notes)
+        files = dict(pool.map(write, encoders(store, index, arrays).items()))
+    return Window(index, start, start + rows, files, notes)
+
+
+def encoders(store: Store, index: int, arrays: dict[str, np.ndarray]) -> dict[str, Callable[[], bytes]]:
+    """The files of window `index`, each with what makes its bytes."""
+    start = store.windows.start(index)
+    return {
+        file: partial(store.arrays[name].encode, part)
+        for name, values in arrays.items()
+        for file, part in _chunks(store.arrays[name], values, start)
+    }
 
 
 def _chunks(spec: ArraySpec, values: np.ndarray, start: int) -> Iterator[tuple[str, np.ndarray]]:
@@ -146,7 +154,3 @@ def _chunks(spec: ArraySpec, values: np.ndarray, start: int) -> Iterator[tuple[s
     first = start // spec.chunk_rows if spec.grows else 0
     for i in range(-(-len(values) // spec.chunk_rows)):
         yield spec.chunk_file(first + i), values[i * spec.chunk_rows : (i + 1) * spec.chunk_rows]
-
-
-def _holds(path: Path, data: bytes) -> bool:
-    return path.exists() and path.read_bytes() == data

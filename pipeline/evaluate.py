@@ -23,7 +23,7 @@ from cache.activations import ActivationStore
 from cache.durable import write_atomic
 from cache.errors import NotFound, SaeError
 from cache.loader import Loader
-from cache.runs import Run
+from cache.runs import EVALUATION, LATENTS, Run
 from cache.tokens import TokenStore
 from pipeline import trained
 from pipeline.language_model import LanguageModel, Point
@@ -39,8 +39,6 @@ from pipeline.progress import Progress
 from pipeline.rows import RowRule
 from pipeline.saes import SAE
 
-RESULTS = "eval/eval.json"
-LATENTS = "eval/latents.safetensors"
 Amount = Annotated[int, Field(ge=1)] | Literal["all"]
 
 
@@ -126,7 +124,7 @@ def evaluate(
     result = Evaluation(
         reconstruction.result(), sparsity.result(), downstream, 1 - fired.double().mean().item(), searched_rows
     )
-    run.write_json(RESULTS, result.as_json())
+    run.write_json(EVALUATION, result.as_json())
     tensors = {"density": sparsity.density().float(), "fired": fired}
     write_atomic(run.path / LATENTS, safetensors.torch.save(tensors))
     return result

@@ -1,37 +1,41 @@
 """Token store -> activation stores: one forward pass, one store for each (layer, site).
 
-A window of rows is the unit of work. Its contexts are batched from the window's own start, so its bytes depend on the
-recipe, the window and the batch shape alone: an interrupted, a grown and an uninterrupted harvest write the same. The
-context that straddles two windows is computed for both, and a batch at the end of the tokens is filled up.
+A window of rows is the unit of work (`pipeline.windows`). Where each starts is known from the tokens alone, so windows
+are computed one after the other in this process, each written while the next is computed, or at once by the workers of
+a cluster; this process holds the locks and commits them in order either way.
 
 Which tokens become rows is decided by tokens and positions only (`RowRule`), never by values, so rows of all sites of
 a model align.
 """
 
+import secrets
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
-from cache.activations import WINDOWS, ActivationStore, ActivationWriter, WindowBuffer
+from cache.activations import WINDOWS, ActivationStore, ActivationWriter
 from cache.codecs import codec, codec_recipe
+from cache.durable import PARTIAL, write_atomic
 from cache.errors import SaeError
-from cache.identity import Recipe
+from cache.identity import Recipe, canonical
+from cache.places import listing
 from cache.tokens import TokenStore
+from pipeline.cluster import Cluster, connected
 from pipeline.language_model import SITES, LanguageModel, Point
 from pipeline.progress import Progress
-from pipeline.rows import RowRule
+from pipeline.rows import RowRule, RowsOf
+from pipeline.windows import Arrays, Origin, Passes, Task, Work, expect_lease, harvest_window
 
 VOCABULARY_PADDING = 1024  # models round their embedding up; more than this is another vocabulary
-SCAN_CONTEXTS = 8192
-ESTIMATE_TOKENS = 1024  # the pass that is timed to say how long a harvest will take
+ESTIMATE_TOKENS = 1024  # the pass that is timed for --dry-run
 
 Amount = Annotated[int, Field(ge=1)] | Literal["all"]
 
@@ -53,20 +57,16 @@ class HarvestConfig(BaseModel):
     tokens: Amount = Field("all", description="training tokens to run, or all the token store has")
     validation_tokens: Amount = Field(65_536, description="validation tokens to run, or all")
     rows: RowRule = RowRule()
-    batch_tokens: int = Field(4096, ge=1, description="tokens in one forward pass")
+    batch_tokens: int = Field(4096, ge=1, description="tokens in one forward pass, at most")
     dtype: str = Field("float32", description="precision of the forward pass: float32 or bfloat16")
-
-
-class Place(NamedTuple):
-    """Where the next row comes from: a context, and how many of its rows are already written."""
-
-    context: int
-    row: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a harvest of one split will do, said before it starts. Seconds are None when nothing is left to do."""
+    """What a harvest of one split will do, said before it starts.
+
+    Seconds, of this process alone, are measured for a dry run only; None when nothing is left to do.
+    """
 
     split: str
     points: list[Point]
@@ -88,11 +88,12 @@ class HarvestResult:
 def harvest(
     config: HarvestConfig, token_stores: list[TokenStore], root: Path, progress: Progress, *,
     model: LanguageModel | None = None, device: str = "auto", offline: bool = False, dry_run: bool = False,
-    wait: bool = False,
+    wait: bool = False, workers: int = 1, scheduler: str | None = None,
 ) -> HarvestResult:  # fmt: skip
     """Make or continue one activation store for each point and token store (train, then validation).
 
-    `model` is the language model `config` names, where the caller has booted it already.
+    `model` is the language model `config` names, where the caller has booted it already. The work is this process's, or
+    that of `workers` processes on this machine, or of the workers of a dask `scheduler`.
     """
     codec(config.codec)  # and the sites: what is wrong without looking at the model is said before it is loaded
     if unknown := [site for site in config.site if site not in SITES]:
@@ -108,12 +109,15 @@ def harvest(
     for tokens in token_stores:  # all planned before the first is run: what cannot be done is said at once
         check_tokens(model, tokens)
         wanted = config.tokens if tokens.split == "train" else config.validation_tokens
-        jobs.append(_Job(config, model, tokens, points, root, progress, wait))
-        plans.append(jobs[-1].plan(wanted))
+        jobs.append(_Job(config, model, tokens, points, root, progress, wait, device, offline))
+        plans.append(jobs[-1].plan(wanted, timed=dry_run))
         progress.note(describe(plans[-1]))
     if dry_run:
         return HarvestResult(plans, {})
-    return HarvestResult(plans, {job.tokens.split: job.run(plan) for job, plan in zip(jobs, plans, strict=True)})
+    work_left = any(plan.rows_to_do for plan in plans)
+    with connected(workers, scheduler, progress) if work_left else nullcontext() as cluster:
+        stores = {job.tokens.split: job.run(plan, cluster) for job, plan in zip(jobs, plans, strict=True)}
+    return HarvestResult(plans, stores)
 
 
 def check_tokens(model: LanguageModel, tokens: TokenStore) -> None:
@@ -139,7 +143,7 @@ def activation_recipe(config: HarvestConfig, model: LanguageModel, point: Point,
         "site": point.site,
         "hook": model.hook(point),
         "d": model.width(point),
-        "rows": config.rows.model_dump(),
+        "rows": config.rows.recipe(),
         "codec": codec_recipe(codec(config.codec)),
     }
 
@@ -153,8 +157,10 @@ def describe(plan: Plan) -> str:
     """A plan in one line."""
     sites = ", ".join(f"{layer}.{site}" for layer, site in plan.points)
     what = f"{plan.split}: {plan.rows:,} rows of {sites}, about {plan.stored_bytes / 1e6:,.1f} MB"
-    if plan.seconds is None:
+    if not plan.rows_to_do:
         return f"{what}; all there already"
+    if plan.seconds is None:
+        return f"{what}; {plan.rows_to_do:,} rows to write"
     spent = f"{plan.seconds / 60:,.1f} minutes" if plan.seconds >= 90 else f"{plan.seconds:,.0f} seconds"
     return f"{what}; {plan.rows_to_do:,} rows to write, about {spent}"
 
@@ -170,9 +176,11 @@ class _Job:
     root: Path
     progress: Progress
     wait: bool
+    device: str
+    offline: bool
 
     def __post_init__(self) -> None:
-        self.begin = int(self.tokens.recipe["tokenizer"]["begin"])
+        self.rows = RowsOf(self.tokens, self.config.rows)
         self.batch = max(1, self.config.batch_tokens // self.tokens.context_length)
 
     def writer(self, point: Point) -> ActivationWriter:
@@ -181,15 +189,17 @@ class _Job:
         slug = f"{self.model.slug}-{point.layer}.{point.site}-{self.tokens.slug}-{name}"
         return ActivationWriter(self.root, slug, recipe, wait=self.wait)
 
-    def plan(self, wanted: Amount) -> Plan:
-        """Count the rows, estimate bytes and time (from one batch of the real model)."""
-        available = self._count_rows(self.tokens.n_contexts)
+    def plan(self, wanted: Amount, *, timed: bool) -> Plan:
+        """Count the rows and estimate the bytes; and, if `timed`, the seconds (from a small batch)."""
+        first = self.tokens.n_contexts
+        if wanted != "all":
+            first = min(first, -(-wanted // self.tokens.context_length))
+        self.counted = self.rows.count(WINDOWS, first)
+        rows = available = self.counted.rows
         if not available:
-            raise SaeError(f"{self.tokens.key}: no token of it becomes a row; see rows.skip_first and rows.skip_begin")
-        rows = available
-        if wanted != "all" and wanted < self.tokens.n_tokens:
-            counted = self._count_rows(-(-wanted // self.tokens.context_length))
-            rows = min(available, WINDOWS.round_up(max(1, counted)))
+            raise SaeError(f"{self.tokens.key}: no token of it becomes a row; see --set harvest.rows")
+        if first < self.tokens.n_contexts:
+            rows = min(available, WINDOWS.round_up(max(1, self.counted.within)))
         if not self.tokens.closed and WINDOWS.start(WINDOWS.count(rows)) != rows:
             rows = WINDOWS.start(WINDOWS.count(rows) - 1)
             if not rows:
@@ -201,11 +211,11 @@ class _Job:
         widths = [self.model.width(point) for point in self.points]
         to_do = sum(max(rows - n, 0) for n in there)
         forward = int(max(rows - min(there), 0) * self.tokens.n_tokens / available)
-        seconds = forward / self._tokens_per_second() if to_do else None
+        seconds = forward / self._tokens_per_second() if timed and to_do else None
         stored = sum(max(rows, n) * _bytes_per_row(self.config.codec, d) for n, d in zip(there, widths, strict=True))
         return Plan(self.tokens.split, self.points, rows, to_do, forward, int(stored), seconds)
 
-    def run(self, plan: Plan) -> list[ActivationStore]:
+    def run(self, plan: Plan, cluster: Cluster | None) -> list[ActivationStore]:
         """Write the windows the plan still lacks."""
         with ExitStack() as stack:
             writers = {point: stack.enter_context(self.writer(point)) for point in self.points}
@@ -214,81 +224,92 @@ class _Job:
                     self.progress.note(writer.notice)
                 writer.request(max(plan.rows, writer.store.requested))
                 writer.hint(model=found_at(self.config.model))
-            self.progress.start(
-                f"harvest {plan.split}", plan.rows, "rows", done=min(w.store.n_rows for w in writers.values())
-            )
+            tasks = self._tasks(plan, writers)
+            done = min(w.store.n_rows for w in writers.values())
+            self.progress.start(f"harvest {plan.split}", plan.rows, "rows", done=done)
             try:
-                for window in range(WINDOWS.count(plan.rows)):
-                    behind = {p: w for p, w in writers.items() if len(w.store.manifest.windows) == window}
-                    if behind:
-                        self._window(window, behind, plan)
+                if cluster is None:
+                    self._alone(tasks, writers)
+                else:
+                    self._together(cluster, tasks, writers)
             finally:
                 self.progress.finish()
             for writer in writers.values():  # here, so that a store whose last window came earlier is closed, too
-                if self.tokens.closed and writer.store.n_rows == self._all_rows and not writer.store.closed:
+                if self.tokens.closed and writer.store.n_rows == self.counted.rows and not writer.store.closed:
                     writer.close()
             return [writer.store for writer in writers.values()]
 
-    def _window(self, window: int, writers: dict[Point, ActivationWriter], plan: Plan) -> None:
-        """Run the model over one window's contexts and commit its rows to every store that lacks them."""
-        start, stop = WINDOWS.bounds(window)
-        stop = min(stop, plan.rows)
-        before = next(iter(writers.values())).store.manifest.windows
-        place = Place(**before[-1].notes["next"]) if before else Place(0, 0)
-        buffers: dict[Point, WindowBuffer] = {point: writer.window(stop - start) for point, writer in writers.items()}
-        filled = 0
-        for context, tokens, mask in self._batches(place.context):
-            keep = np.flatnonzero(mask)
-            keep = keep[place.row if context == place.context else 0 :][: stop - start - filled]
-            found = self.model.activations(self._full_batch(tokens), list(writers))
-            index = torch.from_numpy(keep).to(self.model.device)
-            positions = context * self.tokens.context_length + keep
-            for point, buffer in buffers.items():
-                buffer.add(found[point].flatten(0, 1).index_select(0, index), positions)
-            filled += len(keep)
-            self.progress.advance(len(keep), window=window)
-            if filled == stop - start:
-                break
-        assert filled == stop - start, (filled, start, stop)
-        notes = {"next": self._after(context, mask, int(keep[-1]))._asdict(), "made": self._made()}
-        for point, writer in writers.items():
-            writer.append(buffers[point].arrays(), notes)
+    def _tasks(self, plan: Plan, writers: dict[Point, ActivationWriter]) -> list[Task]:
+        """The windows that some store lacks, in order."""
+        there = {point: len(writer.store.manifest.windows) for point, writer in writers.items()}
+        tasks = []
+        for window in range(min(there.values()), WINDOWS.count(plan.rows)):
+            start, stop = WINDOWS.bounds(window)
+            place, end = self.counted.starts[window : window + 2]
+            behind = tuple(point for point in writers if there[point] <= window)
+            tasks.append(Task(window, min(stop, plan.rows) - start, place, end, behind))
+        return tasks
 
-    def _after(self, context: int, mask: np.ndarray, last: int) -> Place:
-        """The place after row `last` (a flat index into the batch that starts at `context`)."""
-        inside, position = divmod(last, self.tokens.context_length)
-        used = int(mask[inside, : position + 1].sum())
-        if used == int(mask[inside].sum()):
-            return Place(context + inside + 1, 0)
-        return Place(context + inside, used)
+    def _alone(self, tasks: Sequence[Task], writers: dict[Point, ActivationWriter]) -> None:
+        """Compute in this process. A window is compressed and flushed while the next one is computed."""
+        passes = Passes(self.model, self.rows, self.batch)
 
-    def _batches(self, context: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(first context, tokens [b, T], row mask [b, T]) from a context on."""
-        while context < self.tokens.n_contexts:
-            stop = min(context + self.batch, self.tokens.n_contexts)
-            tokens = self.tokens.contexts(context, stop)
-            yield context, tokens, self.config.rows.mask(tokens, self.tokens.lengths(context, stop), self.begin)
-            context = stop
+        def append(task: Task, arrays: dict[Point, Arrays]) -> None:
+            for point in task.points:
+                writers[point].append(arrays.pop(point), passes.notes(task))
 
-    def _full_batch(self, tokens: np.ndarray) -> Tensor:
-        """Tokens [b, T] as [batch, T], the last context repeated.
+        with ThreadPoolExecutor(1) as committing:
+            under_way: Future[None] | None = None
+            for task in tasks:
+                if under_way is not None and task.window == 1:  # window 0 has the columns that later ones are coded by
+                    under_way.result()
+                advance = partial(self.progress.advance, window=task.window)
+                arrays = passes.compute(task, {point: writers[point].store for point in task.points}, advance)
+                if under_way is not None:
+                    under_way.result()
+                under_way = committing.submit(append, task, arrays)
+            if under_way is not None:
+                under_way.result()
 
-        Rounding depends on the batch's shape, so a row must not know where a token store that grows ended at the time.
+    def _together(self, cluster: Cluster, tasks: Sequence[Task], writers: dict[Point, ActivationWriter]) -> None:
+        """Give the windows to workers, which write their files, and commit them here, in order.
+
+        Window 0 comes before all others, which are coded by its columns.
         """
-        return torch.from_numpy(np.pad(tokens, ((0, self.batch - len(tokens)), (0, 0)), mode="edge"))
+        with self._lease(writers) as lease:
+            cluster.everywhere(expect_lease, lease)
+            call = partial(harvest_window, self._work(cluster, lease))
+            for part in ([t for t in tasks if t.window == 0], [t for t in tasks if t.window > 0]):
+                for task, windows in cluster.ordered(call, part, cluster.size + 1, lambda t: f"window {t.window}"):
+                    for point, window in windows.items():
+                        writers[point].commit(window)
+                    self.progress.advance(task.rows, window=task.window)
 
-    def _count_rows(self, contexts: int) -> int:
-        """Rows in the first `contexts` contexts."""
-        count = 0
-        for start in range(0, contexts, SCAN_CONTEXTS):
-            stop = min(start + SCAN_CONTEXTS, contexts)
-            mask = self.config.rows.mask(
-                self.tokens.contexts(start, stop), self.tokens.lengths(start, stop), self.begin
-            )
-            count += int(mask.sum())
-        if contexts == self.tokens.n_contexts:
-            self._all_rows = count
-        return count
+    def _work(self, cluster: Cluster, lease: Path) -> Work:
+        recipe, config = self.model.recipe(), self.config
+        origin = Origin(
+            found_at(config.model), recipe["revision"], config.dtype, self.device, self.offline, canonical(recipe)
+        )
+        return Work(
+            origin, tokens=self.tokens.path, rule=config.rows, batch=self.batch, lease=lease,
+            stores=tuple((point, self.writer(point).path) for point in self.points),
+            threads=max(1, torch.get_num_threads() // cluster.size) if cluster.is_local else None,
+        )  # fmt: skip
+
+    @contextmanager
+    def _lease(self, writers: dict[Point, ActivationWriter]) -> Iterator[Path]:
+        """The file that lets workers write; then, what workers that died left half written is removed."""
+        folders = [writer.path for writer in writers.values()]
+        lease = folders[0] / f"lease-{secrets.token_hex(8)}{PARTIAL}"
+        write_atomic(lease, b"while this file is here, workers may write")
+        try:
+            yield lease
+        finally:
+            lease.unlink(missing_ok=True)
+        for folder in folders:
+            for name in listing(folder):
+                if name.endswith(PARTIAL):
+                    (folder / name).unlink(missing_ok=True)
 
     def _rows_there(self, point: Point) -> int:
         path = self.writer(point).path
@@ -303,10 +324,6 @@ class _Job:
         for activations in self.model.activations(tokens, self.points).values():
             activations.flatten()[0].item()  # waits for the device
         return tokens.numel() / (time.perf_counter() - begun)
-
-    def _made(self) -> dict[str, object]:
-        """What byte identity is promised for: the same device kind, precision and batch shape."""
-        return {"device": self.model.device.type, "dtype": self.config.dtype, "contexts": self.batch}
 
 
 def _bytes_per_row(text: str, d: int) -> float:

@@ -4,20 +4,20 @@ Documents are read in blocks of the source's order; each block is filtered to it
 Every document begins with the tokenizer's begin token (end-of-text for GPT-2). Packing `concat` lays documents end to
 end and cuts the stream every `context` tokens; the tail of the last document that does not fill a context is left out.
 Packing `document` starts each document in a context of its own and pads its last one with the begin token; padding
-never becomes a row or a target.
+never becomes a row or a target. Encoding is shared out among processes (`pipeline.encoding`); packing stays here.
 
 Each window of contexts is committed with the place in the source where the next one starts, so that an interrupted
 run continues there and ends with the same bytes.
 """
 
-import signal
-from collections import deque
+import os
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -26,16 +26,23 @@ from cache.errors import SaeError
 from cache.identity import Recipe
 from cache.manifest import Window
 from cache.tokens import TokenStore, TokenWriter
+from pipeline.cluster import connected
+from pipeline.encoding import Block, Encoder
+from pipeline.packing import Packer, Place
+from pipeline.pool import Pool
 from pipeline.progress import Progress
 from pipeline.sources import TextSource, is_validation, text_source
 from pipeline.tokenizers import Tokenizer, tokenizer
 
 BLOCK_DOCUMENTS = 4096
 BLOCK_CHARACTERS = 1 << 25
-PIECE_CHARACTERS = 1 << 18  # what one worker encodes at a time
 SPLITS = ("train", "validation")
 
 Amount = Annotated[int, Field(ge=1)] | Literal["all"]
+
+
+class TooLittle(SaeError):
+    """A split of the source does not fill one context."""
 
 
 class TokenizeConfig(BaseModel):
@@ -67,24 +74,6 @@ class TokenizeConfig(BaseModel):
     seed: int = Field(0, ge=0, description="seed of the document shuffle")
 
 
-class Place(NamedTuple):
-    """Where the next context starts."""
-
-    source: dict[str, Any] | None  # state of the source before the block
-    block: int
-    document: int  # index inside the filtered, shuffled block
-    token: int  # tokens of that document already used
-    documents: int  # documents before it in the whole store
-
-
-class Block(NamedTuple):
-    """Documents of one split, shuffled, and where the source stood before them."""
-
-    source: dict[str, Any] | None
-    number: int
-    texts: list[str]
-
-
 @dataclass(frozen=True)
 class TokenizeResult:
     """The stores a call made or continued, by split."""
@@ -93,16 +82,29 @@ class TokenizeResult:
 
 
 def tokenize(
-    config: TokenizeConfig, root: Path, progress: Progress, *, workers: int = 1, offline: bool = False
-) -> TokenizeResult:
-    """Make or continue the token stores `config` describes, under the cache folder `root`."""
+    config: TokenizeConfig, root: Path, progress: Progress, *, workers: int = 1, scheduler: str | None = None,
+    offline: bool = False,
+) -> TokenizeResult:  # fmt: skip
+    """Make or continue the token stores `config` describes, under the cache folder `root`.
+
+    Text is encoded by `workers` processes (1: by this one) or by the workers of a dask `scheduler`. Where the source is
+    too small to have a validation split, a note says so.
+    """
     source = text_source(config.source, offline=offline, column=config.column)
     tok = tokenizer(config.tokenizer, offline=offline)
     stores = {}
-    with Encoder(config.tokenizer, tok, workers, offline) as encoder:
+    with ExitStack() as stack:
+        local = Pool(workers) if scheduler is None and workers > 1 else None
+        connect = partial(stack.enter_context, local or connected(1, scheduler, progress))
+        encoder = Encoder(config.tokenizer, tok, connect, offline=offline)
         for split in SPLITS if config.validation > 0 else SPLITS[:1]:
             wanted = config.tokens if split == "train" else config.validation_tokens
-            stores[split] = tokenize_split(config, split, wanted, source, tok, encoder, root, progress)
+            try:
+                stores[split] = tokenize_split(config, split, wanted, source, tok, encoder, root, progress)
+            except TooLittle as error:
+                if split == "train":
+                    raise
+                progress.note(f"no validation store: {error}")
     return TokenizeResult(stores)
 
 
@@ -113,15 +115,28 @@ def token_recipe(config: TokenizeConfig, source: TextSource, tok: Tokenizer, spl
         "tokenizer": {**tok.recipe(), "n_vocab": tok.n_vocab, "begin": tok.begin},
         "context_length": config.context,
         "packing": config.packing,
-        "shuffle": {"seed": config.seed, "documents": BLOCK_DOCUMENTS, "characters": BLOCK_CHARACTERS},
+        "shuffle": {
+            "order": "pcg64",
+            "seed": config.seed,
+            "documents": BLOCK_DOCUMENTS,
+            "characters": BLOCK_CHARACTERS,
+        },
         "validation": config.validation,
         "split": split,
     }
 
 
+def found_at(config: TokenizeConfig, source: TextSource) -> dict[str, str]:
+    """Where text and tokenizer are, from any folder: what `sae cache verify --repair` reads them from."""
+    files = source.recipe()["source"] == "files"
+    text = os.path.abspath(os.path.expanduser(config.source)) if files else config.source
+    folder = Path(config.tokenizer).expanduser()
+    return {"source": text, "tokenizer": str(folder.resolve()) if folder.is_dir() else config.tokenizer}
+
+
 def tokenize_split(
     config: TokenizeConfig, split: str, wanted: Amount, source: TextSource, tok: Tokenizer,
-    encoder: "Encoder", root: Path, progress: Progress,
+    encoder: Encoder, root: Path, progress: Progress,
 ) -> TokenStore:  # fmt: skip
     """Make or continue the store of one split."""
     slug = "-".join([source.slug, tok.slug, str(config.context), *([split] if split != "train" else [])])
@@ -129,6 +144,7 @@ def tokenize_split(
         if writer.notice:
             progress.note(writer.notice)
         writer.write_vocabulary(tok.vocabulary())
+        writer.hint(**found_at(config, source))
         target = _target(writer.store, wanted, progress)
         if writer.store.closed or (target is not None and writer.store.n_contexts >= target):
             return writer.store
@@ -139,7 +155,7 @@ def tokenize_split(
         finally:
             progress.finish()
         if not writer.store.n_contexts:
-            raise SaeError(_too_little(config, split))
+            raise TooLittle(_too_little(config, split))
         return writer.store
 
 
@@ -159,42 +175,54 @@ def _target(store: TokenStore, wanted: Amount, progress: Progress) -> int | None
 def _too_little(config: TokenizeConfig, split: str) -> str:
     if split == "validation":
         return (
-            f"--source {config.source}: no document fell to the validation split ({config.validation:g} of all); "
-            "try --set tokenize.validation=0.1"
+            f"the documents of --source {config.source} that fell to it ({config.validation:g} of all) do not fill a "
+            "context; a larger --validation gives it more"
         )
     return f"--source {config.source}: holds less than one context of {config.context} tokens; try a smaller --context"
 
 
 def _fill(
     config: TokenizeConfig, split: str, target: int | None, source: TextSource, tok: Tokenizer,
-    encoder: "Encoder", writer: TokenWriter, progress: Progress,
+    encoder: Encoder, writer: TokenWriter, progress: Progress,
 ) -> None:  # fmt: skip
     """Pack and commit windows until the target or the source's end."""
     windows = writer.store.manifest.windows
     place = Place(**windows[-1].notes["next"]) if windows else Place(None, 0, 0, 0, 0)
     writer.request(target if target is not None else 1 << 62)
-    documents = _encoded_documents(_blocks(config, split, source, place), place, encoder, tok.begin)
-    packer = Packer(config.context, config.packing, tok.begin)
+    stream = Contexts(config, split, source, tok, encoder, place)
     number, contexts = len(windows), writer.store.n_contexts
     # A window is compressed and flushed while the next one is being encoded; at most one is under way.
     with ThreadPoolExecutor(1) as committing:
         under_way: Future[Window] | None = None
         while target is None or contexts < target:
             start, stop = writer.store.windows.bounds(number)
-            while packer.contexts < stop - start and (item := next(documents, None)) is not None:
-                packer.add(*item)
-            ended = packer.contexts < stop - start
+            taken = stream.take(stop - start)
             _committed(under_way, writer, progress)
             under_way = None
-            if packer.contexts:
-                arrays, place = packer.take(min(packer.contexts, stop - start))
-                under_way = committing.submit(writer.append, arrays, {"next": place._asdict()})
-                number, contexts = number + 1, contexts + len(arrays["tokens"])
-            if ended:
+            if taken is None:
                 break
+            arrays, place = taken
+            under_way = committing.submit(writer.append, arrays, {"next": place._asdict()})
+            number, contexts = number + 1, contexts + len(arrays["tokens"])
         _committed(under_way, writer, progress)
     if target is None or contexts < target:
         writer.close()
+
+
+class Contexts:
+    """The contexts of one split from a place in its source on."""
+
+    def __init__(
+        self, config: TokenizeConfig, split: str, source: TextSource, tok: Tokenizer, encoder: Encoder, place: Place
+    ) -> None:
+        self._documents = _encoded_documents(_blocks(config, split, source, place), place, encoder, tok.begin)
+        self._packer = Packer(config.context, config.packing, tok.begin)
+
+    def take(self, contexts: int) -> tuple[dict[str, np.ndarray], Place] | None:
+        """Arrays of the next `contexts` contexts (fewer where the source ends) and the place after them, or None."""
+        while self._packer.contexts < contexts and (item := next(self._documents, None)) is not None:
+            self._packer.add(*item)
+        return self._packer.take(min(self._packer.contexts, contexts)) if self._packer.contexts else None
 
 
 def _committed(window: Future[Window] | None, writer: TokenWriter, progress: Progress) -> None:
@@ -218,134 +246,18 @@ def _blocks(config: TokenizeConfig, split: str, source: TextSource, place: Place
                 texts.append(text)
         if not read:
             return
-        order = np.random.default_rng([config.seed, index]).permutation(len(texts))
+        # NumPy promises the bits of PCG64 for ever, but not what Generator.permutation makes of them
+        order = np.argsort(np.random.PCG64([config.seed, index]).random_raw(len(texts)), kind="stable")
         yield Block(state, index, [texts[i] for i in order])
         state, index = stream.state(), index + 1
 
 
 def _encoded_documents(
-    blocks: Iterator[Block], place: Place, encoder: "Encoder", begin: int
+    blocks: Iterator[Block], place: Place, encoder: Encoder, begin: int
 ) -> Iterator[tuple[np.ndarray, Place]]:
     """Every document from `place` on: its tokens (begin token first), and the place of its first token."""
-    skip, used, number = place.document, place.token, place.documents
-    for block, encoded in encoder.blocks(blocks, skip):
-        for offset, ids in enumerate(encoded):
-            tokens = np.concatenate([np.array([begin], np.uint32), ids.astype(np.uint32, copy=False)])
-            yield tokens[used:], Place(block.source, block.number, skip + offset, used, number)
-            used, number = 0, number + 1
-        skip = 0
-
-
-class Packer:
-    """Documents -> contexts. Knows the place of every document it holds, to say where the next window starts."""
-
-    def __init__(self, context: int, packing: str, pad: int) -> None:
-        self.context, self.packing, self.pad = context, packing, pad
-        self._held: deque[tuple[np.ndarray, Place]] = deque()  # concat: documents not yet fully used
-        self._tokens = 0
-        self.contexts = 0  # whole contexts that `take` can give
-
-    def add(self, tokens: np.ndarray, place: Place) -> None:
-        """Take in what is left of a document from `place` on."""
-        if self.packing == "document" and len(tokens) % self.context == 1:
-            tokens = tokens[:-1]  # a last context of one token has nothing to predict
-        if len(tokens):
-            self._held.append((tokens, place))
-            self._tokens += len(tokens)
-            pieces = -(-len(tokens) // self.context)
-            self.contexts = self._tokens // self.context if self.packing == "concat" else self.contexts + pieces
-
-    def take(self, contexts: int) -> tuple[dict[str, np.ndarray], Place]:
-        """Arrays of the next `contexts` contexts, and the place of the context after them."""
-        assert 0 < contexts <= self.contexts
-        tokens = np.full(contexts * self.context, self.pad, np.uint32)
-        document = np.empty(contexts * self.context, np.uint32)
-        length = np.full(contexts, self.context, np.uint32)
-        filled = 0
-        while filled < len(tokens):
-            held, place = self._held.popleft()
-            used = min(len(held), len(tokens) - filled)
-            tokens[filled : filled + used] = held[:used]
-            document[filled : filled + used] = place.documents
-            filled += used
-            self._tokens -= used
-            after = place._replace(token=place.token + used)
-            if used < len(held):
-                self._held.appendleft((held[used:], after))
-            elif self.packing == "document" and filled % self.context:
-                length[filled // self.context] = filled % self.context
-                padded = self.context - filled % self.context
-                document[filled : filled + padded] = place.documents
-                filled += padded
-        self.contexts = self._tokens // self.context if self.packing == "concat" else self.contexts - contexts
-        shape = (contexts, self.context)
-        arrays = {"tokens": tokens.reshape(shape), "document": document.reshape(shape), "length": length}
-        return arrays, self._held[0][1] if self._held else after
-
-
-class Encoder:
-    """Encodes blocks in this process or in worker processes, in order, a block ahead of the packing."""
-
-    def __init__(self, spec: str, tok: Tokenizer, workers: int, offline: bool) -> None:
-        self._tokenizer, self._workers = tok, workers
-        self._pool = None
-        if workers > 1:
-            self._pool = ProcessPoolExecutor(workers, get_context("spawn"), _boot, (spec, offline))
-
-    def __enter__(self) -> "Encoder":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool:
-            self._pool.shutdown(cancel_futures=True)
-
-    def warm_up(self) -> None:
-        """Start the workers now rather than at the first block."""
-        if self._pool:
-            list(self._pool.map(_encode, [[]] * self._workers))
-
-    def blocks(self, blocks: Iterator[Block], skip: int) -> Iterator[tuple[Block, Iterator[np.ndarray]]]:
-        """Each block with the tokens of its documents, the first `skip` documents of the first block left out."""
-        waiting: deque[tuple[Block, list[Future[list[np.ndarray]]]]] = deque()
-        for number, block in enumerate(blocks):
-            texts = block.texts[skip if number == 0 else 0 :]
-            if self._pool is None:
-                yield block, (ids for piece in _pieces(texts) for ids in self._tokenizer.encode_batch(piece))
-                continue
-            waiting.append((block, [self._pool.submit(_encode, piece) for piece in _pieces(texts)]))
-            if len(waiting) > 1:
-                yield _results(*waiting.popleft())
-        while waiting:
-            yield _results(*waiting.popleft())
-
-
-def _results(block: Block, futures: list[Future[list[np.ndarray]]]) -> tuple[Block, Iterator[np.ndarray]]:
-    return block, (ids for future in futures for ids in future.result())
-
-
-def _pieces(texts: list[str]) -> Iterator[list[str]]:
-    """Consecutive runs of documents of about PIECE_CHARACTERS."""
-    piece: list[str] = []
-    characters = 0
-    for text in texts:
-        piece.append(text)
-        characters += len(text)
-        if characters >= PIECE_CHARACTERS:
-            yield piece
-            piece, characters = [], 0
-    if piece:
-        yield piece
-
-
-_worker: Tokenizer | None = None
-
-
-def _boot(spec: str, offline: bool) -> None:
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the one that asked us answers it
-    _worker = tokenizer(spec, offline=offline)
-
-
-def _encode(texts: list[str]) -> list[np.ndarray]:
-    assert _worker is not None
-    return _worker.encode_batch(texts)
+    used, number = place.token, place.documents
+    for block, index, ids in encoder.documents(blocks, place.document):
+        tokens = np.concatenate([np.array([begin], np.uint32), ids.astype(np.uint32, copy=False)])
+        yield tokens[used:], Place(block.source, block.number, index, used, number)
+        used, number = 0, number + 1

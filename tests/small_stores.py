@@ -17,11 +17,14 @@ from cache.activations import ActivationStore, ActivationWriter
 from cache.codecs import codec, codec_recipe
 from cache.identity import Recipe
 from cache.manifest import Windows
+from cache.store import Store
 
 __all__ = [
-    "CHUNK", "CONTEXT", "activation_recipe", "extend", "few", "files", "heavy_rows", "shrunk", "some", "token_recipe",
-    "window_arrays", "write_activations", "write_tokens",
+    "CHUNK", "CONTEXT", "N", "activation_recipe", "closed_store", "extend", "few", "files", "heavy_rows", "shrunk",
+    "some", "token_recipe", "window_arrays", "write_activations", "write_tokens",
 ]  # fmt: skip
+
+N = 5 * CHUNK + 3  # rows of four windows, the last one short
 
 few = settings(deadline=None, max_examples=15)
 some = settings(deadline=None, max_examples=40)
@@ -48,6 +51,7 @@ def activation_recipe(
         "model": {"model": "synthetic"},
         "layer": 1,
         "site": site,
+        "hook": f"blocks.1.hook_{site}",
         "d": d,
         "rows": {"skip_first": 1, "skip_begin": True},
         "codec": codec_recipe(codec(codec_text)),
@@ -94,3 +98,10 @@ def write_activations(
     with ActivationWriter(root, f"{slug}-{full['codec']['name']}", full) as writer:
         extend(writer, rows, ended=ended)
         return writer.store
+
+
+def closed_store(kind: str, root: Path) -> Store:
+    """A closed store of N rows of one kind (`activations` may name a codec: activations/float32)."""
+    if kind == "tokens":
+        return write_tokens(root, N, ended=True)
+    return write_activations(root, heavy_rows(N, 7), kind.partition("/")[2] or "int8", ended=True)

@@ -9,6 +9,7 @@ from cache.tokens import TokenStore, TokenWriter
 
 CHUNK = 32  # rows of a chunk and of the first window in shrunk stores; the largest window has four of them
 CONTEXT = 8
+VOCABULARY_OF_TESTS = [b"t%d" % i for i in range(40)]
 OTHERS = ("lock", "request.json", "hints.json")  # files that say nothing about the data
 
 
@@ -38,6 +39,7 @@ def write_tokens(root: Path, contexts: int, *, ended: bool = False, **recipe: ob
     full = token_recipe(**recipe)  # type: ignore[arg-type]
     slug = "synthetic" + ("-validation" if full["split"] == "validation" else "")
     with TokenWriter(root, slug, full) as writer:
+        writer.write_vocabulary(VOCABULARY_OF_TESTS)
         while writer.store.n_rows < contexts:
             start, stop = writer.store.windows.bounds(len(writer.store.manifest.windows))
             writer.append(window_arrays(full, start, min(stop, contexts)), {"next": min(stop, contexts)})

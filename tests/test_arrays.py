@@ -26,7 +26,7 @@ def zarr_writes(folder: Path, spec: ArraySpec, rows: np.ndarray) -> dict[str, by
     array = zarr.create_array(
         store=str(folder / spec.name), shape=rows.shape, chunks=spec.chunk_shape, dtype=rows.dtype,
         serializer=BytesCodec(endian="little") if rows.dtype.itemsize > 1 else BytesCodec(endian=None),
-        compressors=None if spec.zstd is None else ZstdCodec(level=spec.zstd, checksum=True),
+        compressors=None if spec.zstd is None else ZstdCodec(level=spec.zstd, checksum=False),
         fill_value=spec.fill, attributes=spec.attributes, dimension_names=spec.dimension_names, zarr_format=3,
         config={"write_empty_chunks": True},
     )  # fmt: skip

@@ -14,7 +14,7 @@ from cache.errors import Busy, DamagedStore, NotFound, SaeError
 from cache.locks import Lock
 from cache.manifest import MANIFEST
 from cache.runs import Run
-from cache.store import RECIPE
+from cache.store import RECIPE, head_bytes
 from cache.tokens import TokenStore
 
 ROWS = heavy_rows(CHUNK, 5)
@@ -192,8 +192,7 @@ def test_a_removal_cut_short_leaves_no_store(tmp_path: Path, monkeypatch: pytest
 
 def test_a_store_of_another_kind(tmp_path: Path) -> None:
     store = write_tokens(tmp_path, CHUNK)
-    path = store.path / RECIPE
-    path.write_text(path.read_text().replace('"kind": "tokens"', '"kind": "pictures"'))
+    (store.path / RECIPE).write_bytes(head_bytes("pictures", store.slug, store.recipe))
     with pytest.raises(SaeError, match="holds pictures, of which this version knows nothing"):
         catalogue.any_store(tmp_path, store.key)
 

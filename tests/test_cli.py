@@ -20,6 +20,7 @@ from small_models import small_stages
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import cli
+import configs
 import console
 from cache import activations, catalogue, durable, tokens
 from cache.manifest import MANIFEST, Windows
@@ -170,7 +171,7 @@ WRONG = [
     (f"{TOKENIZE} --set train.lr=3", "--set train.lr=3: `sae tokenize` reads tokenize.*; give this one to `sae train`"),
     (f"{TOKENIZE} --set context=3", "--set context=3: write it as section.key=value, for example train.lr=3e-4"),
     ("tokenize --set tokenize.context=x", "tokenize.context = 'x': input should be a valid integer"),
-    ("train --preset large", "--preset large: no such preset; there are gpt2, tiny"),
+    ("train --preset large", f"--preset large: no such preset; there are {', '.join(configs.presets())}"),
     ("train --config nothing.yaml", "--config nothing.yaml: cannot be read (No such file or directory)"),
     ("train --config empty", "--config empty: cannot be read (Is a directory)"),
     ("train --config latin.txt", "--config latin.txt: is not UTF-8 text"),
@@ -299,10 +300,10 @@ def test_what_the_model_cannot_read(copy: Path) -> None:
 
 
 def test_no_document_for_the_validation(copy: Path) -> None:
-    """The training tokens are there already, and stay."""
-    answer = sae(TOKENIZE, "--validation", "1e-9")
-    assert answer.code == 2 and "no document fell to the validation split (1e-09 of all)" in answer.complaint
-    assert len(contents(copy)) == len(contents(copy.parent / "copy")) == 6
+    """The training tokens are made all the same; a note says why nothing is held out."""
+    answer = done(TOKENIZE, "--validation", "1e-9", "--json")
+    assert "no validation store: the documents of --source text.txt that fell to it (1e-09 of all)" in answer.err
+    assert len(answer.json["stores"]) == 1
 
 
 def test_the_four_commands_and_what_they_say(world: Path) -> None:
@@ -361,7 +362,7 @@ def test_lists(world: Path) -> None:
     assert found["runs"][0]["name"] == "one" and "finished, on model-1" in found["runs"][0]["help"]
     assert all(entry["name"] in done("list").out for entries in found.values() for entry in entries)
     entries = done("cache ls --json").json
-    assert all([*entry] == ["key", "kind", "slug", "rows", "bytes", "path", "complete"] for entry in entries)
+    assert all([*entry] == ["key", "kind", "slug", "rows", "bytes", "path", "complete", "written"] for entry in entries)
     assert [(entry["kind"], entry["complete"]) for entry in entries] == [("tokens", True)] * 2 + [
         ("activations", True)
     ] * 2
@@ -604,9 +605,9 @@ def test_version_and_help() -> None:
     ("typed", "offered"),
     [
         ("sae har", {"harvest"}),
-        ("sae cache ", {"ls", "inspect", "verify", "rm"}),
+        ("sae cache ", {"ls", "inspect", "du", "verify", "gc", "export", "rm"}),
         ("sae train --st", {"--steps"}),
-        ("sae train --preset ", {"gpt2", "tiny"}),
+        ("sae train --preset ", set(configs.presets())),
         ("sae eval ", {"one"}),
         ("sae cache inspect model", {"model-1.mlp_out"}),
     ],

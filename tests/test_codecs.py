@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from heavy_tails import HeavyTails
 from hypothesis import given
 from hypothesis import strategies as st
+from numcodecs.zstd import Zstd
 from small_stores import few, heavy_rows
 from torch import Tensor
 
@@ -94,6 +96,64 @@ def test_added_fvu(name: str, most: float, kind: str) -> None:
     }[kind]
     columns = calibrate(rows[:2000])
     assert added_fvu(rows, through(codec(name), rows, columns)[1]) <= most
+
+
+@pytest.fixture(scope="module")
+def heavy() -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of width 768 to calibrate on (massive ones among them), other rows of the same kind, and massive rows."""
+    source = HeavyTails(768)
+    return source.rows(2048, seed=0, massive=8), source.rows(2048, seed=1), source.rows(16, seed=2, massive=16)
+
+
+def test_the_heavy_tails_are_what_they_should_be(heavy: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Not normal, with columns whose mean is far from 0, outlier columns and massive rows: what breaks naive codecs."""
+    rows = heavy[1]
+    scale = rows.std(dim=0)
+    kurtosis = ((rows - rows.mean(dim=0)) / scale).pow(4).mean(dim=0)
+    assert float(kurtosis.median()) > 4.5
+    assert float(rows.mean(dim=0).abs().max() / scale.median()) > 90
+    assert float(scale.max() / scale.median()) > 6
+    assert float(heavy[2].abs().max()) == 3000.0
+    naive = (rows / rows.abs().amax(dim=1, keepdim=True) * 127).round() / 127 * rows.abs().amax(dim=1, keepdim=True)
+    assert added_fvu(rows, naive) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("int8", 1e-3), ("int8:step=0", 2e-4), ("bfloat16", 5e-5), ("float16", 1e-5)]
+)
+def test_added_fvu_on_heavy_tails(name: str, most: float, heavy: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Overall, and in the worst column; a massive row keeps its direction, and every value its bound."""
+    value, (first, rows, massive) = codec(name), heavy
+    columns = calibrate(first)
+    encoded, decoded = through(value, rows, columns)
+    assert added_fvu(rows, decoded) <= most
+    error, scatter = (
+        (decoded - rows).double().square().sum(dim=0),
+        (rows - rows.mean(dim=0)).double().square().sum(dim=0),
+    )
+    assert float((error / scatter).max()) <= 4 * most if name != "float16" else True
+    assert bool(((decoded - rows).abs() <= value.error_bound(rows, encoded, columns)).all())
+    encoded, decoded = through(value, massive, columns)
+    assert bool(((decoded - massive).abs() <= value.error_bound(massive, encoded, columns)).all())
+    assert bool(((decoded - massive).norm(dim=1) <= 0.07 * massive.norm(dim=1)).all())
+
+
+def test_the_default_stores_a_fifth_of_float32(heavy: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Numbers and scales, compressed."""
+    value, (first, rows, _) = codec("int8"), heavy
+    encoded = value.encode(rows, calibrate(first))
+    assert encoded.row_scale is not None
+    parts = (to_numpy(encoded.rows), encoded.row_scale.numpy())
+    assert sum(len(Zstd(level=1).encode(part)) for part in parts) <= 0.20 * 4 * rows.numel()
+
+
+def test_a_column_that_is_quiet_at_first_does_little_harm(heavy: tuple[Tensor, Tensor, Tensor]) -> None:
+    """It hardly varies where the columns are calibrated, and like the others afterwards."""
+    first, rows, _ = heavy
+    quiet = first.clone()
+    quiet[:, -1] = 0.5 + 1e-4 * first[:, -1]
+    assert added_fvu(rows, through(Int8(), rows, calibrate(quiet))[1]) <= 1e-3
+    assert added_fvu(quiet[8:], through(Int8(), quiet[8:], calibrate(quiet))[1]) <= 1e-3
 
 
 @every_codec

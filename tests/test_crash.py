@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from small_stores import CHUNK, files, heavy_rows, shrunk, token_recipe, window_arrays, write_activations, write_tokens
 
+from cache import durable
 from cache.durable import PARTIAL
 from cache.errors import SaeError
 from cache.manifest import MANIFEST, Manifest
@@ -102,8 +103,11 @@ def test_killed_while_appending_to_the_manifest(tmp_path: Path, uninterrupted: d
     path = write_tokens(tmp_path, 2 * CHUNK).path
     data = (path / MANIFEST).read_bytes()
     first = data.index(b"\n") + 1
+    store = TokenStore(path)
     for length in range(first, len(data), 7):
         (path / MANIFEST).write_bytes(data[:length])
+        for spec in store.arrays.values():  # Zarr's metadata would have been written next
+            (path / spec.name / "zarr.json").write_bytes(spec.metadata(CHUNK))
         assert expect_whole_windows(path) == CHUNK
     assert finished(tmp_path) == uninterrupted
 
@@ -155,6 +159,74 @@ def test_a_full_disk_at_every_step(
         expect_whole_windows(store_path(root))
         assert finished(root) == uninterrupted
     assert stop > 50
+
+
+class Nearly:
+    """A file on a disk that is full after some more writes: the one that hits the end leaves half of its bytes."""
+
+    def __init__(self, file: Any, left: list[int]) -> None:
+        self._file, self._left = file, left
+
+    def __enter__(self) -> "Nearly":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, data: bytes) -> int:
+        self._left[0] -= 1
+        if self._left[0] < 0:
+            self._file.write(data[: len(data) // 2])
+            self._file.flush()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return int(self._file.write(data))
+
+
+def test_a_full_disk_in_the_middle_of_every_write(
+    tmp_path_factory: pytest.TempPathFactory, uninterrupted: dict[str, bytes]
+) -> None:
+    for stop in range(10_000):
+        root, left, message = tmp_path_factory.mktemp("full"), [stop], ""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(durable, "open", lambda *how, left=left: Nearly(open(*how), left), raising=False)  # noqa: SIM115
+            try:
+                write_tokens(root, N, ended=True)
+            except SaeError as error:
+                message = str(error)
+        if not message:
+            break
+        assert SAID[errno.ENOSPC] in message
+        assert not list(store_path(root).rglob(f"*{PARTIAL}"))  # what could not be finished gives its room back
+        expect_whole_windows(store_path(root))
+        assert finished(root) == uninterrupted
+    assert stop > 15
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 64 kB, where this process may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    tried = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)], capture_output=True)
+    if tried.returncode:
+        pytest.skip("no right to mount a disk here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk: Path, tmp_path: Path) -> None:
+    """The store stays valid, and goes on to the same bytes when there is room."""
+    with pytest.raises(SaeError, match="no space left on the disk; what was committed is safe, free some and repeat"):
+        write_tokens(small_disk, 20 * CHUNK)
+    store = TokenStore(store_path(small_disk))
+    assert 0 < store.n_rows < 20 * CHUNK
+    assert not any(map(store.damage, store.committed_files()))
+    subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)
+    whole = write_tokens(tmp_path / "whole", 20 * CHUNK)
+    assert files(write_tokens(small_disk, 20 * CHUNK).path) == files(whole.path)
 
 
 BEGIN = """

@@ -1,18 +1,26 @@
 """Whatever changes a committed byte is noticed, and the file is named."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
-from small_stores import CHUNK, files, heavy_rows, shrunk, write_activations, write_tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_stores import CHUNK, N, closed_store, files, heavy_rows, shrunk, write_activations, write_tokens
 
+from cache import catalogue
+from cache.activations import ActivationStore
 from cache.errors import DamagedStore, SaeError
+from cache.loader import Loader
 from cache.locks import Lock
+from cache.manifest import MANIFEST
+from cache.places import listing
 from cache.store import RECIPE, Store
-
-N = 5 * CHUNK + 3
+from cache.tokens import TokenStore
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -23,10 +31,7 @@ def small() -> Iterator[None]:
 
 @pytest.fixture(params=["tokens", "activations"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    """A closed store of four windows, the last one short."""
-    if request.param == "tokens":
-        return write_tokens(tmp_path, N, ended=True)
-    return write_activations(tmp_path, heavy_rows(N, 7), ended=True)
+    return closed_store(request.param, tmp_path)
 
 
 def read_all(store: Store) -> None:
@@ -36,7 +41,7 @@ def read_all(store: Store) -> None:
 
 def committed(store: Store) -> list[str]:
     names = list(store.committed_files())
-    assert len(names) == sum(1 for name in files(store.path) if "/c/" in name)
+    assert len(names) == sum(1 for name in files(store.path) if "/c/" in name or name == "vocabulary.json")
     return names
 
 
@@ -119,7 +124,7 @@ def test_a_changed_recipe_is_noticed(store: Store) -> None:
             continue
         with pytest.raises(SaeError):
             type(store)(store.path)
-    for content in ("", "[]", "{}", '{"format": 1}'):
+    for content in ("", "[]", "{}", '{"format": 2}'):
         path.write_text(content)
         with pytest.raises(DamagedStore, match="is not readable as a recipe; remove the store and make it again"):
             type(store)(store.path)
@@ -150,3 +155,128 @@ def test_a_growing_store_is_not_damaged(tmp_path: Path) -> None:
     assert grown.damage("tokens/zarr.json") is not None
     with Lock(grown.path):
         assert grown.damage("tokens/zarr.json") is None
+
+
+# --- any change of any file ------------------------------------------------------------------------------------------
+
+KINDS = ("tokens", "activations/int8", "activations/float32")  # the loader reads the last a few rows at a time
+CONVENIENCES = ("request.json", "hints.json", "lock")  # no data, and no checksum
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, small: None) -> dict[str, Store]:
+    """A store of each kind with all the files a store can have."""
+    stores: dict[str, Store] = {}
+    for kind in KINDS:
+        store = stores[kind] = closed_store(kind, tmp_path_factory.mktemp("whole"))
+        (store.path / "request.json").write_bytes(b'{"rows": 163}')
+        (store.path / "hints.json").write_bytes(b'{"model": "/models/mine"}')
+    return stores
+
+
+@st.composite
+def changes(draw: st.DrawFn, files: dict[str, bytes]) -> tuple[str, bytes | None]:
+    """A file and what becomes of it: one bit flipped, its end cut off, gone. Every kind of file is as likely."""
+    kinds = sorted({re.sub(r"\d+", "0", name) for name in files})
+    kind = draw(st.sampled_from(kinds))
+    name = draw(st.sampled_from([name for name in files if re.sub(r"\d+", "0", name) == kind]))
+    data, how = files[name], draw(st.sampled_from(["flip", "flip", "flip", "cut", "line", "gone"]))
+    if how == "gone" or not data:
+        return name, None
+    if how == "line":  # whole lines, or all
+        return name, data[: data.rfind(b"\n", 0, draw(st.integers(0, len(data) - 1))) + 1]
+    place = draw(st.integers(0, len(data) - 1))
+    if how == "cut":
+        return name, data[:place]
+    return name, data[:place] + bytes([data[place] ^ 1 << draw(st.integers(0, 7))]) + data[place + 1 :]
+
+
+def verified(root: Path) -> str:
+    """All that is found wrong in a cache."""
+    stores, lines = catalogue.readable(root)
+    for one in stores:
+        lines += filter(None, map(one.damage, [*one.metadata(), *one.committed_files()]))
+    return "\n".join(lines)
+
+
+def questions_to(path: Path, kind: type[Store]) -> dict[str, Callable[[Store], object]]:
+    """Everything a reader can ask of a store."""
+    asked: dict[str, Callable[[Store], object]] = {
+        "rows": lambda store: store.n_rows,
+        "closed": lambda store: store.closed,
+        "recipe": lambda store: (store.recipe, store.slug, store.kind),
+    }
+    for spec in kind.specs(kind(path).recipe):
+        if spec.grows:
+            asked[spec.name] = lambda store, name=spec.name: store.read(name, 0, store.n_rows).tobytes()
+        else:
+            asked[spec.name] = lambda store, name=spec.name: store.chunk(name, 0).tobytes()
+    if kind is TokenStore:
+        asked["vocabulary"] = lambda store: cast(TokenStore, store).vocabulary()
+    else:
+        asked["loader"] = lambda store: [b.tolist() for b in Loader(cast(ActivationStore, store), 16, epochs=1)]
+    return asked
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_change_of_any_file(whole: dict[str, Store], kind: str) -> None:
+    """It is found by a verification, which names the file; and no reader is ever told anything that is not so."""
+    store = whole[kind]
+    files = {name: (store.path / name).read_bytes() for name in listing(store.path)}
+    questions = questions_to(store.path, type(store))
+    right = {name: ask(store) for name, ask in questions.items()}
+    assert verified(store.path.parents[1]) == ""
+
+    def check(change: tuple[str, bytes | None]) -> None:
+        name, data = change
+        path = store.path / name
+        path.unlink() if data is None else path.write_bytes(data)
+        try:
+            found = verified(store.path.parents[1])
+            assert str(path) in found or name in CONVENIENCES or data == files[name], (name, found)
+            try:
+                changed = type(store)(store.path)
+            except SaeError:
+                return
+            for question, ask in questions.items():
+                with suppress(SaeError):
+                    assert ask(changed) == right[question], (name, question)
+            with suppress(SaeError):
+                assert isinstance(changed.requested, int)
+            with suppress(SaeError):
+                assert isinstance(changed.hints, dict)
+        finally:
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(files[name])
+
+    for name in {re.sub(r"\d+", "0", name): name for name in files}.values():  # those too that are rarely drawn
+        check((name, None))
+    settings(deadline=None, max_examples=100)(given(changes(files))(check))()
+
+
+def test_any_change_of_the_note_of_the_last_command(tmp_path: Path) -> None:
+    """It leads to the store that was made, or to none."""
+    one, other = write_tokens(tmp_path, CHUNK), write_tokens(tmp_path, CHUNK, seed=1)
+    catalogue.remember(tmp_path, "tokens", [one.key])
+    path = tmp_path / "latest.json"
+    data = path.read_bytes()
+    for bit in range(8 * len(data)):
+        path.write_bytes(data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :])
+        with suppress(SaeError):
+            assert catalogue.find(tmp_path, TokenStore, None, "--tokens-from", "sae tokenize").key == one.key
+    assert other.key != one.key
+
+
+@pytest.mark.parametrize("lines", [1, 2, 3, 4, 5])
+def test_lines_cut_off_the_manifest_are_missed(store: Store, lines: int) -> None:
+    """And nothing is cleared away because of it: put back, the store is whole."""
+    path = store.path / MANIFEST
+    before, data = files(store.path), path.read_bytes()
+    path.write_bytes(b"".join(data.splitlines(keepends=True)[:-lines]))
+    with pytest.raises(DamagedStore, match=re.escape(str(path))):
+        type(store)(store.path)
+    with pytest.raises(DamagedStore, match=re.escape(str(path))):
+        closed_store(store.kind, store.path.parents[1])
+    path.write_bytes(data)
+    assert files(store.path) == before
+    assert files(closed_store(store.kind, store.path.parents[1]).path) == before

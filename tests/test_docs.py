@@ -109,7 +109,9 @@ def test_examples_in_the_help_are_right(name: str) -> None:
 
 def test_everything_reads_the_same_everywhere() -> None:
     """An option means one thing: with one help, one variable and one default wherever it is, but for the listed."""
-    own = {"tokens", "rows", "seed", "activations", "workers", "store", "stores", "model", "name"}
+    own = {
+        "tokens", "rows", "seed", "activations", "workers", "store", "stores", "model", "name", "source", "tokenizer",
+    }  # fmt: skip
     seen: dict[str, set[tuple[Any, ...]]] = {}
     for command in COMMANDS.values():
         for param in command.params:

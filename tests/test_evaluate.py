@@ -28,10 +28,10 @@ from torch import Tensor
 from cache import catalogue
 from cache.activations import ActivationStore
 from cache.errors import NotFound, SaeError
-from cache.runs import Run
+from cache.runs import EVALUATION, LATENTS, Run
 from cache.tokens import TokenStore
 from pipeline import trained
-from pipeline.evaluate import LATENTS, RESULTS, EvalConfig, evaluate, judge_tokens
+from pipeline.evaluate import EvalConfig, evaluate, judge_tokens
 from pipeline.harvest import HarvestConfig, harvest
 from pipeline.language_model import LanguageModel
 from pipeline.metrics import DownstreamScores
@@ -345,7 +345,7 @@ def test_rows_are_judged_as_brute_force_does(gpt2: World, run: Run, rows: Any, d
 def test_the_results_are_what_was_promised(gpt2: World, run: Run) -> None:
     found = judged(gpt2, run)
     assert found.keys() == PROMISED
-    assert json.loads((run.path / RESULTS).read_text()) == found
+    assert json.loads((run.path / EVALUATION).read_text()) == found
     assert found["rows"] == len(row_places(gpt2.held_out, gpt2.lengths)) and found["tokens"] == len(counted(gpt2))
     assert all(isinstance(found[name], float | int) for name in PROMISED - {"details"})
     assert found["details"].keys() == {"dead_rows", "reconstruction", "sparsity", "downstream"}
@@ -400,11 +400,11 @@ def without(world: World, root: Path, *patterns: str) -> World:
     ],
 )
 def test_what_is_missing_is_named(gpt2: World, run: Run, tmp_path: Path, pattern: str, match: str) -> None:
-    before = (run.path / RESULTS).read_bytes() if (run.path / RESULTS).exists() else None
+    before = (run.path / EVALUATION).read_bytes() if (run.path / EVALUATION).exists() else None
     with pytest.raises(NotFound, match=match) as caught:
         judged(without(gpt2, tmp_path / "cache", pattern), run)
     assert "\n" not in str(caught.value)
-    assert ((run.path / RESULTS).read_bytes() if (run.path / RESULTS).exists() else None) == before
+    assert ((run.path / EVALUATION).read_bytes() if (run.path / EVALUATION).exists() else None) == before
 
 
 def test_a_run_that_has_not_finished(gpt2: World, tmp_path: Path) -> None:

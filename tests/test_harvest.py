@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ from small_stores import files
 from torch import Tensor
 
 from cache import activations, manifest
-from cache.activations import ActivationStore
+from cache.activations import ActivationStore, ActivationWriter
 from cache.errors import Busy, SaeError
 from cache.identity import canonical
 from cache.manifest import Manifest
@@ -38,6 +39,7 @@ from pipeline.harvest import HarvestConfig, HarvestResult, harvest
 from pipeline.language_model import SITES, LanguageModel, Point
 from pipeline.progress import Silent
 from pipeline.rows import RowRule
+from pipeline.windows import Passes
 
 KINDS = ("gpt2", "llama", "mistral")
 PROJECT = Path(__file__).resolve().parents[1]
@@ -142,6 +144,18 @@ def test_which_tokens_become_rows_can_be_chosen(tmp_path: Path, gpt2: Path, skip
     assert sorted(store.positions(0, store.n_rows)) == expected
 
 
+def test_tokens_and_positions_can_be_left_out(tmp_path: Path, gpt2: Path) -> None:
+    """In a store of its own: which tokens are rows is part of what a store is."""
+    tokens = made_up(9)
+    kept = token_store(tmp_path, tokens)
+    store = one(run(gpt2, tmp_path, kept, rows={"skip_tokens": [7, 9], "positions": [2, 12]}))
+    expected = [p for p in row_places(tokens) if 2 <= p % CONTEXT < 12 and tokens.flat[p] not in (7, 9)]
+    assert sorted(store.positions(0, store.n_rows)) == expected
+    assert store.key != one(run(gpt2, tmp_path, kept)).key
+    refused(r"^harvest.rows.skip_tokens = 99: the tokenizer of ", gpt2, tmp_path, kept, rows={"skip_tokens": [99]})
+    refused(r"no token of it becomes a row", gpt2, tmp_path, kept, rows={"positions": [CONTEXT, CONTEXT + 1]})
+
+
 def test_padding_is_never_a_row(tmp_path: Path, models: dict[str, Path]) -> None:
     """Padded by begin tokens, as the tokenizer does, and kept in by nothing but the lengths."""
     tokens, lengths = made_up(20), np.random.default_rng(1).integers(2, CONTEXT + 1, 20)
@@ -217,29 +231,27 @@ def test_a_grown_harvest_equals_one_harvest(tmp_path: Path, gpt2: Path, codec: s
     assert everything(grown) == everything(tmp_path / "whole")
 
 
-def test_every_batch_has_one_shape(tmp_path: Path, gpt2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also the last of a token store that is still growing: a model's rounding depends on the batch's shape."""
-    shapes = set()
+def test_the_batches_of_a_window_are_its_own(tmp_path: Path, gpt2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's rounding depends on the batch's shape, so no batch may know where a growing token store ended then."""
+    seen: list[np.ndarray] = []
     activate = LanguageModel.activations
 
-    def seen(self: LanguageModel, tokens: Tensor, points: list[Point]) -> dict[Point, Tensor]:
-        shapes.add(tokens.shape)
+    def noted(self: LanguageModel, tokens: Tensor, points: list[Point]) -> dict[Point, Tensor]:
+        seen.append(tokens.numpy().copy())
         return activate(self, tokens, points)
 
+    monkeypatch.setattr(LanguageModel, "activations", noted)
     settings = {"batch_tokens": 12 * CONTEXT}
-    growing = token_store(tmp_path, made_up(35)[:16], ended=False)
-    monkeypatch.setattr("pipeline.harvest._Job._tokens_per_second", lambda _: 1e3)
-    monkeypatch.setattr(LanguageModel, "activations", seen)
-    grown = (
-        run(gpt2, tmp_path, growing, **settings),
-        run(gpt2, tmp_path, token_store(tmp_path, made_up(35)), **settings),
-    )
-    few = run(gpt2, tmp_path / "few", token_store(tmp_path / "few", made_up(5)), **settings)
-    assert shapes == {(12, CONTEXT)}
-    for contexts, result in ((35, grown[1]), (5, few)):
-        store, plain = one(result), plain_values(gpt2, made_up(contexts))[1, "mlp_out"]
-        expected = plain[store.positions(0, store.n_rows)]
-        torch.testing.assert_close(store.rows(0, store.n_rows), expected, rtol=1e-5, atol=2e-6)
+    tokens = made_up(70)
+    store = one(run(gpt2, tmp_path / "whole", token_store(tmp_path / "whole", tokens), **settings))
+    whole, seen = seen, []
+    run(gpt2, tmp_path, token_store(tmp_path, tokens[:16], ended=False), **settings)
+    run(gpt2, tmp_path, token_store(tmp_path, tokens), **settings)
+    assert len(whole) == len(seen)
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(seen, whole, strict=True))
+    assert max(map(len, seen)) <= 12
+    # nothing is computed but the context that straddles two windows, and that twice
+    assert sum(map(len, seen)) <= 70 + len(store.manifest.windows) - 1
 
 
 def test_fewer_tokens_than_are_there_change_nothing(tmp_path: Path, gpt2: Path) -> None:
@@ -314,7 +326,7 @@ def test_stopped_inside_the_model_and_repeated(tmp_path_factory: pytest.TempPath
         run(gpt2, root, tokens, **SITE_PAIR)
         assert everything(root) == everything(whole), batches
     assert sizes == {0, 32, 64, 128}
-    assert batches >= 8
+    assert batches >= 6
 
 
 @pytest.mark.parametrize(("sites", "stride"), [(["mlp_out"], 1), (["mlp_out", "resid_pre"], 3)])
@@ -340,6 +352,38 @@ def test_killed_at_every_step_of_writing(
         run(gpt2, root, tokens, site=sites)
         assert everything(root) == everything(whole), stop
     assert stop > 20 * len(sites)
+
+
+def test_a_window_is_written_while_the_next_is_computed(
+    tmp_path: Path, gpt2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for window 0, whose columns the others are coded by; and never two at a time."""
+    append, compute = ActivationWriter.append, Passes.compute
+    computing: list[int] = []
+    writing: list[int] = []
+    begun = threading.Condition()
+
+    def noted(self: Passes, task: Any, *args: Any) -> Any:
+        with begun:
+            computing.append(task.window)
+            begun.notify_all()
+        return compute(self, task, *args)
+
+    def waiting(self: ActivationWriter, arrays: Any, notes: Any) -> Any:
+        window = len(self.store.manifest.windows)
+        writing.append(window)
+        if 0 < window < 4:
+            with begun:
+                assert begun.wait_for(lambda: window + 1 in computing, timeout=60)
+        done = append(self, arrays, notes)
+        assert max(computing) <= window + 1
+        writing.remove(window)
+        assert not writing
+        return done
+
+    monkeypatch.setattr(Passes, "compute", noted)
+    monkeypatch.setattr(ActivationWriter, "append", waiting)
+    assert len(one(run(gpt2, tmp_path, token_store(tmp_path, made_up(20)))).manifest.windows) == 5
 
 
 ENDLESS = """

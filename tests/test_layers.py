@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMAND_LINE = ("cli", "cli_cache", "cli_options")
+COMMAND_LINE = ("cli", "cli_cache", "cli_upkeep", "cli_runs", "cli_options")
 OURS = ("cache", "configs", "pipeline", "console", *COMMAND_LINE)
 STAGES = ("pipeline.tokenize", "pipeline.harvest", "pipeline.train", "pipeline.evaluate")
-OVERVIEWS = ("pipeline.choices", "pipeline.demo")  # what lists everything there is, and what runs all of it
+# what lists everything there is, what runs all of it, what runs one stage many times, and what makes things again
+OVERVIEWS = ("pipeline.choices", "pipeline.demo", "pipeline.sweep", "pipeline.repair")
 
 
 def modules() -> dict[str, Path]:
@@ -80,18 +81,22 @@ def test_there_is_something_to_look_at() -> None:
 
 # package -> what of ours it may import, and which packages of others (None: any)
 ARROWS: dict[str, tuple[tuple[str, ...], set[str] | None]] = {
-    "cache": (("cache",), {"numpy", "numcodecs", "google_crc32c", "safetensors", "torch"}),
+    "cache": (("cache",), {"numpy", "numcodecs", "google_crc32c", "safetensors", "torch", "upath", "zarr"}),
     "configs": (("configs", "cache.errors"), {"pydantic", "yaml"}),
     "console": ((), {"rich"}),
     "pipeline.saes": (("pipeline.saes",), {"torch", "pydantic"}),
-    "pipeline.metrics": (("pipeline.metrics",), {"torch", "numpy"}),
+    "pipeline.metrics": (("pipeline.metrics",), {"torch", "numpy", "scipy"}),
     "pipeline.sources": (("pipeline.sources", "pipeline.network", "cache.errors"), None),
     "pipeline.language_model": (
         ("pipeline.language_model", "pipeline.network", "pipeline.embedded", "pipeline.devices", "cache.errors"), None,
     ),
-    "cli_options": (("cache.errors", "configs"), {"typer", "platformdirs"}),
-    "cli_cache": (("cache", "console", "cli_options"), {"typer"}),
-    "cli": (("cache", "configs", "console", "pipeline", "cli_options", "cli_cache"), {"typer"}),
+    "cli_options": (("cache.errors", "cache.places", "cache.store", "configs"), {"typer", "platformdirs"}),
+    "cli_cache": (("cache", "console", "cli_options", "cli_upkeep"), {"typer"}),
+    "cli_upkeep": (("cache", "console", "pipeline.repair", "cli_options"), {"typer"}),
+    "cli_runs": (("cache", "console", "pipeline", "cli_options"), {"typer"}),
+    "cli": (
+        ("cache", "configs", "console", "pipeline", "cli_options", "cli_cache", "cli_upkeep", "cli_runs"), {"typer"},
+    ),
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ layouts = st.builds(
 
 def test_the_boundaries_of_activation_windows() -> None:
     boundaries = [WINDOWS.start(window) for window in range(9)]
-    assert boundaries == [0, 16_384, 32_768, 65_536, 131_072, 262_144, 524_288, 786_432, 1_048_576]
+    assert boundaries == [0, 16_384, 32_768, 65_536, 131_072, 262_144, 524_288, 1_048_576, 1_572_864]
     assert WINDOWS.bounds(4) == (131_072, 262_144)
 
 

@@ -13,10 +13,12 @@ from small_stores import few, files, shrunk, some
 
 from cache.errors import SaeError
 from cache.tokens import TokenStore
+from pipeline import encoding
 from pipeline import tokenize as stage
+from pipeline.packing import Packer, Place
 from pipeline.progress import Silent
 from pipeline.sources.base import Indexed
-from pipeline.tokenize import Packer, Place, TokenizeConfig, tokenize
+from pipeline.tokenize import TokenizeConfig, tokenize
 
 BEGIN = 0
 documents_st = st.lists(st.integers(1, 40), max_size=30)
@@ -26,7 +28,7 @@ documents_st = st.lists(st.integers(1, 40), max_size=30)
 def small() -> Iterator[None]:
     with shrunk() as patch:
         patch.setattr(stage, "BLOCK_DOCUMENTS", 7)
-        patch.setattr(stage, "PIECE_CHARACTERS", 50)
+        patch.setattr(encoding, "PIECE_CHARACTERS", 50)
         yield
 
 
@@ -137,7 +139,7 @@ class Texts:
         self.texts = texts
 
     def recipe(self) -> dict[str, Any]:
-        return {"kind": "texts"}
+        return {"source": "texts"}
 
     def open(self, state: dict[str, Any] | None = None) -> Indexed:
         return Indexed(self.texts, state)
@@ -156,6 +158,14 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(stage, "text_source", lambda *_, **__: Texts(made))
     monkeypatch.setattr(stage, "tokenizer", lambda *_, **__: Letters())
     return made
+
+
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, line: str) -> None:
+        self.lines.append(line)
 
 
 def config(**settings: Any) -> TokenizeConfig:
@@ -251,6 +261,17 @@ def test_what_is_asked_for_is_rounded_up(tmp_path_factory: Any, tokens: int, con
     assert store.n_tokens == contexts * context
 
 
+def test_documents_are_shuffled_by_bits_that_stay(tmp_path: Path, texts: list[str]) -> None:
+    """Blocks of seven documents, each in the order of raw PCG64 outputs seeded by the shuffle and the block."""
+    found = documents_in(tokenize(config(validation=0, seed=5), tmp_path, Silent()).stores["train"])
+    expected = []
+    for block in range(0, len(texts), 7):
+        bits = np.random.PCG64([5, block // 7]).random_raw(len(texts[block : block + 7]))
+        expected += [texts[block + i] for i in sorted(range(len(bits)), key=lambda i: bits[i])]
+    assert found[:-1] == expected[: len(found) - 1]
+    assert np.random.PCG64([5, 1]).random_raw(2).tolist() == [14281546376153053393, 8683300866460616067]
+
+
 def test_a_larger_validation_share_is_another_store(tmp_path: Path, texts: list[str]) -> None:
     keys = [tokenize(config(**{"tokens": 8, **one}), tmp_path, Silent()).stores["train"].key for one in (
         {"tokens": 16}, {"validation": 0.3}, {"seed": 1}, {"packing": "document"}, {"context": 9},
@@ -271,8 +292,9 @@ def test_too_little_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(SaeError, match="holds less than one context of 8 tokens; try a smaller --context"):
         tokenize(config(validation=0), tmp_path, Silent())
     monkeypatch.setattr(stage, "text_source", lambda *_, **__: Texts(["abcdefghijklmn"]))
-    with pytest.raises(SaeError, match="no document fell to the validation split"):
-        tokenize(config(validation=0.0001), tmp_path, Silent())
+    assert list(tokenize(config(validation=1e-9), tmp_path, notes := Notes()).stores) == ["train"]
+    assert "no validation store: the documents of --source fineweb that fell to it (1e-09 of all)" in notes.lines[-1]
+    assert len(list((tmp_path / "tokens").glob("*"))) == 1  # nor the beginning of one
 
 
 def test_the_vocabulary_is_kept(tmp_path: Path, texts: list[str]) -> None:

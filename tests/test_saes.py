@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ValidationError
-from saes_kit import CASES, B, D, M, batches, made, one_thread, settings, train
+from saes_kit import CASES, B, D, GroundTruth, M, batches, made, one_thread, settings, train
 from torch import Tensor
 
 from pipeline import saes
@@ -99,12 +100,13 @@ def test_shapes_and_start(config: saes.Config, d_out: int | None) -> None:
     assert sae.decode(active).shape == sae(x).shape == (B, width)
     losses = sae.loss(x, y)
     torch.testing.assert_close(losses.x_hat, sae(x))
-    torch.testing.assert_close(sae.decode(saes.Latents.of_dense(active.dense())), sae(x))
+    torch.testing.assert_close(sae.decode(replace(active, values=active.dense(), entries=None)), sae(x))
     if d_out is None:
         assert torch.equal(sae.W_enc_rows, sae.W_dec)
-    if config.input_scale == "rms":
+    if config.input_scale in ("rms", "unit"):
         mean_square = (x * sae.scale).square().sum(1).mean()
-        torch.testing.assert_close(mean_square, torch.tensor(float(D)), rtol=1e-5, atol=0)
+        expected = torch.tensor(1.0 if config.input_scale == "unit" else float(D))
+        torch.testing.assert_close(mean_square, expected, rtol=1e-5, atol=0)
     with pytest.raises(ValueError, match="target"):
         sae.loss(x, x if d_out is None else None)
 
@@ -118,8 +120,10 @@ def test_terms_add_up_exactly_and_loss_changes_nothing(config: saes.Config, d_ou
     assert total.item() == sum(losses.terms.values()).item()
     assert all(term.shape == () for term in losses.terms.values())
     assert all(torch.equal(before[name], tensor) for name, tensor in sae.state_dict().items())
-    scale = sae.target_scale
-    error = ((x if y is None else y) * scale - losses.reconstruction).square().sum(1).mean()
+    wanted = (x if y is None else y) * sae.target_scale
+    if config.input_scale == "per_token" and y is None:
+        wanted = (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-5)
+    error = (wanted - losses.reconstruction).square().sum(1).mean()
     if config.reduction == "sum_d":
         torch.testing.assert_close(losses.terms["reconstruction"], error)
 
@@ -198,7 +202,7 @@ def test_under_autocast_the_loss_and_gradients_stay_close_and_float32(config: sa
 
 def test_unit_rows_after_every_step_and_in_what_is_saved(config: saes.Config, d_out: int | None) -> None:
     sae = made(config, d_out)
-    if config.decoder_norm == "free":
+    if config.decoder_norm != "unit":
         train(sae, batches(d_out, 2), lr=0.1)
         assert not unit(sae.W_dec)
         return
@@ -222,6 +226,16 @@ def test_loss_falls_on_planted_data(config: saes.Config, d_out: int | None) -> N
     assert sum(history[-5:]) < 0.7 * sum(history[:5])
 
 
+def test_loss_falls_on_synthetic_ground_truth(config: saes.Config) -> None:
+    truth = GroundTruth(D, 24, active=3, groups=4)
+    sae = saes.create(config, D)
+    sae.initialise(truth(512))
+    history = [
+        losses.terms["reconstruction"].item() for losses in train(sae, ((truth(B), None) for _ in range(40)), 1e-2)
+    ]
+    assert sum(history[-5:]) < 0.8 * sum(history[:5])
+
+
 def test_the_seed_decides_everything(config: saes.Config, d_out: int | None) -> None:
     one, same, other = (made(config, d_out, seed=seed) for seed in (3, 3, 4))
     for sae in (one, same, other):
@@ -239,6 +253,7 @@ def test_state_dict_resumes_bit_exactly(config: saes.Config) -> None:
     train(straight, iter(data[3:]), optimizer=optimizer)
 
     resumed = saes.create(config, D, seed=9)
+    resumed.seed = straight.seed
     resumed.load_state_dict(weights)
     optimizer = torch.optim.Adam(resumed.parameters(), lr=1.0, fused=True)
     optimizer.load_state_dict(moments)
@@ -260,11 +275,12 @@ def test_fold_and_export_are_the_function_that_was_trained(config: saes.Config, 
         torch.testing.assert_close(other.encode(x).dense() * sae.target_scale, latents, rtol=1e-4, atol=1e-5)
     assert all(t.is_contiguous() for t in tensors.values())
     assert tensors["W_enc"].shape == (D, M) and tensors["W_dec"].shape == (M, d_out or D)
-    assert sae.scale != 1 or config.input_scale == "none"
+    assert sae.scale != 1 or config.input_scale in ("none", "per_token")
     with pytest.raises(ValueError, match="nonesuch"):
         type(sae).from_tensors(sae.config, tensors | {"nonesuch": x}, transcoder=d_out is not None)
+    less = {name: tensor for name, tensor in tensors.items() if name != "b_dec"}
     with pytest.raises(ValueError, match="lack b_dec"):
-        type(sae).from_tensors(sae.config, {name: t for name, t in tensors.items() if name != "b_dec"})
+        type(sae).from_tensors(sae.config, less, transcoder=d_out is not None)
     if d_out not in (None, D):
         with pytest.raises(ValueError, match="transcoder"):
             type(sae).from_tensors(sae.config, tensors)
@@ -277,7 +293,7 @@ def test_saelens_config_has_what_its_loader_needs(config: saes.Config, d_out: in
         described
     )
     assert (described["d_in"], described["d_sae"], described["dtype"]) == (D, M, "float32")
-    assert described["normalize_activations"] == "none"
+    assert described["normalize_activations"] == ("layer_norm" if config.input_scale == "per_token" else "none")
     assert described["apply_b_dec_to_input"] == (config.pre_encoder_bias and d_out is None)
     assert described.get("d_out") == d_out
 

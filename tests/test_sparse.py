@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.saes import auxk, encoder, initial, latents, sparse
@@ -27,7 +30,7 @@ def pattern(kind: str) -> Entries:
         return Entries.per_row(made(B, M).topk(3, dim=1).indices, M)
     counts = torch.tensor([0, 4, 0, 1, 2, 0]) if kind == "ragged" else torch.zeros(B, dtype=torch.int64)
     rows = [made(M, seed=row).topk(int(count)).indices for row, count in enumerate(counts)]
-    return Entries.ragged(torch.cat(rows), counts, M)
+    return Entries(torch.cat(rows), counts.cumsum(0) - counts, M)
 
 
 def dense(entries: Entries, values: Tensor) -> Tensor:
@@ -72,7 +75,7 @@ def test_nothing_is_computed_for_an_input_that_asks_for_no_gradient(
     activate: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pre = Preactivations(made(B, D_IN), made(D_IN), made(M, D_IN, grad=True), made(M, grad=True))
-    chosen = pre.topk(2) if activate == "topk" else pre.positive()
+    chosen = pre.topk(2) if activate == "topk" else pre.above(0.0)
     monkeypatch.setattr(sparse, "mix_rows", None)  # the input's gradient would need it
     chosen.values.sum().backward()
     assert pre.weight.grad is not None and pre.x.grad is None
@@ -96,6 +99,69 @@ def test_topk_is_torchs_over_any_number_of_blocks(batch: int) -> None:
     assert torch.equal(found.indices.gather(1, order), expected.indices)
 
 
+@given(
+    rows=st.integers(1, 5), k=st.integers(1, 6), groups=st.integers(1, 12), levels=st.integers(1, 40),
+    seed=st.integers(0, 99), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+)  # fmt: skip
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_the_quick_topk_is_torchs(rows: int, k: int, groups: int, levels: int, seed: int, dtype: torch.dtype) -> None:
+    """With many ties, with negative numbers, where it applies and where it does not."""
+    generator = torch.Generator().manual_seed(seed)
+    p = (torch.randint(-levels, levels, (rows, 32 * groups), generator=generator) / 3).to(dtype)
+    values, indices = encoder._row_topk(p, k)
+    assert torch.equal(values.sort(dim=1, descending=True).values, p.topk(k, dim=1).values)
+    assert torch.equal(p.gather(1, indices), values)
+    assert all(len(set(row)) == k for row in indices.tolist())
+
+
+@given(
+    bound=st.floats(-3, 3), seed=st.integers(0, 99), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    or_equal=st.booleans(), levels=st.integers(1, 9),
+)  # fmt: skip
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_where_is_the_comparison(bound: float, seed: int, dtype: torch.dtype, or_equal: bool, levels: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    p = (torch.randint(-levels, levels, (5, 7), generator=generator) / 3).to(dtype)
+    p[0, 0], p[0, 1] = -0.0, 0.0
+    for limit in (0.0, torch.as_tensor(bound).to(dtype).item(), torch.full((7,), bound)):
+        other = torch.as_tensor(limit, dtype=dtype)
+        expected = p >= other if or_equal else p > other
+        assert torch.equal(encoder._where(p, limit, or_equal=or_equal), expected.view(-1).nonzero().view(-1))
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("guess", [None, 0.0, 1e9])
+@pytest.mark.parametrize("count", [1, 7, 20, B * M])
+def test_largest_is_torchs_whatever_the_guess(guess: float | None, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over blocks, with a bound that is too low and one that is too high."""
+    if guess is not None:
+        monkeypatch.setattr(encoder, "_bound", lambda p, share: guess)
+    x, centre, weight, bias = made(B, D_IN), made(D_IN, seed=1), made(M, D_IN, seed=2), made(M, seed=3)
+    found = Preactivations(x, centre, weight, bias).largest(count)
+    p = ((x - centre) @ weight.T + bias).relu().flatten()
+    top = p.topk(count)
+    expected = torch.zeros_like(p).index_copy(0, top.indices, top.values).view(B, M)
+    torch.testing.assert_close(found.dense(), expected)
+    assert found.entries is not None and (found.values > 0).all()
+    assert found.values.numel() == min(count, int((p > 0).sum()))
+
+
+def test_the_quick_topk_lets_what_is_no_number_through() -> None:
+    """So that the loss is no number either, and somebody notices."""
+    p = torch.randn(3, 128)
+    p[1] = torch.nan
+    values, _ = encoder._row_topk(p, 2)
+    assert values.isnan().any(dim=1).tolist() == [False, True, False]
+
+
+def test_the_sample_leaves_out_no_latent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stride that shares a factor with the width would see some latents only."""
+    monkeypatch.setattr(encoder, "SAMPLE", 96)
+    p = torch.zeros(96, 12)
+    p[:, 5] = 1.0
+    assert encoder._bound(p, 1e-3) == 1.0 and encoder._bound(p, 1 / 2) == 0.0
+
+
 def test_ties_keep_exactly_k() -> None:
     pre = Preactivations(torch.ones(4, D_IN), torch.zeros(D_IN), torch.ones(M, D_IN), torch.zeros(M))
     found = pre.topk(3)
@@ -105,14 +171,14 @@ def test_ties_keep_exactly_k() -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_positive_is_the_same_by_either_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_above_is_the_same_by_either_path(monkeypatch: pytest.MonkeyPatch) -> None:
     table, results = made(M, D_OUT, seed=4), []
     for limit in (1.0, -1.0):
         monkeypatch.setattr(encoder, "SPARSE_BELOW", limit)
         x, centre, weight, bias = (
             made(*shape, seed=seed, grad=True) for seed, shape in enumerate(((B, D_IN), (D_IN,), (M, D_IN), (M,)))
         )
-        found = Preactivations(x, centre, weight, bias).positive()
+        found = Preactivations(x, centre, weight, bias).above(0.0).map(Tensor.relu)
         assert (found.entries is None) == (limit < 0)
         (latents.decode(found, table).square().sum() + found.total().sum()).backward()
         results.append([found.dense().detach(), *(leaf.grad for leaf in (x, centre, weight, bias))])
@@ -210,7 +276,7 @@ def test_geometric_median() -> None:
 
 @pytest.mark.parametrize("sample", [torch.zeros(4, 3), torch.full((4, 3), torch.nan)])
 def test_rows_without_a_scale_are_refused(sample: Tensor) -> None:
-    with pytest.raises(ValueError, match="input_scale: rms"):
+    with pytest.raises(ValueError, match="input_scale: a scale needs"):
         initial.rms_scale(sample)
 
 

@@ -15,7 +15,9 @@ import zstandard
 from small_stores import (
     CHUNK,
     CONTEXT,
+    N,
     activation_recipe,
+    closed_store,
     heavy_rows,
     shrunk,
     token_recipe,
@@ -25,6 +27,7 @@ from small_stores import (
 )
 
 from cache import activations, tokens
+from cache import store as store_module
 from cache.activations import CHUNK_BYTES, ActivationStore
 from cache.arrays import NAMES, ArraySpec
 from cache.errors import DamagedStore, NotFound, SaeError
@@ -35,7 +38,6 @@ from cache.tokens import TokenStore, TokenWriter
 REAL_WINDOWS, REAL_CHUNK_ROWS = activations.WINDOWS, activations.CHUNK_ROWS
 REAL_WINDOW_CHUNKS, REAL_CHUNK_TOKENS = tokens.WINDOW_CHUNKS, tokens.CHUNK_TOKENS
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "cache-format.md"
-N = 5 * CHUNK + 3
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -46,10 +48,7 @@ def small() -> Iterator[None]:
 
 @pytest.fixture(params=["tokens", "activations"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    """A closed store of four windows, the last one short."""
-    if request.param == "tokens":
-        return write_tokens(tmp_path, N, ended=True)
-    return write_activations(tmp_path, heavy_rows(N, 7), ended=True)
+    return closed_store(request.param, tmp_path)
 
 
 # --- the format, read by the page alone ----------------------------------------------------------------------------
@@ -66,8 +65,9 @@ def compact(content: Any) -> str:
 def read_by_the_page(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The recipe and every array of a store, with nothing of ours: json, NumPy, zstd, crc32c."""
     head = json.loads((folder / "recipe.json").read_text())
-    assert head["format"] == 1
+    assert head["format"] == 2
     assert folder.name == f"{head['slug']}-{hashlib.sha256(compact(head['recipe']).encode()).hexdigest()[:8]}"
+    assert head.pop("crc") == crc(compact(head).encode())
     rows, listed = 0, {}
     for line in (folder / "manifest.jsonl").read_text().splitlines():
         sealed = json.loads(line)
@@ -92,6 +92,9 @@ def read_by_the_page(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray
         arrays[name] = np.concatenate(parts)[: metadata["shape"][0]]
         padding = np.concatenate(parts)[metadata["shape"][0] :].astype(np.float64)
         np.testing.assert_array_equal(padding, np.full_like(padding, float(metadata["fill_value"])))
+    if head["kind"] == "tokens":
+        stored = (folder / "vocabulary.json").read_bytes()
+        assert listed.pop("vocabulary.json") == [len(stored), crc(stored)]
     assert not listed
     assert {len(array) for name, array in arrays.items() if not name.startswith("col_")} == {rows}
     return head["recipe"], arrays
@@ -173,10 +176,19 @@ def test_what_is_no_store(tmp_path: Path, store: Store) -> None:
         type(store)(renamed)
 
 
-def test_a_future_format_is_named(store: Store) -> None:
-    path = store.path / RECIPE
-    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(SaeError, match="format 2, this version reads 1; use the version that wrote it"):
+def test_a_future_format_is_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "FORMAT", 3)
+    (store.path / RECIPE).write_bytes(store_module.head_bytes(store.kind, store.slug, store.recipe))
+    monkeypatch.undo()
+    with pytest.raises(SaeError, match="format 3, this version reads 2; use the version that wrote it"):
+        type(store)(store.path)
+
+
+def test_the_format_before_is_named(store: Store) -> None:
+    head = json.loads((store.path / RECIPE).read_bytes())
+    del head["crc"]  # it had none
+    (store.path / RECIPE).write_text(json.dumps({**head, "format": 1}, indent=2))
+    with pytest.raises(SaeError, match="format 1, this version reads 2; use the version that wrote it"):
         type(store)(store.path)
 
 

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from small_stores import CHUNK, CONTEXT, shrunk, some, token_recipe, window_arrays, write_activations, write_tokens
+from small_tokens import VOCABULARY_OF_TESTS
 
 from cache import tokens
-from cache.errors import DamagedStore, SaeError
+from cache.errors import DamagedStore, NotFound
 from cache.tokens import VOCABULARY, TokenStore, TokenWriter, contexts_per_chunk, sibling, tokens_root
 
 REAL_CHUNK_TOKENS = tokens.CHUNK_TOKENS
@@ -77,8 +78,36 @@ def test_the_vocabulary_is_bytes(tmp_path: Path) -> None:
     with pytest.raises(DamagedStore, match=r"vocabulary\.json: is not what was written; tokenize again"):
         store.vocabulary()
     path.unlink()
-    with pytest.raises(SaeError, match=r"vocabulary\.json: cannot be read"):
+    with pytest.raises(NotFound, match=r"vocabulary\.json: not there; tokenize again"):
         store.vocabulary()
+
+
+def test_the_vocabulary_is_committed_with_the_first_window(tmp_path: Path) -> None:
+    store = write_tokens(tmp_path, CHUNK)
+    path, data = store.path / VOCABULARY, (store.path / VOCABULARY).read_bytes()
+    assert VOCABULARY in list(store.committed_files())
+    assert store.vocabulary() == VOCABULARY_OF_TESTS
+    for damaged in (data.replace(b"t1", b"t2"), b"", None):
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        assert str(path) in str(store.damage(VOCABULARY))
+        with pytest.raises(DamagedStore, match=r"vocabulary\.json: (damaged|missing)"):
+            store.vocabulary()
+        write_tokens(tmp_path, CHUNK)  # repeating the command restores it
+        assert path.read_bytes() == data
+    with TokenWriter(tmp_path, store.slug, store.recipe) as writer:
+        writer.write_vocabulary([b"another"])
+    assert path.read_bytes() == data
+
+
+def test_a_store_that_lists_no_vocabulary(tmp_path: Path) -> None:
+    """As version 0.1.0 made them."""
+    recipe = token_recipe()
+    with TokenWriter(tmp_path, "a", recipe) as writer:
+        writer.append(window_arrays(recipe, 0, CHUNK), {})
+        writer.write_vocabulary([b"late"])
+    store = TokenStore(writer.path)
+    assert VOCABULARY not in list(store.committed_files())
+    assert store.vocabulary() == [b"late"]
 
 
 def test_siblings(tmp_path: Path) -> None:

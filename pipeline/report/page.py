@@ -22,13 +22,11 @@ from safetensors.numpy import load_file
 
 from cache.durable import write_atomic
 from cache.errors import DamagedStore
-from cache.runs import CONFIG, Run
+from cache.runs import CONFIG, EVALUATION, FEATURES, LATENTS, Run
 from pipeline.report.charts import Series, framed, line_chart, number
 from pipeline.report.contexts import LEVELS, features_html
 from pipeline.report.examples import Features
 from pipeline.report.scores import density_html, scores_html, tree
-
-EVALUATION, LATENTS, FEATURES = "eval/eval.json", "eval/latents.safetensors", "eval/features.json"
 
 
 class Found(NamedTuple):

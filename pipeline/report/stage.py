@@ -5,12 +5,12 @@ from pathlib import Path
 from cache import catalogue
 from cache.activations import ActivationStore
 from cache.errors import NotFound, SaeError
-from cache.runs import Run
+from cache.runs import FEATURES, Run
 from cache.tokens import TokenStore
 from pipeline import devices, trained
 from pipeline.progress import Progress
 from pipeline.report.features import FeaturesConfig, find_features
-from pipeline.report.page import FEATURES, write_report
+from pipeline.report.page import write_report
 
 REPORT = "report.html"
 

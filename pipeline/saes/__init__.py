@@ -17,6 +17,7 @@ from .base import ARCHITECTURES, SAE, register
 from .config import FINISHED, Clock, Config
 from .latents import Latents
 from .losses import Losses
+from .revival import NoRevival, Reinitialise, Resample, inequality, reinitialise, resample
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
@@ -35,9 +36,15 @@ __all__ = [
     "Config",
     "Latents",
     "Losses",
+    "NoRevival",
+    "Reinitialise",
+    "Resample",
     "create",
+    "inequality",
     "parse",
     "register",
+    "reinitialise",
+    "resample",
 ]
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Self
+import math
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+BiasStart = Literal["none", "zeros", "mean", "geometric_median"]
+InputScale = Literal["rms", "unit", "per_token", "none"]
+Reduction = Literal["sum_d", "mean_d", "fvu"]
 
 
 class Config(BaseModel):
@@ -19,24 +24,31 @@ class Config(BaseModel):
         description="starting weights, the encoder being the decoder's transpose: random unit directions (tied), "
         "Kaiming- or Xavier-uniform entries, orthogonal rows, or directions of norm 0.1 (april: free decoder only)",
     )
-    decoder_norm: Literal["unit", "free"] = Field(
-        "unit", description="decoder rows: brought back to norm 1 after every step, or left free"
+    decoder_norm: Literal["unit", "free", "none"] = Field(
+        "unit",
+        description="decoder rows: brought back to norm 1 after every step (unit), left free with penalties that weigh "
+        "a latent by its row's norm (free), or left free with any penalty (none)",
     )
-    b_dec_init: Literal["none", "zeros", "mean", "geometric_median"] = Field(
+    b_dec_init: BiasStart = Field(
         "geometric_median", description="start of the decoder bias, from a sample of the targets; none: no such bias"
     )
     pre_encoder_bias: bool = Field(
         True, description="subtract the decoder bias from the input before encoding (a transcoder never does)"
     )
     encoder_bias: bool = Field(True, description="learn a bias per latent, added before the activation function")
-    input_scale: Literal["rms", "none"] = Field(
-        "rms", description="rms: train on the inputs times one number, so that their mean squared norm is their width"
+    input_scale: InputScale = Field(
+        "rms",
+        description="train on the inputs times one number, so that their mean squared norm is their width (rms) or 1 "
+        "(unit); on each row less its mean and over its standard deviation (per_token); or as they are (none)",
     )
-    reduction: Literal["sum_d", "mean_d", "fvu"] = Field(
+    reduction: Reduction = Field(
         "sum_d",
         description="squared error of a row: summed over features, averaged over them, or over the batch's variance",
     )
     dead_after: int = Field(1_000_000, ge=1, description="rows without firing after which a latent counts as dead")
+    ghost_grads: bool = Field(
+        False, description="let dead latents explain the residual through exp(p), scaled to the reconstruction's loss"
+    )
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:
@@ -45,6 +57,11 @@ class Config(BaseModel):
         if self.b_dec_init == "none" and self.pre_encoder_bias:
             raise ValueError("pre_encoder_bias: true needs a decoder bias, b_dec_init: none has none; set it false")
         return self
+
+
+def other_default(name: str, value: object) -> Any:
+    """The common field `name` with another default, for an architecture's Config to declare again."""
+    return Field(value, description=Config.model_fields[name].description)
 
 
 class Clock(NamedTuple):
@@ -60,5 +77,16 @@ FINISHED = Clock(2**62, 2**62)
 
 def ramp(length: float, clock: Clock) -> float:
     """A linear warm-up from 0 to 1 over `length` steps, or, for a length below 1, over that share of all steps."""
-    steps = length * clock.steps if length < 1 else length
+    steps = steps_of(length, clock)
     return 1.0 if clock.step >= steps else clock.step / steps
+
+
+def anneal(start: float, end: float, length: float, clock: Clock) -> float:
+    """A quarter-cosine from start to end over `length` steps (or a share of them, as in `ramp`), then end."""
+    steps = steps_of(length, clock)
+    return end if clock.step >= steps else end + (start - end) * math.cos(math.pi * clock.step / (2 * steps))
+
+
+def steps_of(length: float, clock: Clock) -> float:
+    """A length in steps: as it is from 1 on, below it a share of all steps."""
+    return length * clock.steps if length < 1 else length

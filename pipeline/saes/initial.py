@@ -61,5 +61,7 @@ def rms_scale(points: Tensor) -> Tensor:
     """The number c for which the rows [n, d] times c have mean squared norm d. Zero data has none: ValueError."""
     mean_square = points.double().square().mean()
     if not (mean_square > 0 and torch.isfinite(mean_square)):
-        raise ValueError(f"input_scale: rms needs finite rows, not all zero, but their mean square is {mean_square}")
+        raise ValueError(
+            f"input_scale: a scale needs finite rows, not all zero, but their mean square is {mean_square}"
+        )
     return mean_square.rsqrt()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,18 +13,40 @@ from . import sparse
 from .sparse import Entries
 
 
+class Frame(NamedTuple):
+    """What a row was before it was standardised: its mean and its standard deviation, both [B, 1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> Frame:
+        """The frame of rows [B, d], a little off zero (SAELens' `layer_norm` to the letter)."""
+        return cls(x.mean(1, keepdim=True), x.std(1, keepdim=True) + 1e-5)
+
+    def enter(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+    def leave(self, x: Tensor) -> Tensor:
+        return x * self.std + self.mean
+
+
 @dataclass(frozen=True, eq=False)
 class Latents:
     """Latent activations of B rows.
 
     values: [B, k] when every row has k entries, [n] when the number varies, [B, d_sae] when dense.
     entries: where the values sit, or None when dense.
+    before: laid out as `values`, the pre-activations they were made from, where an architecture's loss needs them.
+    frame: of the rows they were encoded from, where those were standardised one by one.
     An entry may hold the value 0 (TopK followed by ReLU): it counts as not firing everywhere here.
     """
 
     values: Tensor
     entries: Entries | None
     d_sae: int
+    before: Tensor | None = None
+    frame: Frame | None = None
 
     @classmethod
     def of_rows(cls, values: Tensor, indices: Tensor, d_sae: int) -> Latents:
@@ -49,7 +72,13 @@ class Latents:
         return replace(self, values=function(self.values))
 
     def detach(self) -> Latents:
-        return self.map(Tensor.detach)
+        return replace(self, values=self.values.detach(), before=None)
+
+    def each(self, weights: Tensor) -> Tensor:
+        """Numbers of latents [d_sae] at the entries: of the shape of `values`, or broadcasting to it."""
+        if self.entries is None:
+            return weights
+        return weights.index_select(0, self.entries.indices).view(self.values.shape)
 
     def dense(self) -> Tensor:
         """[B, d_sae], differentiable in the values."""
@@ -74,7 +103,7 @@ class Latents:
             return _per_row(self, self.values)
         if self.entries is None:
             return self.values @ weights
-        return _per_row(self, self.values * weights[self.entries.indices].view(self.values.shape))
+        return _per_row(self, self.values * self.each(weights))
 
 
 def _per_row(latents: Latents, values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .config import Clock
 from .encoder import Preactivations
-from .latents import Latents
+from .latents import Frame, Latents
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +25,7 @@ class Losses:
     latents: Latents
     reconstruction: Tensor
     target_scale: Tensor
+    clock: Clock
 
     @property
     def total(self) -> Tensor:
@@ -33,7 +34,12 @@ class Losses:
 
     @property
     def x_hat(self) -> Tensor:
-        return self.reconstruction / self.target_scale
+        return in_data_units(self.reconstruction, self.target_scale, self.latents.frame)
+
+
+def in_data_units(reconstruction: Tensor, target_scale: Tensor, frame: Frame | None) -> Tensor:
+    """[B, d_out] out of the space the loss is taken in."""
+    return reconstruction / target_scale if frame is None else frame.leave(reconstruction)
 
 
 class Batch(NamedTuple):

@@ -39,10 +39,11 @@ class Entries:
         starts = torch.arange(batch, device=indices.device) * k
         return cls(indices.reshape(-1), starts, d_sae)
 
-    @classmethod
-    def ragged(cls, indices: Tensor, counts: Tensor, d_sae: int) -> Entries:
-        """A varying number of entries: indices [n] row after row, counts [B] of them in each row."""
-        return cls(indices, counts.cumsum(0) - counts, d_sae)
+    def regrouped(self, starts: Tensor) -> Entries:
+        """The same entries cut into other rows, which share the ordering by latent: starts int64 [B']."""
+        other = Entries(self.indices, starts, self.d_sae)
+        other.__dict__["by_latent"] = self.by_latent
+        return other
 
     @property
     def batch(self) -> int:

@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self, final
+from typing import Any, Literal, final
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
-from .auxk import auxk_loss, default_k
 from .base import SAE, register
-from .config import Config
+from .config import Clock
 from .encoder import Preactivations
+from .fixed_k import FixedKConfig, auxk_term
 from .latents import Latents
 from .losses import Batch
 
 
-class TopKConfig(Config):
+class TopKConfig(FixedKConfig):
     """TopK with AuxK."""
 
     arch: Literal["topk"] = Field("topk", description="architecture")
-    k: int = Field(32, ge=1, description="latents kept per input")
-    aux_coefficient: float = Field(
-        1 / 32, ge=0, description="weight of AuxK, in which dead latents reconstruct the residual; 0: off"
-    )
-    aux_k: int | None = Field(
-        None, ge=1, description="dead latents AuxK uses per input; unset: half the width, rounded to a power of two"
-    )
-
-    @model_validator(mode="after")
-    def _k_fits(self) -> Self:
-        if self.k > self.d_sae:
-            raise ValueError(f"k: {self.k} latents per input, but d_sae: {self.d_sae} in all; lower k or raise d_sae")
-        return self
 
 
 @final
@@ -45,15 +32,11 @@ class TopK(SAE):
     config_type = TopKConfig
     config: TopKConfig
 
-    def _activate(self, pre: Preactivations) -> Latents:
-        return pre.topk(self.config.k).map(Tensor.relu)
+    def _activate(self, pre: Preactivations, clock: Clock) -> Latents:
+        return pre.topk(self.config.k_at(clock)).map(Tensor.relu)
 
     def _terms(self, batch: Batch) -> dict[str, Tensor]:
-        if self.config.aux_coefficient == 0:
-            return {}
-        k_aux = self.config.aux_k or default_k(self.d_out)
-        auxk = auxk_loss(batch.pre, self.dead(), k_aux, batch.y, batch.y_hat, self.W_dec)
-        return {"auxk": self.config.aux_coefficient * auxk}
+        return auxk_term(self.config, batch, self.dead(), self.W_dec)
 
     def _saelens(self) -> dict[str, Any]:
         name = "topk_transcoder" if self.is_transcoder else "topk"

@@ -1,0 +1,225 @@
+"""kill -9 at random instants of real harvests: nothing committed is lost, and the finished bytes are always the same.
+
+    python bench/drill.py [--kills 100] [--seed 0] [--json]
+
+The embedded model and tokens of the Python library's text; windows are small (512 rows, then up to 2,048), so that a
+store of eight is harvested in about a second. A process that has everything loaded forks one child a harvest and kills
+it after a random time. The next child goes on with what it finds; a store that was finished is compared, and the next
+begun. After each kill, with nothing repaired:
+
+    lost         rows whose commit had returned in the child (it says so through a pipe), but that a reader does not see
+    mismatches   files a reader sees that are damaged or are not those of a harvest nobody interrupted; at the end of a
+                 store, any file that is not
+
+Both must be 0. `windows` says how many windows were committed at each kill, `in_mid_write` how often the kill left a
+temporary file, a chunk not yet listed or half a manifest line. A kill is not a power cut: what had not been flushed
+survives it. That flushing comes in the right order is tested by itself (tests/test_durable.py).
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fork copies no threads, so there must be none
+
+import torch
+
+import pipeline.harvest
+from cache import activations
+from cache.activations import ActivationStore
+from cache.durable import PARTIAL, whole_lines_end
+from cache.errors import SaeError
+from cache.locks import LOCK, held
+from cache.manifest import MANIFEST, Window, Windows
+from cache.places import listing
+from cache.store import HINTS, RECIPE, REQUEST
+from cache.tokens import TokenStore
+from cache.writer import Writer
+from pipeline.harvest import HarvestConfig, harvest
+from pipeline.language_model import LanguageModel
+from pipeline.progress import Silent
+from pipeline.tokenize import TokenizeConfig, tokenize
+
+CHUNK_ROWS, WINDOWS = 256, Windows(512, 2048)
+TOKENS = 12_000  # eight windows
+NOT_DATA = (LOCK, REQUEST, HINTS)
+
+
+@dataclass
+class Drill:
+    """What happened."""
+
+    kills: int = 0
+    lost: int = 0
+    mismatches: int = 0
+    finished: int = 0  # stores harvested to the end after kills, all their files compared
+    in_mid_write: int = 0
+    windows: Counter[int] = field(default_factory=Counter)
+    seconds: float = 0.0
+    wrong: list[str] = field(default_factory=list)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file of a store that its recipe and row count decide."""
+    return {name: (folder / name).read_bytes() for name in listing(folder) if name not in NOT_DATA}
+
+
+def stores(root: Path) -> list[Path]:
+    return sorted(path.parent for path in (root / "activations").glob(f"*/{RECIPE}"))
+
+
+class Child:
+    """A harvest in a process of its own, and the rows whose commits it has seen return."""
+
+    def __init__(self, run: Callable[[], object]) -> None:
+        self._reading, writing = os.pipe()
+        assert threading.active_count() == 1
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._run(run, writing)
+        os.close(writing)
+
+    def _run(self, run: Callable[[], object], said: int) -> None:
+        commit = Writer.commit
+
+        def telling(writer: Writer, window: Window) -> Window:
+            done = commit(writer, window)
+            os.write(said, window.stop.to_bytes(8, "little"))
+            return done
+
+        Writer.commit = telling  # type: ignore[method-assign]
+        code = 1
+        try:
+            run()
+            code = 0
+        finally:
+            os._exit(code)  # nothing of the parent's is to be closed twice
+
+    def killed_after(self, seconds: float) -> bool:
+        """Kill it after a time; False where it was done by then. Raises RuntimeError where it failed."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self._ended(os.WNOHANG):
+                return False
+            time.sleep(min(0.001, max(0.0, end - time.monotonic())))
+        os.kill(self.pid, signal.SIGKILL)
+        return not self._ended(0)
+
+    def _ended(self, options: int) -> bool:
+        pid, status = os.waitpid(self.pid, options)
+        if pid and os.WIFEXITED(status) and os.WEXITSTATUS(status):
+            raise RuntimeError("a harvest failed; its traceback is above")
+        return pid != 0 and os.WIFEXITED(status)
+
+    def acknowledged(self) -> int:
+        """Rows of the last commit that returned."""
+        with open(self._reading, "rb") as pipe:
+            said = pipe.read()
+        return int.from_bytes(said[-8:], "little") if said else 0
+
+
+def inspect(path: Path | None, whole: dict[str, bytes], acknowledged: int, drill: Drill) -> int:
+    """What a reader finds after a kill; returns the rows."""
+    store, rows, names = None, 0, []
+    if path is not None:
+        if held(path):
+            drill.wrong.append("the lock outlived its holder")
+        store = ActivationStore(path)
+        rows, names = store.n_rows, list(store.committed_files())
+        drill.windows[len(store.manifest.windows)] += 1
+        listed, manifest = set(names), path / MANIFEST
+        data = manifest.read_bytes() if manifest.exists() else b""
+        left = [n for n in listing(path) if n.endswith(PARTIAL) or ("/c/" in n and n not in listed)]
+        drill.in_mid_write += bool(left) or whole_lines_end(data) != len(data)
+        for name in names:
+            try:
+                if store.stored(name) != whole[name]:
+                    drill.wrong.append(f"{name}: not the bytes of an uninterrupted harvest")
+            except SaeError as error:
+                drill.wrong.append(str(error))
+        if not whole[MANIFEST].startswith(data[: whole_lines_end(data)]):
+            drill.wrong.append(f"{MANIFEST}: not the beginning of an uninterrupted harvest's")
+        if rows:
+            store.rows(0, rows)  # they can be decoded, too
+    else:
+        drill.windows[0] += 1
+    drill.lost += max(0, acknowledged - rows)
+    return rows
+
+
+def practise(kills: int, seed: int, home: Path, say: Callable[[str], None]) -> Drill:
+    """The whole drill, in an empty folder."""
+    torch.set_num_threads(1)
+    activations.CHUNK_ROWS, activations.WINDOWS, pipeline.harvest.WINDOWS = CHUNK_ROWS, WINDOWS, WINDOWS  # type: ignore[misc]
+    model = LanguageModel.boot("tiny", device="cpu", dtype="float32", revision=None, offline=True)
+    config = TokenizeConfig(source="python", tokenizer="tiny", context=64, tokens=TOKENS, validation=0)
+    tokens: TokenStore = tokenize(config, home / "tokens", Silent(), offline=True).stores["train"]
+    asked = HarvestConfig(model="tiny", layer=(1,), site=("mlp_out",), tokens=TOKENS, batch_tokens=512)
+
+    def run(root: Path) -> Callable[[], object]:
+        return lambda: harvest(asked, [tokens], root, Silent(), model=model, device="cpu", offline=True)
+
+    begun = time.monotonic()
+    assert not Child(run(home / "whole")).killed_after(600)
+    length = time.monotonic() - begun
+    (path,) = stores(home / "whole")
+    whole, windows = files(path), len(ActivationStore(path).manifest.windows)
+    say(f"an uninterrupted harvest: {windows} windows, {len(whole)} files, {length:.1f} s")
+    chance, drill, root, rows = random.Random(seed), Drill(), home / "killed", 0
+    begun = time.monotonic()
+    while drill.kills < kills or rows:
+        # the last store is harvested to its end
+        patience = chance.uniform(0, length) if drill.kills < kills else 600
+        child = Child(run(root))
+        killed = child.killed_after(patience)
+        found = stores(root)
+        rows = max(rows, child.acknowledged())
+        if killed:
+            drill.kills += 1
+            rows = inspect(found[0] if found else None, whole, rows, drill)
+            if drill.kills % 10 == 0:
+                say(f"{drill.kills} kills, {drill.finished} stores finished, {len(drill.wrong)} mismatches")
+        else:
+            drill.finished += 1
+            there = files(found[0])
+            drill.wrong += [
+                f"{name}: differs at the end" for name in whole | there if whole.get(name) != there.get(name)
+            ]
+            shutil.rmtree(root)
+            rows = 0
+    drill.mismatches, drill.seconds = len(drill.wrong), round(time.monotonic() - begun, 1)
+    return drill
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as home:
+        drill = practise(given.kills, given.seed, Path(home), lambda line: print(line, file=sys.stderr))
+    windows = {str(number): drill.windows[number] for number in sorted(drill.windows)}
+    if given.json:
+        print(json.dumps({**asdict(drill), "windows": windows}))
+    else:
+        print(f"{drill.kills} kills, {drill.lost} rows lost, {drill.mismatches} mismatches in {drill.seconds} s")
+        print(f"{drill.finished} stores finished; {drill.in_mid_write} kills in the middle of a write")
+        print("windows committed at the kill:", ", ".join(f"{n}: {times}" for n, times in windows.items()))
+    sys.exit(1 if drill.lost or drill.mismatches else 0)
+
+
+if __name__ == "__main__":
+    main()

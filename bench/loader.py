@@ -1,0 +1,182 @@
+"""The shuffled loader against a raw sequential read of the same stored bytes into a reused buffer.
+
+    python bench/loader.py [--cores 1] [--codecs int8:zstd=none bfloat16 int8] [--rows 1048576] [--pairs 12]
+                           [--folder DIR] [--memory] [--json]
+
+Reference: `readinto` of the chunk files one after the other, a chunk at a time, into one buffer. Ours: batches of 4096
+as they are stored (`encoded`), and decoded to float32 on the CPU, in the middle of an epoch; an epoch opens up to 31
+chunks twice. The rows are tests/heavy_tails.py at width 768. Both are warm and take turns, a few chunks each; on one
+core CPU time counts (the process is pinned, with one reading thread), on two the clock. Medians of the pairs' ratios.
+`--memory` instead: the most memory resident while 1,000 batches are loaded of 1M rows and of 100M (stores of hard links
+to one chunk), each in a process of its own.
+"""
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "tests")]
+
+import numpy as np
+import torch
+from heavy_tails import HeavyTails
+
+from bench.rows import Row, show
+from cache import manifest
+from cache.activations import ActivationStore, ActivationWriter
+from cache.codecs import codec, codec_recipe
+from cache.loader import Loader
+
+D, BATCH, BASE = 768, 4096, 65_536
+STEPS = 4  # chunks' worth of rows that each side reads in turn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cores", type=int, default=1)
+    parser.add_argument("--codecs", nargs="+", default=["int8:zstd=none", "bfloat16", "int8"])
+    parser.add_argument("--rows", type=int, default=2 << 20)
+    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--folder", type=Path, help="where the stores are kept; default: a temporary folder")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.cores)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, set(range(args.cores)))
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        for text in args.codecs:
+            if args.memory:
+                rows += resident(folder, text)
+            else:
+                rows += measured(made(folder, text, args.rows), text, args.cores, args.pairs)
+    show(f"loading, width {D}, batch {BATCH}, {args.cores} core(s)", rows, as_json=args.json)
+
+
+def made(folder: Path, text: str, n: int) -> ActivationStore:
+    """A store of n heavy-tailed rows (the same 65,536 again and again), unless it is there."""
+    recipe = {
+        "tokens": {"split": "train"}, "model": {"model": "heavy tails"}, "layer": 0, "site": "rows", "d": D, "rows": {},
+        "codec": codec_recipe(codec(text)),
+    }  # fmt: skip
+    source = HeavyTails(D)
+    base: list[torch.Tensor] = []
+    with ActivationWriter(folder, "bench", recipe) as writer:
+        while writer.store.n_rows < n:
+            base = base or [source.rows(8192, seed=i) for i in range(BASE // 8192)]
+            start, stop = writer.store.windows.bounds(len(writer.store.manifest.windows))
+            buffer = writer.window(stop - start)
+            for low in range(start, stop, 8192):
+                buffer.add(base[low // 8192 % len(base)], np.arange(low, low + 8192))
+            writer.append(buffer.arrays(), {"next": stop})
+        return writer.store
+
+
+def measured(store: ActivationStore, name: str, cores: int, pairs: int) -> list[Row]:
+    """Rows a second of the raw read, of encoded and of decoded batches, and the ratios to the first."""
+    clock = time.process_time if cores == 1 else time.perf_counter
+    raw = raw_read(store)
+    with Loader(store, BATCH, threads=cores) as loader, Loader(store, BATCH, threads=cores) as decoding:
+        sides: dict[str, Iterator[int]] = {
+            f"{name}: raw sequential read": raw,
+            f"{name}: encoded batches": (len(batch[0].rows) for batch in loader.encoded()),
+            f"{name}: float32 batches": (len(batch) for batch in decoding),
+        }
+        for side in sides.values():
+            taken(side, (34 if side is not raw else 64) * store.chunk_rows)  # past the start, and warm
+        speeds: dict[str, list[float]] = {what: [] for what in sides}
+        for _ in range(pairs):
+            for what, side in sides.items():
+                taken(side, BATCH)  # the processor's cache is this side's again
+                begun = clock()
+                n = taken(side, STEPS * store.chunk_rows)
+                speeds[what].append(n / (clock() - begun))
+    reference = next(iter(sides))
+    return [
+        Row(
+            what,
+            statistics.median(found),
+            "rows/s",
+            statistics.median(a / b for a, b in zip(found, speeds[reference], strict=True)),
+            reference,
+        )
+        for what, found in speeds.items()
+    ]
+
+
+def taken(side: Iterator[int], rows: int) -> int:
+    """Have a side deliver at least so many rows; how many it did."""
+    n = 0
+    while n < rows:
+        n += next(side)
+    return n
+
+
+def raw_read(store: ActivationStore) -> Iterator[int]:
+    """The chunk files in order, again and again, each read at once into the same buffer; rows of each."""
+    spec = store.arrays["rows"]
+    room = bytearray(spec.chunk_bytes)
+    while True:
+        for chunk in range(store.n_chunks):
+            with open(store.path / spec.chunk_file(chunk), "rb", buffering=0) as file:
+                assert file.readinto(room) == store.committed(spec.chunk_file(chunk))[0]
+            yield spec.chunk_rows
+
+
+def resident(folder: Path, text: str) -> list[Row]:
+    """The most memory resident while a small and a large store are loaded."""
+    one = made(folder / "one", text, 1)
+    found = {}
+    for rows in (1 << 20, 100 << 20):
+        path = linked(one, folder / f"{rows}", rows)
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            found[rows] = pool.submit(most_resident, path).result()
+    small = next(iter(found.values()))
+    return [
+        Row(f"{text}: {rows >> 20}M rows", size / 2**20, "MiB", size / small, f"{text}: 1M rows")
+        for rows, size in found.items()
+    ]
+
+
+def linked(one: ActivationStore, root: Path, rows: int) -> Path:
+    """A store of so many rows, all of them in links to the files of a store of one chunk."""
+    path = root / one.path.name
+    if path.exists():
+        return path
+    shutil.copytree(one.path, path)
+    (path / manifest.MANIFEST).unlink()
+    (only,) = one.manifest.windows
+    for index in range(one.windows.count(rows)):
+        start, stop = one.windows.bounds(index)
+        files = dict(only.files) if index == 0 else {}
+        for spec in (spec for spec in one.arrays.values() if spec.grows):
+            for chunk in range(start // one.chunk_rows, stop // one.chunk_rows):
+                files[spec.chunk_file(chunk)] = only.files[spec.chunk_file(0)]
+                link = path / spec.chunk_file(chunk)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                if chunk:
+                    os.link(path / spec.chunk_file(0), link)
+        manifest.commit(path, manifest.Window(index, start, stop, files, only.notes))
+    return path
+
+
+def most_resident(path: Path) -> int:
+    """Bytes, at the most, of a process that loads 1,000 batches from the store at `path`."""
+    with Loader(ActivationStore(path), BATCH) as loader:
+        taken((len(batch) for batch in loader), 1000 * BATCH)
+    status = Path("/proc/self/status").read_text()  # getrusage would tell the parent's peak where that was higher
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+if __name__ == "__main__":
+    main()

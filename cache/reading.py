@@ -1,0 +1,214 @@
+"""Where the loader's rows come from: the open chunks of one store, shared by the threads that fill its buffers.
+
+Uncompressed chunks of this machine take no room of their own: each slice is read from the file straight to its place in
+the batch (`Slices`). Everything else, that is compressed chunks and remote stores, is decoded ahead of its first use
+into buffers that are used again (`Decoded`). Either way every byte of a chunk is checked against what was committed
+before one of its rows is given: compressed ones each time they are decoded, uncompressed ones when a loader first opens
+them. (A check of each slice, each time, cost a quarter of the speed; files are replaced, never changed in place.)
+"""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, Future
+from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar, final
+
+import numpy as np
+from google_crc32c import extend as crc32c_of
+
+from cache.activations import ActivationStore
+from cache.durable import unreadable
+from cache.places import is_remote
+from cache.schedule import Spans
+
+PIECE = 1 << 18  # bytes read and checked at a time, while they are in the processor's nearest cache
+
+
+Opened = TypeVar("Opened")
+
+
+class Chunks(ABC, Generic[Opened]):
+    """The open chunks of a store. The pool opens them; a chunk is closed when nobody needs it any more."""
+
+    def __init__(self, store: ActivationStore, pool: Executor) -> None:
+        self.store = store
+        self._pool = pool
+        self._open: dict[int, Future[Opened]] = {}
+        self._needed: dict[int, int] = {}
+
+    def acquire(self, chunks: Iterable[int]) -> None:
+        """Open chunks ahead of their use. To be called by one thread, as `release`."""
+        for chunk in chunks:
+            if not self._needed.setdefault(chunk, 0):
+                self._open[chunk] = self._pool.submit(self._opened, chunk)
+            self._needed[chunk] += 1
+
+    def release(self, chunks: Iterable[int]) -> None:
+        """Undo an `acquire`."""
+        for chunk in chunks:
+            self._needed[chunk] -= 1
+            if not self._needed[chunk]:
+                del self._needed[chunk]
+                opened = self._open.pop(chunk)
+                if not opened.cancel():
+                    opened.add_done_callback(self._done)
+
+    def chunks_of(self, spans: Spans) -> list[int]:
+        """The chunks that hold the spans' rows."""
+        return np.unique(spans.start // self.store.chunk_rows).tolist()
+
+    def read(self, spans: Spans, rows: np.ndarray, scale: np.ndarray | None) -> None:
+        """Copy the spans' rows, whose chunks were acquired, to `rows` [n, d] and their scales to `scale` [n].
+
+        No span may straddle two chunks. Raises DamagedStore for bytes that are not those committed.
+        """
+        chunk, low = np.divmod(spans.start, self.store.chunk_rows)
+        stop = np.cumsum(spans.stop - spans.start)
+        opened = {c: self._open[c].result() for c in set(chunk.tolist())}
+        start = 0
+        for c, first, end in zip(chunk.tolist(), low.tolist(), stop.tolist(), strict=True):
+            self._copy(opened[c], first, rows[start:end], None if scale is None else scale[start:end])
+            start = end
+
+    def _done(self, opened: "Future[Opened]") -> None:
+        if not opened.cancelled() and opened.exception() is None:
+            self._close(opened.result())
+
+    @abstractmethod
+    def _copy(self, opened: Opened, low: int, rows: np.ndarray, scale: np.ndarray | None) -> None:
+        """Rows from `low` of a chunk on, as many as there is room for."""
+
+    @abstractmethod
+    def _opened(self, chunk: int) -> Opened: ...
+
+    @abstractmethod
+    def _close(self, opened: Opened) -> None: ...
+
+
+class File(NamedTuple):
+    """An open chunk file, and its rows' scales."""
+
+    path: Path
+    handle: int
+    scale: np.ndarray | None
+
+
+@final
+class Slices(Chunks[File]):
+    """Uncompressed chunk files of this machine, of which each slice is read to where it belongs."""
+
+    def __init__(self, store: ActivationStore, pool: Executor) -> None:
+        super().__init__(store, pool)
+        self._checked: set[int] = set()
+        self._row_bytes = store.arrays["rows"].chunk_bytes // store.chunk_rows
+
+    def _copy(self, opened: File, low: int, rows: np.ndarray, scale: np.ndarray | None) -> None:
+        if os.preadv(opened.handle, (rows.data,), low * self._row_bytes) != rows.nbytes:
+            raise self.store.damaged(opened.path)
+        if scale is not None and opened.scale is not None:
+            scale[:] = opened.scale[low : low + len(scale)]
+
+    def _opened(self, chunk: int) -> File:
+        name = self.store.arrays["rows"].chunk_file(chunk)
+        path = self.store.path / name
+        scale = self.store.row_scale(chunk)
+        handle = opened_file(self.store, name)
+        try:
+            if chunk not in self._checked:
+                room = np.empty(PIECE, np.uint8)
+                read_checked(self.store, handle, name, lambda got: room)
+                self._checked.add(chunk)
+            elif os.fstat(handle).st_size != self.store.committed(name)[0]:
+                raise self.store.damaged(path)
+        except BaseException:
+            os.close(handle)
+            raise
+        return File(path, handle, scale)
+
+    def _close(self, opened: File) -> None:
+        os.close(opened.handle)
+
+
+class Whole(NamedTuple):
+    """A decoded chunk, and its rows' scales."""
+
+    rows: np.ndarray
+    scale: np.ndarray | None
+
+
+@final
+class Decoded(Chunks[Whole]):
+    """Chunks decoded whole, into buffers that are used again."""
+
+    def __init__(self, store: ActivationStore, pool: Executor) -> None:
+        super().__init__(store, pool)
+        self._free: list[np.ndarray] = []  # room for decoded chunks
+        self._stored: list[np.ndarray] = []  # room for stored ones
+        self._local = not is_remote(store.path)
+
+    def _copy(self, opened: Whole, low: int, rows: np.ndarray, scale: np.ndarray | None) -> None:
+        rows[:] = opened.rows[low : low + len(rows)]
+        if scale is not None and opened.scale is not None:
+            scale[:] = opened.scale[low : low + len(scale)]
+
+    def _opened(self, chunk: int) -> Whole:
+        spec, scale = self.store.arrays["rows"], self.store.row_scale(chunk)
+        name = spec.chunk_file(chunk)
+        room = self._free.pop() if self._free else np.empty(spec.chunk_shape, spec.dtype)
+        if not self._local:
+            return Whole(spec.decode(self.store.stored(name), room), scale)
+        size = self.store.committed(name)[0]
+        stored = self._stored.pop() if self._stored else np.empty(0, np.uint8)
+        if len(stored) <= size:  # one byte more, so that a file that grew is noticed
+            stored = np.empty(size + size // 8 + 1, np.uint8)
+        handle = opened_file(self.store, name)
+        try:
+            read_checked(self.store, handle, name, lambda got: stored[got : min(got + PIECE, size + 1)])
+        finally:
+            os.close(handle)
+        spec.decode(stored[:size], room)
+        self._stored.append(stored)
+        return Whole(room, scale)
+
+    def _close(self, opened: Whole) -> None:
+        self._free.append(opened.rows)
+
+
+def opened_file(store: ActivationStore, name: str) -> int:
+    """A descriptor of a committed file of this machine. Raises DamagedStore where it is missing."""
+    path = store.path / name
+    try:
+        return os.open(path, os.O_RDONLY)
+    except FileNotFoundError as error:
+        raise store.missing(path) from error
+    except OSError as error:
+        raise unreadable(error, path) from error
+
+
+def read_checked(store: ActivationStore, handle: int, name: str, room_at: Callable[[int], np.ndarray]) -> None:
+    """Read a committed file piece by piece, what starts at byte `got` into `room_at(got)`.
+
+    The rooms must have place for a byte more than was committed, so that a file that grew is noticed. Raises
+    DamagedStore where the bytes are not those committed.
+    """
+    path = store.path / name
+    size, crc = store.committed(name)
+    got = found = 0
+    while got <= size:
+        room = room_at(got)
+        try:
+            n = os.preadv(handle, (room.data,), got)
+        except OSError as error:
+            raise unreadable(error, path) from error
+        if not n:
+            break
+        found, got = crc32c_of(found, room[:n]), got + n
+    if got != size or f"{found:08x}" != crc:
+        raise store.damaged(path)
+
+
+def chunks(store: ActivationStore, pool: Executor) -> Slices | Decoded:
+    """The fastest way to read a store."""
+    direct = store.arrays["rows"].zstd is None and not is_remote(store.path)
+    return Slices(store, pool) if direct else Decoded(store, pool)

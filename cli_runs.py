@@ -1,0 +1,189 @@
+"""The commands that make and compare run folders: `sae train`, `sae compare`."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cache.durable import write_atomic
+from cache.errors import Busy, NotFound, SaeError
+from cli_options import (
+    CacheRoot,
+    ConfigFile,
+    Device,
+    Json,
+    Preset,
+    RunsRoot,
+    Set,
+    cache_root,
+    complete_run,
+    complete_store,
+    count,
+    folder,
+    settings,
+    unfinished,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from cache.runs import Run
+
+
+def train(
+    activations: Annotated[str | None, typer.Option(metavar="STORE", autocompletion=complete_store, help="Activation store: key, beginning of a key, or path. Default: what the last harvest made.")] = None,
+    arch: Annotated[str | None, typer.Option(metavar="NAME", help="Architecture; `sae list` explains each. Default: topk.")] = None,
+    k: Annotated[int | None, typer.Option("--k", metavar="N", help="Active latents a row, for architectures that fix it. Default: 32.")] = None,
+    d_sae: Annotated[int | None, typer.Option(metavar="N", help="Latents. Default: 8192.")] = None,
+    lr: Annotated[float | None, typer.Option(metavar="X", help="Learning rate of Adam. Default: 1e-4.")] = None,
+    batch: Annotated[int | None, typer.Option(metavar="N", help="Rows in a batch. Default: 4096.")] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Steps. Default: one pass over the store.")] = None,
+    rows: Annotated[str | None, count("Rows to see, instead of `--steps`. Default: one pass over the store.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of the initial weights. Default: 0.")] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", autocompletion=complete_run, help="Name of the run folder. Default: made from the settings.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", metavar="", help="Continue a run from its last checkpoint: the one `--name` says, or the one these settings made, or, without any, the one that is not finished.")] = False,
+    sweep: Annotated[list[str] | None, typer.Option(metavar="KEY=V,V", help="Train one dictionary for each value, all on the same batches, as in `--sweep k=16,32,64 --sweep lr=1e-4,3e-4`. Repeatable: every combination. Said again, it trains what is missing.")] = None,
+    seeds: Annotated[int | None, typer.Option(metavar="N", min=1, help="Train each with N seeds.")] = None,
+    device: Device = "auto", cache: CacheRoot = None, runs: RunsRoot = Path("runs"), preset: Preset = None,
+    config: ConfigFile = None, set_: Set = None, json: Json = False,
+) -> None:  # fmt: skip
+    """Train a sparse autoencoder on a store of activations; no language model is loaded.
+
+    A TopK dictionary of 8192 latents, 32 of them active, one pass over what the last harvest made, unless options, a
+    preset or a file say otherwise. Ctrl-C writes a checkpoint; `--resume` continues it bit for bit.
+
+    Examples:
+
+        sae train --k 64 --d-sae 16384 --lr 2e-4
+        sae train --arch l1 --rows 50M --name l1-first --set train.sae.coefficient=3
+        sae train --resume
+        sae train --sweep k=16,32,64 --sweep arch=topk,batchtopk --seeds 3
+    """
+    import console
+    from cache import catalogue
+    from cache.activations import ActivationStore
+    from pipeline.compare import compare as rows_of
+    from pipeline.sweep import combinations, open_all
+    from pipeline.sweep import sweep as train_all
+    from pipeline.train import TrainConfig, open_run
+    from pipeline.train import train as stage
+
+    # one of the two takes the place of what a preset says of the other; all the rows once is what neither says
+    length = [f"train.{other}=null" for given, other in ((steps, "rows"), (rows, "steps")) if given is not None]
+    given = [*length, *(set_ or [])]
+    flags: dict[str, Any] = {
+        "sae": {"arch": arch, "k": k, "d_sae": d_sae}, "lr": lr, "batch": batch, "steps": steps,
+        "rows": None if rows == "all" else rows, "seed": seed,
+    }  # fmt: skip
+    values = settings("train", TrainConfig, preset, config, given, **flags)
+    root, runs, bars = cache_root(cache), folder("--runs", runs), console.Bars()
+    if sweep is not None or seeds is not None:
+        if resume or name is not None:
+            raise SaeError("--sweep: names its runs itself and continues what is there; leave out --name and --resume")
+        flags["seed"] = seed if seeds is None else None
+        every = [
+            settings("train", TrainConfig, preset, config, [*given, *one], **flags)
+            for one in combinations(sweep or [], seeds, values.seed)
+        ]
+        store = catalogue.find(root, ActivationStore, activations, "--activations", "sae harvest")
+        bars.note(f"activations: {store.key}{unfinished(store)}")
+        several = open_all(every, store, runs)
+        train_all(several, store, bars, device=device)
+        show(rows_of(several), f"{len(several)} runs in {runs}", json)
+        return
+    options = [preset, config, set_ or None, arch, k, d_sae, lr, batch, steps, rows, seed]
+    said = any(option is not None for option in options)
+    if resume and (name is not None or not said):
+        before = run_to_resume(runs, name)
+        runs, name = before.path.parent, before.name
+        activations = activations or before.config["activations"]["key"]
+        values = values if said else TrainConfig.model_validate(before.config["train"])
+    elif name is not None and (name in ("", "..") or Path(name).name != name):
+        raise SaeError(f"--name {name}: is not the name of a folder; where the folder goes is said by --runs")
+    store = catalogue.find(root, ActivationStore, activations, "--activations", "sae harvest")
+    bars.note(f"activations: {store.key}{unfinished(store)}")
+    run = open_run(values, store, runs, name, resume=resume)
+    bars.note(f"run: {run.path}{'; nothing to do, it is finished' if run.finished else ''}")
+    with unless_it_fails_at_once(run):
+        result = [{}, *run.metrics()][-1] if run.finished else stage([run], store, bars, device=device)[0]
+    if json:
+        console.as_json({"run": str(run.path), **result})
+    else:
+        console.table(f"run {run.path}", ["figure", "last value"], list(result.items()))
+
+
+def compare(
+    names: Annotated[list[str] | None, typer.Argument(metavar="RUN", autocompletion=complete_run, show_default=False, help="Run folders or their names. Default: all under `--runs` that have figures.")] = None,
+    over_seeds: Annotated[bool, typer.Option("--over-seeds", metavar="", help="One row for runs that differ in the seed alone: mean and standard deviation.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", show_default=False, help="Where the plot goes: .png, .svg or .pdf. Default: `compare.png` beside the runs.")] = None,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", show_default=False, help="Write the table as CSV, too.")] = None,
+    runs: RunsRoot = Path("runs"), json: Json = False,
+) -> None:  # fmt: skip
+    """Runs side by side: the settings they differ in, their figures, and L0 against FVU and cross-entropy as a plot.
+
+    Figures on held-out documents are those `sae eval` found; the ones of the last training batch have names of their
+    own (`train_fvu`).
+
+    Examples:
+
+        sae compare
+        sae compare topk-8192 batchtopk-8192 --plot front.svg
+        sae compare --over-seeds --csv table.csv --json
+    """
+    from cache import catalogue
+    from pipeline import compare as stage
+    from pipeline.plots import pareto
+
+    root = folder("--runs", runs)
+    chosen = (
+        [catalogue.find_run(root, name) for name in names] if names else [r for r in catalogue.runs(root) if r.finished]
+    )
+    rows = stage.compare(chosen)
+    path = plot or root / "compare.png"
+    pareto(rows, path)
+    rows = stage.over_seeds(rows) if over_seeds else rows
+    if csv is not None:
+        write_atomic(csv, stage.as_csv(rows).encode())
+    show(rows, f"{len(chosen)} runs in {root}", json, plot=str(path))
+
+
+def show(rows: list[dict[str, Any]], title: str, json: bool, **files: str) -> None:
+    """A comparison as a table without its empty columns, or as JSON."""
+    import console
+
+    if json:
+        console.as_json({"runs": rows, **files})
+        return
+    filled = [key for key in rows[0] if any(row[key] is not None for row in rows)]
+    console.table(title, filled, [[row[key] for key in filled] for row in rows])
+    for what, path in files.items():
+        console.say(f"{what}: {path}")
+
+
+@contextmanager
+def unless_it_fails_at_once(run: "Run") -> Iterator[None]:
+    """Remove the folder of a run that failed before there was anything in it, so that it is not in the way."""
+    try:
+        yield
+    except Exception as error:
+        if not (isinstance(error, Busy) or run.has_checkpoint or run.metrics()):
+            shutil.rmtree(run.path)
+        raise
+
+
+def run_to_resume(runs: Path, name: str | None) -> "Run":
+    """The run `--resume` means where no settings tell: the one named, else the only one that is not finished."""
+    from cache import catalogue
+
+    if name is not None:
+        try:
+            return catalogue.find_run(runs, name)
+        except NotFound as error:
+            raise NotFound(f"--name {error}") from error
+    waiting = [run for run in catalogue.runs(runs) if not run.finished]
+    if not waiting:
+        raise SaeError(f"--resume: no unfinished run in {runs}; `sae list` shows the runs, `sae train` starts one")
+    if len(waiting) > 1:
+        raise SaeError(f"--resume: which one? Give --name: {', '.join(run.name for run in waiting)}")
+    return waiting[0]

@@ -1,0 +1,171 @@
+"""`sae cache verify` and `sae cache gc`: finding damage and mending it, finding what nobody needs and removing it."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cache.errors import Busy, DamagedStore, NotFound, SaeError
+from cli_options import CacheRoot, Device, Json, Offline, RunsRoot, cache_root, complete_store, folder
+
+if TYPE_CHECKING:
+    from cache.repair import Repaired
+    from cache.salvage import Salvaged
+
+REMEDY = "; `sae cache verify --repair` makes it again, `sae cache rm` removes the store"
+SPANS = {"h": 3600.0, "d": 86_400.0, "w": 7 * 86_400.0}
+
+Yes = Annotated[bool, typer.Option("--yes", "-y", metavar="", help="Remove without asking.")]
+
+
+def span(text: str) -> float:
+    """A length of time in seconds: 12h, 30d, 2w."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([hdw])", text)
+    if found is None:
+        raise typer.BadParameter(f"{text}: is no length of time; write 12h, 30d or 2w")
+    return float(found[1]) * SPANS[found[2]]
+
+
+def verify(
+    store: Annotated[str | None, typer.Argument(metavar="STORE", autocompletion=complete_store, show_default=False, help="Key, the beginning of a key, or a path. Default: every store.")] = None,
+    repair: Annotated[bool, typer.Option("--repair", metavar="", help="Make what is damaged again, and nothing else: activations by the model, tokens from their text.")] = False,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="Where the language model is now. Default: where harvest found it.")] = None,
+    source: Annotated[str | None, typer.Option(metavar="SOURCE", help="Where the text is now. Default: where tokenize found it.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(metavar="NAME", help="Where the tokenizer is now. Default: where tokenize found it.")] = None,
+    device: Device = "auto", cache: CacheRoot = None, offline: Offline = False, json: Json = False,
+) -> None:  # fmt: skip
+    """Check every file of a store against its checksum. Exit code 3 where something is damaged.
+
+    With `--repair` exactly the damaged windows are made again, from the same tokens by the same model (or from the same
+    text), and only the damaged files are written; on the same kind of machine they are what they were, byte for byte.
+    A store is lost where both recipe.json and zarr.json are damaged, which say what it is, or where what it was made from
+    is gone.
+
+    Examples:
+
+        sae cache verify
+        sae cache verify gpt2-6.mlp_out --repair
+        sae cache verify --repair --model models/mine
+    """
+    import console
+    from cache import salvage
+
+    root, bars = cache_root(cache), console.Bars()
+    found, hopeless, done = salvaged(root, store, repair)
+    bars.start("verify", sum(sum(one.files.values()) for one in found), console.BYTES)
+    try:
+        findings = salvage.verify(found, bars.advance)
+    finally:
+        bars.finish()
+    lines = [line for one in found for line in one.lines]
+    damage = [*hopeless, *lines, *(finding.says for finding in findings)]
+    problems: list[SaeError] = [DamagedStore(line) for line in damage]
+    if repair and damage:
+        from pipeline.repair import Origins, repair_all
+
+        origins = Origins(root, model=model, source=source, tokenizer=tokenizer, device=device, offline=offline)
+        mended, problems = repair_all(found, findings, origins, bars)
+        done += mended
+        problems = [DamagedStore(line) for line in hopeless] + problems
+    for one in done:
+        bars.note(str(one))
+    if json:
+        result = {"stores": [one.store.key for one in found], "damage": damage}
+        console.as_json(result | ({"repaired": [one.as_json() for one in done]} if repair else {}))
+    elif not problems:
+        console.say(f"{len(found)} store{'s' if len(found) != 1 else ''}, every byte as committed")
+    report(problems)
+
+
+def gc(
+    older_than: Annotated[float, typer.Option(parser=span, metavar="TIME", show_default=False, help="Age from which a store that no run uses is not needed. Write 12h, 30d or 2w. Default: 30d.")] = "30d",  # type: ignore[assignment]
+    yes: Yes = False, cache: CacheRoot = None, runs: RunsRoot = Path("runs"), json: Json = False,
+) -> None:  # fmt: skip
+    """List what nothing needs, and with `--yes` remove it.
+
+    That is what crashes left (temporary files, chunks that were never committed, folders without a recipe), and stores
+    that no run in `--runs` was trained on, that no last command made, on which no needed store is built, and that are
+    old, or were never completed and not continued for a day. A store somebody is writing is never touched. Where there
+    is no folder of runs, nobody knows which stores are needed: then none is listed.
+
+    Examples:
+
+        sae cache gc
+        sae cache gc --older-than 2w --runs experiments --yes
+    """
+    import console
+    from cache import catalogue, garbage
+
+    root, runs, bars = cache_root(cache), folder("--runs", runs), console.Bars()
+    used = catalogue.runs(runs) if runs.is_dir() else None
+    if used is None:
+        bars.note(
+            f"--runs {runs}: is not there, so which stores are needed is not known, and only remains are looked for"
+        )
+    found = garbage.survey(root, used, older_than)
+    busy = []
+    freed = 0
+    for one in found if yes else ():
+        try:
+            freed += garbage.remove(one)
+        except Busy as error:
+            busy.append(str(error))
+    total = sum(one.bytes for one in found)
+    if json:
+        console.as_json({"garbage": [one.as_json() for one in found], "bytes": total, "freed": freed, "busy": busy})
+        return
+    if found:
+        rows = [
+            [one.path.name, len(one.files) if one.files else "all", console.size(one.bytes), one.why] for one in found
+        ]
+        console.table(str(root), ["folder", "files", "size", "why"], rows)
+    if not found:
+        console.say("nothing to remove")
+    elif yes:
+        console.say(f"freed {console.size(freed)}")
+    else:
+        console.say(f"{console.size(total)} nobody needs; --yes removes them")
+    for line in busy:
+        bars.note(line)
+
+
+def salvaged(root: Path, store: str | None, repair: bool) -> tuple[list["Salvaged"], list[str], list["Repaired"]]:
+    """The stores to verify as far as they can be read, tokens first; what is wrong with the others; mended recipes."""
+    from cache import catalogue
+    from cache.repair import restore_recipe
+    from cache.salvage import salvage
+    from cache.store import RECIPE
+
+    found, damage, done = [], [], []
+    every = [path for kind in catalogue.kinds() for path in catalogue.folders(root, kind)]
+    lacking = catalogue.without_recipe(root) if store is None else []
+    for path in [*every, *lacking] if store is None else [catalogue.located(root, store)]:
+        try:
+            found.append(salvage(path))
+        except (DamagedStore, NotFound) as error:
+            restored = restore_recipe(path) if repair else None
+            if restored is None:
+                damage.append(f"{path / RECIPE}: missing{catalogue.REMEDY}" if path in lacking else str(error))
+            else:
+                done.append(restored)
+                found.append(salvage(path))
+    found.sort(key=lambda one: list(catalogue.kinds()).index(one.store.kind))  # repaired in this order
+    return found, damage, done
+
+
+def report_damage(damage: list[str]) -> None:
+    """Raise DamagedStore with the last of what is wrong, after a line of stderr for each of the others."""
+    report([DamagedStore(line) for line in damage])
+
+
+def report(problems: list[SaeError]) -> None:
+    """Raise the last of some errors, after a line of stderr for each of the others."""
+    import console
+
+    for error in problems:
+        error.args = (re.sub("; `sae cache verify.*", REMEDY, str(error)),)
+    for error in problems[:-1]:
+        console.complain(str(error))
+    if problems:
+        raise problems[-1]

@@ -1,0 +1,157 @@
+"""One dictionary in training: its weights, its optimiser, one step of it, and its checkpoint.
+
+A dictionary depends on its own settings, seed and batches alone, whatever trains beside it: what it draws at random is
+a function of its seed and the step, so there is no random state to save.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cache.activations import ActivationStore
+from cache.errors import SaeError
+from cache.runs import Run
+from pipeline.saes import (
+    SAE,
+    Clock,
+    Losses,
+    NoRevival,
+    Resample,
+    create,
+    inequality,
+    reinitialise,
+    resample,
+)
+from pipeline.trainconfig import TrainConfig
+
+DECODER = ("W_dec", "b_dec")  # the parameters with the decoder's learning rate; the others have the encoder's
+
+
+@dataclass
+class Member:
+    """One dictionary in training: its run, its weights, its optimiser, and how many steps it has taken.
+
+    store: where further rows come from, the first `rows` of it (what the run was promised).
+    """
+
+    run: Run
+    config: TrainConfig
+    sae: SAE
+    optimiser: torch.optim.Optimizer
+    store: ActivationStore
+    rows: int
+    done: int = 0
+
+    @classmethod
+    def begin(cls, run: Run, config: TrainConfig, store: ActivationStore, rows: int, device: torch.device) -> "Member":
+        """A dictionary at step 0. Raises SaeError where the store's rows allow none."""
+        sae = create(config.sae, store.d, seed=config.seed).to(device)
+        sample = store.rows(0, min(config.initial_rows, rows)).to(device)
+        try:
+            sae.initialise(sample)
+        except ValueError as error:
+            raise SaeError(f"{store.path}: {error}") from error
+        encoder, decoder = (
+            {"params": [p for name, p in sae.named_parameters() if (name in DECODER) == inside]}
+            for inside in (False, True)
+        )
+        optimiser = torch.optim.Adam([encoder, decoder], lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        return cls(run, config, sae, optimiser, store, rows)
+
+    def step(self, x: Tensor, step: int, total: int) -> dict[str, float] | None:
+        """One optimiser step on a batch [batch, d]; the metrics where this step is logged."""
+        config, clock = self.config, Clock(step, total)
+        self.optimiser.zero_grad(set_to_none=True)
+        parts = [self._backward(part, len(part) / len(x), clock) for part in x.tensor_split(config.accumulate)]
+        self.sae.before_step()
+        if config.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), config.clip)
+        for group, rate in zip(self.optimiser.param_groups, config.rates_at(step, total), strict=True):
+            group["lr"] = rate
+        self.optimiser.step()
+        self.sae.after_step()
+        self.done = step + 1
+        self._revive(total)
+        logged = self.done % config.log_every == 0 or self.done == total
+        return self._metrics(x, parts, clock) if logged else None
+
+    def _backward(self, part: Tensor, share: float, clock: Clock) -> Losses:
+        """Add the gradients of a part of the batch, which is that share of it."""
+        with torch.autocast(part.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            losses = self.sae.loss(part, clock=clock)
+        (losses.total if share == 1 else losses.total * share).backward()
+        self.sae.track(losses)
+        return losses
+
+    def _revive(self, total: int) -> None:
+        """What the settings do about dead latents between steps."""
+        revive, k = self.config.revive, getattr(self.config.sae, "k", 0)
+        if isinstance(revive, NoRevival) or not revive.due(self.done, total):
+            return
+        generator = self.sae.generator("revival", self.done)
+        if isinstance(revive, Resample):
+            resample(self.sae, self.optimiser, self._drawn(revive.rows, generator), revive, generator)
+        elif inequality(self.sae, k) > revive.threshold:
+            sample = torch.cat([x for x, _ in self._drawn(self.config.initial_rows, generator)])
+            reinitialise(self.sae, self.optimiser, (sample, None), generator)
+
+    def _drawn(self, count: int, generator: torch.Generator) -> Iterator[tuple[Tensor, None]]:
+        """So many rows of the store from a random place on (they were shuffled when written), a batch at a time."""
+        count = min(count, self.rows)
+        first = int(torch.randint(self.rows - count + 1, (), generator=generator))
+        for start in range(first, first + count, self.config.batch):
+            stop = min(start + self.config.batch, first + count)
+            yield self.store.rows(start, stop).to(self.sae.W_dec.device), None
+
+    def _metrics(self, x: Tensor, parts: Sequence[Losses], clock: Clock) -> dict[str, float]:
+        shares = [part.latents.batch / len(x) for part in parts]
+        loss = sum(share * part.total.item() for share, part in zip(shares, parts, strict=True))
+        if not math.isfinite(loss):
+            raise SaeError(f"{self.run.path}: the loss is {loss} at step {self.done}; try a smaller --lr")
+        metrics = {"step": self.done, "rows": self.done * len(x), "loss": loss}
+        for name in parts[0].terms:
+            metrics[f"loss_{name}"] = sum(s * part.terms[name].item() for s, part in zip(shares, parts, strict=True))
+        if scatter := (x - x.mean(dim=0)).square().sum().item():  # without variance there is no share of it
+            metrics["fvu"] = (x - torch.cat([part.x_hat for part in parts])).square().sum().item() / scatter
+        metrics["l0"] = torch.cat([part.latents.l0() for part in parts]).float().mean().item()
+        metrics["dead"] = self.sae.dead().float().mean().item()
+        metrics["lr"], decoder = self.config.rates_at(*clock)
+        return metrics if self.config.decoder is None else {**metrics, "lr_decoder": decoder}
+
+    def save(self, loader: dict[str, int]) -> None:
+        """Write the checkpoint; `loader` is where the next batch starts. SaeError for weights that are no numbers."""
+        tensors = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
+        if not all(value.isfinite().all() for value in tensors.values()):
+            raise SaeError(
+                f"{self.run.path}: the weights are no numbers any more at step {self.done}; try a smaller --lr"
+            )
+        for index, entries in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{index}.{name}": torch.as_tensor(value) for name, value in entries.items()}
+        self.run.save_checkpoint(tensors, {"step": self.done, "loader": loader})
+
+    def restore(self) -> dict[str, int] | None:
+        """Take up the checkpoint: the loader's state. None where there is none yet."""
+        if not self.run.has_checkpoint:
+            self.run.rewind_metrics(0)
+            return None
+        tensors, state = self.run.load_checkpoint()
+        self.sae.load_state_dict({n.removeprefix("sae."): t for n, t in tensors.items() if n.startswith("sae.")})
+        entries: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimiser."):
+                _, index, key = name.split(".")
+                entries.setdefault(int(index), {})[key] = tensor
+        groups = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": entries, "param_groups": groups})
+        self.done = state["step"]
+        self.run.rewind_metrics(self.done)
+        return state["loader"]
+
+    def finish(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Write the dictionary that was trained; its last metrics."""
+        self.run.save_weights(self.sae.export_tensors(), self.sae.saelens_config() | {"metadata": metadata})
+        return self.run.metrics()[-1]

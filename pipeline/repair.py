@@ -1,0 +1,201 @@
+"""What damaged stores are made of, found again: tokens from their text, activations from their tokens and their model.
+
+The recipe says what things are; where they are is said by the store's hints, by the recipe itself where a name is
+enough (gpt2, fineweb, tiny), or by the caller. What is found has to be what the recipe says, or nothing is repaired.
+`cache.repair` does the rest.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from cache import catalogue
+from cache.activations import ActivationStore
+from cache.codecs import Columns
+from cache.errors import DamagedStore, NotFound, SaeError
+from cache.identity import Recipe, canonical
+from cache.manifest import Manifest, Window
+from cache.repair import Made, Maker, Repaired, repair
+from cache.salvage import Finding, Salvaged
+from cache.store import Store
+from cache.tokens import VOCABULARY, TokenStore, vocabulary_bytes
+from pipeline import evaluate
+from pipeline.encoding import Encoder
+from pipeline.harvest import HarvestConfig
+from pipeline.language_model import LanguageModel, Point
+from pipeline.packing import Place as TextPlace
+from pipeline.progress import Progress
+from pipeline.rows import Place as RowPlace
+from pipeline.rows import RowRule, RowsOf
+from pipeline.sources import text_source
+from pipeline.tokenize import Contexts, TokenizeConfig, token_recipe
+from pipeline.tokenizers import tokenizer
+from pipeline.windows import Passes, Task
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Where what stores were made of is now. None: where their makers found it."""
+
+    root: Path
+    model: str | None = None
+    source: str | None = None
+    tokenizer: str | None = None
+    device: str = "auto"
+    offline: bool = False
+    _models: dict[str, LanguageModel] = field(default_factory=dict)
+
+    def model_of(self, store: ActivationStore) -> LanguageModel:
+        """The language model of a store, booted once for all stores of one model."""
+        name = canonical(store.recipe["model"])
+        if name not in self._models:
+            self._models[name] = evaluate.boot(store, self.model, self.device, self.offline)
+        return self._models[name]
+
+
+def repair_all(
+    found: Sequence[Salvaged], findings: Sequence[Finding], origins: Origins, progress: Progress
+) -> tuple[list[Repaired], list[SaeError]]:
+    """Repair the stores that have damage, one after the other: what was done, and what could not be."""
+    done: list[Repaired] = []
+    problems: list[SaeError] = []
+    for one in found:
+        damaged = [finding.name for finding in findings if finding.store is one.store]
+        if not damaged and not one.lines:
+            continue
+        try:
+            done.append(repair(one.store.path, damaged, lambda store: maker(store, origins, progress)))
+        except SaeError as error:
+            problems.append(error)
+    return done, problems
+
+
+def maker(store: Store, origins: Origins, progress: Progress) -> Maker:
+    """What makes the windows of a store again."""
+    if isinstance(store, TokenStore):
+        return TokenMaker(store, origins, progress)
+    assert isinstance(store, ActivationStore), store.kind
+    return ActivationMaker(store, origins, progress)
+
+
+class ActivationMaker:
+    """Rows of a store from its tokens and its model."""
+
+    def __init__(self, store: ActivationStore, origins: Origins, progress: Progress) -> None:
+        tokens = catalogue.of_recipe(origins.root, TokenStore, store.recipe["tokens"])
+        if tokens is None:
+            raise NotFound(
+                f"{store.path}: cannot be repaired, since the tokens it was made from are not in {origins.root}; "
+                "tokenize the same text again (`sae tokenize`), or remove the store (`sae cache rm`)"
+            )
+        self.store, self.progress = store, progress
+        self.point = Point(int(store.recipe["layer"]), str(store.recipe["site"]))
+        self.rows = RowsOf(tokens, RowRule(**store.recipe["rows"]))
+        self.model = origins.model_of(store)
+
+    def window(self, before: Store, window: Window, *, lost: bool) -> Made:
+        assert isinstance(before, ActivationStore)
+        task = self._task(before, window, lost)
+        passes = Passes(self.model, self.rows, self._contexts(window))
+        kept = _columns(before)
+        stores = {self.point: before if kept is not None else ActivationStore(before.path, Manifest())}
+        self.progress.start(f"repair {self.store.key}", task.rows, "rows")
+        try:
+            arrays = passes.compute(task, stores, partial(self.progress.advance, window=task.window))[self.point]
+        finally:
+            self.progress.finish()
+        if kept is not None and task.window == 0:
+            arrays |= {"col_mean": kept.mean.numpy(), "col_scale": kept.scale.numpy()}
+        return Made(arrays, passes.notes(task))
+
+    def file(self, name: str) -> bytes:
+        raise AssertionError(f"activations have no {name}")
+
+    def _task(self, before: ActivationStore, window: Window, lost: bool) -> Task:
+        """Where a window starts and ends is in the lines around it; where its own is lost, the tokens are counted."""
+        index, windows = window.index, before.manifest.windows
+        start = RowPlace(**windows[index - 1].notes["next"]) if index else RowPlace(0, 0)
+        if not lost:
+            return Task(index, window.stop - window.start, start, RowPlace(**window.notes["next"]), (self.point,))
+        counted = self.rows.count(before.windows, self.rows.tokens.n_contexts)
+        ends = [*counted.starts[index + 1 :], RowPlace(self.rows.tokens.n_contexts, 0)]
+        rows = min(window.stop, counted.rows) - window.start
+        if rows <= 0:
+            raise SaeError(
+                f"{self.store.path}: window {index} was made from tokens that {self.rows.tokens.key} does not have; "
+                "run `sae tokenize` for more tokens, then repeat"
+            )
+        return Task(index, rows, start, ends[0], (self.point,))
+
+    def _contexts(self, window: Window) -> int:
+        """Contexts in a forward pass when a window was made (where its line is lost: when one near it was)."""
+        near = sorted(self.store.manifest.windows, key=lambda other: abs(other.index - window.index))
+        known = [int(one.notes["made"]["contexts"]) for one in near if "made" in one.notes]
+        usual = int(HarvestConfig.model_fields["batch_tokens"].default) // self.rows.tokens.context_length
+        return known[0] if known else max(1, usual)
+
+
+def _columns(store: ActivationStore) -> Columns | None:
+    """The columns a store was coded by, or None where they have to be made again."""
+    try:
+        return store.columns if store.n_rows else None
+    except DamagedStore:
+        return None
+
+
+class TokenMaker:
+    """Contexts of a store from its text and its tokenizer."""
+
+    def __init__(self, store: TokenStore, origins: Origins, progress: Progress) -> None:
+        recipe, hints = store.recipe, store.hints
+        self.store, self.origins, self.progress = store, origins, progress
+        self.spec = origins.tokenizer or hints.get("tokenizer") or str(recipe["tokenizer"]["name"])
+        self.tok = tokenizer(self.spec, offline=origins.offline)
+        found = {**self.tok.recipe(), "n_vocab": self.tok.n_vocab, "begin": self.tok.begin}
+        self._expect("--tokenizer", self.spec, "tokenizer", found)
+
+    def window(self, before: Store, window: Window, *, lost: bool) -> Made:
+        recipe = self.store.recipe
+        spec = self.origins.source or _named(recipe["source"]) or self.store.hints.get("source")
+        if spec is None:
+            raise SaeError(f"{self.store.path}: where its text is now is not known; say it with --source")
+        config = TokenizeConfig(
+            source=spec, column=recipe["source"].get("column", "text"), tokenizer=self.spec,
+            context=recipe["context_length"], validation=recipe["validation"], packing=recipe["packing"],
+            seed=recipe["shuffle"]["seed"],
+        )  # fmt: skip
+        source = text_source(spec, offline=self.origins.offline, column=config.column)
+        self._expect("--source", spec, "source", source.recipe())
+        assert canonical(token_recipe(config, source, self.tok, recipe["split"])) == canonical(recipe)
+        self.progress.note(f"{self.store.key}: tokenizing window {window.index} again")
+        windows = before.manifest.windows
+        place = TextPlace(**windows[window.index - 1].notes["next"]) if window.index else TextPlace(None, 0, 0, 0, 0)
+        encoder = Encoder(self.spec, self.tok, offline=self.origins.offline)
+        made = Contexts(config, recipe["split"], source, self.tok, encoder, place).take(window.stop - window.start)
+        if made is None:
+            raise SaeError(
+                f"--source {spec}: ends before window {window.index} of {self.store.key}; give the whole text"
+            )
+        return Made(made[0], {"next": made[1]._asdict()})
+
+    def file(self, name: str) -> bytes:
+        assert name == VOCABULARY
+        return vocabulary_bytes(self.tok.vocabulary())
+
+    def _expect(self, option: str, spec: str, part: str, found: Recipe) -> None:
+        """Raise SaeError unless a part of the recipe is what was found under a name."""
+        wanted = self.store.recipe[part]
+        if canonical(found) != canonical(wanted):
+            differs = ", ".join(sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key)))
+            raise SaeError(
+                f"{option} {spec}: is not what {self.store.key} was made from ({differs} differ), so nothing was "
+                f"repaired; give that with {option}, or remove the store (`sae cache rm`) and make it again"
+            )
+
+
+def _named(source: Recipe) -> str | None:
+    """The name of a source that says by itself where it is: the commit of a hub's data set; None for files."""
+    if source["source"] == "hub":
+        return f"hub:{source['dataset']}@{source['revision']}:{source['config'] or ''}:{source['split']}"
+    return "python" if source["source"] == "python" else None

@@ -1,0 +1,72 @@
+"""What the architectures that choose over a whole batch share: the threshold that takes the batch's place afterwards.
+
+In training the k * B largest pre-activations of a batch are kept. What a row keeps then depends on the rows beside it,
+which inference must not: there f = p where p exceeds theta, the running mean of the least value a batch kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from .base import SAE
+from .config import Clock
+from .encoder import Preactivations
+from .fixed_k import FixedKConfig
+from .latents import Latents
+from .losses import Losses
+
+MEMORY = 0.999
+"""Weight of the past in the threshold; while fewer batches were seen, all count alike."""
+
+
+class BatchThresholdConfig(FixedKConfig):
+    """Settings of k over a batch."""
+
+    threshold_start: int = Field(
+        1000,
+        ge=0,
+        description="steps before the threshold is averaged, at most half of the training; it follows before",
+    )
+
+
+class BatchThreshold(SAE):
+    """Selection over the batch in training mode, by the threshold in evaluation mode."""
+
+    latent_units = ("b_enc", "threshold")
+    config: BatchThresholdConfig
+    threshold: Tensor
+    threshold_batches: Tensor
+
+    def _build(self, generator: torch.Generator) -> None:
+        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("threshold_batches", torch.zeros((), dtype=torch.int64))
+
+    def _activate(self, pre: Preactivations, clock: Clock) -> Latents:
+        if not self.training:
+            chosen = pre.above(self.threshold.item())
+            return chosen.map(lambda p: p * (p > self.threshold))
+        k = self.config.k_at(clock)
+        return pre.largest(k * pre.x.shape[0]).map(Tensor.relu)
+
+    def _update(self, losses: Losses) -> None:
+        values = losses.latents.values.detach()
+        kept = values[values > 0]
+        if kept.numel() == 0:
+            return
+        start = min(self.config.threshold_start, losses.clock.steps / 2)
+        self.threshold_batches.add_(losses.clock.step >= start)
+        newest = torch.clamp(1 / self.threshold_batches.clamp_min(1), min=1 - MEMORY)
+        self.threshold.lerp_(kept.min(), newest.to(self.threshold.dtype))
+
+    def _export(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors | {"threshold": self.threshold.expand(self.d_sae)}
+
+    def _import(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.threshold.copy_(tensors.pop("threshold")[0])
+        return tensors
+
+    def _saelens(self) -> dict[str, str]:
+        # what it is at inference; SAELens opens no `batchtopk`
+        return {"architecture": "jumprelu_transcoder" if self.is_transcoder else "jumprelu"}

@@ -1,0 +1,34 @@
+"""BatchTopK: keep the k * B largest pre-activations of a batch of B (Bussmann et al. 2024, arXiv 2412.06410)."""
+
+from __future__ import annotations
+
+from typing import Literal, final
+
+from pydantic import Field
+from torch import Tensor
+
+from .base import register
+from .batch_threshold import BatchThreshold, BatchThresholdConfig
+from .fixed_k import auxk_term
+from .losses import Batch
+
+
+class BatchTopKConfig(BatchThresholdConfig):
+    """BatchTopK with AuxK."""
+
+    arch: Literal["batchtopk"] = Field("batchtopk", description="architecture")
+
+
+@final
+@register
+class BatchTopK(BatchThreshold):
+    """The k largest pre-activations per input on average over a batch, with AuxK; a threshold at inference.
+
+    f = ReLU(p) where p is among the k B largest of the batch; at inference p where p > theta.
+    """
+
+    config_type = BatchTopKConfig
+    config: BatchTopKConfig
+
+    def _terms(self, batch: Batch) -> dict[str, Tensor]:
+        return auxk_term(self.config, batch, self.dead(), self.W_dec)

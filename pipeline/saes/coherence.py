@@ -1,0 +1,115 @@
+"""The Johnson-Lindenstrauss penalty: dictionary directions pushed towards right angles, and its settings.
+
+It is computed in blocks of rows and its gradient with it, so that no [m, m] matrix is ever held: at 8192 latents that
+would be 256 MiB, several times over. What it gives up: no double backward.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .config import Clock, Config, anneal
+
+Form = Literal["abs", "abs_squared", "relu", "relu_squared"]
+
+LARGEST = 1 - 1e-6
+"""Cosines are cut here in size; atanh(1) is infinite."""
+
+BLOCK_ELEMENTS = 2**21
+"""Cosines held at a time, so that the passes over them stay in the processor's cache."""
+
+
+class CoherenceConfig(Config):
+    """Settings of the Johnson-Lindenstrauss penalty."""
+
+    jl_form: Form = Field(
+        "abs",
+        description="what is averaged over pairs of latents: atanh of their cosine's size (abs) or of its positive "
+        "part (relu), as it is or squared",
+    )
+    jl_on: Literal["decoder", "encoder", "both"] = Field("decoder", description="whose directions are spread")
+    jl_coefficient: float = Field(0.5, ge=0, description="weight of the penalty after its warm-up")
+    jl_start: float = Field(2.5, ge=0, description="weight of the penalty at the first step")
+    jl_warmup: float = Field(
+        2000,
+        ge=0,
+        description="steps of the quarter-cosine from jl_start to jl_coefficient; below 1, a share of the training",
+    )
+    jl_rows: int | None = Field(
+        None, ge=1, description="latents compared with all others at a step, drawn anew each time; unset: all"
+    )
+
+
+def jl_term(config: CoherenceConfig, W_dec: Tensor, W_enc: Tensor, generator: torch.Generator, clock: Clock) -> Tensor:
+    """The weighted penalty on rows W_dec [m, d_out], rows W_enc [m, d_in] or both (added); the generator draws."""
+    m, rows = config.d_sae, None
+    if config.jl_rows is not None and config.jl_rows < m:
+        rows = torch.randperm(m, generator=generator)[: config.jl_rows].to(W_dec.device)
+    weight = anneal(config.jl_start, config.jl_coefficient, config.jl_warmup, clock)
+    tables = {"decoder": [W_dec], "encoder": [W_enc], "both": [W_dec, W_enc]}[config.jl_on]
+    if weight == 0:
+        return W_dec.new_zeros(())
+    return weight * torch.stack([jl(table, config.jl_form, rows) for table in tables]).sum()
+
+
+def jl(table: Tensor, form: Form = "abs", rows: Tensor | None = None) -> Tensor:
+    """sqrt(d) / m^2 * the sum over ordered pairs i != j of a function of the cosine of rows i and j of [m, d].
+
+    0 for orthonormal rows, sqrt(2 / pi) for many random ones under `abs`. rows: int64 [s], restricts i, and the sum is
+    scaled by m / s. In float32 whatever autocast says.
+    """
+    with torch.autocast(table.device.type, enabled=False):
+        unit = F.normalize(table, dim=1)
+        return _Coherence.apply(unit, form, rows)
+
+
+class _Coherence(torch.autograd.Function):
+    """The penalty on unit rows, its gradient computed on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, unit: Tensor, form: Form, rows: Tensor | None) -> Tensor:
+        m, d = unit.shape
+        wants = ctx.needs_input_grad[0]
+        gradient = torch.zeros_like(unit) if wants else None
+        total = unit.new_zeros((), dtype=torch.float64)
+        every = torch.arange(m, device=unit.device) if rows is None else rows
+        for who in every.split(max(1, BLOCK_ELEMENTS // m)):
+            cosines = unit[who] @ unit.T
+            cosines[torch.arange(len(who), device=unit.device), who] = 0
+            value, slope = _pairs(cosines, form)
+            total += value.sum(dtype=torch.float64)
+            if gradient is not None and rows is None:
+                gradient[who] = 2 * (slope @ unit)  # pairs come in both orders
+            elif gradient is not None:
+                gradient.index_add_(0, who, slope @ unit).addmm_(slope.T, unit[who])
+        factor = math.sqrt(d) / (m * len(every))
+        if gradient is not None:
+            ctx.save_for_backward(gradient.mul_(factor))
+        return (total * factor).to(unit.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return grad * gradient, None, None
+
+
+def _pairs(cosines: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    """The function of each cosine, and its derivative (0 beyond LARGEST)."""
+    size = cosines.abs() if form.startswith("abs") else cosines.relu()
+    inside = size < LARGEST
+    size = size.clamp_max(LARGEST)
+    value = size.atanh()
+    slope = (
+        inside * cosines.sign() / (1 - size * size)
+        if form.startswith("abs")
+        else inside * (size > 0) / (1 - size * size)
+    )
+    return (value * value, 2 * value * slope) if form.endswith("squared") else (value, slope)

@@ -1,0 +1,50 @@
+"""What the architectures with a fixed number of active latents share: k, its annealing, AuxK."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from .auxk import auxk_loss, default_k
+from .config import Clock, Config, ramp
+from .losses import Batch
+
+
+class FixedKConfig(Config):
+    """Settings of k and of AuxK."""
+
+    k: int = Field(32, ge=1, description="latents kept per input")
+    k_start: int | None = Field(None, ge=1, description="latents kept per input at the first step; unset: k")
+    k_anneal: float = Field(
+        0.1, ge=0, description="steps over which k_start becomes k, evenly; below 1, a share of the training"
+    )
+    aux_coefficient: float = Field(
+        1 / 32, ge=0, description="weight of AuxK, in which dead latents reconstruct the residual; 0: off"
+    )
+    aux_k: int | None = Field(
+        None, ge=1, description="dead latents AuxK uses per input; unset: half the width, rounded to a power of two"
+    )
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> Self:
+        for name, k in (("k", self.k), ("k_start", self.k_start or 1)):
+            if k > self.d_sae:
+                raise ValueError(
+                    f"{name}: {k} latents per input, but d_sae: {self.d_sae} in all; lower {name} or raise d_sae"
+                )
+        return self
+
+    def k_at(self, clock: Clock) -> int:
+        """k of this step."""
+        start = self.k if self.k_start is None else self.k_start
+        return start + round((self.k - start) * ramp(self.k_anneal, clock))
+
+
+def auxk_term(config: FixedKConfig, batch: Batch, dead: Tensor, table: Tensor) -> dict[str, Tensor]:
+    """{"auxk": the weighted term}, or nothing where it is switched off; dead is bool [m], the table W_dec."""
+    if config.aux_coefficient == 0:
+        return {}
+    k_aux = config.aux_k or default_k(table.shape[1])
+    return {"auxk": config.aux_coefficient * auxk_loss(batch.pre, dead, k_aux, batch.y, batch.y_hat, table)}

@@ -1,0 +1,53 @@
+"""Hybrid SAE: an L1 penalty on activations and the Johnson-Lindenstrauss penalty on directions (gpt_sae)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, final
+
+from pydantic import Field
+from torch import Tensor
+
+from . import penalties
+from .base import SAE, register
+from .coherence import CoherenceConfig, jl_term
+from .config import Clock, Reduction, other_default
+from .encoder import Preactivations
+from .latents import Latents
+from .losses import Batch
+from .penalties import PenaltyConfig, l1
+
+
+class HybridConfig(PenaltyConfig, CoherenceConfig):
+    """ReLU and both penalties, on the squared error averaged over features."""
+
+    arch: Literal["hybrid"] = Field("hybrid", description="architecture")
+    penalty: penalties.Form = Field("per_token", description=PenaltyConfig.model_fields["penalty"].description)
+    coefficient: float = Field(0.1, ge=0, description=PenaltyConfig.model_fields["coefficient"].description)
+    warmup: float = Field(2000, ge=0, description=PenaltyConfig.model_fields["warmup"].description)
+    reduction: Reduction = other_default("reduction", "mean_d")
+
+
+@final
+@register
+class Hybrid(SAE):
+    """ReLU with an L1 penalty and the Johnson-Lindenstrauss penalty.
+
+    f = ReLU(p); the terms are those of `l1` and of `jl`.
+    """
+
+    config_type = HybridConfig
+    config: HybridConfig
+
+    def _activate(self, pre: Preactivations, clock: Clock) -> Latents:
+        return pre.above(0.0).map(Tensor.relu)
+
+    def _terms(self, batch: Batch) -> dict[str, Tensor]:
+        penalty = l1(self.config.penalty, batch.latents, batch, self.W_dec)
+        generator = self.generator("jl", batch.clock.step)
+        return {
+            "l1": self.config.coefficient_at(batch.clock) * penalty,
+            "jl": jl_term(self.config, self.W_dec, self.W_enc_rows, generator, batch.clock),
+        }
+
+    def _saelens(self) -> dict[str, Any]:
+        return {"architecture": "transcoder" if self.is_transcoder else "standard"}

@@ -1,0 +1,142 @@
+"""JumpReLU: a learned threshold per latent, trained through straight-through gradients (Rajamanoharan et al. 2024,
+arXiv 2407.14435; the tanh penalty and the pre-activation loss from Anthropic, January 2025 update)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal, Self, final
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .base import SAE, register
+from .config import Clock, Config, InputScale, other_default, ramp
+from .encoder import Preactivations
+from .latents import Latents
+from .losses import Batch
+
+
+class JumpReLUConfig(Config):
+    """JumpReLU; the defaults are for inputs of mean squared norm 1, as in Gemma Scope."""
+
+    arch: Literal["jumprelu"] = Field("jumprelu", description="architecture")
+    input_scale: InputScale = other_default("input_scale", "unit")
+    penalty: Literal["l0", "tanh"] = Field(
+        "l0",
+        description="what is summed over a row's latents: 1 for each that is active (l0), or "
+        "tanh(tanh_scale f times the norm of its decoder row)",
+    )
+    coefficient: float = Field(1e-3, ge=0, description="weight of the penalty")
+    warmup: float = Field(
+        0.05, ge=0, description="steps over which the coefficient rises from 0; below 1, a share of the training"
+    )
+    target_l0: float | None = Field(
+        None, gt=0, description="with penalty l0: punish the square of L0 / target_l0 - 1 instead of L0"
+    )
+    tanh_scale: float = Field(4.0, gt=0, description="the constant in the tanh penalty")
+    pre_act_coefficient: float = Field(
+        0.0,
+        ge=0,
+        description="weight of a term that pulls dead latents' pre-activations up to their thresholds; 0: off",
+    )
+    theta_init: float = Field(1e-3, gt=0, description="where the thresholds start")
+    bandwidth: float = Field(1e-3, gt=0, description="width of the kernel through which thresholds get their gradient")
+
+    @model_validator(mode="after")
+    def _target_of_l0(self) -> Self:
+        if self.target_l0 is not None and self.penalty != "l0":
+            raise ValueError(f"target_l0: {self.target_l0} is for penalty: l0, not for penalty: {self.penalty}")
+        return self
+
+
+@final
+@register
+class JumpReLU(SAE):
+    """A learned threshold per latent, with a penalty on how many latents are active.
+
+    f = p where p > theta, else 0; theta >= 0. Its gradients pass through a rectangle kernel K of width eps around it:
+    df/dtheta = -(theta / eps) K((p - theta) / eps), dH(p - theta)/dtheta = -(1 / eps) K((p - theta) / eps).
+    """
+
+    config_type = JumpReLUConfig
+    config: JumpReLUConfig
+    latent_units = ("b_enc", "threshold")
+    threshold: Tensor
+
+    def _build(self, generator: torch.Generator) -> None:
+        # theta itself, not its logarithm: Adam's steps are of one size, and from 0.001 a logarithm takes thousands
+        self.threshold = nn.Parameter(torch.full((self.d_sae,), self.config.theta_init))
+
+    def _activate(self, pre: Preactivations, clock: Clock) -> Latents:
+        # with entries a little below their thresholds: the kernel reaches there
+        chosen = pre.above(self.threshold.detach() - self.config.bandwidth / 2)
+        values, _ = jump(chosen.values, chosen.each(self.threshold), self.config.bandwidth)
+        return replace(chosen, values=values, before=chosen.values)
+
+    def _terms(self, batch: Batch) -> dict[str, Tensor]:
+        config, norms = self.config, torch.linalg.vector_norm(self.W_dec, dim=1)
+        weight = config.coefficient * ramp(config.warmup, batch.clock)
+        if config.penalty == "tanh":
+            scale = batch.latents.each(config.tanh_scale * norms)
+            terms = {"tanh": weight * batch.latents.map(lambda f: (scale * f).tanh()).total().mean()}
+        else:
+            terms = {"l0": weight * self._l0(batch.latents)}
+        if config.pre_act_coefficient > 0:
+            who = self.dead().nonzero().view(-1)
+            below = (self.threshold[who] - batch.pre.of(who)).relu()
+            terms["pre_act"] = config.pre_act_coefficient * (below * norms[who]).sum(1).mean()
+        return terms
+
+    def _l0(self, active: Latents) -> Tensor:
+        assert active.before is not None
+        _, steps = jump(active.before.detach(), active.each(self.threshold), self.config.bandwidth)
+        l0 = active.map(lambda _: steps).total().mean()
+        return l0 if self.config.target_l0 is None else (l0 / self.config.target_l0 - 1).square()
+
+    def _constrain(self) -> None:
+        self.threshold.clamp_(min=0)
+
+    def _reset(self, which: Tensor) -> None:
+        super()._reset(which)
+        self.threshold[which] = self.config.theta_init
+
+    def _export(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors | {"threshold": self.threshold}
+
+    def _import(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.threshold.copy_(tensors.pop("threshold"))
+        return tensors
+
+    def _saelens(self) -> dict[str, Any]:
+        return {"architecture": "jumprelu_transcoder" if self.is_transcoder else "jumprelu"}
+
+
+def jump(p: Tensor, theta: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+    """(p H(p - theta), H(p - theta)) elementwise, with the straight-through gradients; theta broadcasts to p."""
+    return _Jump.apply(p, theta.expand_as(p), bandwidth)
+
+
+class _Jump(torch.autograd.Function):
+    """The jump and its step, of p and theta of one shape."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, theta: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+        active = p > theta
+        ctx.save_for_backward(p, theta, active)
+        ctx.bandwidth = bandwidth
+        ctx.set_materialize_grads(False)
+        return p * active, active.to(p.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_f: Tensor | None, grad_step: Tensor | None) -> tuple[Tensor | None, ...]:
+        p, theta, active = ctx.saved_tensors
+        kernel = ((p - theta).abs() < ctx.bandwidth / 2) / -ctx.bandwidth
+        grad_theta = torch.zeros_like(p)
+        if grad_f is not None:
+            grad_theta += grad_f * theta
+        if grad_step is not None:
+            grad_theta += grad_step
+        return None if grad_f is None else grad_f * active, grad_theta * kernel, None

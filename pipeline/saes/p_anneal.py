@@ -1,0 +1,89 @@
+"""p-annealing: an L1 penalty whose exponent falls below 1 in training (Karvonen et al. 2024, arXiv 2408.00113)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self, final
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from .base import SAE, register
+from .config import Clock, Config, ramp, steps_of
+from .encoder import Preactivations
+from .latents import Latents
+from .losses import Batch, Losses
+
+SMALLEST = 1e-3
+"""Added to a latent before it is raised to a power, whose slope at 0 is infinite."""
+
+
+class PAnnealConfig(Config):
+    """ReLU and the sum of f^p, with p falling in stages from 1 and the coefficient following it."""
+
+    arch: Literal["p_anneal"] = Field("p_anneal", description="architecture")
+    coefficient: float = Field(5.0, ge=0, description="weight of the penalty while p is 1")
+    warmup: float = Field(
+        0.05, ge=0, description="steps over which the coefficient rises from 0; below 1, a share of the training"
+    )
+    p_end: float = Field(0.2, gt=0, le=1, description="the last exponent")
+    anneal_start: float = Field(
+        0.3, ge=0, description="steps before p starts to fall; below 1, a share of the training"
+    )
+    stages: int = Field(10, ge=1, description="equal parts of the rest of the training, with p lower in each")
+
+    @model_validator(mode="after")
+    def _weights_hold(self) -> Self:
+        if self.decoder_norm == "free":
+            raise ValueError(
+                "decoder_norm: free needs a penalty weighted by the rows' norms, p_anneal has none; use unit"
+            )
+        return self
+
+    def p_at(self, clock: Clock) -> float:
+        """The exponent of this step."""
+        start = steps_of(self.anneal_start, clock)
+        if clock.step < start:
+            return 1.0
+        share = (clock.step - start) / max(1.0, clock.steps - start)
+        stage = min(self.stages, int(share * self.stages) + 1)
+        return 1.0 - (1.0 - self.p_end) * stage / self.stages
+
+
+@final
+@register
+class PAnneal(SAE):
+    """ReLU with a penalty on f^p, p falling from 1: closer to counting the active latents as training goes on.
+
+    f = ReLU(p); the term is c times the mean over the batch of sum_i (f_i + s)^p - s^p with a tiny s. When p falls, c
+    is multiplied by the ratio of the old penalty to the new one on that batch, so that its size stays.
+    """
+
+    config_type = PAnnealConfig
+    config: PAnnealConfig
+    factor: Tensor
+
+    def _build(self, generator: torch.Generator) -> None:
+        self.register_buffer("factor", torch.ones(()))
+
+    def _activate(self, pre: Preactivations, clock: Clock) -> Latents:
+        return pre.above(0.0).map(Tensor.relu)
+
+    def _terms(self, batch: Batch) -> dict[str, Tensor]:
+        weight = self.config.coefficient * ramp(self.config.warmup, batch.clock)
+        return {"lp": weight * self.factor * power_sum(batch.latents, self.config.p_at(batch.clock))}
+
+    def _update(self, losses: Losses) -> None:
+        step, steps = losses.clock
+        p, following = self.config.p_at(losses.clock), self.config.p_at(Clock(step + 1, steps))
+        if following < p:
+            old, new = power_sum(losses.latents.detach(), p), power_sum(losses.latents.detach(), following)
+            self.factor.mul_(torch.where(new > 0, old / new, 1))
+
+    def _saelens(self) -> dict[str, Any]:
+        return {"architecture": "transcoder" if self.is_transcoder else "standard"}
+
+
+def power_sum(active: Latents, p: float) -> Tensor:
+    """Scalar: the mean over rows of sum_i (f_i + s)^p - s^p, which is 0 where f is and L1 for p = 1."""
+    return active.map(lambda f: (f + SMALLEST).pow(p) - SMALLEST**p).total().mean()

@@ -1,0 +1,61 @@
+"""Shifted ReLU: a fixed soft threshold, without a learned one; what some studies call JumpReLU (exploring SAEs)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, final
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from .base import SAE, register
+from .config import Clock
+from .encoder import Preactivations
+from .latents import Latents
+from .losses import Batch
+from .penalties import PenaltyConfig, l1
+
+
+class ShiftedReLUConfig(PenaltyConfig):
+    """ReLU of what exceeds a fixed shift; no penalty unless asked for."""
+
+    arch: Literal["shifted_relu"] = Field("shifted_relu", description="architecture")
+    shift: float = Field(0.1, ge=0, description="what is taken from every pre-activation before ReLU")
+    coefficient: float = Field(0.0, ge=0, description=PenaltyConfig.model_fields["coefficient"].description)
+
+
+@final
+@register
+class ShiftedReLU(SAE):
+    """ReLU of the pre-activations less a fixed shift, which shrinks what stays active; an L1 penalty if asked for.
+
+    f = ReLU(p - s).
+    """
+
+    config_type = ShiftedReLUConfig
+    config: ShiftedReLUConfig
+    latent_units = ("b_enc", "shift")
+    shift: Tensor
+
+    def _build(self, generator: torch.Generator) -> None:
+        self.register_buffer("shift", torch.tensor(self.config.shift))
+
+    def _activate(self, pre: Preactivations, clock: Clock) -> Latents:
+        return pre.above(self.shift.item()).map(lambda p: (p - self.shift).relu())
+
+    def _terms(self, batch: Batch) -> dict[str, Tensor]:
+        if self.config.coefficient == 0:
+            return {}
+        penalty = l1(self.config.penalty, batch.latents, batch, self.W_dec)
+        return {"l1": self.config.coefficient_at(batch.clock) * penalty}
+
+    def _export(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        # a plain ReLU with the shift in its bias: what every tool can run
+        return tensors | {"b_enc": tensors["b_enc"] - self.shift}
+
+    def _import(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.shift.zero_()
+        return tensors
+
+    def _saelens(self) -> dict[str, Any]:
+        return {"architecture": "transcoder" if self.is_transcoder else "standard"}

@@ -1,0 +1,69 @@
+"""One set of settings -> every combination of swept values and seeds, trained over as few streams as they allow.
+
+`--sweep k=16,32 --sweep lr=1e-4,3e-4 --seeds 3` is twelve dictionaries. Those that agree on batch, length and order of
+the rows see the same batches in one pass over the store; the others take turns. Each has a run folder of its own, named
+by its settings, so a repeated sweep trains only what is missing and continues what was interrupted.
+"""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+from cache.activations import ActivationStore
+from cache.errors import SaeError
+from cache.runs import CONFIG, Run
+from pipeline.progress import Progress
+from pipeline.train import STREAM, TrainConfig, open_run, run_name, train
+
+SHORT = {"arch": "sae.arch", "k": "sae.k", "d_sae": "sae.d_sae"}  # settings the command has short options for
+
+
+def combinations(axes: Sequence[str], seeds: int | None, first_seed: int = 0) -> list[list[str]]:
+    """Every combination of the axes `KEY=VALUE,VALUE,...` and of seeds first_seed, first_seed + 1, ...
+
+    Each is a list of `train.key=value` overrides. A key is a setting of the train section (`lr`, `sae.k`), one of the
+    architecture (`arch.k`), or the name of a short option (`k`, `d_sae`, `arch`). Raises SaeError for an axis that is
+    not written so, or is there twice.
+    """
+    spread: dict[str, list[str]] = {}
+    for axis in axes:
+        key, equals, values = axis.partition("=")
+        path = SHORT.get(key, key).removeprefix("train.")
+        path = "sae." + path.removeprefix("arch.") if path.startswith("arch.") else path
+        found = [value.strip() for value in values.split(",")]
+        if not equals or not all(path.split(".")) or not all(found):
+            raise SaeError(f"--sweep {axis}: write it as KEY=VALUE,VALUE, for example k=16,32,64 or lr=1e-4,3e-4")
+        if path in spread or (path == "seed" and seeds is not None):
+            raise SaeError(f"--sweep {axis}: {key} is swept twice; give all its values at once")
+        if len(set(found)) < len(found):
+            raise SaeError(f"--sweep {axis}: a value stands there twice")
+        spread[path] = found
+    if seeds is not None:
+        spread["seed"] = [str(first_seed + i) for i in range(seeds)]
+    return [
+        [f"train.{path}={value}" for path, value in zip(spread, values, strict=True)]
+        for values in itertools.product(*spread.values())
+    ]
+
+
+def open_all(configs: Sequence[TrainConfig], store: ActivationStore, root: Path) -> list[Run]:
+    """The run folder of each configuration, begun or taken up. Raises SaeError where two configurations are one."""
+    names = [run_name(config, store) for config in configs]
+    if len(set(names)) < len(names):
+        raise SaeError("--sweep: two of the combinations are the same settings; does another option fix a swept key?")
+    return [
+        open_run(config, store, root, name, resume=(root / name / CONFIG).exists())
+        for config, name in zip(configs, names, strict=True)
+    ]
+
+
+def sweep(runs: Sequence[Run], store: ActivationStore, progress: Progress, *, device: str = "auto") -> None:
+    """Train what is not finished of the runs, all that share a stream of batches in one pass."""
+    streams: dict[tuple[object, ...], list[Run]] = {}
+    for run in runs:
+        if not run.finished:
+            streams.setdefault(tuple(run.config["train"][name] for name in STREAM), []).append(run)
+    left = sum(len(together) for together in streams.values())
+    progress.note(f"{len(runs)} dictionaries, {len(runs) - left} finished before, {len(streams)} passes for the others")
+    for together in streams.values():
+        train(together, store, progress, device=device)
