@@ -12,9 +12,7 @@ sae_lens, which needs another transformer_lens than this program: `--saelens /ot
 """
 
 import argparse
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +26,7 @@ import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from bench.peer import Peer
 from bench.rows import Row, show
 from cache.tokens import TokenStore, TokenWriter
 from pipeline.harvest import HarvestConfig, harvest
@@ -78,31 +77,6 @@ def bare_forward(model: Any, layer: int, tokens: torch.Tensor, batch: int) -> No
     handle.remove()
 
 
-class Peer:
-    """`bench/harvest_saelens.py` in another interpreter: a run whenever it is asked for one."""
-
-    missing = True
-
-    def __init__(self, python: str, *arguments: str) -> None:
-        if shutil.which(python) is None:
-            return
-        script = str(Path(__file__).with_name("harvest_saelens.py"))
-        self.process = subprocess.Popen(
-            [python, script, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.missing = self._line() != "ready"
-
-    def rate(self) -> float:
-        """Tokens per second of one run."""
-        assert self.process.stdin is not None
-        print("go", file=self.process.stdin, flush=True)
-        return float(self._line())
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layer", default="6", help="one or several, as 4,5,6")
@@ -142,7 +116,15 @@ def main() -> None:
 
         for threads in map(int, args.threads.split(",")):
             torch.set_num_threads(threads)
-            peer = Peer(args.saelens, str(deepest), str(args.contexts), str(args.batch), str(threads), args.clock)
+            peer = Peer(
+                args.saelens,
+                "harvest_saelens.py",
+                str(deepest),
+                str(args.contexts),
+                str(args.batch),
+                str(threads),
+                args.clock,
+            )
             if peer.missing:
                 print("SAELens: left out, sae_lens is not installed there (see --saelens)", file=sys.stderr)
             bare_forward(bare, deepest, tokens[: args.batch], args.batch)

@@ -1,14 +1,15 @@
 """The shuffled loader against a raw sequential read of the same stored bytes into a reused buffer.
 
-    python bench/loader.py [--cores 1] [--codecs int8:zstd=none bfloat16 int8] [--rows 1048576] [--pairs 12]
-                           [--folder DIR] [--memory] [--json]
+    python bench/loader.py [--cores 1] [--codecs int8:zstd=none bfloat16 int8] [--rows 2097152] [--pairs 12]
+                           [--folder DIR] [--saelens PYTHON] [--memory] [--json]
 
-Reference: `readinto` of the chunk files one after the other, a chunk at a time, into one buffer. Ours: batches of 4096
-as they are stored (`encoded`), and decoded to float32 on the CPU, in the middle of an epoch; an epoch opens up to 31
-chunks twice. The rows are tests/heavy_tails.py at width 768. Both are warm and take turns, a few chunks each; on one
-core CPU time counts (the process is pinned, with one reading thread), on two the clock. Medians of the pairs' ratios.
-`--memory` instead: the most memory resident while 1,000 batches are loaded of 1M rows and of 100M (stores of hard links
-to one chunk), each in a process of its own.
+Reference: `readinto` of the chunk files one after the other, a chunk at a time, into one buffer. Ours: batches of
+4096 as they are stored (`encoded`), and decoded to float32 on the CPU; an epoch opens up to 63 chunks twice. In its
+first pass a loader checks uncompressed chunks as it opens them, compressed ones in every pass. The rows are
+tests/heavy_tails.py at width 768. All are warm and take turns, a few chunks each; on one core CPU time counts (the
+process is pinned, with one reading thread), on two the clock. Medians of the pairs' ratios. SAELens reads a cache of
+its own layout (float32) in an interpreter that has sae_lens. `--memory` instead: the most memory resident while 1,000
+batches are loaded, as stored, of 1M rows and of 100M (stores of hard links to one chunk), each in a process of its own.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 from heavy_tails import HeavyTails
 
+from bench.peer import Peer
 from bench.rows import Row, show
 from cache import manifest
 from cache.activations import ActivationStore, ActivationWriter
@@ -46,6 +48,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2 << 20)
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--folder", type=Path, help="where the stores are kept; default: a temporary folder")
+    parser.add_argument("--saelens", default=sys.executable, metavar="PYTHON", help="an interpreter with sae_lens")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -53,13 +56,18 @@ def main() -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, set(range(args.cores)))
     rows: list[Row] = []
+    clock = "cpu" if args.cores == 1 else "wall"
+    peer = None if args.memory else Peer(args.saelens, "loader_saelens.py", "512", str(args.cores), clock)
+    if peer is not None and peer.missing:
+        print("SAELens: left out, sae_lens is not installed there (see --saelens)", file=sys.stderr)
+        peer = None
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         for text in args.codecs:
             if args.memory:
                 rows += resident(folder, text)
             else:
-                rows += measured(made(folder, text, args.rows), text, args.cores, args.pairs)
+                rows += measured(made(folder, text, args.rows), text, args.cores, args.pairs, peer)
     show(f"loading, width {D}, batch {BATCH}, {args.cores} core(s)", rows, as_json=args.json)
 
 
@@ -82,18 +90,20 @@ def made(folder: Path, text: str, n: int) -> ActivationStore:
         return writer.store
 
 
-def measured(store: ActivationStore, name: str, cores: int, pairs: int) -> list[Row]:
+def measured(store: ActivationStore, name: str, cores: int, pairs: int, peer: Peer | None) -> list[Row]:
     """Rows a second of the raw read, of encoded and of decoded batches, and the ratios to the first."""
     clock = time.process_time if cores == 1 else time.perf_counter
     raw = raw_read(store)
-    with Loader(store, BATCH, threads=cores) as loader, Loader(store, BATCH, threads=cores) as decoding:
+    first, later, decoding = (Loader(store, BATCH, threads=cores) for _ in range(3))
+    with first, later, decoding:
         sides: dict[str, Iterator[int]] = {
             f"{name}: raw sequential read": raw,
-            f"{name}: encoded batches": (len(batch[0].rows) for batch in loader.encoded()),
-            f"{name}: float32 batches": (len(batch) for batch in decoding),
+            f"{name}: encoded batches, first pass": (len(batch[0].rows) for batch in first.encoded()),
+            f"{name}: encoded batches, later passes": (len(batch[0].rows) for batch in later.encoded()),
+            f"{name}: float32 batches, later passes": (len(batch) for batch in decoding),
         }
-        for side in sides.values():
-            taken(side, (34 if side is not raw else 64) * store.chunk_rows)  # past the start, and warm
+        for what, side in sides.items():  # past the start, and warm; uncompressed chunks are checked in the first pass
+            taken(side, store.chunk_rows if "first" in what else store.n_rows + store.chunk_rows)
         speeds: dict[str, list[float]] = {what: [] for what in sides}
         for _ in range(pairs):
             for what, side in sides.items():
@@ -101,6 +111,8 @@ def measured(store: ActivationStore, name: str, cores: int, pairs: int) -> list[
                 begun = clock()
                 n = taken(side, STEPS * store.chunk_rows)
                 speeds[what].append(n / (clock() - begun))
+            if peer is not None:
+                speeds.setdefault("SAELens: float32 batches from its Arrow cache", []).append(peer.rate())
     reference = next(iter(sides))
     return [
         Row(
@@ -173,7 +185,7 @@ def linked(one: ActivationStore, root: Path, rows: int) -> Path:
 def most_resident(path: Path) -> int:
     """Bytes, at the most, of a process that loads 1,000 batches from the store at `path`."""
     with Loader(ActivationStore(path), BATCH) as loader:
-        taken((len(batch) for batch in loader), 1000 * BATCH)
+        taken((len(batch[0].rows) for batch in loader.encoded()), 1000 * BATCH)
     status = Path("/proc/self/status").read_text()  # getrusage would tell the parent's peak where that was higher
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
