@@ -76,15 +76,14 @@ def train(
         "sae": {"arch": arch, "k": k, "d_sae": d_sae}, "lr": lr, "batch": batch, "steps": steps,
         "rows": None if rows == "all" else rows, "seed": seed,
     }  # fmt: skip
-    values = settings("train", TrainConfig, preset, config, given, **flags)
     root, runs, bars = cache_root(cache), folder("--runs", runs), console.Bars()
     if sweep is not None or seeds is not None:
         if resume or name is not None:
             raise SaeError("--sweep: names its runs itself and continues what is there; leave out --name and --resume")
-        flags["seed"] = seed if seeds is None else None
+        flags["seed"] = None if seeds is not None else seed
         every = [
             settings("train", TrainConfig, preset, config, [*given, *one], **flags)
-            for one in combinations(sweep or [], seeds, values.seed)
+            for one in combinations(sweep or [], seeds, seed or 0)
         ]
         store = catalogue.find(root, ActivationStore, activations, "--activations", "sae harvest")
         bars.note(f"activations: {store.key}{unfinished(store)}")
@@ -92,6 +91,7 @@ def train(
         train_all(several, store, bars, device=device)
         show(rows_of(several), f"{len(several)} runs in {runs}", json)
         return
+    values = settings("train", TrainConfig, preset, config, given, **flags)
     options = [preset, config, set_ or None, arch, k, d_sae, lr, batch, steps, rows, seed]
     said = any(option is not None for option in options)
     if resume and (name is not None or not said):

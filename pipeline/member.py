@@ -5,6 +5,7 @@ a function of its seed and the step, so there is no random state to save.
 """
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,8 @@ class Member:
     store: ActivationStore
     rows: int
     done: int = 0
+    _spent: float = 0.0  # seconds in steps since `cost` was asked
+    _steps: int = 0
 
     @classmethod
     def begin(cls, run: Run, config: TrainConfig, store: ActivationStore, rows: int, device: torch.device) -> "Member":
@@ -64,6 +67,7 @@ class Member:
 
     def step(self, x: Tensor, step: int, total: int) -> dict[str, float] | None:
         """One optimiser step on a batch [batch, d]; the metrics where this step is logged."""
+        begun = time.perf_counter()
         config, clock = self.config, Clock(step, total)
         self.optimiser.zero_grad(set_to_none=True)
         parts = [self._backward(part, len(part) / len(x), clock) for part in x.tensor_split(config.accumulate)]
@@ -77,7 +81,17 @@ class Member:
         self.done = step + 1
         self._revive(total)
         logged = self.done % config.log_every == 0 or self.done == total
-        return self._metrics(x, parts, clock) if logged else None
+        metrics = self._metrics(x, parts, clock) if logged else None  # which waits for a GPU
+        self._spent, self._steps = self._spent + time.perf_counter() - begun, self._steps + 1
+        return metrics
+
+    def cost(self) -> dict[str, float]:
+        """What this dictionary costs: seconds a step since last asked, megabytes of weights, gradients and moments."""
+        weights = [*self.sae.parameters(), *self.sae.buffers(), *(p.grad for p in self.sae.parameters())]
+        moments = [value for entries in self.optimiser.state.values() for value in entries.values()]
+        held = sum(one.nbytes for one in [*weights, *moments] if isinstance(one, Tensor))
+        spent, self._spent, steps, self._steps = self._spent, 0.0, self._steps, 0
+        return {"seconds_per_step": round(spent / max(1, steps), 6), "megabytes": round(held / 1e6, 3)}
 
     def _backward(self, part: Tensor, share: float, clock: Clock) -> Losses:
         """Add the gradients of a part of the batch, which is that share of it."""

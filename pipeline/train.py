@@ -104,7 +104,8 @@ def train(
                 if member.done > state.step:
                     continue
                 if (metrics := member.step(x, state.step, state.total)) is not None:
-                    member.run.log({**metrics, "seconds": round(time.monotonic() - state.started, 3)})
+                    took = {"seconds": round(time.monotonic() - state.started, 3), **member.cost()}
+                    member.run.log({**metrics, **took})
                     shown = {name: metrics[name] for name in ("loss", "fvu", "l0", "dead") if name in metrics}
             state.step += 1
             progress.advance(1, **shown)

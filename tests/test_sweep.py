@@ -123,7 +123,10 @@ class TestCompare:
         assert [row["sae.k"] for row in rows] == [2, 2, 4, 4]
         assert [row["seed"] for row in rows] == [0, 1, 0, 1]
         assert "lr" not in rows[0] and rows[0]["sae.arch"] == "topk"
+        parameters = 24 * 8 * 2 + 24 + 8
         for row, run in zip(rows, runs, strict=True):
+            assert row["train_seconds_per_step"] > 0
+            assert row["train_megabytes"] == pytest.approx(parameters * 4 * 4 / 1e6, rel=0.2)  # weights, grads, moments
             assert row["train_fvu"] == run.metrics()[-1]["fvu"] and row["fvu"] is None
 
     def test_held_out_figures_are_those_of_eval(self, runs: list[Run]) -> None:

@@ -147,8 +147,21 @@ def _training(found: Found) -> str:
     charts += _lines("FVU of the training batch", {"FVU": series.get("fvu", [])}, "wide")
     charts += _lines("L0, active latents per token", {"L0": series.get("l0", [])})
     charts += _lines("Share of latents that are dead", {"dead": series.get("dead", [])})
-    charts += _lines("Learning rate", {"lr": series.get("lr", [])})
-    known = {"step", "rows", "loss", "fvu", "l0", "dead", "lr", "seconds"}
+    rates = {"lr": series.get("lr", []), "decoder's": series.get("lr_decoder", [])}
+    charts += _lines("Learning rate", {name: points for name, points in rates.items() if points})
+    known = {
+        "step",
+        "rows",
+        "loss",
+        "fvu",
+        "l0",
+        "dead",
+        "lr",
+        "lr_decoder",
+        "seconds",
+        "seconds_per_step",
+        "megabytes",
+    }
     for key in [k for k in series if k not in known and not k.startswith("loss_")]:
         charts += _lines(key, {key: series[key]})
     return f'<p>{_spent(found.metrics[-1])}</p><div class="charts">{charts}</div>'

@@ -1,0 +1,71 @@
+"""`sae train --sweep` and `sae compare` as they are typed."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import done, sae
+from small_stores import shrunk, write_activations
+
+from cache import activations
+from cache.manifest import Windows
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with shrunk() as patch:
+        patch.setattr(activations, "CHUNK_ROWS", 64)
+        patch.setattr(activations, "WINDOWS", Windows(64, 256))
+        root = tmp_path_factory.mktemp("cache")
+        write_activations(root, torch.randn(512, 8, generator=torch.Generator().manual_seed(0)), ended=True)
+        yield root
+
+
+def train(cache: Path, runs: Path, *more: object) -> list[object]:
+    fixed = ["--d-sae", "64", "--batch", "64", "--steps", "4", "--set", "train.initial_rows=64"]
+    return ["train", "--cache", cache, "--runs", runs, *fixed, *more]
+
+
+def typed(words: list[object]) -> tuple[str, list[object]]:
+    return str(words[0]), words[1:]
+
+
+def test_a_sweep_and_its_comparison(cache: Path, tmp_path: Path) -> None:
+    command, rest = typed(train(cache, tmp_path, "--sweep", "k=2,4", "--sweep", "lr=1e-3", "--seeds", 2, "--json"))
+    rows = done(command, *rest).json["runs"]
+    assert [(row["sae.k"], row["seed"]) for row in rows] == [(2, 0), (2, 1), (4, 0), (4, 1)]
+    again = done(command, *rest)
+    assert again.json["runs"] == rows and "4 finished before" in again.err
+
+    found = done("compare", "--runs", tmp_path, "--csv", tmp_path / "table.csv", "--json").json
+    assert sorted(row["run"] for row in found["runs"]) == sorted(row["run"] for row in rows)
+    assert Path(found["plot"]).stat().st_size > 1000
+    assert len((tmp_path / "table.csv").read_text().splitlines()) == 5
+    merged = done("compare", "--runs", tmp_path, "--over-seeds", "--json").json["runs"]
+    assert [row["seeds"] for row in merged] == [2, 2]
+    two = done("compare", rows[0]["run"], rows[2]["run"], "--runs", tmp_path)
+    assert rows[0]["run"] in two.out and rows[1]["run"] not in two.out and "plot: " in two.out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--sweep", "k"], "--sweep k: write it as KEY=VALUE,VALUE"),
+        (["--sweep", "k=2,4", "--name", "x"], "leave out --name and --resume"),
+        (["--seeds", 2, "--resume"], "leave out --name and --resume"),
+        (["--sweep", "k=2,4", "--k", 3], "does another option fix a swept key?"),
+        (["--sweep", "nothing=2,4"], "nothing: unknown key"),
+        (["--sweep", "arch=topk,tpok"], "tpok: there is no such one; did you mean 'topk'?"),
+    ],
+)
+def test_what_cannot_be_swept(cache: Path, tmp_path: Path, words: list[object], says: str) -> None:
+    command, rest = typed(train(cache, tmp_path, *words))
+    answer = sae(command, *rest)
+    assert answer.code == 2 and says in answer.complaint
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_comparing_nothing_says_what_to_run(tmp_path: Path) -> None:
+    answer = sae("compare", "--runs", tmp_path)
+    assert answer.code == 2 and "sae train" in answer.complaint
