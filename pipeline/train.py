@@ -127,7 +127,7 @@ def _begin(runs: Sequence[Run], store: ActivationStore, device: torch.device, pr
         if len({getattr(config, name) for config in configs}) > 1:
             raise SaeError(f"train.{name}: dictionaries trained together must agree on it")
     first, rows = configs[0], runs[0].config["activations"]["rows"]
-    loader = Loader(store, first.batch, seed=first.data_seed, rows=rows, device=device)
+    loader = Loader(store, first.batch, seed=first.data_seed, rows=rows, device=device, outliers=first.outliers)
     members = []
     for run, config in zip(runs, configs, strict=True):
         seen = run.config["activations"]

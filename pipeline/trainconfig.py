@@ -9,7 +9,7 @@ from pipeline.schedules import DecoderRate, Schedule
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Revival = Annotated[NoRevival | Resample | Reinitialise, Field(discriminator="kind")]
-STREAM = ("batch", "steps", "rows", "data_seed")  # what dictionaries trained together must agree on
+STREAM = ("batch", "steps", "rows", "data_seed", "outliers")  # what dictionaries trained together must agree on
 
 
 class TrainConfig(Schedule):
@@ -35,6 +35,9 @@ class TrainConfig(Schedule):
     rows: int | None = Field(None, ge=1, description="rows to see, instead of steps")
     seed: int = Field(0, ge=0, description="seed of the initial weights and of what training draws")
     data_seed: int = Field(0, ge=0, description="seed of the order of the rows")
+    outliers: float | None = Field(
+        None, gt=1, description="leave out rows whose norm is above so many medians of norms; null: keep all"
+    )
     initial_rows: int = Field(16_384, ge=1, description="rows from which the bias and the input scale are set")
     log_every: int = Field(50, ge=1, description="steps between two lines of metrics")
     checkpoint_every: int = Field(1000, ge=1, description="steps between two checkpoints")

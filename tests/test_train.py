@@ -27,6 +27,7 @@ from cache.loader import Loader
 from cache.manifest import Windows
 from cache.runs import CHECKPOINT, METRICS, WEIGHTS, Run
 from pipeline import trained
+from pipeline.member import Member
 from pipeline.progress import Silent
 from pipeline.saes import ARCHITECTURES, SAE, create, parse
 from pipeline.train import TrainConfig, open_run, train
@@ -805,3 +806,22 @@ def test_a_run_that_has_not_finished_has_no_dictionary(tmp_path: Path, store: Ac
         go(settings(), store, tmp_path, progress=stop_at(3))
     with pytest.raises(NotFound, match=r"training has not finished; continue it with `sae train --resume --name 0`"):
         trained.load(Run(tmp_path / "0"))
+
+
+def test_outlier_rows_are_left_out_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = planted_rows(ROWS)
+    rows[::100] *= 50
+    far = planted_store(tmp_path / "cache", rows, "float32")
+    longest: list[float] = []
+    step = Member.step
+
+    def watched(self: Member, x: Tensor, number: int, total: int) -> dict[str, float] | None:
+        longest.append(float(x.norm(dim=1).max()))
+        return step(self, x, number, total)
+
+    monkeypatch.setattr(Member, "step", watched)
+    usual = float(rows.norm(dim=1).median())
+    go(settings(outliers=10.0), far, tmp_path / "without")
+    assert max(longest) < 10 * usual
+    go(settings(), far, tmp_path / "with")
+    assert max(longest) > 10 * usual
