@@ -50,11 +50,15 @@ class Finding(NamedTuple):
 
 def salvage(folder: Path) -> Salvaged:
     """What is left of the store in a folder. Raises DamagedStore where its recipe cannot be read."""
+    path = folder / MANIFEST
     try:
-        return Salvaged(catalogue.opened(folder))
+        store = catalogue.opened(folder)
+        if not _is_doubtful(store):
+            return Salvaged(store)
+        why = f"{path}: lists less than is on the disk, and no zarr.json can be read that would say how much there was"
     except DamagedStore as error:
-        empty = catalogue.opened(folder, Manifest())  # raises again where it is not the manifest
-        path, why = folder / MANIFEST, str(error)
+        why = str(error)
+    empty = catalogue.opened(folder, Manifest())  # raises again where it is not the manifest
     data = read(path) or b""
     windows: dict[int, Window] = {}
     end: int | None = None
@@ -78,7 +82,7 @@ def salvage(folder: Path) -> Salvaged:
         elif _is_on_disk(empty, count):
             count += 1
     shown = max(empty.rows_by_metadata().values(), default=0)  # lines may be gone without a trace
-    while empty.windows.start(count) < shown and _is_on_disk(empty, count):
+    while (empty.windows.start(count) < shown or not empty.rows_by_metadata()) and _is_on_disk(empty, count):
         count += 1
     short = count > 0 and empty.windows.start(count - 1) < shown < empty.windows.start(count)
     closed = closed or short or empty.closed_by_metadata()
@@ -108,6 +112,11 @@ def verify(stores: Sequence[Salvaged], advance: Callable[[int], None]) -> list[F
 def _was_end(text: bytes, rows: int) -> bool:
     """Whether a damaged line was the one that closes a store of so many rows: short, and half of it readable."""
     return len(text) <= len(end_line(rows)) + 1 and (b'"end":' in text or f":{rows}}}}}".encode() in text)
+
+
+def _is_doubtful(store: Store) -> bool:
+    """Whether windows may have lost their lines unnoticed: their chunks are there, and nothing witnesses the number."""
+    return not store.closed and not store.rows_by_metadata() and _is_on_disk(store, len(store.manifest.windows))
 
 
 def _is_on_disk(store: Store, window: int) -> bool:

@@ -526,3 +526,26 @@ def test_any_damage_is_mended(workbench: Path, kind: str) -> None:
                 (store / name).write_bytes(data)
 
     check()
+
+
+@pytest.mark.parametrize("kind", ["tokens", "activations"])
+def test_a_manifest_and_every_witness_of_it_lost(workbench: Path, kind: str) -> None:
+    """Nothing says any more how many rows there were but the chunks on the disk."""
+    store = store_of(workbench, kind, "bfloat16" if kind == "activations" else "")
+    whole = files(store)
+    try:
+        for name in whole:
+            if name == MANIFEST or name.endswith("/zarr.json"):
+                (store / name).write_bytes(b"")
+        found, hopeless, _ = cli_upkeep.salvaged(workbench / "cache", None, repair=True)
+        (one,) = [one for one in found if one.store.path == store]
+        assert not hopeless and one.lines and len(one.lost) == len(one.store.manifest.windows) > 1
+        mended, problems = repair_all(
+            found, salvage.verify(found, lambda size: None), Origins(workbench / "cache", device="cpu"), Silent()
+        )
+        assert mended and not problems
+        again = {name: data for name, data in files(store).items() if name != MANIFEST or kind == "tokens"}
+        assert again == {name: whole[name] for name in again} and (store / MANIFEST).stat().st_size
+    finally:
+        for name, data in whole.items():
+            (store / name).write_bytes(data)
