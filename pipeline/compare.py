@@ -29,7 +29,8 @@ def compare(runs: Sequence[Run]) -> list[Row]:
         raise NotFound("sae compare: no runs; `sae train` makes one, `sae train --sweep` many")
     settings = [_flat(run.config["train"]) | {"activations": run.config["activations"]["key"]} for run in runs]
     keys = list(dict.fromkeys(key for one in settings for key in one))
-    differing = [key for key in keys if len({repr(one.get(key)) for one in settings}) > 1]
+    # a setting that only some architectures have is told by the architecture, unless its values differ
+    differing = [key for key in keys if len({repr(one[key]) for one in settings if key in one}) > 1]
     shown = list(dict.fromkeys(["sae.arch", *differing]))
     return [
         {"run": run.name, **{key: one.get(key) for key in shown}, **_figures(run)}

@@ -29,6 +29,7 @@ def pareto(rows: Sequence[Row], path: Path) -> None:
         raise SaeError(f"--plot {path}: no run has both L0 and a figure to set against it")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     figure = Figure(figsize=(5.6 * len(panels), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -43,6 +44,8 @@ def pareto(rows: Sequence[Row], path: Path) -> None:
             axis.plot(*zip(*points, strict=True), "o", color=colour, alpha=0.75, label=kind)
             axis.plot(*zip(*front(points), strict=True), "-", color=colour, linewidth=1.2)
         axis.set(xlabel="L0", title=title, xscale="log")
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.xaxis.set_minor_formatter(ScalarFormatter())
         axis.grid(alpha=0.25)
         axis.legend(frameon=False)
     try:

@@ -22,7 +22,7 @@ from pipeline.progress import Silent
 from pipeline.sweep import combinations, open_all, sweep
 from pipeline.train import TrainConfig, open_run, train
 
-BASE = {"sae.arch": "topk", "sae.d_sae": 24, "sae.k": 4, "batch": 64, "steps": 6, "log_every": 3, "initial_rows": 64}
+BASE = {"sae.d_sae": 24, "sae.k": 4, "batch": 64, "steps": 6, "log_every": 3, "initial_rows": 64}
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +128,12 @@ class TestCompare:
             assert row["train_seconds_per_step"] > 0
             assert row["train_megabytes"] == pytest.approx(parameters * 4 * 4 / 1e6, rel=0.2)  # weights, grads, moments
             assert row["train_fvu"] == run.metrics()[-1]["fvu"] and row["fvu"] is None
+
+    def test_a_setting_only_one_architecture_has_is_no_difference(self, store: ActivationStore, tmp_path: Path) -> None:
+        runs = open_all(configs("arch=topk,batchtopk"), store, tmp_path)
+        sweep(runs, store, Silent(), device="cpu")
+        shown = [key for key in compare(runs)[0] if key.startswith("sae.")]
+        assert shown == ["sae.arch"]
 
     def test_held_out_figures_are_those_of_eval(self, runs: list[Run]) -> None:
         judged = {"fvu": 0.25, "l0": 2.0, "dead_fraction": 0.0, "ce_clean": 3.0, "ce_spliced": 3.5,
