@@ -28,7 +28,10 @@ from cli_options import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
+    from cache.activations import ActivationStore
     from cache.runs import Run
+    from console import Bars
+    from pipeline.train import TrainConfig
 
 
 def train(
@@ -61,11 +64,7 @@ def train(
         sae train --sweep k=16,32,64 --sweep arch=topk,batchtopk --seeds 3
     """
     import console
-    from cache import catalogue
-    from cache.activations import ActivationStore
-    from pipeline.compare import compare as rows_of
-    from pipeline.sweep import combinations, open_all
-    from pipeline.sweep import sweep as train_all
+    from pipeline.sweep import combinations
     from pipeline.train import TrainConfig, open_run
     from pipeline.train import train as stage
 
@@ -85,11 +84,7 @@ def train(
             settings("train", TrainConfig, preset, config, [*given, *one], **flags)
             for one in combinations(sweep or [], seeds, seed or 0)
         ]
-        store = catalogue.find(root, ActivationStore, activations, "--activations", "sae harvest")
-        bars.note(f"activations: {store.key}{unfinished(store)}")
-        several = open_all(every, store, runs)
-        train_all(several, store, bars, device=device)
-        show(rows_of(several), f"{len(several)} runs in {runs}", json)
+        train_every(every, activations_of(root, activations, bars), runs, bars, device, json)
         return
     values = settings("train", TrainConfig, preset, config, given, **flags)
     options = [preset, config, set_ or None, arch, k, d_sae, lr, batch, steps, rows, seed]
@@ -101,8 +96,7 @@ def train(
         values = values if said else TrainConfig.model_validate(before.config["train"])
     elif name is not None and (name in ("", "..") or Path(name).name != name):
         raise SaeError(f"--name {name}: is not the name of a folder; where the folder goes is said by --runs")
-    store = catalogue.find(root, ActivationStore, activations, "--activations", "sae harvest")
-    bars.note(f"activations: {store.key}{unfinished(store)}")
+    store = activations_of(root, activations, bars)
     run = open_run(values, store, runs, name, resume=resume)
     bars.note(f"run: {run.path}{'; nothing to do, it is finished' if run.finished else ''}")
     with unless_it_fails_at_once(run):
@@ -111,6 +105,28 @@ def train(
         console.as_json({"run": str(run.path), **result})
     else:
         console.table(f"run {run.path}", ["figure", "last value"], list(result.items()))
+
+
+def activations_of(root: Path, name: str | None, bars: "Bars") -> "ActivationStore":
+    """The store to train on, said on stderr."""
+    from cache import catalogue
+    from cache.activations import ActivationStore
+
+    store = catalogue.find(root, ActivationStore, name, "--activations", "sae harvest")
+    bars.note(f"activations: {store.key}{unfinished(store)}")
+    return store
+
+
+def train_every(
+    every: list["TrainConfig"], store: "ActivationStore", root: Path, bars: "Bars", device: str, json: bool
+) -> None:
+    """Train the dictionaries of a sweep, each in a folder below `root`, and show them side by side."""
+    from pipeline.compare import compare as rows_of
+    from pipeline.sweep import open_all, sweep
+
+    runs = open_all(every, store, root)
+    sweep(runs, store, bars, device=device)
+    show(rows_of(runs), f"{len(runs)} runs in {root}", json)
 
 
 def compare(
