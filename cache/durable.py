@@ -75,6 +75,15 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
         raise explained(error, path) from error
 
 
+def move(path: Path, to: Path) -> None:
+    """Rename a file of this machine within its folder, replacing what was there, so that it survives a power cut."""
+    try:
+        os.replace(path, to)
+        flush_folder(to.parent)
+    except OSError as error:
+        raise explained(error, to) from error
+
+
 def append_line(path: Path, line: str) -> None:
     """Add one line to a log so that it survives a crash. A torn last line of an earlier crash is cut off first."""
     if is_remote(path):

@@ -3,6 +3,7 @@
 config.json               what was asked for, with the recipe of the activations it was trained on
 metrics.jsonl             one line a logged step
 checkpoint.safetensors    the whole training state, replaced atomically; its JSON part is in the header
+checkpoint.next...        the one that will replace it, once those of all dictionaries trained with it are written
 cfg.json                  \\ the dictionary, in the layout SAELens opens; written when training ends
 sae_weights.safetensors   /
 eval/                     what `sae eval` found (eval.json, latents.safetensors), and `sae report` (features.json)
@@ -17,13 +18,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cache.durable import PARTIAL, checksum, explained, unreadable, whole_lines_end, write_atomic
+from cache.durable import PARTIAL, checksum, explained, move, unreadable, whole_lines_end, write_atomic
 from cache.errors import DamagedStore, NotFound, SaeError
 from cache.locks import Lock
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 CHECKPOINT = "checkpoint.safetensors"
+STAGED = "checkpoint.next.safetensors"
 WEIGHTS = "sae_weights.safetensors"
 WEIGHTS_CONFIG = "cfg.json"
 EVALUATION, LATENTS, FEATURES = "eval/eval.json", "eval/latents.safetensors", "eval/features.json"
@@ -98,14 +100,29 @@ class Run:
         kept = [json.dumps(entry) + "\n" for entry in self.metrics() if entry["step"] <= step]
         write_atomic(self.path / METRICS, "".join(kept).encode())
 
-    def save_checkpoint(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Replace the checkpoint, whole or not at all."""
+    def stage_checkpoint(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Write what `publish_checkpoint` makes the checkpoint. `state["step"]` says how far training was."""
         flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         text = json.dumps(state)
         header = {"state": text, "crc32c": _checksum(flat, text)}
-        for left in self.path.glob(f"{CHECKPOINT}.*{PARTIAL}"):  # by a process killed while it wrote
+        for left in self.path.glob(f"{STAGED}.*{PARTIAL}"):  # by a process killed while it wrote
             left.unlink()
-        write_atomic(self.path / CHECKPOINT, safetensors.torch.save(flat, metadata=header))
+        write_atomic(self.path / STAGED, safetensors.torch.save(flat, metadata=header))
+
+    def publish_checkpoint(self) -> None:
+        """Put the staged checkpoint in the place of the last one, whole or not at all."""
+        move(self.path / STAGED, self.path / CHECKPOINT)
+
+    def checkpoint_step(self, *, staged: bool = False) -> int:
+        """The step of the checkpoint, or of the staged one; -1 where there is none. Its tensors are not read."""
+        path = self.path / (STAGED if staged else CHECKPOINT)
+        if not path.exists():
+            return -1
+        try:
+            with safe_open(path, "pt") as file:
+                return int(json.loads((file.metadata() or {})["state"])["step"])
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise DamagedStore(f"{path}: is not the file that was written ({error})") from error
 
     @property
     def has_checkpoint(self) -> bool:

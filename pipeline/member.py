@@ -1,11 +1,10 @@
-"""One dictionary in training: its weights, its optimiser, one step of it, and its checkpoint.
+"""One dictionary in training: its weights, its optimiser, its part of a step, and its checkpoint.
 
 A dictionary depends on its own settings, seed and batches alone, whatever trains beside it: what it draws at random is
 a function of its seed and the step, so there is no random state to save.
 """
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from cache.activations import ActivationStore
 from cache.errors import SaeError
 from cache.runs import Run
+from pipeline.ranks import Ranks
 from pipeline.saes import (
     SAE,
     Clock,
@@ -65,25 +65,34 @@ class Member:
         optimiser = torch.optim.Adam([encoder, decoder], lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
         return cls(run, config, sae, optimiser, store, rows)
 
-    def step(self, x: Tensor, step: int, total: int) -> dict[str, float] | None:
-        """One optimiser step on a batch [batch, d]; the metrics where this step is logged."""
-        begun = time.perf_counter()
-        config, clock = self.config, Clock(step, total)
-        self.optimiser.zero_grad(set_to_none=True)
-        parts = [self._backward(part, len(part) / len(x), clock) for part in x.tensor_split(config.accumulate)]
+    def losses(self, part: Tensor, clock: Clock) -> Losses:
+        """The loss of a part of a batch [n, d]."""
+        with torch.autocast(part.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            return self.sae.loss(part, clock=clock)
+
+    def update(self, x: Tensor, parts: Sequence[Losses], clock: Clock, ranks: Ranks) -> dict[str, float] | None:
+        """What follows the gradients of a batch [batch, d] whose parts had these losses; metrics where it is logged.
+
+        With several ranks `x` and `parts` are this rank's.
+        """
+        step, total = clock
+        ranks.average(parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None)
         self.sae.before_step()
-        if config.clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), config.clip)
-        for group, rate in zip(self.optimiser.param_groups, config.rates_at(step, total), strict=True):
+        if self.config.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.config.clip)
+        for group, rate in zip(self.optimiser.param_groups, self.config.rates_at(step, total), strict=True):
             group["lr"] = rate
         self.optimiser.step()
         self.sae.after_step()
+        self.sae.track(*ranks.gather([self.sae.observe(part) for part in parts]))
         self.done = step + 1
         self._revive(total)
-        logged = self.done % config.log_every == 0 or self.done == total
-        metrics = self._metrics(x, parts, clock) if logged else None  # which waits for a GPU
-        self._spent, self._steps = self._spent + time.perf_counter() - begun, self._steps + 1
-        return metrics
+        logged = self.done % self.config.log_every == 0 or self.done == total
+        return self._metrics(x, parts, clock, ranks) if logged else None  # which waits for a GPU
+
+    def spend(self, seconds: float) -> None:
+        """Note what a step took."""
+        self._spent, self._steps = self._spent + seconds, self._steps + 1
 
     def cost(self) -> dict[str, float]:
         """What this dictionary costs: seconds a step since last asked, megabytes of weights, gradients and moments."""
@@ -92,14 +101,6 @@ class Member:
         held = sum(one.nbytes for one in [*weights, *moments] if isinstance(one, Tensor))
         spent, self._spent, steps, self._steps = self._spent, 0.0, self._steps, 0
         return {"seconds_per_step": round(spent / max(1, steps), 6), "megabytes": round(held / 1e6, 3)}
-
-    def _backward(self, part: Tensor, share: float, clock: Clock) -> Losses:
-        """Add the gradients of a part of the batch, which is that share of it."""
-        with torch.autocast(part.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            losses = self.sae.loss(part, clock=clock)
-        (losses.total if share == 1 else losses.total * share).backward()
-        self.sae.track(losses)
-        return losses
 
     def _revive(self, total: int) -> None:
         """What the settings do about dead latents between steps."""
@@ -121,23 +122,30 @@ class Member:
             stop = min(start + self.config.batch, first + count)
             yield self.store.rows(start, stop).to(self.sae.W_dec.device), None
 
-    def _metrics(self, x: Tensor, parts: Sequence[Losses], clock: Clock) -> dict[str, float]:
-        shares = [part.latents.batch / len(x) for part in parts]
-        loss = sum(share * part.total.item() for share, part in zip(shares, parts, strict=True))
+    def _metrics(self, x: Tensor, parts: Sequence[Losses], clock: Clock, ranks: Ranks) -> dict[str, float]:
+        batch = ranks.world * len(x)
+        terms = {name: _mean([part.terms[name] for part in parts], parts) for name in parts[0].terms}
+        error = (x - torch.cat([part.x_hat for part in parts])).square().sum()
+        spread = (x - ranks.sum(x.sum(dim=0)) / batch).square().sum()
+        active = torch.cat([part.latents.l0() for part in parts]).float().mean()
+        sums = [_mean([part.total for part in parts], parts), *terms.values(), error, spread, active]
+        loss, *each, error, spread, active = (ranks.sum(torch.stack(sums).double()) / ranks.world).tolist()
         if not math.isfinite(loss):
             raise SaeError(f"{self.run.path}: the loss is {loss} at step {self.done}; try a smaller --lr")
-        metrics = {"step": self.done, "rows": self.done * len(x), "loss": loss}
-        for name in parts[0].terms:
-            metrics[f"loss_{name}"] = sum(s * part.terms[name].item() for s, part in zip(shares, parts, strict=True))
-        if scatter := (x - x.mean(dim=0)).square().sum().item():  # without variance there is no share of it
-            metrics["fvu"] = (x - torch.cat([part.x_hat for part in parts])).square().sum().item() / scatter
-        metrics["l0"] = torch.cat([part.latents.l0() for part in parts]).float().mean().item()
+        metrics = {"step": self.done, "rows": self.done * batch, "loss": loss}
+        metrics |= {f"loss_{name}": value for name, value in zip(terms, each, strict=True)}
+        if spread:  # without variance there is no share of it
+            metrics["fvu"] = error / spread
+        metrics["l0"] = active
         metrics["dead"] = self.sae.dead().float().mean().item()
         metrics["lr"], decoder = self.config.rates_at(*clock)
         return metrics if self.config.decoder is None else {**metrics, "lr_decoder": decoder}
 
-    def save(self, loader: dict[str, int]) -> None:
-        """Write the checkpoint; `loader` is where the next batch starts. SaeError for weights that are no numbers."""
+    def save(self, loader: dict[str, int], shared: dict[str, Tensor], ranks: Ranks) -> None:
+        """Write the next checkpoint, not yet published. SaeError for weights that are no numbers.
+
+        loader: where the next batch starts. shared: what it has in common with others, in one of their checkpoints.
+        """
         tensors = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
         if not all(value.isfinite().all() for value in tensors.values()):
             raise SaeError(
@@ -145,14 +153,23 @@ class Member:
             )
         for index, entries in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{index}.{name}": torch.as_tensor(value) for name, value in entries.items()}
-        self.run.save_checkpoint(tensors, {"step": self.done, "loader": loader})
+        if ranks.rank == 0:
+            self.run.stage_checkpoint(tensors | shared, {"step": self.done, "loader": loader})
 
-    def restore(self) -> dict[str, int] | None:
-        """Take up the checkpoint: the loader's state. None where there is none yet."""
-        if not self.run.has_checkpoint:
-            self.run.rewind_metrics(0)
-            return None
-        tensors, state = self.run.load_checkpoint()
+    def restore(self, ranks: Ranks) -> tuple[dict[str, Tensor], dict[str, int]] | None:
+        """Take up the checkpoint: its tensors, and the loader's state. None where there is none yet."""
+        state: dict[str, Any] = {"step": 0}
+        tensors: dict[str, Tensor] = {}
+        if self.run.has_checkpoint:
+            tensors, state = self.run.load_checkpoint()
+            self._take(tensors)
+        self.done = state["step"]
+        if ranks.rank == 0:
+            self.run.rewind_metrics(self.done)
+        return (tensors, state["loader"]) if tensors else None
+
+    def _take(self, tensors: dict[str, Tensor]) -> None:
+        """The weights and the optimiser's state of a checkpoint."""
         self.sae.load_state_dict({n.removeprefix("sae."): t for n, t in tensors.items() if n.startswith("sae.")})
         entries: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
@@ -161,11 +178,16 @@ class Member:
                 entries.setdefault(int(index), {})[key] = tensor
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": entries, "param_groups": groups})
-        self.done = state["step"]
-        self.run.rewind_metrics(self.done)
-        return state["loader"]
 
     def finish(self, metadata: dict[str, Any]) -> dict[str, Any]:
         """Write the dictionary that was trained; its last metrics."""
         self.run.save_weights(self.sae.export_tensors(), self.sae.saelens_config() | {"metadata": metadata})
         return self.run.metrics()[-1]
+
+
+def _mean(values: Sequence[Tensor], parts: Sequence[Losses]) -> Tensor:
+    """Mean of what the parts of a batch have, weighed by their rows."""
+    rows = sum(part.latents.batch for part in parts)
+    return torch.stack(
+        [value.detach() * (part.latents.batch / rows) for value, part in zip(values, parts, strict=True)]
+    ).sum()

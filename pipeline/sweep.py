@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cache.activations import ActivationStore
 from cache.errors import SaeError
+from cache.identity import canonical
 from cache.runs import CONFIG, Run
 from pipeline.progress import Progress
 from pipeline.train import STREAM, TrainConfig, open_run, run_name, train
@@ -46,8 +47,28 @@ def combinations(axes: Sequence[str], seeds: int | None, first_seed: int = 0) ->
     ]
 
 
+def acquainted(configs: Sequence[TrainConfig]) -> list[TrainConfig]:
+    """The configurations, those that pull towards each other knowing each other's seeds.
+
+    Raises SaeError where one of these has nobody to agree with.
+    """
+    seeds: dict[str, list[int]] = {}
+    for config in configs:
+        seeds.setdefault(config.model_dump_json(exclude={"seed"}), []).append(config.seed)
+    known = []
+    for config in configs:
+        if config.align is not None:
+            others = tuple(seeds[config.model_dump_json(exclude={"seed"})])
+            if len(others) < 2:
+                raise SaeError("train.align: takes dictionaries of two or more seeds; say how many with --seeds")
+            config = config.model_copy(update={"align": config.align.model_copy(update={"seeds": others})})
+        known.append(config)
+    return known
+
+
 def open_all(configs: Sequence[TrainConfig], store: ActivationStore, root: Path) -> list[Run]:
     """The run folder of each configuration, begun or taken up. Raises SaeError where two configurations are one."""
+    configs = acquainted(configs)
     names = [run_name(config, store) for config in configs]
     if len(set(names)) < len(names):
         raise SaeError("--sweep: two of the combinations are the same settings; does another option fix a swept key?")
@@ -59,11 +80,19 @@ def open_all(configs: Sequence[TrainConfig], store: ActivationStore, root: Path)
 
 def sweep(runs: Sequence[Run], store: ActivationStore, progress: Progress, *, device: str = "auto") -> None:
     """Train what is not finished of the runs, all that share a stream of batches in one pass."""
+    waiting = [run for run in runs if not run.finished]
+    # what is pulled together ends together: the finished ones of such a group are needed by the others
+    pulled = {_group(run) for run in waiting if run.config["train"].get("align")}
     streams: dict[tuple[object, ...], list[Run]] = {}
     for run in runs:
-        if not run.finished:
+        if not run.finished or _group(run) in pulled:
             streams.setdefault(tuple(run.config["train"][name] for name in STREAM), []).append(run)
-    left = sum(len(together) for together in streams.values())
-    progress.note(f"{len(runs)} dictionaries, {len(runs) - left} finished before, {len(streams)} passes for the others")
+    done = len(runs) - len(waiting)
+    progress.note(f"{len(runs)} dictionaries, {done} finished before, {len(streams)} passes for the others")
     for together in streams.values():
         train(together, store, progress, device=device)
+
+
+def _group(run: Run) -> str:
+    """What is the same for dictionaries that are pulled together, and for no others."""
+    return canonical({name: value for name, value in run.config["train"].items() if name != "seed"})

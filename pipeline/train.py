@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cache.activations import ActivationStore
 from cache.errors import NotFound, SaeError
@@ -21,8 +22,11 @@ from cache.identity import digest
 from cache.loader import Loader
 from cache.runs import CONFIG, Run
 from pipeline import devices
+from pipeline.group import Group, grouped
 from pipeline.member import Member
 from pipeline.progress import Progress
+from pipeline.ranks import Alone, Ranks
+from pipeline.saes import Clock
 from pipeline.trainconfig import STREAM, TrainConfig
 
 __all__ = ["STREAM", "TrainConfig", "open_run", "run_name", "train"]
@@ -64,78 +68,109 @@ def open_run(config: TrainConfig, store: ActivationStore, root: Path, name: str 
 class TrainState:
     """Everything that must survive a restart."""
 
-    members: list[Member]
+    groups: list[Group]
     loader: Loader
     total: int
     step: int = 0
     started: float = field(default_factory=time.monotonic)
 
-    def save(self) -> None:
-        """Write the members' checkpoints, but for those that are ahead: they have a later one."""
-        for member in self.members:
-            if member.done == self.step:
-                member.save(self.loader.state_dict())
+    @property
+    def members(self) -> list[Member]:
+        return [member for group in self.groups for member in group.members]
 
-    def restore(self) -> None:
-        """Take up the members' checkpoints. A kill may have caught some before theirs was written: the others wait."""
-        states = [member.restore() for member in self.members]
-        last, state = min(zip(self.members, states, strict=True), key=lambda pair: pair[0].done)
+    def save(self, ranks: Ranks) -> None:
+        """Write the checkpoints, but for those that are ahead: they have a later one."""
+        for group in self.groups:
+            if group.done == self.step:
+                group.save(self.loader.state_dict(), ranks)
+
+    def restore(self, ranks: Ranks) -> None:
+        """Take up the checkpoints. A kill may have caught some before theirs was written: the others wait."""
+        states = [group.restore(ranks) for group in self.groups]
+        last, state = min(zip(self.groups, states, strict=True), key=lambda pair: pair[0].done)
         self.step = last.done
         if state is not None:
             self.loader.load_state_dict(state)
 
 
 def train(
-    runs: Sequence[Run], store: ActivationStore, progress: Progress, *, device: str = "auto"
+    runs: Sequence[Run], store: ActivationStore, progress: Progress, *, device: str = "auto", ranks: Ranks | None = None
 ) -> list[dict[str, Any]]:
-    """Train (or continue) the dictionaries of `runs` over one stream of `store`'s rows; their last metrics."""
+    """Train (or continue) the dictionaries of `runs` over one stream of `store`'s rows; their last metrics.
+
+    With several ranks each calls this and takes its share of every batch; what is written is written by rank 0.
+    """
+    ranks = Alone() if ranks is None else ranks
     where = devices.device(device)
     with ExitStack() as stack:
-        for run in runs:
-            stack.enter_context(run.lock())
-        state = _begin(runs, store, where, progress)
+        if ranks.rank == 0:
+            for run in runs:
+                stack.enter_context(run.lock())
+        state = _begin(runs, store, where, progress, ranks)
         stack.enter_context(state.loader)
         stopping = stack.enter_context(_interruptible())
         progress.start("train", state.total, "steps", done=state.step)
         stack.callback(progress.finish)
         for x in state.loader if state.step < state.total else ():
-            shown: dict[str, float] = {}
-            for member in state.members:
-                if member.done > state.step:
-                    continue
-                if (metrics := member.step(x, state.step, state.total)) is not None:
-                    took = {"seconds": round(time.monotonic() - state.started, 3), **member.cost()}
-                    member.run.log({**metrics, **took})
-                    shown = {name: metrics[name] for name in ("loss", "fvu", "l0", "dead") if name in metrics}
-            state.step += 1
+            shown = _step(state, x, ranks)
             progress.advance(1, **shown)
+            stop = ranks.any(bool(stopping))
             every = min(member.config.checkpoint_every for member in state.members)
-            if state.step % every == 0 or stopping or state.step == state.total:
-                state.save()
-            if stopping:
+            if state.step % every == 0 or stop or state.step == state.total:
+                state.save(ranks)
+            if stop:
                 progress.note(f"checkpoint at step {state.step:,}; continue with --resume")
                 raise KeyboardInterrupt
             if state.step == state.total:
                 break
-        return [member.finish(_metadata(store.recipe)) for member in state.members]
+        if ranks.rank == 0:
+            for member in state.members:
+                member.finish(_metadata(store.recipe))
+        ranks.wait()
+        return [run.metrics()[-1] for run in runs]
 
 
-def _begin(runs: Sequence[Run], store: ActivationStore, device: torch.device, progress: Progress) -> TrainState:
+def _step(state: TrainState, x: Tensor, ranks: Ranks) -> dict[str, float]:
+    """One step of every group that has not taken it yet; the figures worth showing, where some were logged."""
+    shown: dict[str, float] = {}
+    for group in state.groups:
+        if group.done > state.step:
+            continue
+        logged = group.step(x, Clock(state.step, state.total), ranks)
+        for member, metrics in zip(group.members, logged, strict=True):
+            if metrics is None:
+                continue
+            if ranks.rank == 0:
+                took = {"seconds": round(time.monotonic() - state.started, 3), **member.cost()}
+                member.run.log({**metrics, **took})
+            shown = {name: metrics[name] for name in ("loss", "fvu", "l0", "dead", "agreement") if name in metrics}
+    state.step += 1
+    return shown
+
+
+def _begin(
+    runs: Sequence[Run], store: ActivationStore, device: torch.device, progress: Progress, ranks: Ranks
+) -> TrainState:
     """Fresh or restored state for the runs, which must share their stream."""
     configs = [TrainConfig.model_validate(run.config["train"]) for run in runs]
     for name in STREAM:
         if len({getattr(config, name) for config in configs}) > 1:
             raise SaeError(f"train.{name}: dictionaries trained together must agree on it")
     first, rows = configs[0], runs[0].config["activations"]["rows"]
-    loader = Loader(store, first.batch, seed=first.data_seed, rows=rows, device=device, outliers=first.outliers)
+    if first.batch % ranks.world:
+        raise SaeError(f"--batch {first.batch}: cannot be shared equally by {ranks.world} processes; try a multiple")
+    loader = Loader(
+        store, first.batch // ranks.world, seed=first.data_seed, rows=rows, device=device, outliers=first.outliers,
+        rank=ranks.rank, world=ranks.world,
+    )  # fmt: skip
     members = []
     for run, config in zip(runs, configs, strict=True):
         seen = run.config["activations"]
         if seen["recipe"] != store.recipe or seen["rows"] != rows:
             raise SaeError(f"{run.path}: is for {seen['rows']:,} rows of {seen['key']}, not {rows:,} of {store.key}")
         members.append(Member.begin(run, config, store, rows, device))
-    state = TrainState(members, loader, first.total_steps(rows))
-    state.restore()
+    state = TrainState(grouped(members), loader, first.total_steps(rows))
+    state.restore(ranks)
     if any(run.has_checkpoint for run in runs):
         progress.note(f"{runs[0].name}: continuing at step {state.step:,} of {state.total:,}")
     return state
@@ -143,6 +178,8 @@ def _begin(runs: Sequence[Run], store: ActivationStore, device: torch.device, pr
 
 def _metadata(recipe: dict[str, Any]) -> dict[str, Any]:
     """What other tools want to know about where a dictionary belongs (the SAELens keys)."""
+    if "tokens" not in recipe:  # rows of no language model
+        return {"sae_lens_version": "6.54.12", "dataset_path": recipe["source"]["source"]}
     return {
         "sae_lens_version": "6.54.12",
         "model_name": recipe["model"]["model"],

@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from pipeline.alignment import AlignConfig
 from pipeline.saes import AnyConfig, NoRevival, Reinitialise, Resample, parse
 from pipeline.schedules import DecoderRate, Schedule
 
@@ -30,6 +31,9 @@ class TrainConfig(Schedule):
         "float32", description="of matrix products; weights, optimiser and the values kept are float32 either way"
     )
     revive: Revival = Field(NoRevival(), description="what is done about dead latents between steps")
+    align: AlignConfig | None = Field(
+        None, description="pull the dictionaries of several seeds towards each other; null: each by itself"
+    )
     batch: int = Field(4096, ge=1, description="rows in a batch")
     steps: int | None = Field(None, ge=1, description="steps to train")
     rows: int | None = Field(None, ge=1, description="rows to see, instead of steps")

@@ -123,7 +123,7 @@ def train(
         losses = sae.loss(x, y, Clock(step, 1000))
         optimizer.zero_grad()
         losses.total.backward()
-        sae.track(losses)
+        sae.track(sae.observe(losses))
         sae.before_step()
         optimizer.step()
         sae.after_step()

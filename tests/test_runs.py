@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from cache.durable import PARTIAL
 from cache.errors import Busy, DamagedStore, NotFound, SaeError
-from cache.runs import CHECKPOINT, METRICS, WEIGHTS, WEIGHTS_CONFIG, Run
+from cache.runs import CHECKPOINT, METRICS, STAGED, WEIGHTS, WEIGHTS_CONFIG, Run
 
 
 @pytest.fixture
@@ -38,17 +39,22 @@ def tensors() -> dict[str, Tensor]:
     }
 
 
+def save(run: Run, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    run.stage_checkpoint(tensors, state)
+    run.publish_checkpoint()
+
+
 def test_a_checkpoint_comes_back_bit_for_bit(run: Run) -> None:
     assert not run.has_checkpoint
     state = {"step": 3, "loader": {"epoch": 1}, "text": "é", "lr": 0.1 + 0.2, "none": None}
-    run.save_checkpoint(tensors(), state)
+    save(run, tensors(), state)
     found, found_state = Run(run.path).load_checkpoint()
     assert found_state == state
     assert sorted(found) == sorted(tensors())
     for name, expected in tensors().items():
         assert (found[name].dtype, found[name].shape) == (expected.dtype, expected.shape)
         assert bits(found[name]) == bits(expected)
-    run.save_checkpoint({"other": torch.zeros(1, requires_grad=True)}, {"step": 4})
+    save(run, {"other": torch.zeros(1, requires_grad=True)}, {"step": 4})
     assert sorted(run.load_checkpoint()[0]) == ["other"]
 
 
@@ -58,7 +64,7 @@ def bits(tensor: Tensor) -> bytes:
 
 def test_any_flipped_bit_of_a_checkpoint_is_noticed(run: Run) -> None:
     """The tensors, their names, types and shapes, and the state beside them."""
-    run.save_checkpoint({"W": torch.randn(2, 3), "n": torch.tensor(5), "none": torch.empty(0, 2)}, {"step": 1234})
+    save(run, {"W": torch.randn(2, 3), "n": torch.tensor(5), "none": torch.empty(0, 2)}, {"step": 1234})
     path = run.path / CHECKPOINT
     data = path.read_bytes()
     for place in range(len(data)):
@@ -77,7 +83,7 @@ def test_any_flipped_bit_of_a_checkpoint_is_noticed(run: Run) -> None:
 
 @pytest.mark.parametrize("state", ['"step": 1', '"step": 9'])
 def test_a_changed_state_is_noticed(run: Run, state: str) -> None:
-    run.save_checkpoint({"W": torch.ones(1)}, {"step": 5})
+    save(run, {"W": torch.ones(1)}, {"step": 5})
     path = run.path / CHECKPOINT
     path.write_bytes(path.read_bytes().replace(b'\\"step\\": 5', state.replace('"', '\\"').encode()))
     with pytest.raises(DamagedStore):
@@ -85,15 +91,15 @@ def test_a_changed_state_is_noticed(run: Run, state: str) -> None:
 
 
 def test_a_failed_checkpoint_leaves_the_one_before(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    run.save_checkpoint({"W": torch.ones(3)}, {"step": 1})
+    save(run, {"W": torch.ones(3)}, {"step": 1})
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            run.save_checkpoint({"W": torch.zeros(3)}, {"step": 2})
+            save(run, {"W": torch.zeros(3)}, {"step": 2})
     assert run.load_checkpoint()[1] == {"step": 1}
-    left = run.path / f"{CHECKPOINT}.99{PARTIAL}"  # a killed process of another number left this
+    left = run.path / f"{STAGED}.99{PARTIAL}"  # a killed process of another number left this
     left.write_bytes(b"half")
-    run.save_checkpoint({"W": torch.zeros(3)}, {"step": 2})
+    save(run, {"W": torch.zeros(3)}, {"step": 2})
     assert run.load_checkpoint()[1] == {"step": 2}
     assert not list(run.path.glob(f"*{PARTIAL}"))
 
@@ -168,7 +174,7 @@ def test_one_trainer_at_a_time(run: Run) -> None:
 
 def test_a_large_checkpoint_is_checked_whole(run: Run) -> None:
     """Not only its first or last bytes."""
-    run.save_checkpoint({"W": torch.zeros(1000, 100)}, {})
+    save(run, {"W": torch.zeros(1000, 100)}, {})
     path = run.path / CHECKPOINT
     data = bytearray(path.read_bytes())
     for place in np.random.default_rng(0).integers(len(data) - 400_000, len(data), 5):

@@ -111,11 +111,11 @@ def test_the_threshold_is_the_mean_of_the_least_kept_value() -> None:
     for step, (x, _) in enumerate(batches(None, 5)):
         losses = sae.loss(x, clock=Clock(step, 100))
         least.append(losses.latents.values[losses.latents.values > 0].min())
-        sae.track(losses)
+        sae.track(sae.observe(losses))
         expected = least[-1] if step < 2 else torch.stack(least[2:]).mean()
         torch.testing.assert_close(sae.threshold, expected.detach())
     assert sae.threshold_batches == 3
-    sae.track(sae.loss(x, clock=Clock(1, 2)))  # which is past half of so short a training
+    sae.track(sae.observe(sae.loss(x, clock=Clock(1, 2))))  # which is past half of so short a training
     assert sae.threshold_batches == 4
 
 
@@ -193,11 +193,11 @@ def test_the_exponent_falls_in_stages_and_the_penalty_keeps_its_size() -> None:
     sae: Any = made(config)
     x = next(batches(None, 1))[0]
     at = [sae.loss(x, clock=Clock(step, 50)) for step in (9, 10)]
-    sae.track(at[0])
+    sae.track(sae.observe(at[0]))
     torch.testing.assert_close(sae.loss(x, clock=Clock(10, 50)).terms["lp"], at[0].terms["lp"])
     assert sae.factor != 1
     before = sae.factor.clone()
-    sae.track(at[1])
+    sae.track(sae.observe(at[1]))
     assert torch.equal(sae.factor, before)
 
 

@@ -135,7 +135,7 @@ def test_rates_are_running_means() -> None:
     for step, (x, _) in enumerate(batches(None, 5)):
         losses = sae.loss(x, clock=Clock(step, 100))
         counts.append(losses.latents.fired() / B)
-        sae.track(losses)
+        sae.track(sae.observe(losses))
         torch.testing.assert_close(sae.firing_rate, torch.stack(counts).mean(0))
     assert sae.firing_rate.sum().item() == pytest.approx(4, abs=0.2) and sae.d_in == D
 

@@ -29,7 +29,7 @@ from cache.runs import CHECKPOINT, METRICS, WEIGHTS, Run
 from pipeline import trained
 from pipeline.member import Member
 from pipeline.progress import Silent
-from pipeline.saes import ARCHITECTURES, SAE, create, parse
+from pipeline.saes import ARCHITECTURES, SAE, Clock, Losses, create, parse
 from pipeline.train import TrainConfig, open_run, train
 
 D, TRUE, ACTIVE, D_SAE = 16, 24, 3, 32  # width, true features, of which active in a row, latents
@@ -418,7 +418,7 @@ def test_killed_at_every_write_and_resumed(tmp_path_factory: pytest.TempPathFact
             else:
                 break
         assert not different(go(pair, store, root, resume=True), whole), stop
-    assert stop == 2 * (1 + 1 + 3 + 2)  # configuration, metrics, checkpoints, the finished dictionary
+    assert stop == 2 * (1 + 1 + 2 * 3 + 2)  # configuration, metrics, checkpoints (written, published), the dictionary
 
 
 def test_interrupted_again_and_again(tmp_path: Path, store: ActivationStore, uninterrupted: list[Any]) -> None:
@@ -813,13 +813,13 @@ def test_outlier_rows_are_left_out_on_request(tmp_path: Path, monkeypatch: pytes
     rows[::100] *= 50
     far = planted_store(tmp_path / "cache", rows, "float32")
     longest: list[float] = []
-    step = Member.step
+    losses = Member.losses
 
-    def watched(self: Member, x: Tensor, number: int, total: int) -> dict[str, float] | None:
-        longest.append(float(x.norm(dim=1).max()))
-        return step(self, x, number, total)
+    def watched(self: Member, part: Tensor, clock: Clock) -> Losses:
+        longest.append(float(part.norm(dim=1).max()))
+        return losses(self, part, clock)
 
-    monkeypatch.setattr(Member, "step", watched)
+    monkeypatch.setattr(Member, "losses", watched)
     usual = float(rows.norm(dim=1).median())
     go(settings(outliers=10.0), far, tmp_path / "without")
     assert max(longest) < 10 * usual

@@ -16,7 +16,7 @@ from pydantic import Field, TypeAdapter
 from .base import ARCHITECTURES, SAE, register
 from .config import FINISHED, Clock, Config
 from .latents import Latents
-from .losses import Losses
+from .losses import Losses, Observed
 from .revival import NoRevival, Reinitialise, Resample, inequality, reinitialise, resample
 
 for _module in iter_modules(__path__):
@@ -37,6 +37,7 @@ __all__ = [
     "Latents",
     "Losses",
     "NoRevival",
+    "Observed",
     "Reinitialise",
     "Resample",
     "create",

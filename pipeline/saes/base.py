@@ -10,13 +10,14 @@ A training step, for a batch x [B, d_in] (and target y [B, d_out] for a transcod
 
     losses = sae.loss(x, y, Clock(step, steps))   # named terms; losses.total is their sum
     losses.total.backward()
-    sae.track(losses)                             # dead counters, firing rates, thresholds
     sae.before_step()                             # unit decoder: drop the gradient along each row
     optimizer.step()
     sae.after_step()                              # unit decoder: rows back to norm 1
+    sae.track(sae.observe(losses))                # dead counters, firing rates, thresholds
 
-With gradient accumulation the first three come once a part. `loss` changes no state, so judging held-out rows is the
-same call. `train()` and `eval()` matter only to architectures whose choice of latents depends on the batch.
+A batch may be computed in parts, one after the other or on several processes: the first two lines come once a part, and
+`track` is told of all parts at once. `loss` changes no state, so judging held-out rows is the same call. `train()` and
+`eval()` matter only to architectures whose choice of latents depends on the batch.
 
 Randomness: whatever training draws comes from a generator seeded by the dictionary's seed, the step and the purpose
 (`SAE.generator`). There is no random state to save, and a dictionary draws the same whatever trains beside it.
@@ -39,7 +40,7 @@ from .config import FINISHED, Clock
 from .dictionary import Dictionary
 from .ghosts import ghost_loss
 from .latents import Frame
-from .losses import Batch, Losses
+from .losses import Batch, Losses, Observed
 
 RATE_MEMORY = 0.01
 """Weight of the newest batch in a latent's firing rate: about the last hundred batches count."""
@@ -54,8 +55,12 @@ class SAE(Dictionary):
         """Loss terms beside the reconstruction, coefficients included."""
         return {}
 
-    def _update(self, losses: Losses) -> None:
-        """Update running statistics from a training batch, without a graph."""
+    def _observe(self, losses: Losses) -> Tensor:
+        """What `_update` needs of a part of a batch: some numbers, always as many; NaN where there is none."""
+        return self.W_dec.new_empty(0)
+
+    def _update(self, seen: Tensor, clock: Clock) -> None:
+        """Update running statistics, given the mean over the parts of what `_observe` returned."""
 
     def _constrain(self) -> None:
         """After an optimiser step: parameters back to where they make sense."""
@@ -133,13 +138,20 @@ class SAE(Dictionary):
         self._constrain()
 
     @torch.no_grad()
-    def track(self, losses: Losses) -> None:
-        """Of a training batch: who fired and how often, and whatever else the architecture follows."""
-        rows, fired = losses.latents.batch, losses.latents.fired()
+    def observe(self, losses: Losses) -> Observed:
+        """What `track` needs to know of a part of a training batch."""
+        active = losses.latents
+        return Observed(losses.clock, active.batch, active.fired(), self._observe(losses))
+
+    @torch.no_grad()
+    def track(self, *parts: Observed) -> None:
+        """After a training batch, of which these are all parts: who fired and how often, and what `_update` follows."""
+        clock = parts[0].clock
+        rows, fired = sum(part.rows for part in parts), torch.stack([part.fired for part in parts]).sum(0)
         self.rows_since_fired.add_(rows).masked_fill_(fired > 0, 0)
-        newest = max(1 / (losses.clock.step + 1), RATE_MEMORY)
+        newest = max(1 / (clock.step + 1), RATE_MEMORY)
         self.firing_rate.lerp_((fired / rows).to(self.firing_rate.dtype), newest)
-        self._update(losses)
+        self._update(torch.stack([part.numbers for part in parts]).nanmean(0), clock)
 
     def dead(self) -> Tensor:
         """bool [d_sae]: latents that have not fired for `dead_after` rows of training."""

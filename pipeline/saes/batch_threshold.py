@@ -50,15 +50,18 @@ class BatchThreshold(SAE):
         k = self.config.k_at(clock)
         return pre.largest(k * pre.x.shape[0]).map(Tensor.relu)
 
-    def _update(self, losses: Losses) -> None:
+    def _observe(self, losses: Losses) -> Tensor:
+        """The least value that was kept."""
         values = losses.latents.values.detach()
-        kept = values[values > 0]
-        if kept.numel() == 0:
-            return
-        start = min(self.config.threshold_start, losses.clock.steps / 2)
-        self.threshold_batches.add_(losses.clock.step >= start)
-        newest = torch.clamp(1 / self.threshold_batches.clamp_min(1), min=1 - MEMORY)
-        self.threshold.lerp_(kept.min(), newest.to(self.threshold.dtype))
+        least = torch.where(values > 0, values, torch.inf).min()
+        return torch.where(least.isfinite(), least, torch.nan).view(1)
+
+    def _update(self, seen: Tensor, clock: Clock) -> None:
+        start = min(self.config.threshold_start, clock.steps / 2)
+        kept = ~seen.isnan()[0]  # where nothing was, the batch does not count
+        self.threshold_batches.add_(kept & (clock.step >= start))
+        newest = torch.clamp(1 / self.threshold_batches.clamp_min(1), min=1 - MEMORY).to(self.threshold.dtype)
+        self.threshold.copy_(torch.where(kept, self.threshold.lerp(seen[0], newest), self.threshold))
 
     def _export(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return tensors | {"threshold": self.threshold.expand(self.d_sae)}

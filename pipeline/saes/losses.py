@@ -1,4 +1,4 @@
-"""What a loss returns, and what its terms are computed from."""
+"""What a loss returns, what its terms are computed from, and what is followed of it."""
 
 from __future__ import annotations
 
@@ -51,3 +51,13 @@ class Batch(NamedTuple):
     latents: Latents
     y_hat: Tensor
     clock: Clock
+
+
+class Observed(NamedTuple):
+    """What training follows of a part of a batch: how many rows, how often each latent fired (int64 [d_sae]), and some
+    numbers the architecture follows (float [n])."""
+
+    clock: Clock
+    rows: int
+    fired: Tensor
+    numbers: Tensor

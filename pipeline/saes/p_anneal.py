@@ -73,12 +73,17 @@ class PAnneal(SAE):
         weight = self.config.coefficient * ramp(self.config.warmup, batch.clock)
         return {"lp": weight * self.factor * power_sum(batch.latents, self.config.p_at(batch.clock))}
 
-    def _update(self, losses: Losses) -> None:
+    def _observe(self, losses: Losses) -> Tensor:
+        """The penalty with this step's exponent, and with the next one's where that is lower."""
         step, steps = losses.clock
         p, following = self.config.p_at(losses.clock), self.config.p_at(Clock(step + 1, steps))
-        if following < p:
-            old, new = power_sum(losses.latents.detach(), p), power_sum(losses.latents.detach(), following)
-            self.factor.mul_(torch.where(new > 0, old / new, 1))
+        if following == p:
+            return self.factor.new_ones(2)
+        return torch.stack([power_sum(losses.latents.detach(), power) for power in (p, following)])
+
+    def _update(self, seen: Tensor, clock: Clock) -> None:
+        old, new = seen
+        self.factor.mul_(torch.where(new > 0, old / new, 1))
 
     def _saelens(self) -> dict[str, Any]:
         return {"architecture": "transcoder" if self.is_transcoder else "standard"}
