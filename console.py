@@ -245,6 +245,12 @@ MEANING = {
     "explained_variance": "1 - FVU",
     "l0": "latents that fire in a row",
     "dead_fraction": "latents that fired in no row looked at",
+    "true_to_learned": "mean over the true features of the largest cosine with a learned one",
+    "learned_to_true": "mean over the learned features of the largest cosine with a true one",
+    "recovered": "true features that a learned one has a cosine above 0.9 with",
+    "hungarian": "mean cosine of the best one-to-one matching",
+    "duplicates": "learned features whose nearest true one is that of another, too",
+    "chance": "true_to_learned of random directions",
     "ce_clean": "cross-entropy of the model as it is, nats a token",
     "ce_spliced": "with the reconstruction in place",
     "ce_zero": "with zeros in place",
@@ -259,5 +265,5 @@ MEANING = {
 
 def evaluation(result: dict[str, Any], title: str) -> None:
     """The figures of an evaluation, each with what it means."""
-    rows = [[name, short(result[name]), help] for name, help in MEANING.items()]
+    rows = [[name, short(result[name]), help] for name, help in MEANING.items() if name in result]
     table(title, ["figure", "value", "what it is"], rows, prose=True)

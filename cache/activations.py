@@ -1,14 +1,16 @@
-"""The activation store: rows of one site of one model over one token store, permuted inside each window.
+"""The activation store: rows of one site of one model over one token store, or of another source, permuted inside
+each window.
 
     rows       [N, d]   the codec's dtype
     row_scale  [N]      float16, int8 only
     row_norm   [N]      float32, to three digits: the norm of a row before it was encoded
-    position   [N]      int64, context * T + position: the token of the token store a row came from
+    position   [N]      int64, context * T + position: the token of the token store a row came from; or its sample
     col_mean   [d]      float32, calibrated on the first window
     col_scale  [d]      float32
+    truth      [G, d]   float32, where the recipe has `truth`: the features the rows were made of
 
-Rows come in an order that depends on the token store, the row rule and the window alone, so the rows of every site
-of a model are aligned, whether they were harvested together or apart.
+Rows come in an order that depends on the token store (or the source), the row rule and the window alone, so the rows of
+every site of a model are aligned, whether they were harvested together or apart.
 """
 
 import hashlib
@@ -63,6 +65,8 @@ class ActivationStore(Store):
         ]
         if codec.has_row_scale:
             specs.append(ArraySpec("row_scale", "<f2", (), chunk, ("row",), nan))
+        if truth := int(recipe.get("truth", 0)):
+            specs.append(ArraySpec("truth", "<f4", (d,), truth, ("feature", "dim"), nan, None, grows=False))
         return specs
 
     @classmethod
@@ -76,7 +80,7 @@ class ActivationStore(Store):
 
     @property
     def split(self) -> str:
-        return str(self.recipe["tokens"]["split"])
+        return str(origin(self.recipe)["split"])
 
     @property
     def chunk_rows(self) -> int:
@@ -97,6 +101,11 @@ class ActivationStore(Store):
             raise SaeError(f"{self.path}: holds no rows yet; run `sae harvest` again to continue it")
         mean, scale = self.chunk("col_mean", 0), self.chunk("col_scale", 0)
         return Columns(torch.from_numpy(mean.copy()), torch.from_numpy(scale.copy()))
+
+    @property
+    def truth(self) -> Tensor | None:
+        """The features the rows were made of, float32 [G, d]; None where they are not known."""
+        return from_numpy(self.chunk("truth", 0).copy()) if "truth" in self.arrays and self.n_rows else None
 
     def describe(self) -> dict[str, Any]:
         size = self.manifest.stored_bytes / max(1, self.n_rows)
@@ -148,7 +157,7 @@ class WindowBuffer:
 
     def __init__(self, store: ActivationStore, window: int, rows: int, columns: Columns | None) -> None:
         self.store, self.columns, self.filled = store, columns, 0
-        self.place = np.argsort(permutation(store.recipe["tokens"], window, rows))
+        self.place = np.argsort(permutation(origin(store.recipe), window, rows))
         self.position = np.empty(rows, np.int64)
         self.norm = torch.empty(rows)
         self._waiting: list[Tensor] = []
@@ -160,9 +169,9 @@ class WindowBuffer:
         assert len(rows) == len(positions) and self.filled + len(rows) <= len(self.place)
         if not torch.isfinite(rows).all():
             recipe = self.store.recipe
-            raise SaeError(
-                f"{recipe['model']['model']} {recipe['layer']}.{recipe['site']}: activations hold NaN or infinity"
-            )
+            of_model = "model" in recipe
+            name = f"{recipe['model']['model']} {recipe['layer']}.{recipe['site']}" if of_model else self.store.slug
+            raise SaeError(f"{name}: activations hold NaN or infinity")
         place = self.place[self.filled : self.filled + len(rows)]
         self.position[place] = positions
         self.filled += len(rows)
@@ -202,12 +211,17 @@ class WindowBuffer:
             self._scale[place] = encoded.row_scale.cpu()
 
 
-def permutation(tokens: Recipe, window: int, rows: int) -> np.ndarray:
-    """Order of the rows inside a window: the same for every site harvested from one token store.
+def origin(recipe: Recipe) -> Recipe:
+    """What the rows of a store came from, one after the other: a token store, or the source of rows without tokens."""
+    return recipe["tokens"] if "tokens" in recipe else {name: recipe[name] for name in ("source", "split")}
 
-    The row at stored place i came at place permutation[i] in token order.
+
+def permutation(source: Recipe, window: int, rows: int) -> np.ndarray:
+    """Order of the rows inside a window: the same for every site harvested from one token store (`origin`).
+
+    The row at stored place i came at place permutation[i] from the source.
     """
-    seed = hashlib.sha256(f"{canonical(tokens)}#{window}".encode()).digest()
+    seed = hashlib.sha256(f"{canonical(source)}#{window}".encode()).digest()
     # NumPy promises the bits of PCG64 for ever, but not what Generator.permutation makes of them
     bits = np.random.PCG64(int.from_bytes(seed[:16], "little")).random_raw(rows)
     return np.argsort(bits, kind="stable")

@@ -92,6 +92,8 @@ def mixing_of(root: Path, store: Store) -> Mixing:
     (of a store with fewer rows than a batch: all of them)."""
     if not isinstance(store, ActivationStore):
         raise SaeError(f"--shuffle-quality: {store.key} holds {store.kind}; name a store of activations")
+    if "tokens" not in store.recipe:
+        raise SaeError(f"--shuffle-quality: the rows of {store.key} come from no documents, so there is nothing to mix")
     tokens = of_recipe(root, TokenStore, store.recipe["tokens"])
     return mixing(store, tokens, batch=min(4096, store.n_rows))
 

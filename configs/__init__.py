@@ -1,7 +1,7 @@
 """Presets and the one loader: preset + file + `--set` + flags -> a validated settings object. Knows no stage.
 
-A preset or a file is YAML with one section a stage: `tokenize`, `harvest`, `train`, `eval`. Later layers win: the
-defaults of the settings class, the preset, the file, `--set section.key=value`, the command's own flags.
+A preset or a file is YAML with one section a stage: `tokenize`, `harvest`, `synthesize`, `train`, `eval`. Later layers
+win: the defaults of the settings class, the preset, the file, `--set section.key=value`, the command's own flags.
 """
 
 import difflib
@@ -15,8 +15,8 @@ from pydantic import BaseModel, ValidationError
 
 from cache.errors import SaeError
 
-SECTIONS = ("tokenize", "harvest", "train", "eval")
-TAGS = ("arch", "kind")  # keys that choose one of several settings classes
+SECTIONS = ("tokenize", "harvest", "synthesize", "train", "eval")
+TAGS = ("arch", "kind", "mode")  # keys that choose one of several settings classes
 FOLDER = Path(__file__).parent
 
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -177,13 +177,14 @@ def _followed(settings: type[BaseModel], place: Sequence[str | int]) -> tuple[li
     keys: list[str] = []
     for part in place:
         tagged = [m for m in models for tag in TAGS if tag in m.model_fields and part == m.model_fields[tag].default]
-        if any(part in model.model_fields for model in models):
+        named = any(part in model.model_fields for model in models)
+        if tagged and (len(models) > 1 or not named):  # a tag may be called as one of the fields it leads to
+            models = tagged
+        elif named:
             keys.append(str(part))
             models = [inner for model in models if part in model.model_fields for inner in _inner(model, str(part))]
         elif isinstance(part, int):
             keys.append(str(part))
-        elif tagged:
-            models = tagged
     return keys, sorted({key for model in models for key in model.model_fields})
 
 

@@ -5,6 +5,9 @@ the site replaced by the dictionary's reconstruction, by zero, and by the mean o
 become rows (position 0, begin tokens) keep their own activations in every pass, and what they predict is not counted.
 
 Latents are called dead when they fire in none of the held-out rows and none of the first `dead_rows` training rows.
+
+Rows of no language model have no cross-entropy. Where the features are known that they were made of, the dictionary is
+judged by how well it found those.
 """
 
 from collections.abc import Callable
@@ -25,7 +28,7 @@ from cache.errors import NotFound, SaeError
 from cache.loader import Loader
 from cache.runs import EVALUATION, LATENTS, Run
 from cache.tokens import TokenStore
-from pipeline import trained
+from pipeline import devices, trained
 from pipeline.language_model import LanguageModel, Point
 from pipeline.metrics import (
     Downstream,
@@ -35,6 +38,7 @@ from pipeline.metrics import (
     Sparsity,
     SparsityScores,
 )
+from pipeline.metrics.agreement import RecoveryScores, recovery
 from pipeline.progress import Progress
 from pipeline.rows import RowRule
 from pipeline.saes import SAE
@@ -56,23 +60,38 @@ class EvalConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found. `spliced`, `zero` and `mean` are the three replacements."""
+    """What was found. `spliced` is of rows of a language model, `recovery` of rows whose features are known."""
 
     reconstruction: ReconstructionScores
     sparsity: SparsityScores
-    spliced: DownstreamScores
+    spliced: DownstreamScores | None
+    recovery: RecoveryScores | None
     dead_fraction: float
     dead_rows: int
 
     def as_json(self) -> dict[str, Any]:
         """The figures by name, and everything else under `details`. Undefined ones are null."""
-        down = self.spliced
-        assert down.ce_zero is not None and down.ce_mean is not None
         return {
             "fvu": self.reconstruction.fvu,
             "explained_variance": self.reconstruction.explained_variance,
             "l0": self.sparsity.l0,
             "dead_fraction": self.dead_fraction,
+            **({} if self.recovery is None else asdict(self.recovery)),
+            **({} if self.spliced is None else self._downstream(self.spliced)),
+            "rows": self.reconstruction.rows,
+            **({} if self.spliced is None else {"tokens": self.spliced.tokens}),
+            "details": {
+                "dead_rows": self.dead_rows,
+                "reconstruction": asdict(self.reconstruction),
+                "sparsity": asdict(self.sparsity),
+                **({} if self.spliced is None else {"downstream": asdict(self.spliced)}),
+            },
+        }
+
+    @staticmethod
+    def _downstream(down: DownstreamScores) -> dict[str, Any]:
+        assert down.ce_zero is not None and down.ce_mean is not None
+        return {
             "ce_clean": down.ce_clean.value,
             "ce_spliced": down.ce.value,
             "ce_zero": down.ce_zero.value,
@@ -80,24 +99,18 @@ class Evaluation:
             "ce_recovered_zero": None if down.recovered_zero is None else down.recovered_zero.value,
             "ce_recovered_mean": None if down.recovered_mean is None else down.recovered_mean.value,
             "kl": down.kl.value,
-            "rows": self.reconstruction.rows,
-            "tokens": down.tokens,
-            "details": {
-                "dead_rows": self.dead_rows,
-                "reconstruction": asdict(self.reconstruction),
-                "sparsity": asdict(self.sparsity),
-                "downstream": asdict(down),
-            },
         }
 
 
 def evaluate(
     config: EvalConfig, run: Run, root: Path, progress: Progress, *,
     activations: str | None = None, model: str | None = None, device: str = "auto", offline: bool = False,
+    language_model: LanguageModel | None = None,
 ) -> Evaluation:  # fmt: skip
     """Judge a finished run and write `eval/eval.json` and `eval/latents.safetensors` into its folder.
 
-    `model` says where the language model is, if not where the harvest found it.
+    `model` says where the language model is, if not where the harvest found it; `language_model` is that model itself,
+    where the caller has booted it already.
     """
     sae = trained.load(run)
     training = catalogue.find(
@@ -109,25 +122,38 @@ def evaluate(
             "give a store of the site it was trained on"
         )
     held_out = _held_out(root, training)
-    tokens = catalogue.of_recipe(root, TokenStore, held_out.recipe["tokens"])
-    if tokens is None:
-        raise NotFound(f"{root}: the validation tokens of {training.key} are gone; run `sae tokenize` again")
-    language_model = boot(training, model, device, offline)
-    sae.to(language_model.device)
+    text: tuple[TokenStore, LanguageModel] | None = None
+    if "tokens" in training.recipe:
+        text = _tokens(root, training, held_out), language_model or boot(training, model, device, offline)
+    elif model is not None:
+        raise SaeError(f"--model {model}: the rows of {training.key} come from no language model; leave it out")
+    sae.to(devices.device(device) if text is None else text[1].device)
     reconstruction, sparsity = judge_rows(sae, held_out, config.rows, config.batch_tokens, progress)
     fired = sparsity.density() > 0
     if searched := min(config.dead_rows, training.n_rows):
         fired |= firing(sae, training, searched, config.batch_tokens, progress) > 0
-    mean = mean_row(training, min(config.mean_rows, training.n_rows))
-    downstream = judge_tokens(sae, language_model, tokens, held_out, mean, config, progress)
-    searched_rows = reconstruction.result().rows + searched
+    downstream = None
+    if text is not None:
+        mean = mean_row(training, min(config.mean_rows, training.n_rows))
+        downstream = judge_tokens(sae, text[1], text[0], held_out, mean, config, progress)
+    truth = training.truth
     result = Evaluation(
-        reconstruction.result(), sparsity.result(), downstream, 1 - fired.double().mean().item(), searched_rows
-    )
+        reconstruction.result(), sparsity.result(), downstream,
+        None if truth is None else recovery(sae.W_dec.cpu(), truth),
+        dead_fraction=1 - fired.double().mean().item(), dead_rows=reconstruction.result().rows + searched,
+    )  # fmt: skip
     run.write_json(EVALUATION, result.as_json())
     tensors = {"density": sparsity.density().float(), "fired": fired}
     write_atomic(run.path / LATENTS, safetensors.torch.save(tensors))
     return result
+
+
+def _tokens(root: Path, training: ActivationStore, held_out: ActivationStore) -> TokenStore:
+    """What cross-entropy is judged on."""
+    tokens = catalogue.of_recipe(root, TokenStore, held_out.recipe["tokens"])
+    if tokens is None:
+        raise NotFound(f"{root}: the validation tokens of {training.key} are gone; run `sae tokenize` again")
+    return tokens
 
 
 def boot(store: ActivationStore, model: str | None, device: str, offline: bool) -> LanguageModel:
@@ -147,9 +173,9 @@ def boot(store: ActivationStore, model: str | None, device: str, offline: bool) 
 def _held_out(root: Path, training: ActivationStore) -> ActivationStore:
     found = catalogue.sibling_of(root, training, "validation")
     if found is None or not found.n_rows:
-        raise NotFound(
-            f"{training.key}: no held-out rows beside it; tokenize with a validation share, then harvest again"
-        )
+        remedy = "tokenize with a validation share, then harvest again"
+        remedy = remedy if "tokens" in training.recipe else "repeat `sae synthesize`"
+        raise NotFound(f"{training.key}: no held-out rows beside it; {remedy}")
     return found
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from cache.activations import ActivationStore
 from cache.errors import SaeError
 from cache.runs import Run
-from pipeline.ranks import Ranks
+from pipeline.metrics.agreement import mmcs
+from pipeline.ranks import Ranks, expect_same
 from pipeline.saes import (
     SAE,
     Clock,
@@ -27,6 +28,7 @@ from pipeline.saes import (
     reinitialise,
     resample,
 )
+from pipeline.synthetic import truth_of
 from pipeline.trainconfig import TrainConfig
 
 DECODER = ("W_dec", "b_dec")  # the parameters with the decoder's learning rate; the others have the encoder's
@@ -37,6 +39,7 @@ class Member:
     """One dictionary in training: its run, its weights, its optimiser, and how many steps it has taken.
 
     store: where further rows come from, the first `rows` of it (what the run was promised).
+    truth: the features [G, d] of rows that were made of known ones.
     """
 
     run: Run
@@ -45,6 +48,7 @@ class Member:
     optimiser: torch.optim.Optimizer
     store: ActivationStore
     rows: int
+    truth: Tensor | None
     done: int = 0
     _spent: float = 0.0  # seconds in steps since `cost` was asked
     _steps: int = 0
@@ -63,7 +67,8 @@ class Member:
             for inside in (False, True)
         )
         optimiser = torch.optim.Adam([encoder, decoder], lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-        return cls(run, config, sae, optimiser, store, rows)
+        truth = truth_of(store.recipe)
+        return cls(run, config, sae, optimiser, store, rows, None if truth is None else truth.to(device))
 
     def losses(self, part: Tensor, clock: Clock) -> Losses:
         """The loss of a part of a batch [n, d]."""
@@ -86,7 +91,7 @@ class Member:
         self.sae.after_step()
         self.sae.track(*ranks.gather([self.sae.observe(part) for part in parts]))
         self.done = step + 1
-        self._revive(total)
+        self._revive(total, ranks)
         logged = self.done % self.config.log_every == 0 or self.done == total
         return self._metrics(x, parts, clock, ranks) if logged else None  # which waits for a GPU
 
@@ -102,7 +107,7 @@ class Member:
         spent, self._spent, steps, self._steps = self._spent, 0.0, self._steps, 0
         return {"seconds_per_step": round(spent / max(1, steps), 6), "megabytes": round(held / 1e6, 3)}
 
-    def _revive(self, total: int) -> None:
+    def _revive(self, total: int, ranks: Ranks) -> None:
         """What the settings do about dead latents between steps."""
         revive, k = self.config.revive, getattr(self.config.sae, "k", 0)
         if isinstance(revive, NoRevival) or not revive.due(self.done, total):
@@ -113,6 +118,7 @@ class Member:
         elif inequality(self.sae, k) > revive.threshold:
             sample = torch.cat([x for x, _ in self._drawn(self.config.initial_rows, generator)])
             reinitialise(self.sae, self.optimiser, (sample, None), generator)
+        ranks.copy(self.sae.state_dict().values())  # errors that devices round apart may have chosen other rows
 
     def _drawn(self, count: int, generator: torch.Generator) -> Iterator[tuple[Tensor, None]]:
         """So many rows of the store from a random place on (they were shuffled when written), a batch at a time."""
@@ -138,6 +144,8 @@ class Member:
             metrics["fvu"] = error / spread
         metrics["l0"] = active
         metrics["dead"] = self.sae.dead().float().mean().item()
+        if self.truth is not None:
+            metrics["recovery"] = mmcs(self.truth, self.sae.W_dec.detach()).item()
         metrics["lr"], decoder = self.config.rates_at(*clock)
         return metrics if self.config.decoder is None else {**metrics, "lr_decoder": decoder}
 
@@ -146,13 +154,12 @@ class Member:
 
         loader: where the next batch starts. shared: what it has in common with others, in one of their checkpoints.
         """
-        tensors = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
-        if not all(value.isfinite().all() for value in tensors.values()):
+        tensors = self._tensors()
+        expect_same(tensors, ranks, f"{self.run.path}: step {self.done}")
+        if not all(value.isfinite().all() for value in self.sae.state_dict().values()):
             raise SaeError(
                 f"{self.run.path}: the weights are no numbers any more at step {self.done}; try a smaller --lr"
             )
-        for index, entries in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{index}.{name}": torch.as_tensor(value) for name, value in entries.items()}
         if ranks.rank == 0:
             self.run.stage_checkpoint(tensors | shared, {"step": self.done, "loader": loader})
 
@@ -164,9 +171,18 @@ class Member:
             tensors, state = self.run.load_checkpoint()
             self._take(tensors)
         self.done = state["step"]
+        expect_same({"the steps done": torch.tensor(self.done)}, ranks, str(self.run.path))
+        expect_same(self._tensors(), ranks, f"{self.run.path}: step {self.done}")
         if ranks.rank == 0:
             self.run.rewind_metrics(self.done)
         return (tensors, state["loader"]) if tensors else None
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The weights and the optimiser's state, as a checkpoint has them."""
+        tensors = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
+        for index, entries in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{index}.{name}": torch.as_tensor(value) for name, value in entries.items()}
+        return tensors
 
     def _take(self, tensors: dict[str, Tensor]) -> None:
         """The weights and the optimiser's state of a checkpoint."""

@@ -1,4 +1,5 @@
-"""What damaged stores are made of, found again: tokens from their text, activations from their tokens and their model.
+"""What damaged stores are made of, found again: tokens from their text, activations from their tokens and their model,
+synthetic rows from their recipe.
 
 The recipe says what things are; where they are is said by the store's hints, by the recipe itself where a name is
 enough (gpt2, fineweb, tiny), or by the caller. What is found has to be what the recipe says, or nothing is repaired.
@@ -10,8 +11,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from cache import catalogue
-from cache.activations import ActivationStore
+from cache.activations import ActivationStore, WindowBuffer
 from cache.codecs import Columns
 from cache.errors import DamagedStore, NotFound, SaeError
 from cache.identity import Recipe, canonical
@@ -29,6 +32,8 @@ from pipeline.progress import Progress
 from pipeline.rows import Place as RowPlace
 from pipeline.rows import RowRule, RowsOf
 from pipeline.sources import text_source
+from pipeline.synthesize import window_arrays
+from pipeline.synthetic import ground_truth
 from pipeline.tokenize import Contexts, TokenizeConfig, token_recipe
 from pipeline.tokenizers import tokenizer
 from pipeline.windows import Passes, Task
@@ -76,6 +81,8 @@ def maker(store: Store, origins: Origins, progress: Progress) -> Maker:
     if isinstance(store, TokenStore):
         return TokenMaker(store, origins, progress)
     assert isinstance(store, ActivationStore), store.kind
+    if "tokens" not in store.recipe:
+        return SyntheticMaker(store, progress)
     return ActivationMaker(store, origins, progress)
 
 
@@ -105,9 +112,7 @@ class ActivationMaker:
             arrays = passes.compute(task, stores, partial(self.progress.advance, window=task.window))[self.point]
         finally:
             self.progress.finish()
-        if kept is not None and task.window == 0:
-            arrays |= {"col_mean": kept.mean.numpy(), "col_scale": kept.scale.numpy()}
-        return Made(arrays, passes.notes(task))
+        return Made(_with_columns(arrays, kept, task.window), passes.notes(task))
 
     def file(self, name: str) -> bytes:
         raise AssertionError(f"activations have no {name}")
@@ -134,6 +139,34 @@ class ActivationMaker:
         known = [int(one.notes["made"]["contexts"]) for one in near if "made" in one.notes]
         usual = int(HarvestConfig.model_fields["batch_tokens"].default) // self.rows.tokens.context_length
         return known[0] if known else max(1, usual)
+
+
+class SyntheticMaker:
+    """Rows of a store from its recipe, which is all that they depend on."""
+
+    def __init__(self, store: ActivationStore, progress: Progress) -> None:
+        self.store, self.progress, self.truth = store, progress, ground_truth(store.recipe)
+
+    def window(self, before: Store, window: Window, *, lost: bool) -> Made:
+        assert isinstance(before, ActivationStore)
+        kept, rows = _columns(before), window.stop - window.start  # a lost one is whole: the source has no end
+        buffer = WindowBuffer(before, window.index, rows, kept)
+        self.progress.start(f"repair {self.store.key}", rows, "rows")
+        try:
+            arrays = window_arrays(self.truth, self.store.split, window.start, buffer, self.progress.advance)
+        finally:
+            self.progress.finish()
+        return Made(_with_columns(arrays, kept, window.index), {})
+
+    def file(self, name: str) -> bytes:
+        raise AssertionError(f"activations have no {name}")
+
+
+def _with_columns(arrays: dict[str, np.ndarray], kept: Columns | None, window: int) -> dict[str, np.ndarray]:
+    """The arrays of a window, the columns that the store has among them where they belong to it."""
+    if kept is None or window:
+        return arrays
+    return arrays | {"col_mean": kept.mean.numpy(), "col_scale": kept.scale.numpy()}
 
 
 def _columns(store: ActivationStore) -> Columns | None:

@@ -136,7 +136,7 @@ def test_numbers_in_a_file(tmp_path: Path) -> None:
         ("train.sae.kk=1", "train.sae.kk: unknown key; did you mean 'k'?"),
         ("train.rows.skip=1", "train.rows.skip: unknown key; did you mean 'skip_first'?"),
         ("trian.lr=1", "--set trian.lr=1: unknown section 'trian'; did you mean 'train'?"),
-        ("x.lr=1", "--set x.lr=1: unknown section 'x'; there are tokenize, harvest, train, eval"),
+        ("x.lr=1", "--set x.lr=1: unknown section 'x'; there are tokenize, harvest, synthesize, train, eval"),
         ("train.sae.arch=l3", "train.sae.arch = l3: there is no such one; did you mean 'l1'?"),
         ("train.sae.arch=xyz", "train.sae.arch = xyz: there is no such one; there are topk, l1"),
         ("train.lr=-1", "train.lr = -1: input should be greater than 0"),
@@ -169,9 +169,9 @@ def test_a_key_of_the_other_architecture(preset: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"- a", "expected sections (tokenize, harvest, train, eval) with settings inside"),
-        (b"3", "expected sections (tokenize, harvest, train, eval) with settings inside"),
-        (b"lr: 3", "unknown section 'lr'; there are tokenize, harvest, train, eval"),
+        (b"- a", "expected sections (tokenize, harvest, synthesize, train, eval) with settings inside"),
+        (b"3", "expected sections (tokenize, harvest, synthesize, train, eval) with settings inside"),
+        (b"lr: 3", "unknown section 'lr'; there are tokenize, harvest, synthesize, train, eval"),
         (b"train: 3", "section train should hold settings, not 3"),
         (b"a: [", "is not YAML"),
         (b"a:\tb: c", "is not YAML"),
@@ -203,10 +203,14 @@ def stages() -> dict[str, type[BaseModel]]:
     """The settings of every stage."""
     from pipeline.evaluate import EvalConfig
     from pipeline.harvest import HarvestConfig
+    from pipeline.synthetic import SyntheticConfig
     from pipeline.tokenize import TokenizeConfig
     from pipeline.train import TrainConfig
 
-    return {"tokenize": TokenizeConfig, "harvest": HarvestConfig, "train": TrainConfig, "eval": EvalConfig}
+    return {
+        "tokenize": TokenizeConfig, "harvest": HarvestConfig, "synthesize": SyntheticConfig, "train": TrainConfig,
+        "eval": EvalConfig,
+    }  # fmt: skip
 
 
 def test_every_preset_is_valid_for_every_stage() -> None:

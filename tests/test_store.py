@@ -136,7 +136,7 @@ def table(marker: str) -> list[list[str]]:
 def as_line(kind: str, spec: ArraySpec, width: str) -> list[str]:
     """A specification as the page's table has it."""
     fill = "NaN" if spec.fill != spec.fill else str(spec.fill)
-    chunk = "C" if spec.grows else "d, all in one"
+    chunk = "C" if spec.grows else f"{'G' if spec.name == 'truth' else 'd'}, all in one"
     row = f"[{width}]" if spec.row_shape else "[]"
     compressor = "none" if spec.zstd is None else f"zstd {spec.zstd}"
     return [kind, spec.name, NAMES[spec.dtype], row, chunk, ", ".join(spec.dimension_names), fill, compressor]
@@ -149,9 +149,10 @@ def test_the_pages_table_is_the_codes() -> None:
             kind = f"tokens, {words}" if spec.name == "tokens" else "tokens"
             found.add(tuple(as_line(kind, spec, "T")))
     for codec in ("int8", "bfloat16", "float16", "float32"):
-        for spec in ActivationStore.specs(activation_recipe(7, codec)):
-            own = spec.name in ("rows", "row_scale")
-            found.add(tuple(as_line(f"activations, codec {codec}" if own else "activations", spec, "d")))
+        for spec in ActivationStore.specs({**activation_recipe(7, codec), "truth": 5}):
+            own = f", codec {codec}" if spec.name in ("rows", "row_scale") else ""
+            own = ", synthetic" if spec.name == "truth" else own
+            found.add(tuple(as_line(f"activations{own}", spec, "d")))
     assert sorted(found) == sorted(map(tuple, table("arrays")))
 
 

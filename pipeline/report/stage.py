@@ -23,6 +23,8 @@ def report(
     where = devices.device(device)
     name = activations or run.config["activations"]["key"]
     store = catalogue.find(root, ActivationStore, name, "--activations", "sae harvest")
+    if "tokens" not in store.recipe:
+        raise SaeError(f"{run.name}: a report shows text, and the rows of {store.key} come from none; see `sae eval`")
     tokens = catalogue.of_recipe(root, TokenStore, store.recipe["tokens"])
     if tokens is None:
         raise NotFound(f"{root}: the tokens {store.key} was harvested from are gone; run `sae tokenize` again")
