@@ -6,7 +6,6 @@ Each command opens what it needs, calls one stage, and prints. Heavy imports hap
 import os
 import sys
 import traceback
-from collections.abc import Callable
 from dataclasses import asdict
 from enum import IntEnum
 from importlib.metadata import PackageNotFoundError
@@ -18,8 +17,11 @@ import typer
 
 import cli_cache
 import cli_runs
+import cli_studies
+import cli_synthetic
 from cache.errors import SaeError
 from cache.places import outage
+from cli_cache import show_stores
 from cli_options import (
     CacheRoot,
     ConfigFile,
@@ -53,6 +55,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cli_cache.app, name="cache")
+app.add_typer(cli_studies.app, name="study")
 
 
 class Exit(IntEnum):
@@ -165,6 +168,7 @@ def harvest(
     show_stores([s for split in result.stores.values() for s in split], json, "width", lambda store: store.d)
 
 
+app.command()(cli_synthetic.synthesize)
 app.command()(cli_runs.train)
 
 
@@ -180,7 +184,8 @@ def evaluate(
 ) -> None:  # fmt: skip
     """Judge a trained dictionary on held-out documents: reconstruction, cross-entropy when spliced in, dead latents.
 
-    Prints the figures with what each means, and writes them into the run folder (`eval/eval.json`).
+    Prints the figures with what each means, and writes them into the run folder (`eval/eval.json`). On rows of
+    `sae synthesize`, which no language model made, it says instead how many of the true features were found.
 
     Examples:
 
@@ -302,18 +307,6 @@ def show_plans(plans: list[dict[str, Any]], json: bool) -> None:
         return
     rows = [[p["split"], p["rows"], p["rows_to_do"], console.size(p["stored_bytes"]), p["seconds"] or 0] for p in plans]
     console.table("what harvest would do", ["split", "rows", "rows to write", "size", "seconds"], rows)
-
-
-def show_stores(stores: list[Any], json: bool, name: str, extra: Callable[[Any], int]) -> None:
-    """The stores a stage made, with one figure more: a table or JSON."""
-    import console
-    from cache import catalogue
-
-    if json:
-        console.as_json({"stores": [{**catalogue.entry(store).as_json(), name: extra(store)} for store in stores]})
-        return
-    rows = [[s.key, s.n_rows, extra(s), console.size(s.manifest.stored_bytes)] for s in stores]
-    console.table("stores", ["key", "rows", name, "size"], rows)
 
 
 def show_version(wanted: bool) -> None:

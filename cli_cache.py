@@ -1,8 +1,9 @@
 """`sae cache`: the stores on disk."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -157,6 +158,8 @@ def export(
         raise SaeError(f"{store}: holds {found.kind}, not activations; `sae cache ls` lists the stores")
     tokens = None
     if with_tokens:
+        if "tokens" not in found.recipe:
+            raise SaeError(f"--with-tokens: the rows of {found.key} come from no tokens; leave it out")
         tokens = catalogue.of_recipe(root, TokenStore, found.recipe["tokens"])
         if tokens is None:
             raise SaeError(
@@ -175,6 +178,18 @@ def export(
         console.as_json({**result, "dtype": dtype, "order": order})
     else:
         console.say(f"{made.path}: {made.rows:,} rows of {found.key} as {dtype}, {console.size(made.bytes)}")
+
+
+def show_stores(stores: list[Any], json: bool, name: str, extra: Callable[[Any], int]) -> None:
+    """The stores a stage made, with one figure more: a table or JSON."""
+    import console
+    from cache import catalogue
+
+    if json:
+        console.as_json({"stores": [{**catalogue.entry(store).as_json(), name: extra(store)} for store in stores]})
+        return
+    rows = [[s.key, s.n_rows, extra(s), console.size(s.manifest.stored_bytes)] for s in stores]
+    console.table("stores", ["key", "rows", name, "size"], rows)
 
 
 def since(written: float | None) -> str:

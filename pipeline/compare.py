@@ -13,8 +13,9 @@ from typing import Any
 from cache.errors import NotFound, SaeError
 from cache.runs import EVALUATION, Run
 
-HELD_OUT = ("fvu", "l0", "dead_fraction", "ce_degradation", "ce_recovered_zero", "ce_recovered_mean")
-TRAINING = ("fvu", "l0", "dead", "seconds_per_step", "megabytes")
+RECOVERY = ("true_to_learned", "learned_to_true", "recovered", "hungarian", "duplicates", "chance")
+HELD_OUT = ("fvu", "l0", "dead_fraction", "ce_degradation", "ce_recovered_zero", "ce_recovered_mean", *RECOVERY)
+TRAINING = ("fvu", "l0", "dead", "agreement", "recovery", "seconds_per_step", "megabytes")
 FIGURES = (*HELD_OUT, *(f"train_{name}" for name in TRAINING))
 
 Row = dict[str, Any]
@@ -38,17 +39,17 @@ def compare(runs: Sequence[Run]) -> list[Row]:
     ]
 
 
-def over_seeds(rows: Sequence[Row]) -> list[Row]:
+def over_seeds(rows: Sequence[Row], figures: Sequence[str] = FIGURES) -> list[Row]:
     """Rows that differ in nothing but the seed as one: number of seeds, mean and standard deviation of each figure."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        kept = {key: value for key, value in row.items() if key not in ("run", "seed", *FIGURES)}
+        kept = {key: value for key, value in row.items() if key not in ("run", "seed", *figures)}
         groups.setdefault(repr(sorted(kept.items(), key=repr)), []).append(row)
     merged: list[Row] = []
     for group in groups.values():
-        one: Row = {key: value for key, value in group[0].items() if key not in ("run", "seed", *FIGURES)}
+        one: Row = {key: value for key, value in group[0].items() if key not in ("run", "seed", *figures)}
         one["seeds"] = len(group)
-        for name in FIGURES:
+        for name in figures:
             values = [row[name] for row in group if row[name] is not None]
             complete = len(values) == len(group)
             one[name] = statistics.fmean(values) if complete else None
@@ -88,6 +89,6 @@ def _figures(run: Run) -> Row:
     if trained is None and not judged:
         raise SaeError(f"{run.path}: has no figures yet; train it first, or name the runs to compare")
     figures: Row = {name: judged.get(name) for name in HELD_OUT}
-    if judged:
+    if "ce_spliced" in judged:
         figures["ce_degradation"] = judged["ce_spliced"] - judged["ce_clean"]
     return figures | {f"train_{name}": (trained or {}).get(name) for name in TRAINING}

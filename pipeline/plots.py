@@ -2,11 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cache.durable import explained
 from cache.errors import SaeError
 from pipeline.compare import Row, front
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ROOM = 15  # ratio of the ends of a logarithmic axis up to which the labels between powers of ten do not overlap
 FORMATS = (".png", ".svg", ".pdf")
 AXES = (  # a panel each: what is on y, where x is L0
     ("fvu", "l0", "FVU, held-out rows"),
@@ -29,7 +34,6 @@ def pareto(rows: Sequence[Row], path: Path) -> None:
         raise SaeError(f"--plot {path}: no run has both L0 and a figure to set against it")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
 
     figure = Figure(figsize=(5.6 * len(panels), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -44,14 +48,23 @@ def pareto(rows: Sequence[Row], path: Path) -> None:
             axis.plot(*zip(*points, strict=True), "o", color=colour, alpha=0.75, label=kind)
             axis.plot(*zip(*front(points), strict=True), "-", color=colour, linewidth=1.2)
         axis.set(xlabel="L0", title=title, xscale="log")
-        axis.xaxis.set_major_formatter(ScalarFormatter())
-        axis.xaxis.set_minor_formatter(ScalarFormatter())
+        plain_numbers(axis)
         axis.grid(alpha=0.25)
         axis.legend(frameon=False)
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:
         raise explained(error, path) from error
+
+
+def plain_numbers(axis: "Axes") -> None:
+    """Label a logarithmic x axis with numbers as people write them, those between powers of ten where there is room."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    low, high = axis.get_xlim()
+    plain = FuncFormatter(lambda x, _: f"{x:g}")
+    axis.xaxis.set_major_formatter(plain)
+    axis.xaxis.set_minor_formatter(plain if high < ROOM * low else NullFormatter())
 
 
 def _point(row: Row, y_name: str, x_name: str) -> tuple[float, float] | None:

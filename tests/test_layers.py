@@ -8,11 +8,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMAND_LINE = ("cli", "cli_cache", "cli_upkeep", "cli_runs", "cli_options")
+COMMAND_LINE = ("cli", "cli_cache", "cli_upkeep", "cli_runs", "cli_studies", "cli_synthetic", "cli_options")
 OURS = ("cache", "configs", "pipeline", "console", *COMMAND_LINE)
-STAGES = ("pipeline.tokenize", "pipeline.harvest", "pipeline.train", "pipeline.evaluate")
+STAGES = (
+    "pipeline.tokenize", "pipeline.harvest", "pipeline.synthesize", "pipeline.train", "pipeline.evaluate",
+)  # fmt: skip
 # what lists everything there is, what runs all of it, what runs one stage many times, and what makes things again
-OVERVIEWS = ("pipeline.choices", "pipeline.demo", "pipeline.sweep", "pipeline.repair")
+OVERVIEWS = (
+    "pipeline.choices", "pipeline.demo", "pipeline.sweep", "pipeline.repair",
+    *(f"pipeline.studies.{path.stem}" for path in (ROOT / "pipeline" / "studies").glob("[a-z]*.py")),
+)  # fmt: skip
 
 
 def modules() -> dict[str, Path]:
@@ -94,8 +99,14 @@ ARROWS: dict[str, tuple[tuple[str, ...], set[str] | None]] = {
     "cli_cache": (("cache", "console", "cli_options", "cli_upkeep"), {"typer"}),
     "cli_upkeep": (("cache", "console", "pipeline.repair", "cli_options"), {"typer"}),
     "cli_runs": (("cache", "console", "pipeline", "cli_options"), {"typer"}),
+    "cli_studies": (("cache", "configs", "console", "pipeline", "cli_options"), {"typer"}),
+    "cli_synthetic": (("cache", "console", "pipeline", "cli_options", "cli_cache"), {"typer"}),
     "cli": (
-        ("cache", "configs", "console", "pipeline", "cli_options", "cli_cache", "cli_upkeep", "cli_runs"), {"typer"},
+        (
+            "cache", "configs", "console", "pipeline", "cli_options", "cli_cache", "cli_upkeep", "cli_runs",
+            "cli_studies", "cli_synthetic",
+        ),
+        {"typer"},
     ),
 }  # fmt: skip
 

@@ -1,0 +1,192 @@
+"""Activation functions side by side: ReLU, shifted ReLU, JumpReLU, TopK, BatchTopK, on the same data, seed and steps.
+
+Each as its architecture comes, the L0s are its own: a ReLU that leaves a quarter of its latents at zero next to a TopK
+that leaves 98 % says little about the functions. With `match_l0` the penalised ones get the coefficient that brings
+their L0 to TopK's k (`matching`).
+
+`mse` is in the data's units and the same quantity for all; the total losses hold each variant's own penalties, in its
+own scale, so that only their course is shown, as a sparkline.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from cache.activations import ActivationStore
+from cache.runs import Run
+from pipeline.compare import Row
+from pipeline.metrics.geometry import random_cosine
+from pipeline.studies import matching
+from pipeline.studies.figures import JUDGED
+from pipeline.studies.plots import Panel
+from pipeline.studies.plots import draw as draw_panels
+from pipeline.studies.study import Lab, Result, Trial, of_equal_rows, variant
+from pipeline.train import TrainConfig
+
+
+class Kind(NamedTuple):
+    """One activation function: its architecture, and where a search for its coefficient starts (None: k decides)."""
+
+    arch: str
+    start: float | None
+
+
+KINDS = {
+    "relu": Kind("l1", 5.0),
+    "shifted_relu": Kind("shifted_relu", 5.0),
+    "jumprelu": Kind("jumprelu", 1e-3),
+    "topk": Kind("topk", None),
+    "batchtopk": Kind("batchtopk", None),
+}
+APART = 1.2  # ratio of L0s from which on they are said to differ
+SPARKS = "▁▂▃▄▅▆▇█"
+PLAIN_SPARKS = "_.-=+*%#"
+LENGTH = 24  # letters of a sparkline
+
+LABELS = ("activation", "coefficient")
+RATES = ("dense_share", "rate_q25", "rate_median", "rate_q75")
+COLUMNS = ("mse", "fvu", "l0", "sparsity", "dead_fraction", *RATES, "orthogonality", "train_loss", *JUDGED)
+
+
+def activations(
+    base: TrainConfig, store: ActivationStore, lab: Lab, *, k: int | None = None, d_sae: int | None = None,
+    match_l0: bool = False, seeds: int = 1,
+) -> Result:  # fmt: skip
+    """A run for every activation function; with `match_l0` at an L0 within a tenth of k, or as near as was found.
+
+    k, d_sae: active latents and latents in all, in the place of the base's.
+    """
+    configs = variants(of_equal_rows(base, [store]), k, d_sae)
+    target = int(getattr(configs["topk"].sae, "k"))  # noqa: B009 - a setting of TopK alone
+    notes = _match(configs, target, store, lab) if match_l0 else []
+    trials = [
+        Trial({"activation": name, "coefficient": getattr(config.sae, "coefficient", None)}, config, store)
+        for name, config in configs.items()
+    ]
+    rows = lab.rows([seeded for trial in trials for seeded in trial.seeded(seeds)])
+    first = [row for row in rows if row["seed"] == base.seed]
+    history = {row["activation"]: losses(Run(lab.runs / row["run"])) for row in first}
+    extra = {
+        "k": target,
+        "matched_l0": match_l0,
+        "orthogonality_of_random_directions": random_cosine(store.d),
+        "history": history,
+    }
+
+    def draw(table: Sequence[Row], path: Path) -> None:
+        draw_panels(panels(table, history), path)
+
+    return Result("activations", LABELS, COLUMNS, rows, draw, [*notes, *apart(rows)], extra)
+
+
+def variants(base: TrainConfig, k: int | None, d_sae: int | None) -> dict[str, TrainConfig]:
+    """The training of every activation function."""
+    k = k or getattr(base.sae, "k", None)
+    size = {} if d_sae is None else {"d_sae": d_sae}
+    fixed = {} if k is None else {"k": k}
+    return {
+        name: variant(base, kind.arch, **size, **(fixed if kind.start is None else {})) for name, kind in KINDS.items()
+    }
+
+
+def _match(configs: dict[str, TrainConfig], target: int, store: ActivationStore, lab: Lab) -> list[str]:
+    """Give the penalised variants the coefficients that bring their L0 to the target; what to say about it."""
+    starts = {
+        name: getattr(configs[name].sae, "coefficient") or kind.start  # noqa: B009 - only penalised ones have it
+        for name, kind in KINDS.items()
+        if kind.start is not None
+    }
+
+    def at(name: str, coefficient: float) -> TrainConfig:
+        config = configs[name]
+        return config.model_copy(update={"sae": config.sae.model_copy(update={"coefficient": coefficient})})
+
+    def measure(guesses: dict[str, float]) -> dict[str, float]:
+        trials = [Trial({"activation": name}, at(name, c), store) for name, c in guesses.items()]
+        found = {row["activation"]: row["l0"] for row in lab.rows(trials, whole=False)}
+        told = ", ".join(f"{name} {guesses[name]:g}: {l0:.3g}" for name, l0 in found.items())
+        lab.progress.note(f"L0 for coefficients, wanted {target}: {told}")
+        return found
+
+    notes = []
+    for name, seen in matching.search(starts, target, measure).items():
+        coefficient, l0 = matching.best(seen, target)
+        configs[name] = at(name, coefficient)
+        if not matching.close(l0, target):
+            notes.append(f"{name}: L0 {l0:.3g} is the nearest to {target} that {len(seen)} trainings found")
+    return notes
+
+
+def apart(rows: Sequence[Row]) -> list[str]:
+    """One line where L0s differ by more than a fifth."""
+    by_l0 = sorted(rows, key=lambda row: row["l0"])
+    low, high = by_l0[0], by_l0[-1]
+    if high["l0"] <= APART * low["l0"]:
+        return []
+    return [
+        f"L0 differs, from {low['l0']:.3g} ({low['activation']}) to {high['l0']:.3g} ({high['activation']}): "
+        "errors at different L0 do not compare; --match-l0 brings them together"
+    ]
+
+
+def losses(run: Run) -> list[float]:
+    """The run's logged losses, thinned to the length of a sparkline; the last one is kept."""
+    every = [entry["loss"] for entry in run.metrics()]
+    if len(every) <= LENGTH:
+        return every
+    return [every[round((i + 1) * len(every) / LENGTH) - 1] for i in range(LENGTH)]
+
+
+def sparkline(values: Sequence[float], *, plain: bool = False) -> str:
+    """A letter a value, by height between the smallest and the largest."""
+    if not values:
+        return ""
+    sparks, low, high = PLAIN_SPARKS if plain else SPARKS, min(values), max(values)
+    scale = (len(sparks) - 1) / (high - low) if high > low else 0.0
+    return "".join(sparks[round((value - low) * scale)] for value in values)
+
+
+def box(result: Result, *, plain: bool = False) -> list[str]:
+    """The results as lines in a frame: loss and sparsity of every variant, and the course of its loss.
+
+    plain: nothing but ASCII.
+    """
+    cells = [["activation", "loss (mse)", "FVU", "L0", "sparsity", "dead", "loss over training"]]
+    for row in result.table:
+        course = sparkline(result.extra["history"][row["activation"]], plain=plain)
+        fvu = "-" if row["fvu"] is None else f"{row['fvu']:.4f}"
+        shares = [f"{100 * row[name]:.2f} %" for name in ("sparsity", "dead_fraction")]
+        cells.append([row["activation"], f"{row['mse']:.4g}", fvu, f"{row['l0']:.1f}", *shares, course])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    text = [
+        "  ".join(
+            cell.rjust(width) if 0 < i < len(line) - 1 else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in cells
+    ]
+    across, down, corners = ("-", "|", "++++") if plain else ("─", "│", "┌┐└┘")
+    edge = across * (len(text[0]) + 2)
+    return [
+        f"{corners[0]}{edge}{corners[1]}",
+        *(f"{down} {line} {down}" for line in text),
+        f"{corners[2]}{edge}{corners[3]}",
+    ]
+
+
+def panels(rows: Sequence[Row], history: dict[str, list[float]]) -> list[Panel]:
+    """L0 against FVU and against cross-entropy, and each variant's loss over training, relative to its first."""
+
+    def points(name: str) -> dict[str, list[tuple[float, float | None]]]:
+        return {row["activation"]: [(row["l0"], row[name])] for row in rows if row["l0"] > 0}
+
+    course = {
+        name: [((i + 1) / len(values), value / values[0]) for i, value in enumerate(values)]
+        for name, values in history.items()
+        if values and values[0] > 0
+    }
+    return [
+        Panel("FVU, held-out rows", "L0", points("fvu"), log_x=True),
+        Panel("cross-entropy added, nats a token", "L0", points("ce_degradation"), log_x=True),
+        Panel("loss over the first logged", "share of the training", course, marks=False),
+    ]

@@ -1,0 +1,117 @@
+"""A finished run -> the figures that studies put side by side, computed once and kept in `eval/study.json`.
+
+Reconstruction and sparsity come from the held-out rows: from `sae eval` where it has judged the run, else from a pass
+over the rows that needs no language model. How the directions lie comes from the weights alone. Cross-entropies, and
+how many of the true features were found where those are known, are those of `eval/eval.json`.
+"""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cache import catalogue
+from cache.activations import ActivationStore
+from cache.errors import DamagedStore
+from cache.runs import EVALUATION, LATENTS, Run
+from pipeline import devices, trained
+from pipeline.evaluate import EvalConfig, firing, judge_rows
+from pipeline.metrics.geometry import encoder_decoder_cosine, mean_abs_cosine
+from pipeline.progress import Progress
+from pipeline.saes import SAE
+from pipeline.saes.coherence import jl
+
+STUDY = "eval/study.json"
+
+Figures = dict[str, float | None]
+
+JUDGED = ("ce_degradation", "ce_recovered_zero", "ce_recovered_mean", "true_to_learned", "recovered")
+
+MEANING = {
+    "fvu": "share of variance left unexplained, held-out rows",
+    "mse": "squared error a feature in the data's units, held-out rows",
+    "l0": "latents that fire in a row",
+    "sparsity": "share of activations that are zero: 1 - L0 / latents",
+    "dead_fraction": "latents that fired in no row looked at",
+    "dense_share": "latents that fire in more than a tenth of the rows",
+    "rate_q25": "firing rate that a quarter of the living latents stay below",
+    "rate_median": "half of them",
+    "rate_q75": "three quarters",
+    "orthogonality": "mean |cosine| of two decoder rows",
+    "jl": "Johnson-Lindenstrauss penalty of the decoder, coefficient 1",
+    "encoder_decoder_cosine": "mean cosine of a latent's encoder and decoder rows",
+    "train_loss": "total loss of the last logged step, in the run's own terms",
+}
+
+
+def of_run(
+    run: Run, store: ActivationStore, root: Path, config: EvalConfig, progress: Progress, device: str
+) -> Figures:
+    """The figures of `MEANING`. Raises NotFound while training has not finished."""
+    if not (run.path / STUDY).exists():
+        sae = trained.load(run).to(devices.device(device))
+        found = _of_rows(run, sae, store, root, config, progress) | _of_weights(sae)
+        run.write_json(STUDY, {**found, "train_loss": run.metrics()[-1]["loss"]})
+    kept = run.read_json(STUDY)
+    if missing := MEANING.keys() - kept.keys():
+        raise DamagedStore(f"{run.path / STUDY}: lacks {', '.join(sorted(missing))}; remove it and repeat the study")
+    return {name: kept[name] for name in MEANING}
+
+
+def judged(run: Run) -> Figures:
+    """What `sae eval` alone can tell, by `JUDGED`; None where it does not apply."""
+    found = run.read_json(EVALUATION)
+    clean, spliced = found.get("ce_clean"), found.get("ce_spliced")
+    degradation = None if clean is None or spliced is None else spliced - clean
+    return {**{name: found.get(name) for name in JUDGED}, "ce_degradation": degradation}
+
+
+def _of_rows(run: Run, sae: SAE, store: ActivationStore, root: Path, config: EvalConfig, progress: Progress) -> Figures:
+    if (run.path / EVALUATION).exists() and (run.path / LATENTS).exists():
+        judged = run.read_json(EVALUATION)
+        details = judged["details"]
+        return _named(details["reconstruction"], details["sparsity"], judged["dead_fraction"], _density(run))
+    held_out = catalogue.sibling_of(root, store, "validation")
+    assert held_out is not None, "checked before training"
+    reconstruction, sparsity = judge_rows(sae, held_out, config.rows, config.batch_tokens, progress)
+    density = sparsity.density()
+    fired = density > 0
+    if searched := min(config.dead_rows, store.n_rows):
+        fired |= firing(sae, store, searched, config.batch_tokens, progress) > 0
+    dead = 1 - fired.double().mean().item()
+    return _named(vars(reconstruction.result()), vars(sparsity.result()), dead, density)
+
+
+def _density(run: Run) -> Tensor:
+    try:
+        return load_file(run.path / LATENTS)["density"].double()
+    except (SafetensorError, KeyError) as error:
+        raise DamagedStore(f"{run.path / LATENTS}: is not what was written; run `sae eval {run.name}` again") from error
+
+
+def _named(reconstruction: dict[str, Any], sparsity: dict[str, Any], dead: float, density: Tensor) -> Figures:
+    living = density[density > 0].tolist()
+    rates = statistics.quantiles(living, n=4, method="inclusive") if len(living) > 1 else [None, None, None]
+    return {
+        "fvu": reconstruction["fvu"],
+        "mse": reconstruction["mse_per_feature"],
+        "l0": sparsity["l0"],
+        "sparsity": sparsity["zeros"],
+        "dead_fraction": dead,
+        "dense_share": sparsity["dense_share"],
+        **dict(zip(("rate_q25", "rate_median", "rate_q75"), rates, strict=True)),
+    }
+
+
+@torch.no_grad()
+def _of_weights(sae: SAE) -> Figures:
+    cosines = encoder_decoder_cosine(sae.W_enc.T, sae.W_dec) if sae.d_in == sae.d_out else None
+    return {
+        "orthogonality": mean_abs_cosine(sae.W_dec),
+        "jl": jl(sae.W_dec).item(),
+        "encoder_decoder_cosine": None if cosines is None else cosines.mean().item(),
+    }

@@ -1,0 +1,79 @@
+"""Curves side by side in one file: what the studies plot."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cache.durable import explained
+from pipeline.plots import plain_numbers
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Curve = Sequence[tuple[float, float | None]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes: named curves of (x, y), points without a y left out.
+
+    `dashed` curves are for reference; points that are `scattered` are not joined.
+    """
+
+    title: str
+    x: str
+    curves: Mapping[str, Curve]
+    dashed: frozenset[str] = frozenset()
+    log_x: bool = False
+    marks: bool = True
+    scattered: bool = False
+    ticks: Sequence[float] | None = None
+
+    @property
+    def there(self) -> bool:
+        """Whether there is anything to draw."""
+        return any(y is not None for curve in self.curves.values() for _, y in curve)
+
+
+COLUMNS = 3
+
+
+def draw(panels: Sequence[Panel], path: Path) -> None:
+    """Write the panels that have something to show, three in a row, without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [panel for panel in panels if panel.there]
+    columns = max(1, min(COLUMNS, len(shown)))
+    lines = max(1, -(-len(shown) // columns))
+    figure = Figure(figsize=(4.4 * columns, 3.4 * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(lines, columns, squeeze=False).flat
+    for panel, axis in zip(shown, axes, strict=False):
+        _fill(axis, panel)
+    for axis in axes[len(shown) :]:
+        axis.set_axis_off()
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise explained(error, path) from error
+
+
+def _fill(axis: "Axes", panel: Panel) -> None:
+    from matplotlib.ticker import NullLocator
+
+    for index, (name, curve) in enumerate(panel.curves.items()):
+        points = [(x, y) for x, y in curve if y is not None]
+        style = "." if panel.scattered else "--" if name in panel.dashed else "o-" if panel.marks else "-"
+        axis.plot([x for x, _ in points], [y for _, y in points], style, color=f"C{index % 10}", label=name)
+    axis.set(xlabel=panel.x, title=panel.title)
+    if panel.log_x:
+        axis.set_xscale("log")
+        plain_numbers(axis)
+    if panel.ticks is not None:
+        axis.set_xticks(list(panel.ticks), [f"{tick:g}" for tick in panel.ticks])
+        axis.xaxis.set_minor_locator(NullLocator())
+    axis.grid(alpha=0.25)
+    if len(panel.curves) > 1:
+        axis.legend(frameon=False, fontsize="small")

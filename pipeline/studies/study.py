@@ -1,0 +1,198 @@
+"""What every study is made of: trials, the place they are carried out in, and the result they leave.
+
+Repeating a study trains and judges only what is missing: a run folder is named by its settings, an interrupted run
+continues at its checkpoint, and the figures of a finished one are kept beside it. All trials on one store that agree on
+their batches train in one pass over it, and so must fit into memory together.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from cache import catalogue
+from cache.activations import ActivationStore
+from cache.durable import make_folder, write_atomic
+from cache.errors import NotFound, SaeError
+from cache.identity import canonical
+from cache.runs import EVALUATION, Run
+from cache.tokens import TokenStore
+from pipeline.compare import Row, as_csv, over_seeds
+from pipeline.evaluate import EvalConfig, boot, evaluate
+from pipeline.language_model import LanguageModel
+from pipeline.progress import Progress
+from pipeline.saes import ARCHITECTURES, Config, parse
+from pipeline.studies import figures
+from pipeline.sweep import open_all, sweep
+from pipeline.train import TrainConfig, run_name
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One dictionary of a study: what it is called there, how it is trained, and on what."""
+
+    labels: dict[str, Any]
+    config: TrainConfig
+    store: ActivationStore
+
+    def seeded(self, count: int) -> "list[Trial]":
+        """This trial with `count` seeds, its own first."""
+        seeds = range(self.config.seed, self.config.seed + count)
+        return [Trial(self.labels, self.config.model_copy(update={"seed": seed}), self.store) for seed in seeds]
+
+
+@dataclass
+class Lab:
+    """Where studies are carried out: the cache, the runs' folder, how finished runs are judged.
+
+    cross_entropy: whether runs are spliced into the language model, which is booted once, when first needed. Runs on
+    rows of no language model are judged by the features they were made of, where those are known.
+    """
+
+    root: Path
+    runs: Path
+    progress: Progress
+    judging: EvalConfig = field(default_factory=EvalConfig)
+    cross_entropy: bool = True
+    device: str = "auto"
+    offline: bool = False
+    _models: dict[str, LanguageModel] = field(default_factory=dict)
+
+    def train(self, trials: Sequence[Trial]) -> list[Run]:
+        """The finished run of every trial; only what is missing is trained. Trials of the same settings share a run.
+
+        Raises SaeError, before anything is trained, where a store lacks what its runs will be judged on.
+        """
+        for store in {trial.store.key: trial.store for trial in trials}.values():
+            self._expect_judgeable(store)
+        runs: dict[str, Run] = {}
+        for key in dict.fromkeys(trial.store.key for trial in trials):
+            together = [trial for trial in trials if trial.store.key == key]
+            store = together[0].store
+            configs = {run_name(trial.config, store): trial.config for trial in together}
+            opened = open_all(list(configs.values()), store, self.runs)
+            sweep(opened, store, self.progress, device=self.device)
+            runs |= {run.name: run for run in opened}
+        return [runs[run_name(trial.config, trial.store)] for trial in trials]
+
+    def rows(self, trials: Sequence[Trial], *, whole: bool = True) -> list[Row]:
+        """Train and judge the trials: a row each, of its run, labels, seed and every figure there is.
+
+        whole: what takes a language model or known features as well, and not the rows and the weights alone.
+        """
+        found = []
+        for trial, run in zip(trials, self.train(trials), strict=True):
+            judged = self._judge(run, trial.store, whole and (self.cross_entropy or not _is_text(trial.store)))
+            found.append({"run": run.name, **trial.labels, "seed": trial.config.seed, **judged})
+        return found
+
+    def _judge(self, run: Run, store: ActivationStore, whole: bool) -> figures.Figures:
+        """Every figure of a finished run; only what is missing is computed."""
+        if whole and not (run.path / EVALUATION).exists():
+            evaluate(
+                self.judging, run, self.root, self.progress, activations=str(store.path), device=self.device,
+                language_model=self._model(store) if _is_text(store) else None,
+            )  # fmt: skip
+        found = figures.of_run(run, store, self.root, self.judging, self.progress, self.device)
+        return {**found, **(figures.judged(run) if whole else dict.fromkeys(figures.JUDGED))}
+
+    def _model(self, store: ActivationStore) -> LanguageModel:
+        name = canonical(store.recipe["model"])
+        if name not in self._models:
+            self._models[name] = boot(store, None, self.device, self.offline)
+        return self._models[name]
+
+    def _expect_judgeable(self, store: ActivationStore) -> None:
+        held_out = catalogue.sibling_of(self.root, store, "validation")
+        if held_out is None or not held_out.n_rows:
+            raise NotFound(
+                f"{store.key}: no held-out rows beside it to judge on; make them, as `sae eval` asks for too"
+            )
+        if not (self.cross_entropy and _is_text(store)):
+            return
+        if catalogue.of_recipe(self.root, TokenStore, held_out.recipe["tokens"]) is None:
+            raise NotFound(
+                f"{store.key}: its validation tokens are not in {self.root}; leave out cross-entropy with --no-ce, or "
+                "run `sae tokenize` again"
+            )
+
+
+def _is_text(store: ActivationStore) -> bool:
+    """Whether a language model computed the rows."""
+    return "tokens" in store.recipe
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a study found.
+
+    rows: one a run. columns: the labels and figures the table shows. draw: makes the plot from the table's rows and
+    writes it to a path.
+    """
+
+    study: str
+    labels: tuple[str, ...]
+    columns: tuple[str, ...]
+    rows: list[Row]
+    draw: Callable[[list[Row], Path], None]
+    notes: list[str] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> list[Row]:
+        """A row a run: its name, labels, seed and the study's figures."""
+        kept = ("run", *self.labels, "seed", *self.columns)
+        return [{key: row[key] for key in kept} for row in self.rows]
+
+    @property
+    def table(self) -> list[Row]:
+        """The rows to read: without names, and where there are several seeds their mean and standard deviation."""
+        if len({repr([row[label] for label in self.labels]) for row in self.rows}) < len(self.rows):
+            return over_seeds(self.runs, self.columns)
+        return [{key: value for key, value in row.items() if key not in ("run", "seed")} for row in self.runs]
+
+    def write(self, out: Path) -> dict[str, str]:
+        """Write table.csv, results.json and plot.png into a folder; what is where."""
+        make_folder(out)
+        paths = {"table": out / "table.csv", "results": out / "results.json", "plot": out / "plot.png"}
+        write_atomic(paths["table"], as_csv(self.runs).encode())
+        write_atomic(paths["results"], json.dumps(self.as_json(), indent=2, allow_nan=False).encode())
+        self.draw(self.table, paths["plot"])  # last: there may be nothing to draw
+        return {name: str(path) for name, path in paths.items()}
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything found."""
+        return {"study": self.study, "runs": self.runs, "table": self.table, "notes": self.notes, **self.extra}
+
+
+def of_equal_rows(base: TrainConfig, stores: Iterable[ActivationStore]) -> TrainConfig:
+    """The base with its length in writing: where it has none, the rows that the smallest of the stores has now.
+
+    So that what is trained later, when a store may have grown, sees as many.
+    """
+    if base.steps is not None or base.rows is not None:
+        return base
+    return base.model_copy(update={"rows": min(store.n_rows for store in stores)})
+
+
+def variant(base: TrainConfig, arch: str, **settings: Any) -> TrainConfig:
+    """`base` with a dictionary of another architecture, and these settings of it.
+
+    What the base says otherwise than its own architecture's defaults is kept: all of it for the same architecture,
+    else what all architectures have in common. Raises SaeError where the settings do not go together.
+    """
+    old, new = base.sae, ARCHITECTURES[arch].config_type
+    common = type(old).model_fields if old.arch == arch else Config.model_fields
+    given = {name: getattr(old, name) for name in common if getattr(old, name) != type(old).model_fields[name].default}
+    given.pop("arch", None)
+    try:
+        sae = parse({**given, **settings, "arch": arch})
+        # validated anew: what training asks of an architecture may not hold for this one
+        return TrainConfig.model_validate({**base.model_dump(), "sae": sae.model_dump()})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(["sae", *(str(part) for part in first["loc"] if part in new.model_fields)])
+        raise SaeError(f"train.{where}: {first['msg'].removeprefix('Value error, ')} (for arch {arch})") from error
