@@ -11,13 +11,19 @@ import typer
 from cache.durable import write_atomic
 from cache.errors import Busy, NotFound, SaeError
 from cli_options import (
+    PLACES,
+    ActiveLatents,
+    Arch,
     CacheRoot,
     ConfigFile,
     Device,
     Json,
+    Latents,
     Preset,
     RunsRoot,
+    Seeds,
     Set,
+    Steps,
     cache_root,
     complete_run,
     complete_store,
@@ -36,18 +42,20 @@ if TYPE_CHECKING:
 
 def train(
     activations: Annotated[str | None, typer.Option(metavar="STORE", autocompletion=complete_store, help="Activation store: key, beginning of a key, or path. Default: what the last harvest made.")] = None,
-    arch: Annotated[str | None, typer.Option(metavar="NAME", help="Architecture; `sae list` explains each. Default: topk.")] = None,
-    k: Annotated[int | None, typer.Option("--k", metavar="N", help="Active latents a row, for architectures that fix it. Default: 32.")] = None,
-    d_sae: Annotated[int | None, typer.Option(metavar="N", help="Latents. Default: 8192.")] = None,
+    arch: Arch = None,
+    k: ActiveLatents = None,
+    d_sae: Latents = None,
     lr: Annotated[float | None, typer.Option(metavar="X", help="Learning rate of Adam. Default: 1e-4.")] = None,
     batch: Annotated[int | None, typer.Option(metavar="N", help="Rows in a batch. Default: 4096.")] = None,
-    steps: Annotated[int | None, typer.Option(metavar="N", help="Steps. Default: one pass over the store.")] = None,
+    steps: Steps = None,
     rows: Annotated[str | None, count("Rows to see, instead of `--steps`. Default: one pass over the store.")] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of the initial weights. Default: 0.")] = None,
     name: Annotated[str | None, typer.Option(metavar="NAME", autocompletion=complete_run, help="Name of the run folder. Default: made from the settings.")] = None,
     resume: Annotated[bool, typer.Option("--resume", metavar="", help="Continue a run from its last checkpoint: the one `--name` says, or the one these settings made, or, without any, the one that is not finished.")] = False,
     sweep: Annotated[list[str] | None, typer.Option(metavar="KEY=V,V", help="Train one dictionary for each value, all on the same batches, as in `--sweep k=16,32,64 --sweep lr=1e-4,3e-4`. Repeatable: every combination. Said again, it trains what is missing.")] = None,
-    seeds: Annotated[int | None, typer.Option(metavar="N", min=1, help="Train each with N seeds.")] = None,
+    seeds: Seeds = None,
+    align: Annotated[str | None, typer.Option(metavar="WHAT", help="Pull the dictionaries of `--seeds` towards each other: by decoder rows (dec), activations (hid) or reconstructions (x_hat).")] = None,
+    devices: Annotated[int, typer.Option(metavar="N", min=1, rich_help_panel=PLACES, show_default=False, help="Processes that share every batch, a GPU each (or cores: `--device cpu`). Default: 1. Several machines: `torchrun -m cli train`.")] = 1,
     device: Device = "auto", cache: CacheRoot = None, runs: RunsRoot = Path("runs"), preset: Preset = None,
     config: ConfigFile = None, set_: Set = None, json: Json = False,
 ) -> None:  # fmt: skip
@@ -62,18 +70,22 @@ def train(
         sae train --arch l1 --rows 50M --name l1-first --set train.sae.coefficient=3
         sae train --resume
         sae train --sweep k=16,32,64 --sweep arch=topk,batchtopk --seeds 3
+        sae train --align dec --seeds 3
+        sae train --devices 4 --batch 16384
     """
     import console
     from pipeline.sweep import combinations
+    from pipeline.sweep import sweep as stage
     from pipeline.train import TrainConfig, open_run
-    from pipeline.train import train as stage
 
+    if took_part(device):
+        return
     # one of the two takes the place of what a preset says of the other; all the rows once is what neither says
     length = [f"train.{other}=null" for given, other in ((steps, "rows"), (rows, "steps")) if given is not None]
     given = [*length, *(set_ or [])]
     flags: dict[str, Any] = {
         "sae": {"arch": arch, "k": k, "d_sae": d_sae}, "lr": lr, "batch": batch, "steps": steps,
-        "rows": None if rows == "all" else rows, "seed": seed,
+        "rows": None if rows == "all" else rows, "seed": seed, "align": {"by": align},
     }  # fmt: skip
     root, runs, bars = cache_root(cache), folder("--runs", runs), console.Bars()
     if sweep is not None or seeds is not None:
@@ -84,10 +96,10 @@ def train(
             settings("train", TrainConfig, preset, config, [*given, *one], **flags)
             for one in combinations(sweep or [], seeds, seed or 0)
         ]
-        train_every(every, activations_of(root, activations, bars), runs, bars, device, json)
+        train_every(every, activations_of(root, activations, bars), runs, bars, device, devices, json)
         return
     values = settings("train", TrainConfig, preset, config, given, **flags)
-    options = [preset, config, set_ or None, arch, k, d_sae, lr, batch, steps, rows, seed]
+    options = [preset, config, set_ or None, arch, k, d_sae, lr, batch, steps, rows, seed, align]
     said = any(option is not None for option in options)
     if resume and (name is not None or not said):
         before = run_to_resume(runs, name)
@@ -100,7 +112,8 @@ def train(
     run = open_run(values, store, runs, name, resume=resume)
     bars.note(f"run: {run.path}{'; nothing to do, it is finished' if run.finished else ''}")
     with unless_it_fails_at_once(run):
-        result = [{}, *run.metrics()][-1] if run.finished else stage([run], store, bars, device=device)[0]
+        stage([run], store, bars, device=device, processes=devices)
+    result = [{}, *run.metrics()][-1]
     if json:
         console.as_json({"run": str(run.path), **result})
     else:
@@ -117,15 +130,39 @@ def activations_of(root: Path, name: str | None, bars: "Bars") -> "ActivationSto
     return store
 
 
+def took_part(device: str) -> bool:
+    """Whether torchrun has made this process another than its first, which alone opens, prints and writes.
+
+    If so, it has done its share of the training on return. Where another process ended that, it is quiet about it.
+    """
+    from pipeline.parallel import LostRank, torchrun_seat
+    from pipeline.sweep import follow
+
+    seat = torchrun_seat(device)
+    if seat is None or seat.rank == 0:
+        return False
+    try:
+        follow(seat)
+    except LostRank as error:
+        raise typer.Exit(error.exit_code) from error
+    return True
+
+
 def train_every(
-    every: list["TrainConfig"], store: "ActivationStore", root: Path, bars: "Bars", device: str, json: bool
+    every: list["TrainConfig"],
+    store: "ActivationStore",
+    root: Path,
+    bars: "Bars",
+    device: str,
+    processes: int,
+    json: bool,
 ) -> None:
     """Train the dictionaries of a sweep, each in a folder below `root`, and show them side by side."""
     from pipeline.compare import compare as rows_of
     from pipeline.sweep import open_all, sweep
 
     runs = open_all(every, store, root)
-    sweep(runs, store, bars, device=device)
+    sweep(runs, store, bars, device=device, processes=processes)
     show(rows_of(runs), f"{len(runs)} runs in {root}", json)
 
 

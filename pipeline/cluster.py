@@ -12,8 +12,6 @@ this machine is encoded by `pipeline.pool`, which is faster for many small resul
 import itertools
 import logging
 import platform
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager
@@ -21,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
 from cache.errors import SaeError
+from pipeline.interrupts import interrupts_ignored
 from pipeline.progress import Progress
 
 PATIENCE = 5  # seconds for a scheduler to answer
@@ -129,7 +128,7 @@ def connected(workers: int, scheduler: str | None, progress: Progress) -> Iterat
 
     with ExitStack() as stack:
         if scheduler is None:
-            with _interrupts_ignored():
+            with interrupts_ignored():
                 local = LocalCluster(
                     n_workers=workers, threads_per_worker=1, processes=True, memory_limit=None, host="127.0.0.1",
                     dashboard_address="127.0.0.1:0", silence_logs=logging.ERROR,
@@ -182,19 +181,6 @@ def _logs_ignored() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-@contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """For processes begun meanwhile, too: Ctrl-C reaches all of a terminal, but only the one typed in is to answer."""
-    if threading.current_thread() is not threading.main_thread():  # which alone may say what a signal does
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def versions() -> dict[str, str]:

@@ -6,15 +6,20 @@ by its settings, so a repeated sweep trains only what is missing and continues w
 """
 
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from cache.activations import ActivationStore
-from cache.errors import SaeError
+from cache.errors import NotFound, SaeError
 from cache.identity import canonical
+from cache.places import place
 from cache.runs import CONFIG, Run
-from pipeline.progress import Progress
-from pipeline.train import STREAM, TrainConfig, open_run, run_name, train
+from pipeline.parallel import Seat, Together, together, torchrun_seat
+from pipeline.processes import launch
+from pipeline.progress import Progress, Silent
+from pipeline.ranks import Alone, Ranks
+from pipeline.train import STREAM, TrainConfig, open_run, run_name, share, train
 
 SHORT = {"arch": "sae.arch", "k": "sae.k", "d_sae": "sae.d_sae"}  # settings the command has short options for
 
@@ -78,19 +83,61 @@ def open_all(configs: Sequence[TrainConfig], store: ActivationStore, root: Path)
     ]
 
 
-def sweep(runs: Sequence[Run], store: ActivationStore, progress: Progress, *, device: str = "auto") -> None:
-    """Train what is not finished of the runs, all that share a stream of batches in one pass."""
+def sweep(
+    runs: Sequence[Run], store: ActivationStore, progress: Progress, *, device: str = "auto", processes: int = 1
+) -> None:
+    """Train what is not finished of the runs, all that share a stream of batches in one pass.
+
+    With several processes of this machine, or several that torchrun has started, each takes its share of every batch.
+    Of torchrun's, only rank 0 calls this: the others call `follow`.
+    """
+    seat = torchrun_seat(device)
+    if seat is not None and processes > 1:
+        raise SaeError(f"--devices {processes}: torchrun has started the processes already; leave out --devices")
+    for run in runs:
+        share(run.config["train"]["batch"], processes)  # said before anything is started
+    task = json.dumps({"runs": [str(run.path) for run in runs], "store": str(store.path)})
+    if processes > 1 and not all(run.finished for run in runs):
+        launch(processes, device, _take_part, task, progress)
+    elif seat is not None:
+        with together(seat) as ranks:
+            _take_part(ranks, seat.device, ranks.tell(task), progress)
+    else:
+        _passes(runs, store, progress, device, Alone())
+
+
+def follow(seat: Seat) -> None:
+    """What a process of torchrun other than rank 0 does: take part in what rank 0 trains, and write nothing."""
+    with together(seat) as ranks:
+        _take_part(ranks, seat.device, ranks.tell(""), Silent())
+
+
+def _take_part(ranks: Together, device: str, task: str, progress: Progress) -> None:
+    """One rank's part of the training that a task tells of."""
+    named = json.loads(task)
+    try:
+        runs = [Run(Path(path)) for path in named["runs"]]
+        store = ActivationStore(place(named["store"]))
+    except NotFound as error:
+        raise NotFound(f"{error} (rank {ranks.rank}); all machines need the same cache and runs") from error
+    _passes(runs, store, progress if ranks.rank == 0 else Silent(), device, ranks)
+
+
+def _passes(runs: Sequence[Run], store: ActivationStore, progress: Progress, device: str, ranks: Ranks) -> None:
+    """Train what is not finished, pass by pass."""
     waiting = [run for run in runs if not run.finished]
+    ranks.wait()  # so that all have looked before the first is finished
     # what is pulled together ends together: the finished ones of such a group are needed by the others
     pulled = {_group(run) for run in waiting if run.config["train"].get("align")}
     streams: dict[tuple[object, ...], list[Run]] = {}
     for run in runs:
-        if not run.finished or _group(run) in pulled:
+        if run in waiting or _group(run) in pulled:
             streams.setdefault(tuple(run.config["train"][name] for name in STREAM), []).append(run)
-    done = len(runs) - len(waiting)
-    progress.note(f"{len(runs)} dictionaries, {done} finished before, {len(streams)} passes for the others")
-    for together in streams.values():
-        train(together, store, progress, device=device)
+    if len(runs) > 1:
+        done = len(runs) - len(waiting)
+        progress.note(f"{len(runs)} dictionaries, {done} finished before, {len(streams)} passes for the others")
+    for stream in streams.values():
+        train(stream, store, progress, device=device, ranks=ranks)
 
 
 def _group(run: Run) -> str:

@@ -5,10 +5,9 @@ is in the checkpoint: weights, optimiser, dead counters, loader position; a resu
 stopped, bit for bit on CPU.
 """
 
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,16 @@ from cache.loader import Loader
 from cache.runs import CONFIG, Run
 from pipeline import devices
 from pipeline.group import Group, grouped
+from pipeline.interrupts import interruptible
 from pipeline.member import Member
 from pipeline.progress import Progress
 from pipeline.ranks import Alone, Ranks
 from pipeline.saes import Clock
 from pipeline.trainconfig import STREAM, TrainConfig
 
-__all__ = ["STREAM", "TrainConfig", "open_run", "run_name", "train"]
+SHOWN = ("loss", "fvu", "l0", "dead", "agreement", "recovery")  # beside the progress bar
+
+__all__ = ["STREAM", "TrainConfig", "open_run", "run_name", "share", "train"]
 
 
 def run_name(config: TrainConfig, store: ActivationStore) -> str:
@@ -96,7 +98,7 @@ class TrainState:
 def train(
     runs: Sequence[Run], store: ActivationStore, progress: Progress, *, device: str = "auto", ranks: Ranks | None = None
 ) -> list[dict[str, Any]]:
-    """Train (or continue) the dictionaries of `runs` over one stream of `store`'s rows; their last metrics.
+    """Train (or continue) the dictionaries of `runs` over one stream of `store`'s rows; their last metrics (of rank 0).
 
     With several ranks each calls this and takes its share of every batch; what is written is written by rank 0.
     """
@@ -108,13 +110,13 @@ def train(
                 stack.enter_context(run.lock())
         state = _begin(runs, store, where, progress, ranks)
         stack.enter_context(state.loader)
-        stopping = stack.enter_context(_interruptible())
+        stopping = stack.enter_context(interruptible())
         progress.start("train", state.total, "steps", done=state.step)
         stack.callback(progress.finish)
         for x in state.loader if state.step < state.total else ():
             shown = _step(state, x, ranks)
             progress.advance(1, **shown)
-            stop = ranks.any(bool(stopping))
+            stop = ranks.any(bool(stopping) or ranks.asked)
             every = min(member.config.checkpoint_every for member in state.members)
             if state.step % every == 0 or stop or state.step == state.total:
                 state.save(ranks)
@@ -127,7 +129,7 @@ def train(
             for member in state.members:
                 member.finish(_metadata(store.recipe))
         ranks.wait()
-        return [run.metrics()[-1] for run in runs]
+        return [run.metrics()[-1] for run in runs] if ranks.rank == 0 else []
 
 
 def _step(state: TrainState, x: Tensor, ranks: Ranks) -> dict[str, float]:
@@ -143,7 +145,7 @@ def _step(state: TrainState, x: Tensor, ranks: Ranks) -> dict[str, float]:
             if ranks.rank == 0:
                 took = {"seconds": round(time.monotonic() - state.started, 3), **member.cost()}
                 member.run.log({**metrics, **took})
-            shown = {name: metrics[name] for name in ("loss", "fvu", "l0", "dead", "agreement") if name in metrics}
+            shown = {name: metrics[name] for name in SHOWN if name in metrics}
     state.step += 1
     return shown
 
@@ -157,10 +159,8 @@ def _begin(
         if len({getattr(config, name) for config in configs}) > 1:
             raise SaeError(f"train.{name}: dictionaries trained together must agree on it")
     first, rows = configs[0], runs[0].config["activations"]["rows"]
-    if first.batch % ranks.world:
-        raise SaeError(f"--batch {first.batch}: cannot be shared equally by {ranks.world} processes; try a multiple")
     loader = Loader(
-        store, first.batch // ranks.world, seed=first.data_seed, rows=rows, device=device, outliers=first.outliers,
+        store, share(first.batch, ranks.world), seed=first.data_seed, rows=rows, device=device, outliers=first.outliers,
         rank=ranks.rank, world=ranks.world,
     )  # fmt: skip
     members = []
@@ -169,11 +169,21 @@ def _begin(
         if seen["recipe"] != store.recipe or seen["rows"] != rows:
             raise SaeError(f"{run.path}: is for {seen['rows']:,} rows of {seen['key']}, not {rows:,} of {store.key}")
         members.append(Member.begin(run, config, store, rows, device))
+    for member in members:
+        ranks.copy(member.sae.state_dict().values())  # to the bit, however each device rounds a mean
     state = TrainState(grouped(members), loader, first.total_steps(rows))
     state.restore(ranks)
     if any(run.has_checkpoint for run in runs):
         progress.note(f"{runs[0].name}: continuing at step {state.step:,} of {state.total:,}")
     return state
+
+
+def share(batch: int, world: int) -> int:
+    """Rows of a batch for each of `world` processes. Raises SaeError where they are not as many for each."""
+    if batch % world:
+        near = batch - batch % world or world
+        raise SaeError(f"--batch {batch}: cannot be shared equally by {world} processes; try {near}")
+    return batch // world
 
 
 def _metadata(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -189,30 +199,3 @@ def _metadata(recipe: dict[str, Any]) -> dict[str, Any]:
         "dataset_path": recipe["tokens"]["source"].get("name"),
         "model_from_pretrained_kwargs": {},
     }
-
-
-@contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """A list that fills when Ctrl-C or SIGTERM arrives, so that the step in progress can end first.
-
-    A second signal acts as usual. Signals that are ignored (of a process in the background) stay so, and outside the
-    main thread all do.
-    """
-    received: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        received.append(number)
-        signal.signal(number, before[number])
-
-    before: dict[int, Any] = {}
-    try:
-        for wanted in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(wanted) is not signal.SIG_IGN:
-                before[wanted] = signal.signal(wanted, note)
-    except ValueError:  # not the main thread: nobody sends us signals
-        before.clear()
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
