@@ -21,14 +21,13 @@ import json
 import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -37,6 +36,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fork copies no threads, so th
 import torch
 
 import pipeline.harvest
+from bench.children import Child, Say
 from cache import activations
 from cache.activations import ActivationStore
 from cache.durable import PARTIAL, whole_lines_end
@@ -80,57 +80,26 @@ def stores(root: Path) -> list[Path]:
     return sorted(path.parent for path in (root / "activations").glob(f"*/{RECIPE}"))
 
 
-class Child:
-    """A harvest in a process of its own, and the rows whose commits it has seen return."""
+def told(run: Callable[[], object], say: Say) -> object:
+    """Run a harvest that says, at every commit that has returned, how many rows there are: eight bytes."""
+    commit = Writer.commit
 
-    def __init__(self, run: Callable[[], object]) -> None:
-        self._reading, writing = os.pipe()
-        assert threading.active_count() == 1
-        self.pid = os.fork()
-        if self.pid == 0:
-            self._run(run, writing)
-        os.close(writing)
+    def telling(writer: Writer, window: Window) -> Window:
+        done = commit(writer, window)
+        say(window.stop.to_bytes(8, "little"))
+        return done
 
-    def _run(self, run: Callable[[], object], said: int) -> None:
-        commit = Writer.commit
-
-        def telling(writer: Writer, window: Window) -> Window:
-            done = commit(writer, window)
-            os.write(said, window.stop.to_bytes(8, "little"))
-            return done
-
-        Writer.commit = telling  # type: ignore[method-assign]
-        code = 1
-        try:
-            run()
-            code = 0
-        finally:
-            os._exit(code)  # nothing of the parent's is to be closed twice
-
-    def killed_after(self, seconds: float) -> bool:
-        """Kill it after a time; False where it was done by then. Raises RuntimeError where it failed."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if self._ended(os.WNOHANG):
-                return False
-            time.sleep(min(0.001, max(0.0, end - time.monotonic())))
-        os.kill(self.pid, signal.SIGKILL)
-        return not self._ended(0)
-
-    def _ended(self, options: int) -> bool:
-        pid, status = os.waitpid(self.pid, options)
-        if pid and os.WIFEXITED(status) and os.WEXITSTATUS(status):
-            raise RuntimeError("a harvest failed; its traceback is above")
-        return pid != 0 and os.WIFEXITED(status)
-
-    def acknowledged(self) -> int:
-        """Rows of the last commit that returned."""
-        with open(self._reading, "rb") as pipe:
-            said = pipe.read()
-        return int.from_bytes(said[-8:], "little") if said else 0
+    Writer.commit = telling  # type: ignore[method-assign, assignment]
+    return run()
 
 
-def inspect(path: Path | None, whole: dict[str, bytes], acknowledged: int, drill: Drill) -> int:
+def acknowledged(child: Child) -> int:
+    """Rows of the last commit that returned."""
+    said = child.said()
+    return int.from_bytes(said[-8:], "little") if said else 0
+
+
+def inspect(path: Path | None, whole: dict[str, bytes], promised: int, drill: Drill) -> int:
     """What a reader finds after a kill; returns the rows."""
     store, rows, names = None, 0, []
     if path is not None:
@@ -155,24 +124,25 @@ def inspect(path: Path | None, whole: dict[str, bytes], acknowledged: int, drill
             store.rows(0, rows)  # they can be decoded, too
     else:
         drill.windows[0] += 1
-    drill.lost += max(0, acknowledged - rows)
+    drill.lost += max(0, promised - rows)
     return rows
 
 
 def practise(kills: int, seed: int, home: Path, say: Callable[[str], None]) -> Drill:
     """The whole drill, in an empty folder."""
     torch.set_num_threads(1)
-    activations.CHUNK_ROWS, activations.WINDOWS, pipeline.harvest.WINDOWS = CHUNK_ROWS, WINDOWS, WINDOWS  # type: ignore[misc]
+    activations.CHUNK_ROWS, activations.WINDOWS, pipeline.harvest.WINDOWS = CHUNK_ROWS, WINDOWS, WINDOWS  # type: ignore[attr-defined]
     model = LanguageModel.boot("tiny", device="cpu", dtype="float32", revision=None, offline=True)
     config = TokenizeConfig(source="python", tokenizer="tiny", context=64, tokens=TOKENS, validation=0)
     tokens: TokenStore = tokenize(config, home / "tokens", Silent(), offline=True).stores["train"]
     asked = HarvestConfig(model="tiny", layer=(1,), site=("mlp_out",), tokens=TOKENS, batch_tokens=512)
 
-    def run(root: Path) -> Callable[[], object]:
-        return lambda: harvest(asked, [tokens], root, Silent(), model=model, device="cpu", offline=True)
+    def started(root: Path) -> Child:
+        run = partial(harvest, asked, [tokens], root, Silent(), model=model, device="cpu", offline=True)
+        return Child(partial(told, run))
 
     begun = time.monotonic()
-    assert not Child(run(home / "whole")).killed_after(600)
+    assert not started(home / "whole").killed_after(600)
     length = time.monotonic() - begun
     (path,) = stores(home / "whole")
     whole, windows = files(path), len(ActivationStore(path).manifest.windows)
@@ -182,10 +152,11 @@ def practise(kills: int, seed: int, home: Path, say: Callable[[str], None]) -> D
     while drill.kills < kills or rows:
         # the last store is harvested to its end
         patience = chance.uniform(0, length) if drill.kills < kills else 600
-        child = Child(run(root))
+        child = started(root)
         killed = child.killed_after(patience)
         found = stores(root)
-        rows = max(rows, child.acknowledged())
+        rows = max(rows, acknowledged(child))
+        child.close()
         if killed:
             drill.kills += 1
             rows = inspect(found[0] if found else None, whole, rows, drill)

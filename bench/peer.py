@@ -8,7 +8,7 @@ from pathlib import Path
 class Peer:
     """A script of this folder that runs another tool in an interpreter that has it: a run whenever it is asked for one.
 
-    The script says "ready", or anything else where the tool is missing; then a rate for every line it is sent.
+    The script says "ready", or anything else where the tool is missing; then a number for every line it is sent.
     """
 
     missing = True
@@ -22,10 +22,10 @@ class Peer:
         )
         self.missing = self._line() != "ready"
 
-    def rate(self) -> float:
-        """Tokens per second of one run."""
+    def rate(self, what: str = "go") -> float:
+        """What the script measures in one run (tokens per second, say), of the kind it was asked for."""
         assert self.process.stdin is not None
-        print("go", file=self.process.stdin, flush=True)
+        print(what, file=self.process.stdin, flush=True)
         return float(self._line())
 
     def _line(self) -> str:

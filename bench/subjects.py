@@ -1,0 +1,70 @@
+"""Dictionaries in training, at the sizes a bench asks for: stores of planted rows, and members of a training on them.
+
+A bench times `pipeline.group.Group.step`, which is what `sae train` does with a batch, so that nothing of a real step
+is left out.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "tests")]
+
+import torch
+from small_stores import write_activations
+
+from bench.planted import planted_rows
+from cache.activations import ActivationStore
+from pipeline import saes
+from pipeline.group import Group
+from pipeline.member import Member
+from pipeline.ranks import Alone
+from pipeline.saes.jl import JLConfig
+from pipeline.saes.jumprelu import JumpReLUConfig
+from pipeline.train import TrainConfig, open_run
+
+STEPS = 10**9  # of a training that is only just beginning
+
+
+def planted_store(root: Path, rows: int, width: int, codec: str = "int8") -> ActivationStore:
+    """A store of planted rows on disk."""
+    return write_activations(root, planted_rows(rows, width, 0), codec, ended=True)
+
+
+def settings(sae: dict[str, Any], **train: Any) -> TrainConfig:
+    """Settings of a training, whose learning rate hardly changes what is timed, and which logs nothing by itself."""
+    return TrainConfig.model_validate({"lr": 1e-6, "log_every": STEPS} | train | {"sae": sae})
+
+
+def member(config: TrainConfig, store: ActivationStore, runs: Path, name: str) -> Member:
+    """A dictionary at its first step, with a run folder of that name, on the CPU."""
+    run = open_run(config, store, runs, name, resume=False)
+    return Member.begin(run, config, store, store.n_rows, torch.device("cpu"))
+
+
+def take_step(member: Member, x: torch.Tensor) -> None:
+    """One training step of a dictionary by itself on a batch [batch, d]."""
+    Group([member], None).step(x, saes.Clock(member.done, STEPS), Alone())
+
+
+def learns_its_sparsity(config: saes.Config) -> bool:
+    """Whether how many latents are active changes in training, from many to few."""
+    return not hasattr(config, "k") and not isinstance(config, JLConfig)
+
+
+@torch.no_grad()
+def make_sparse(sae: saes.SAE, sample: torch.Tensor, share: float) -> None:
+    """Set biases, or thresholds, at which that share of the latents is active on a sample [n, d_in]."""
+    p = next(sae._preactivations(sample * sae.scale).blocks())[1]
+    bound = p.flatten().kthvalue(int((1 - share) * p.numel())).values
+    if isinstance(sae.config, JumpReLUConfig):
+        sae.get_parameter("threshold").fill_(bound)
+    else:
+        sae.b_enc.fill_(-bound)
+
+
+@torch.no_grad()
+def kill_latents(sae: saes.SAE, count: int) -> None:
+    """The first latents do not fire any more, and count as dead."""
+    sae.b_enc[:count] = -3.0
+    sae.rows_since_fired[:count] = 10**12
