@@ -76,20 +76,9 @@ class _Coherence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, unit: Tensor, form: Form, rows: Tensor | None) -> Tensor:
         m, d = unit.shape
-        wants = ctx.needs_input_grad[0]
-        gradient = torch.zeros_like(unit) if wants else None
-        total = unit.new_zeros((), dtype=torch.float64)
-        every = torch.arange(m, device=unit.device) if rows is None else rows
-        for who in every.split(max(1, BLOCK_ELEMENTS // m)):
-            cosines = unit[who] @ unit.T
-            cosines[torch.arange(len(who), device=unit.device), who] = 0
-            value, slope = _pairs(cosines, form)
-            total += value.sum(dtype=torch.float64)
-            if gradient is not None and rows is None:
-                gradient[who] = 2 * (slope @ unit)  # pairs come in both orders
-            elif gradient is not None:
-                gradient.index_add_(0, who, slope @ unit).addmm_(slope.T, unit[who])
-        factor = math.sqrt(d) / (m * len(every))
+        gradient = torch.zeros_like(unit) if ctx.needs_input_grad[0] else None
+        total = _every_pair(unit, form, gradient) if rows is None else _pairs_of(unit, form, rows, gradient)
+        factor = math.sqrt(d) / (m * (m if rows is None else len(rows)))
         if gradient is not None:
             ctx.save_for_backward(gradient.mul_(factor))
         return (total * factor).to(unit.dtype)
@@ -99,6 +88,36 @@ class _Coherence(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return grad * gradient, None, None
+
+
+def _every_pair(unit: Tensor, form: Form, gradient: Tensor | None) -> Tensor:
+    """The sum over ordered pairs; each is looked at once, by the block of its first row, and counts for both orders."""
+    total, start = unit.new_zeros((), dtype=torch.float64), 0
+    while start < len(unit):
+        stop = min(len(unit), start + max(1, BLOCK_ELEMENTS // (len(unit) - start)))
+        block, own = unit[start:stop], stop - start
+        cosines = block @ unit[start:].T
+        cosines[:, :own].fill_diagonal_(0)
+        value, slope = _pairs(cosines, form)
+        total += value[:, :own].sum(dtype=torch.float64) + 2 * value[:, own:].sum(dtype=torch.float64)
+        if gradient is not None:
+            gradient[start:stop].addmm_(slope, unit[start:], alpha=2)
+            gradient[stop:].addmm_(slope[:, own:].T, block, alpha=2)
+        start = stop
+    return total
+
+
+def _pairs_of(unit: Tensor, form: Form, rows: Tensor, gradient: Tensor | None) -> Tensor:
+    """The sum over pairs of one of `rows` and any other, which may be one of them as well."""
+    total = unit.new_zeros((), dtype=torch.float64)
+    for who in rows.split(max(1, BLOCK_ELEMENTS // len(unit))):
+        cosines = unit[who] @ unit.T
+        cosines[torch.arange(len(who), device=unit.device), who] = 0
+        value, slope = _pairs(cosines, form)
+        total += value.sum(dtype=torch.float64)
+        if gradient is not None:
+            gradient.index_add_(0, who, slope @ unit).addmm_(slope.T, unit[who])
+    return total
 
 
 def _pairs(cosines: Tensor, form: Form) -> tuple[Tensor, Tensor]:
