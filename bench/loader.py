@@ -38,7 +38,7 @@ from cache.codecs import codec, codec_recipe
 from cache.loader import Loader
 
 D, BATCH, BASE = 768, 4096, 65_536
-STEPS = 4  # chunks' worth of rows that each side reads in turn
+STEPS = 8  # chunks' worth of rows that each side reads in turn
 
 
 def main() -> None:
@@ -96,20 +96,25 @@ def measured(store: ActivationStore, name: str, cores: int, pairs: int, peer: Pe
     raw = raw_read(store)
     first, later, decoding = (Loader(store, BATCH, threads=cores) for _ in range(3))
     with first, later, decoding:
-        sides: dict[str, Iterator[int]] = {
-            f"{name}: raw sequential read": raw,
-            f"{name}: encoded batches, first pass": (len(batch[0].rows) for batch in first.encoded()),
-            f"{name}: encoded batches, later passes": (len(batch[0].rows) for batch in later.encoded()),
-            f"{name}: float32 batches, later passes": (len(batch) for batch in decoding),
+        sides: dict[str, tuple[Iterator[int], Loader | None]] = {
+            f"{name}: raw sequential read": (raw, None),
+            f"{name}: encoded batches, first pass": ((len(batch[0].rows) for batch in first.encoded()), first),
+            f"{name}: encoded batches, later passes": ((len(batch[0].rows) for batch in later.encoded()), later),
+            f"{name}: float32 batches, later passes": ((len(batch) for batch in decoding), decoding),
         }
-        for what, side in sides.items():  # past the start, and warm; uncompressed chunks are checked in the first pass
+        for what, (
+            side,
+            _,
+        ) in sides.items():  # past the start, and warm; uncompressed chunks are checked in the first pass
             taken(side, store.chunk_rows if "first" in what else store.n_rows + store.chunk_rows)
         speeds: dict[str, list[float]] = {what: [] for what in sides}
         for _ in range(pairs):
-            for what, side in sides.items():
-                taken(side, BATCH)  # the processor's cache is this side's again
+            for what, (side, loader) in sides.items():
+                taken(side, store.chunk_rows)  # the processor's cache is this side's again
+                at_rest(loader)  # what a side reads ahead is its own: as much is read as is given
                 begun = clock()
                 n = taken(side, STEPS * store.chunk_rows)
+                at_rest(loader)
                 speeds[what].append(n / (clock() - begun))
             if peer is not None:
                 speeds.setdefault("SAELens: float32 batches from its Arrow cache", []).append(peer.rate())
@@ -132,6 +137,12 @@ def taken(side: Iterator[int], rows: int) -> int:
     while n < rows:
         n += next(side)
     return n
+
+
+def at_rest(loader: Loader | None) -> None:
+    """Return when a loader's thread (of several: all but the last pieces of work) has read as far ahead as it may."""
+    if loader is not None:
+        loader._pool.submit(int).result()
 
 
 def raw_read(store: ActivationStore) -> Iterator[int]:

@@ -4,17 +4,14 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, wait
 from types import TracebackType
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from cache.activations import ActivationStore
 from cache.codecs import Encoded, from_numpy, to_numpy
-from cache.reading import chunks
-from cache.schedule import Batch, Share, Spans
-
-UNIT_BYTES = 2 << 20  # at least, where batches are smaller
+from cache.reading import Decoded, Slices, chunks
+from cache.schedule import Share, Spans
 
 
 class Buffer:
@@ -45,17 +42,11 @@ class Buffer:
             self._copied.synchronize()
 
 
-class Unit(NamedTuple):
-    """Rows that are laid out together, and the batches that start among them."""
-
-    spans: Spans
-    batches: list[Batch]
-
-
 class Filler:
-    """Iterates (unit, buffer that holds its rows); the buffer is the caller's until the next one is asked for.
+    """Iterates (share, buffer that holds its rows); the buffer is the caller's until the next one is asked for.
 
-    A unit is a batch or, of small batches, several: small enough to be in the processor's cache when it is used.
+    A whole step's share is laid out at once, in one read of each open chunk: calls and handing over cost more than is
+    lost where a buffer is larger than the processor's cache.
     A context manager: at its end nothing is being read any more. Work is queued in an order in which a thread never
     waits for work that is still queued, so any number of threads will do.
     """
@@ -65,21 +56,18 @@ class Filler:
         stores: Sequence[ActivationStore],
         plan: Iterator[Share],
         *,
-        batch: int,
         device: torch.device,
         pool: Executor,
         threads: int,
     ) -> None:
         self._plan, self._pool = plan, pool
+        self._next = next(plan, None)
         self._chunks = [chunks(store, pool) for store in stores]
-        row_bytes = max(store.arrays["rows"].chunk_bytes // store.chunk_rows for store in stores)
-        self._unit_rows = max(1, UNIT_BYTES // row_bytes)
-        most = min(max(store.chunk_rows for store in stores), batch + self._unit_rows)
+        most = max(store.chunk_rows for store in stores)  # a step has no more rows
         self._free = [Buffer(stores, most, device) for _ in range(threads + 1)]
         self._steps: deque[list[list[int]]] = deque()  # of each step ahead: the chunks of each store that it needs
-        self._left: deque[int] = deque()  # of each of these steps: units still to be given
-        self._units: deque[Unit] = deque()
-        self._filling: deque[tuple[Unit, Buffer, Future[None]]] = deque()
+        self._waiting: deque[Share] = deque()  # for a buffer
+        self._filling: deque[tuple[Share, Buffer, Future[None]]] = deque()
         self._ahead = threads + 2
 
     def __enter__(self) -> "Filler":
@@ -92,42 +80,34 @@ class Filler:
         while self._steps:
             self._release()
 
-    def __iter__(self) -> Iterator[tuple[Unit, Buffer]]:
+    def __iter__(self) -> Iterator[tuple[Share, Buffer]]:
         while self._go_on():
-            unit, buffer, filled = self._filling[0]
+            share, buffer, filled = self._filling[0]
             filled.result()
-            yield unit, buffer
+            yield share, buffer
             self._filling.popleft()
             self._free.append(buffer)
-            self._left[0] -= 1
-            if not self._left[0]:
-                self._release()
+            self._release()
 
     def _go_on(self) -> bool:
         """Have the threads work as far ahead as there is room; whether there is anything to come."""
-        while len(self._steps) < self._ahead and (share := next(self._plan, None)):
+        while len(self._steps) < self._ahead and (share := self._next):
             needed = [each.chunks_of(share.spans) for each in self._chunks]
+            if self._steps and any(map(self._too_many, self._chunks, needed)):
+                break  # an epoch, which starts with other chunks, waits for the end of the one before
             for each, chunks_needed in zip(self._chunks, needed, strict=True):
                 each.acquire(chunks_needed)
-            units = self._cut(share)
             self._steps.append(needed)
-            self._left.append(len(units))
-            self._units += units
-        while self._units and self._free:
-            unit, buffer = self._units.popleft(), self._free.pop()
-            self._filling.append((unit, buffer, self._pool.submit(self._fill, unit.spans, buffer)))
+            self._waiting.append(share)
+            self._next = next(self._plan, None)
+        while self._waiting and self._free:
+            share, buffer = self._waiting.popleft(), self._free.pop()
+            self._filling.append((share, buffer, self._pool.submit(self._fill, share.spans, buffer)))
         return bool(self._filling)
 
-    def _cut(self, share: Share) -> list[Unit]:
-        """A share cut where batches start, into pieces of at least so many rows."""
-        cuts: list[int] = []
-        parts: list[list[Batch]] = [[]]
-        for batch in share.batches:
-            if batch.start >= (cuts[-1] if cuts else 0) + (self._unit_rows if parts[-1] else 1):
-                cuts.append(batch.start)
-                parts.append([])
-            parts[-1].append(batch)
-        return list(map(Unit, share.spans.split(cuts), parts))
+    def _too_many(self, chunks: Slices | Decoded, needed: list[int]) -> bool:
+        """Whether more chunks would be held, beside those needed, than are read ahead."""
+        return chunks.beside(needed) > self._ahead
 
     def _fill(self, spans: Spans, buffer: Buffer) -> None:
         buffer.wait()
@@ -136,6 +116,5 @@ class Filler:
             each.read(spans, to_numpy(part.rows), scale)
 
     def _release(self) -> None:
-        self._left.popleft()
         for each, needed in zip(self._chunks, self._steps.popleft(), strict=True):
             each.release(needed)

@@ -5,25 +5,27 @@ of one contiguous slice of each of `open_chunks` chunks (cache.schedule says whi
 the seed, so it is the same for any number of threads, and the state is three numbers.
 
 Threads read ahead (cache.filling) from open chunks (cache.reading). On a GPU a batch is copied as stored, from pinned
-memory, and decoded there. Memory is bounded whatever the store's size: one buffer of about a batch (3 MB for 4,096 rows
-of int8 at width 768) more than there are threads. A compressed or remote store holds `open_chunks` decoded chunks (of
-13 MB) and a few more beside, for a moment between two epochs twice as many.
+memory, and decoded there. Memory is bounded whatever the store's size: one buffer of a chunk's size (13 MB of int8 at
+width 768, 24 MiB at most) more than there are threads. A compressed or remote store holds `open_chunks` decoded chunks
+and a few more beside; it reads no further ahead than the end of an epoch.
 
 Given up: a pass opens up to `open_chunks` - 1 chunks twice, and where documents are long a batch mixes them less well
 than a permutation of all rows would (cache.mixing measures it).
 """
 
+import inspect
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, Self, TypedDict, Unpack, final
+from weakref import WeakSet, finalize
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cache.activations import ActivationStore
+from cache.activations import ActivationStore, origin
 from cache.codecs import Columns, Encoded
 from cache.errors import SaeError
 from cache.filling import Buffer, Filler
@@ -85,6 +87,8 @@ class _Batches:
         self._place = Place()
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+        self._running: WeakSet[Generator[list[Encoded], None, None]] = WeakSet()
+        finalize(self, _end, self._running)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch starts, and what the order depends on: a few numbers, whatever the store's size."""
@@ -119,13 +123,18 @@ class _Batches:
 
         On the CPU they are views of buffers that are used again, valid until the next batch is asked for.
         """
+        batches = self._encoded()
+        self._running.add(batches)
+        return batches
+
+    def _encoded(self) -> Generator[list[Encoded], None, None]:
         begun: list[list[Encoded]] = []  # the parts of a batch, store by store
         coming: deque[Batch] = deque()
         got = 0
-        with self._filler() as units:
-            for unit, buffer in units:
-                coming.extend(unit.batches)
-                low, there = 0, unit.spans.rows
+        with self._filler() as shares_of_steps:
+            for share, buffer in shares_of_steps:
+                coming.extend(share.batches)
+                low, there = 0, share.spans.rows
                 while low < there:
                     size = coming[0].rows
                     high = min(there, low + size - got)
@@ -140,7 +149,7 @@ class _Batches:
         plan = shares(
             self.schedule, self._place, batch=self.batch, epochs=self.epochs, rank=self.rank, world=self.world
         )
-        return Filler(self.stores, plan, batch=self.batch, device=self.device, pool=self._pool, threads=self._threads)
+        return Filler(self.stores, plan, device=self.device, pool=self._pool, threads=self._threads)
 
     def _taken(self, buffer: Buffer, low: int, high: int, *, keep: bool) -> list[Encoded]:
         """Rows of a buffer, on the device; with `keep` they outlive what the buffer holds."""
@@ -221,11 +230,15 @@ def expect_aligned(stores: Sequence[ActivationStore]) -> None:
     """Raise SaeError unless row i of every store came from one and the same token."""
     first = stores[0]
     for other in stores[1:]:
-        for name, what in (("tokens", "from other tokens"), ("rows", "by another rule which tokens become rows")):
-            if canonical({name: first.recipe.get(name)}) != canonical({name: other.recipe.get(name)}):
+        mine, its = first.recipe, other.recipe
+        for differs, what in (
+            (canonical(origin(mine)) != canonical(origin(its)), "from other tokens"),
+            (mine.get("rows") != its.get("rows"), "by another rule which tokens become rows"),
+        ):
+            if differs:
                 raise SaeError(
-                    f"{other.path}: was harvested {what} than {first.key}, so their rows do not align; "
-                    "harvest both from one token store with the same settings"
+                    f"{other.path}: was made {what} than {first.key}, so their rows do not align; "
+                    "make both from one token store with the same settings"
                 )
 
 
@@ -238,6 +251,13 @@ def _common_rows(stores: Sequence[ActivationStore]) -> int:
                 f"{shorter.path}: has {shorter.n_rows:,} rows, {longer.key} has {longer.n_rows:,}; harvest more of it"
             )
     return stores[0].n_rows
+
+
+def _end(running: Iterable[Generator[list[Encoded], None, None]]) -> None:
+    """End iterators that are still open when the interpreter exits, while there are modules to do it with."""
+    for batches in list(running):
+        if inspect.getgeneratorstate(batches) != inspect.GEN_RUNNING:  # as it may be in a daemon thread
+            batches.close()
 
 
 def _joined(parts: Sequence[Encoded]) -> Encoded:

@@ -34,6 +34,8 @@ class Spans(NamedTuple):
 
     def split(self, places: Sequence[int]) -> "list[Spans]":
         """The spans laid end to end, cut at ascending places: those before the first, ..., those after the last."""
+        if not places:
+            return [self]
         sizes = self.stop - self.start
         ends = np.concatenate([[0], np.cumsum(sizes)])
         start, stop = self.start, self.stop
@@ -191,7 +193,7 @@ def shares(
                 done = 0
                 size, end = schedule.after(end, batch * world, epochs)
         if parts:
-            yield Share(_parts(spans, parts), begun)
+            yield Share(spans if parts == [(0, rows)] else _parts(spans, parts), begun)
         epoch, step, taken = (epoch, step + 1, 0) if step + 1 < schedule.steps else (epoch + 1, 0, 0)
 
 
