@@ -21,7 +21,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "l1": {"coefficient": 0.2},
     "jl": {"jl_warmup": 0.1},
     "hybrid": {"coefficient": 0.02, "warmup": 0.1, "jl_coefficient": 0.05, "jl_start": 0.2, "jl_warmup": 0.1},
-    "jumprelu": {"theta_init": 0.05, "bandwidth": 0.1, "warmup": 0},
+    "jumprelu": {"coefficient": 0.01, "theta_init": 0.05, "bandwidth": 0.1, "warmup": 0},
     "gated": {"coefficient": 0.2},
     "p_anneal": {"coefficient": 0.2},
 }

@@ -102,7 +102,7 @@ def test_shapes_and_start(config: saes.Config, d_out: int | None) -> None:
     torch.testing.assert_close(losses.x_hat, sae(x))
     torch.testing.assert_close(sae.decode(replace(active, values=active.dense(), entries=None)), sae(x))
     if d_out is None:
-        assert torch.equal(sae.W_enc_rows, sae.W_dec)
+        assert torch.equal(sae.W_enc_rows, sae.W_dec * config.encoder_scale)
     if config.input_scale in ("rms", "unit"):
         mean_square = (x * sae.scale).square().sum(1).mean()
         expected = torch.tensor(1.0 if config.input_scale == "unit" else float(D))

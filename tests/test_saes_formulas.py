@@ -289,7 +289,8 @@ def test_auxk_revives_planted_dead_latents() -> None:
     half, alive = M // 2, {}
     for coefficient in (0.0, 1 / 32):
         rows = Planted(features=64)
-        sae = saes.create(settings({"arch": "topk", "aux_coefficient": coefficient, "dead_after": 2 * B}), D)
+        case = {"arch": "topk", "aux_coefficient": coefficient, "dead_after": 2 * B, "encoder_scale": 1}
+        sae = saes.create(settings(case), D)
         sae.initialise(rows(512))
         with torch.no_grad():
             sae.b_enc[:half] = -3

@@ -123,7 +123,8 @@ def test_unequal_latents_start_again() -> None:
     assert inequality(sae, 4) == pytest.approx(64 / M)
     before = copy.deepcopy(sae.state_dict())
     reinitialise(sae, optimiser, (Planted()(512), None), generator())
-    assert not torch.equal(sae.W_dec, before["W_dec"]) and torch.equal(sae.W_dec, sae.W_enc_rows)
+    assert not torch.equal(sae.W_dec, before["W_dec"])
+    assert torch.equal(sae.W_enc_rows, sae.W_dec * sae.config.encoder_scale)
     assert not sae.firing_rate.any() and not sae.rows_since_fired.any() and not sae.b_enc.any()
     assert len(optimiser.state) == 0 and sae.scale != 1
     train(sae, batches(None, 2), optimizer=optimiser)

@@ -17,8 +17,9 @@ from .fixed_k import FixedKConfig
 from .latents import Latents
 from .losses import Losses
 
-MEMORY = 0.999
-"""Weight of the past in the threshold; while fewer batches were seen, all count alike."""
+MEMORY = 0.98
+"""Weight of the past in the threshold; while fewer batches were seen, all count alike. A longer memory lags behind the
+latents, which shrink as the learning rate falls: L0 would come out below k."""
 
 
 class BatchThresholdConfig(FixedKConfig):

@@ -21,8 +21,12 @@ class Config(BaseModel):
     d_sae: int = Field(8192, ge=1, description="number of latents in the dictionary")
     init: Literal["tied", "kaiming", "xavier", "orthogonal", "april"] = Field(
         "tied",
-        description="starting weights, the encoder being the decoder's transpose: random unit directions (tied), "
-        "Kaiming- or Xavier-uniform entries, orthogonal rows, or directions of norm 0.1 (april: free decoder only)",
+        description="starting weights, the encoder's being the decoder's times encoder_scale: random unit directions "
+        "(tied), Kaiming- or Xavier-uniform entries, orthogonal rows, or directions of norm 0.1 (april: free decoder "
+        "only)",
+    )
+    encoder_scale: float = Field(
+        1.0, gt=0, description="starting encoder rows as a multiple of the decoder's; short rows turn sooner under Adam"
     )
     decoder_norm: Literal["unit", "free", "none"] = Field(
         "unit",

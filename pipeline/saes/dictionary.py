@@ -60,10 +60,9 @@ class Dictionary(nn.Module, ABC):
         unit = config.decoder_norm == "unit"
         self.W_dec = nn.Parameter(F.normalize(table, dim=1) if unit else table)
         # a transcoder's input and output spaces are unrelated, even where their widths agree
-        tied = self.W_dec.detach().clone()
-        self.W_enc_rows = nn.Parameter(
-            initial.rows(config.init, self.d_sae, d_in, generator) if self.is_transcoder else tied
-        )
+        tied = self.W_dec.detach()
+        encoder = initial.rows(config.init, self.d_sae, d_in, generator) if self.is_transcoder else tied
+        self.W_enc_rows = nn.Parameter(encoder * config.encoder_scale)
         self._bias("b_enc", self.d_sae, learned=config.encoder_bias)
         self._bias("b_dec", self.d_out, learned=config.b_dec_init != "none")
         self.register_buffer("rows_since_fired", torch.zeros(self.d_sae, dtype=torch.int64))

@@ -15,6 +15,7 @@ from .losses import Batch
 class FixedKConfig(Config):
     """Settings of k and of AuxK."""
 
+    encoder_scale: float = Field(0.3, gt=0, description=Config.model_fields["encoder_scale"].description)
     k: int = Field(32, ge=1, description="latents kept per input")
     k_start: int | None = Field(None, ge=1, description="latents kept per input at the first step; unset: k")
     k_anneal: float = Field(

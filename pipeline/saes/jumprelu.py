@@ -12,23 +12,23 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .base import SAE, register
-from .config import Clock, Config, InputScale, other_default, ramp
+from .config import Clock, Config, ramp
 from .encoder import Preactivations
 from .latents import Latents
 from .losses import Batch
 
 
 class JumpReLUConfig(Config):
-    """JumpReLU; the defaults are for inputs of mean squared norm 1, as in Gemma Scope."""
+    """JumpReLU; the defaults are for input_scale: rms, whose pre-activations have the same size at every width."""
 
     arch: Literal["jumprelu"] = Field("jumprelu", description="architecture")
-    input_scale: InputScale = other_default("input_scale", "unit")
+    encoder_scale: float = Field(0.3, gt=0, description=Config.model_fields["encoder_scale"].description)
     penalty: Literal["l0", "tanh"] = Field(
         "l0",
         description="what is summed over a row's latents: 1 for each that is active (l0), or "
         "tanh(tanh_scale f times the norm of its decoder row)",
     )
-    coefficient: float = Field(1e-3, ge=0, description="weight of the penalty")
+    coefficient: float = Field(1.0, ge=0, description="weight of the penalty")
     warmup: float = Field(
         0.05, ge=0, description="steps over which the coefficient rises from 0; below 1, a share of the training"
     )
@@ -41,13 +41,27 @@ class JumpReLUConfig(Config):
         ge=0,
         description="weight of a term that pulls dead latents' pre-activations up to their thresholds; 0: off",
     )
-    theta_init: float = Field(1e-3, gt=0, description="where the thresholds start")
-    bandwidth: float = Field(1e-3, gt=0, description="width of the kernel through which thresholds get their gradient")
+    theta_init: float = Field(0.5, gt=0, description="where the thresholds start; about 0.001 for input_scale: unit")
+    bandwidth: float = Field(
+        0.05,
+        gt=0,
+        description="width of the kernel through which thresholds get their gradient; about 0.001 for input_scale: "
+        "unit",
+    )
 
     @model_validator(mode="after")
     def _target_of_l0(self) -> Self:
         if self.target_l0 is not None and self.penalty != "l0":
             raise ValueError(f"target_l0: {self.target_l0} is for penalty: l0, not for penalty: {self.penalty}")
+        return self
+
+    @model_validator(mode="after")
+    def _thresholds_are_reached(self) -> Self:
+        if self.input_scale == "unit" and self.theta_init >= self.encoder_scale:
+            raise ValueError(
+                f"theta_init: {self.theta_init} is out of reach under input_scale: unit, where pre-activations start "
+                f"below encoder_scale: {self.encoder_scale}; take 0.001 for theta_init and for bandwidth, or rms"
+            )
         return self
 
 

@@ -34,7 +34,7 @@ class Kind(NamedTuple):
 KINDS = {
     "relu": Kind("l1", 5.0),
     "shifted_relu": Kind("shifted_relu", 5.0),
-    "jumprelu": Kind("jumprelu", 1e-3),
+    "jumprelu": Kind("jumprelu", 1.0),
     "topk": Kind("topk", None),
     "batchtopk": Kind("batchtopk", None),
 }

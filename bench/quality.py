@@ -1,0 +1,247 @@
+"""How good our dictionaries are beside SAELens', dictionary_learning's and sparsify's own, trained on equal batches.
+
+Three commands, in this order (a root is the cache that `sae demo --cache ROOT` fills):
+
+    python bench/quality.py rows --root ROOT --out ROWS                  # ROWS/tiny and ROWS/planted, .npy files
+    python bench/quality.py train --rows ROWS --results R.jsonl [--tools saelens,sparsify --peers PYTHON] [--arch topk]
+    python bench/quality.py table --results R.jsonl
+
+`train` adds a line a training and leaves out those that are there: stop it, repeat it, run one a tool. Every tool sees
+the same rows in the same order at the same rates. Figures are of held-out rows. FVU is compared at equal L0: ours has
+several penalties (or k), log FVU is interpolated in log L0, and read off at the L0 the other tool reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.peer import Peer
+from bench.quality_peers import DEAD, DECAY, WARMUP, Job, batches, load
+from cache.activations import ActivationStore
+from pipeline import saes
+from pipeline.metrics.agreement import recovery
+from pipeline.synthetic import GroundTruth, Independent, SyntheticConfig
+from pipeline.trainconfig import TrainConfig
+
+TRAIN, HELD = 400_000, 20_000
+SHAPES = {"tiny": (512, 16), "planted": (256, 8)}  # d_sae and k for each set of rows
+TOOLS = {
+    "ours": ("topk", "batchtopk", "l1", "jumprelu"),
+    "saelens": ("topk", "batchtopk", "l1", "jumprelu"),
+    "dictionary_learning": ("topk", "batchtopk", "l1", "jumprelu"),
+    "sparsify": ("topk",),
+}
+COEFFICIENTS = {
+    ("ours", "batchtopk"): (1.0, 0.8),
+    ("ours", "l1"): (1.5, 2.5, 3.5),
+    ("ours", "jumprelu"): (0.3, 1.0, 3.0),
+    ("saelens", "l1"): (3.0,),
+    ("saelens", "jumprelu"): (3.0,),
+    ("dictionary_learning", "l1"): (0.2,),
+    ("dictionary_learning", "jumprelu"): (16.0,),
+}
+"""Weights of the penalties. Our batchtopk: multiples of k. dictionary_learning's jumprelu: the L0 it is to reach."""
+USUAL = {"l1": 1, "jumprelu": 1}  # which of our coefficients the table shows the figures of
+
+
+def write_rows(root: Path, out: Path) -> None:
+    """Both sets of rows, centred and of mean squared norm d, as train.npy, held.npy and (planted) truth.npy."""
+    stores = [ActivationStore(path) for path in sorted((root / "activations").iterdir())]
+    train, held = sorted(stores, key=lambda store: "validation" in store.path.name)[:2]
+    truth = GroundTruth(SyntheticConfig(d=128, features=256, presence=Independent(probability=1 / 32)))
+    made, _ = truth.draw(0, TRAIN + HELD)
+    sets = {
+        "tiny": (train.rows(0, min(TRAIN, train.n_rows)), held.rows(0, HELD)),
+        "planted": (made[:-HELD], made[-HELD:]),
+    }
+    for name, parts in sets.items():
+        folder = out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        mean = parts[0].mean(0)
+        scale = (parts[0] - mean).square().mean().rsqrt()
+        for part, rows in zip(("train", "held"), parts, strict=True):
+            np.save(folder / f"{part}.npy", ((rows - mean) * scale).numpy())
+    np.save(out / "planted" / "truth.npy", truth.features.numpy())
+
+
+def ours(rows: Tensor, held: Tensor, job: Job, settings: dict[str, Any]) -> dict[str, Any]:
+    """Train one of ours as `sae train` does, and judge it."""
+    sae_settings = {"arch": job.arch, "d_sae": job.d_sae, "dead_after": int(job.steps * job.batch * DEAD)}
+    if job.arch in ("topk", "batchtopk"):
+        sae_settings["k"] = round(job.k * (job.coefficient or 1))
+    else:
+        sae_settings["coefficient"] = job.coefficient
+    own = {key: value for key, value in settings.items() if not key.startswith("sae.")}
+    sae_settings |= {key[4:]: value for key, value in settings.items() if key.startswith("sae.")}
+    config = TrainConfig(sae=saes.parse(sae_settings), lr=job.lr, warmup=WARMUP, decay=DECAY, **own)
+    sae = saes.create(config.sae, rows.shape[1], seed=job.seed)
+    sae.initialise(rows[: config.initial_rows])
+    optimiser = torch.optim.Adam(sae.parameters(), lr=job.lr, betas=config.betas, eps=config.eps, fused=True)
+    for step, x in enumerate(batches(rows, job)):
+        losses = sae.loss(x, clock=saes.Clock(step, job.steps))
+        optimiser.zero_grad()
+        losses.total.backward()
+        sae.track(sae.observe(losses))
+        sae.before_step()
+        if config.clip is not None:
+            torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip)
+        optimiser.param_groups[0]["lr"], _ = config.rates_at(step, job.steps)
+        optimiser.step()
+        sae.after_step()
+    sae.eval()
+    with torch.no_grad():
+        latents = [sae.encode(x) for x in held.split(4096)]
+        x_hat = torch.cat([sae.decode(part) for part in latents])
+    fired = sum(part.fired() for part in latents)
+    assert isinstance(fired, Tensor)
+    return figures(held, x_hat, fired, fired.sum().item() / len(held), sae.W_dec.detach(), Path(job.rows))
+
+
+def figures(held: Tensor, x_hat: Tensor, fired: Tensor, l0: float, table: Tensor, folder: Path) -> dict[str, Any]:
+    """What a dictionary is judged by: FVU, L0, dead share, and recovery of the truth where it is known."""
+    error = (held - x_hat).double().square().sum()
+    found = {"fvu": (error / (held - held.mean(0)).double().square().sum()).item(), "l0": l0}
+    found["dead"] = (fired == 0).double().mean().item()
+    if (folder / "truth.npy").exists():
+        scores = recovery(table, load(str(folder), "truth"))
+        found |= {"mmcs": scores.true_to_learned, "recovered": scores.recovered}
+    return found
+
+
+class Trainer(Peer):
+    """`quality_peers.py` in the other tools' interpreter."""
+
+    def figures(self, job: Job) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        print(json.dumps(job._asdict()), file=self.process.stdin, flush=True)
+        path = Path(self._line())
+        arrays = {name: torch.from_numpy(value) for name, value in np.load(path).items()}
+        path.unlink()
+        held = load(job.rows, "held")
+        return figures(held, arrays["x_hat"], arrays["fired"], arrays["l0"].item(), arrays["W_dec"], Path(job.rows))
+
+
+def jobs(args: argparse.Namespace) -> Iterator[Job]:
+    """Every training asked for, seed after seed, so that a sweep that is stopped has something of everything."""
+    for seed, arch, tool, rows in itertools.product(range(args.seeds), args.arch, args.tools, SHAPES):
+        for lr, coefficient in itertools.product(args.lr, COEFFICIENTS.get((tool, arch), (0.0,))):
+            if arch in TOOLS[tool]:
+                d_sae, k = SHAPES[rows]
+                folder = str(args.rows / rows)
+                yield Job(tool, arch, folder, lr, seed, d_sae, k, args.steps, args.batch, coefficient)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train what the results lack, a line each."""
+    settings = {key: json.loads(value) for key, value in (given.split("=", 1) for given in args.set)}
+    lines = args.results.read_text().splitlines() if args.results.exists() else []
+    done = {json.dumps([entry["job"], entry["settings"]]) for entry in map(json.loads, lines)}
+    peers: Trainer | None = None
+    for job in jobs(args):
+        mine = settings if job.tool == "ours" else {}
+        entry = {"job": job._asdict(), "settings": mine}
+        if json.dumps([entry["job"], entry["settings"]]) in done:
+            continue
+        if job.tool == "ours":
+            found = ours(load(job.rows, "train"), load(job.rows, "held"), job, mine)
+        else:
+            peers = peers or Trainer(args.peers, "quality_peers.py")
+            if peers.missing:
+                raise SystemExit(
+                    f"quality.py: error: --peers {args.peers}: needs sae-lens, dictionary-learning, eai-sparsify"
+                )
+            found = peers.figures(job)
+        with args.results.open("a") as file:
+            print(json.dumps(entry | found), file=file)
+        print(job, found, file=sys.stderr)
+
+
+def at_l0(curve: Sequence[dict[str, Any]], l0: float) -> float:
+    """FVU at an L0: log FVU against log L0 between two neighbouring points, or beyond the ends on their line."""
+    if len({entry["l0"] for entry in curve}) == 1:
+        return float(curve[0]["fvu"])
+    points = sorted((math.log(entry["l0"]), math.log(entry["fvu"])) for entry in curve)
+    pairs = list(itertools.pairwise(points))
+    (x, y), (u, v) = next((pair for pair in pairs if math.log(l0) <= pair[1][0]), pairs[-1])
+    return math.exp(y + (v - y) * (math.log(l0) - x) / (u - x))
+
+
+def table(args: argparse.Namespace) -> None:
+    """Print, for rows and rate, our figures and the ratio of our FVU at another tool's L0 to its own, over seeds."""
+    runs: dict[tuple[str, str, float, str], list[dict[str, Any]]] = defaultdict(list)
+    for entry in map(json.loads, args.results.read_text().splitlines()):
+        job = Job(**entry["job"])
+        if not entry["settings"]:
+            runs[job.arch, Path(job.rows).name, job.lr, job.tool].append(entry)
+    others = [tool for tool in TOOLS if tool != "ours"]
+    print("| architecture | rows | rate | ours |", " | ".join(f"to {tool}" for tool in others), "|")
+    print("|---" * (4 + len(others)) + "|")
+    for arch, rows, lr in sorted({key[:3] for key in runs if key[3] == "ours"}):
+        mine = runs[arch, rows, lr, "ours"]
+        usual = COEFFICIENTS.get(("ours", arch), (0.0,))[USUAL.get(arch, 0)]
+        cells = [describe([entry for entry in mine if entry["job"]["coefficient"] == usual])]
+        for tool in others:
+            theirs, ratios = runs[arch, rows, lr, tool], []
+            for entry in theirs:
+                curve = [other for other in mine if other["job"]["seed"] == entry["job"]["seed"]]
+                ratios += [at_l0(curve, entry["l0"]) / entry["fvu"]] if curve else []
+            cells.append(f"{spread(ratios)}; {describe(theirs)}" if ratios else "")
+        print("|", " | ".join([arch, rows, f"{lr:g}", *cells]), "|")
+
+
+def describe(entries: Sequence[dict[str, Any]]) -> str:
+    """The means of a tool's own figures."""
+    names = {"fvu": "FVU", "l0": "L0", "dead": "dead", "recovered": "recovered"}
+    found = {key: [entry[key] for entry in entries if key in entry] for key in names}
+    return ", ".join(f"{names[key]} {statistics.mean(values):.3g}" for key, values in found.items() if values)
+
+
+def spread(values: Sequence[float]) -> str:
+    """The mean and, of several, the standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"**{statistics.mean(values):.2f}**{deviation}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("rows")
+    command.add_argument("--root", type=Path, required=True)
+    command.add_argument("--out", type=Path, required=True)
+    command.set_defaults(run=lambda args: write_rows(args.root, args.out))
+    command = commands.add_parser("train")
+    command.add_argument("--rows", type=Path, required=True)
+    command.add_argument("--results", type=Path, required=True)
+    command.add_argument("--tools", type=lambda text: text.split(","), default=["ours"])
+    command.add_argument("--arch", type=lambda text: text.split(","), default=list(TOOLS["ours"]))
+    command.add_argument("--lr", type=lambda text: [float(one) for one in text.split(",")], default=[3e-4, 1e-3, 3e-3])
+    command.add_argument("--peers", default="python", help="an interpreter that has the other tools")
+    command.add_argument("--set", action="append", default=[], help="a setting of ours, sae.init='\"april\"'")
+    for name, value in {"seeds": 3, "steps": 1000, "batch": 256}.items():
+        command.add_argument(f"--{name}", type=int, default=value)
+    command.set_defaults(run=train)
+    command = commands.add_parser("table")
+    command.add_argument("--results", type=Path, required=True)
+    command.set_defaults(run=table)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
