@@ -12,7 +12,7 @@ from cli_options import CacheRoot, Json, StoreName, cache_root, complete_store, 
 from cli_upkeep import Yes, gc, report_damage, verify
 
 if TYPE_CHECKING:
-    from cache.usage import Part, Usage
+    from cache.upkeep.usage import Part, Usage
 
 app = typer.Typer(
     help="Look at the stores of the cache, check and repair them, export them, remove them.", no_args_is_help=True
@@ -26,7 +26,8 @@ def ls(cache: CacheRoot = None, json: Json = False) -> None:
     Example: `sae cache ls --json`.
     """
     import console
-    from cache import catalogue, garbage
+    from cache import catalogue
+    from cache.upkeep import garbage
 
     root = cache_root(cache)
     stores, damage = catalogue.readable(root)
@@ -61,7 +62,7 @@ def inspect(
     found = catalogue.any_store(root, store)
     description = {**catalogue.entry(found).as_json(), **found.describe()}
     if shuffle_quality:
-        from cache.mixing import mixing_of
+        from cache.loading.mixing import mixing_of
 
         description["shuffle_quality"] = mixing_of(root, found).as_json()
     if json:
@@ -80,7 +81,8 @@ def du(
     Examples: `sae cache du`, `sae cache du gpt2-6.mlp_out --json`.
     """
     import console
-    from cache import catalogue, usage
+    from cache import catalogue
+    from cache.upkeep import usage
 
     root = cache_root(cache)
     found, damage = catalogue.readable(root, None if store is None else [catalogue.located(root, store)])
@@ -148,9 +150,9 @@ def export(
     """
     import console
     from cache import catalogue
-    from cache import export as writing
     from cache.activations import ActivationStore
     from cache.tokens import TokenStore
+    from cache.upkeep import export as writing
 
     root, bars = cache_root(cache), console.Bars()
     found = catalogue.any_store(root, store)

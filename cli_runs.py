@@ -135,8 +135,8 @@ def took_part(device: str) -> bool:
 
     If so, it has done its share of the training on return. Where another process ended that, it is quiet about it.
     """
-    from pipeline.parallel import LostRank, torchrun_seat
     from pipeline.sweep import follow
+    from pipeline.training.parallel import LostRank, torchrun_seat
 
     seat = torchrun_seat(device)
     if seat is None or seat.rank == 0:

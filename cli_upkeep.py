@@ -10,8 +10,8 @@ from cache.errors import Busy, DamagedStore, NotFound, SaeError
 from cli_options import CacheRoot, Device, Json, Offline, RunsRoot, cache_root, complete_store, folder
 
 if TYPE_CHECKING:
-    from cache.repair import Repaired
-    from cache.salvage import Salvaged
+    from cache.upkeep.repair import Repaired
+    from cache.upkeep.salvage import Salvaged
 
 REMEDY = "; `sae cache verify --repair` makes it again, `sae cache rm` removes the store"
 SPANS = {"h": 3600.0, "d": 86_400.0, "w": 7 * 86_400.0}
@@ -49,7 +49,7 @@ def verify(
         sae cache verify --repair --model models/mine
     """
     import console
-    from cache import salvage
+    from cache.upkeep import salvage
 
     root, bars = cache_root(cache), console.Bars()
     found, hopeless, done = salvaged(root, store, repair)
@@ -95,7 +95,8 @@ def gc(
         sae cache gc --older-than 2w --runs experiments --yes
     """
     import console
-    from cache import catalogue, garbage
+    from cache import catalogue
+    from cache.upkeep import garbage
 
     root, runs, bars = cache_root(cache), folder("--runs", runs), console.Bars()
     used = catalogue.runs(runs) if runs.is_dir() else None
@@ -133,9 +134,9 @@ def gc(
 def salvaged(root: Path, store: str | None, repair: bool) -> tuple[list["Salvaged"], list[str], list["Repaired"]]:
     """The stores to verify as far as they can be read, tokens first; what is wrong with the others; mended recipes."""
     from cache import catalogue
-    from cache.repair import restore_recipe
-    from cache.salvage import salvage
     from cache.store import RECIPE
+    from cache.upkeep.repair import restore_recipe
+    from cache.upkeep.salvage import salvage
 
     found, damage, done = [], [], []
     every = [path for kind in catalogue.kinds() for path in catalogue.folders(root, kind)]

@@ -24,12 +24,12 @@ from bench import subjects
 from bench.planted import planted_rows
 from bench.rows import Row, show
 from cache.activations import ActivationStore
-from pipeline.group import Group
-from pipeline.member import Member
-from pipeline.parallel import Together
-from pipeline.processes import launch
-from pipeline.ranks import Alone, Ranks
 from pipeline.saes import Clock
+from pipeline.training.group import Group
+from pipeline.training.member import Member
+from pipeline.training.parallel import Together
+from pipeline.training.processes import launch
+from pipeline.training.ranks import Alone, Ranks
 
 ROWS = 16_384  # from which the bias and the scale are set
 TOGETHER, ONE, TWO = "2 processes, 1 thread each", "1 process, 1 thread", "1 process, 2 threads"

@@ -36,7 +36,7 @@ from cache.activations import ActivationStore
 from pipeline import saes
 from pipeline.metrics.agreement import recovery
 from pipeline.synthetic import GroundTruth, Independent, SyntheticConfig
-from pipeline.trainconfig import TrainConfig
+from pipeline.training.config import TrainConfig
 
 TRAIN, HELD = 400_000, 20_000
 SHAPES = {"tiny": (512, 16), "planted": (256, 8)}  # d_sae and k for each set of rows

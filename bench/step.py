@@ -33,7 +33,7 @@ from bench.planted import planted_rows
 from bench.rows import Row, show
 from bench.step_peers import CASES
 from cache.activations import ActivationStore
-from pipeline.member import Member
+from pipeline.training.member import Member
 
 ROWS = 16_384  # from which the bias and the scale are set
 

@@ -1,7 +1,7 @@
 """Dictionaries in training, at the sizes a bench asks for: stores of planted rows, and members of a training on them.
 
-A bench times `pipeline.group.Group.step`, which is what `sae train` does with a batch, so that nothing of a real step
-is left out.
+A bench times `pipeline.training.group.Group.step`, which is what `sae train` does with a batch, so that nothing of a
+real step is left out.
 """
 
 import sys
@@ -16,12 +16,12 @@ from small_stores import write_activations
 from bench.planted import planted_rows
 from cache.activations import ActivationStore
 from pipeline import saes
-from pipeline.group import Group
-from pipeline.member import Member
-from pipeline.ranks import Alone
 from pipeline.saes.jl import JLConfig
 from pipeline.saes.jumprelu import JumpReLUConfig
 from pipeline.train import TrainConfig, open_run
+from pipeline.training.group import Group
+from pipeline.training.member import Member
+from pipeline.training.ranks import Alone
 
 STEPS = 10**9  # of a training that is only just beginning
 

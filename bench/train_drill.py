@@ -48,10 +48,10 @@ from cache.locks import held
 from cache.manifest import Windows
 from cache.places import listing
 from cache.runs import CONFIG, STAGED, WEIGHTS_CONFIG, Run
-from pipeline.group import Group
 from pipeline.progress import Silent
 from pipeline.sweep import open_all, sweep
 from pipeline.train import TrainConfig
+from pipeline.training.group import Group
 
 WIDTH, LATENTS, ROWS = 24, 1024, 1280
 COMMON = {"batch": 64, "steps": 60, "initial_rows": 512, "log_every": 4, "checkpoint_every": 5, "lr": 1e-3}

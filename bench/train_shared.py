@@ -28,10 +28,10 @@ import torch
 from bench import subjects
 from bench.rows import Row, show
 from cache.activations import ActivationStore
-from pipeline.group import Group
 from pipeline.progress import Silent
 from pipeline.sweep import open_all
 from pipeline.train import train
+from pipeline.training.group import Group
 
 ROWS = 49_152  # three chunks
 

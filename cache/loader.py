@@ -1,16 +1,16 @@
 """Shuffled batches of rows from activation stores.
 
 Rows were permuted inside their window when they were written, so mixing at read time needs no gather: a batch is made
-of one contiguous slice of each of `open_chunks` chunks (cache.schedule says which). The order is a closed formula of
+of one contiguous slice of each of `open_chunks` chunks (loading.schedule says which). The order is a closed formula of
 the seed, so it is the same for any number of threads, and the state is three numbers.
 
-Threads read ahead (cache.filling) from open chunks (cache.reading). On a GPU a batch is copied as stored, from pinned
-memory, and decoded there. Memory is bounded whatever the store's size: one buffer of a chunk's size (13 MB of int8 at
-width 768, 24 MiB at most) more than there are threads. A compressed or remote store holds `open_chunks` decoded chunks
-and a few more beside; it reads no further ahead than the end of an epoch.
+Threads read ahead (loading.filling) from open chunks (loading.reading). On a GPU a batch is copied as stored, from
+pinned memory, and decoded there. Memory is bounded whatever the store's size: one buffer of a chunk's size (13 MB of
+int8 at width 768, 24 MiB at most) more than there are threads. A compressed or remote store holds `open_chunks` decoded
+chunks and a few more beside; it reads no further ahead than the end of an epoch.
 
 Given up: a pass opens up to `open_chunks` - 1 chunks twice, and where documents are long a batch mixes them less well
-than a permutation of all rows would (cache.mixing measures it).
+than a permutation of all rows would (cache.loading.mixing measures it).
 """
 
 import inspect
@@ -28,9 +28,9 @@ from torch import Tensor
 from cache.activations import ActivationStore, origin
 from cache.codecs import Columns, Encoded
 from cache.errors import SaeError
-from cache.filling import Buffer, Filler
 from cache.identity import canonical
-from cache.schedule import OPEN_CHUNKS, Batch, Place, Schedule, shares
+from cache.loading.filling import Buffer, Filler
+from cache.loading.schedule import OPEN_CHUNKS, Batch, Place, Schedule, shares
 
 
 class Settings(TypedDict, total=False):

@@ -6,7 +6,7 @@ another, and after four deaths at one task gives up. Worker processes here get n
 them in the middle of a window.
 
 Given up: a second at the start; and workers elsewhere must have the versions that are here (they are asked). Text on
-this machine is encoded by `pipeline.pool`, which is faster for many small results.
+this machine is encoded by `pipeline.text.pool`, which is faster for many small results.
 """
 
 import itertools

@@ -3,7 +3,7 @@ synthetic rows from their recipe.
 
 The recipe says what things are; where they are is said by the store's hints, by the recipe itself where a name is
 enough (gpt2, fineweb, tiny), or by the caller. What is found has to be what the recipe says, or nothing is repaired.
-`cache.repair` does the rest.
+`cache.upkeep.repair` does the rest.
 """
 
 from collections.abc import Sequence
@@ -19,23 +19,23 @@ from cache.codecs import Columns
 from cache.errors import DamagedStore, NotFound, SaeError
 from cache.identity import Recipe, canonical
 from cache.manifest import Manifest, Window
-from cache.repair import Made, Maker, Repaired, repair
-from cache.salvage import Finding, Salvaged
 from cache.store import Store
 from cache.tokens import VOCABULARY, TokenStore, vocabulary_bytes
+from cache.upkeep.repair import Made, Maker, Repaired, repair
+from cache.upkeep.salvage import Finding, Salvaged
 from pipeline import evaluate
-from pipeline.encoding import Encoder
 from pipeline.harvest import HarvestConfig
 from pipeline.language_model import LanguageModel, Point
-from pipeline.packing import Place as TextPlace
 from pipeline.progress import Progress
 from pipeline.rows import Place as RowPlace
 from pipeline.rows import RowRule, RowsOf
 from pipeline.sources import text_source
 from pipeline.synthesize import window_arrays
 from pipeline.synthetic import ground_truth
+from pipeline.text.encoding import Encoder
+from pipeline.text.packing import Place as TextPlace
+from pipeline.text.tokenizers import tokenizer
 from pipeline.tokenize import Contexts, TokenizeConfig, token_recipe
-from pipeline.tokenizers import tokenizer
 from pipeline.windows import Passes, Task
 
 

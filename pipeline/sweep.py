@@ -15,11 +15,11 @@ from cache.errors import NotFound, SaeError
 from cache.identity import canonical
 from cache.places import place
 from cache.runs import CONFIG, Run
-from pipeline.parallel import Seat, Together, together, torchrun_seat
-from pipeline.processes import launch
 from pipeline.progress import Progress, Silent
-from pipeline.ranks import Alone, Ranks
 from pipeline.train import STREAM, TrainConfig, open_run, run_name, share, train
+from pipeline.training.parallel import Seat, Together, together, torchrun_seat
+from pipeline.training.processes import launch
+from pipeline.training.ranks import Alone, Ranks
 
 SHORT = {"arch": "sae.arch", "k": "sae.k", "d_sae": "sae.d_sae"}  # settings the command has short options for
 

@@ -4,7 +4,7 @@ Documents are read in blocks of the source's order; each block is filtered to it
 Every document begins with the tokenizer's begin token (end-of-text for GPT-2). Packing `concat` lays documents end to
 end and cuts the stream every `context` tokens; the tail of the last document that does not fill a context is left out.
 Packing `document` starts each document in a context of its own and pads its last one with the begin token; padding
-never becomes a row or a target. Encoding is shared out among processes (`pipeline.encoding`); packing stays here.
+never becomes a row or a target. Encoding is shared out among processes (`pipeline.text.encoding`); packing stays here.
 
 Each window of contexts is committed with the place in the source where the next one starts, so that an interrupted
 run continues there and ends with the same bytes.
@@ -27,12 +27,12 @@ from cache.identity import Recipe
 from cache.manifest import Window
 from cache.tokens import TokenStore, TokenWriter
 from pipeline.cluster import connected
-from pipeline.encoding import Block, Encoder
-from pipeline.packing import Packer, Place
-from pipeline.pool import Pool
 from pipeline.progress import Progress
 from pipeline.sources import TextSource, is_validation, text_source
-from pipeline.tokenizers import Tokenizer, tokenizer
+from pipeline.text.encoding import Block, Encoder
+from pipeline.text.packing import Packer, Place
+from pipeline.text.pool import Pool
+from pipeline.text.tokenizers import Tokenizer, tokenizer
 
 BLOCK_DOCUMENTS = 4096
 BLOCK_CHARACTERS = 1 << 25

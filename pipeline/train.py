@@ -21,13 +21,13 @@ from cache.identity import digest
 from cache.loader import Loader
 from cache.runs import CONFIG, Run
 from pipeline import devices
-from pipeline.group import Group, grouped
 from pipeline.interrupts import interruptible
-from pipeline.member import Member
 from pipeline.progress import Progress
-from pipeline.ranks import Alone, Ranks
 from pipeline.saes import Clock
-from pipeline.trainconfig import STREAM, TrainConfig
+from pipeline.training.config import STREAM, TrainConfig
+from pipeline.training.group import Group, grouped
+from pipeline.training.member import Member
+from pipeline.training.ranks import Alone, Ranks
 
 SHOWN = ("loss", "fvu", "l0", "dead", "agreement", "recovery")  # beside the progress bar
 

@@ -13,11 +13,11 @@ from cache.activations import ActivationStore
 from cache.errors import SaeError
 from cache.loader import Loader
 from cache.runs import Run
-from pipeline.parallel import Together
 from pipeline.progress import Silent
-from pipeline.ranks import Alone, Ranks, expect_same
 from pipeline.saes import Clock, Observed
 from pipeline.train import train
+from pipeline.training.parallel import Together
+from pipeline.training.ranks import Alone, Ranks, expect_same
 
 STOP_AT = 5
 

@@ -18,12 +18,12 @@ from cache.activations import ActivationStore
 from cache.errors import DamagedStore, SaeError
 from cache.manifest import Windows
 from cache.runs import CHECKPOINT, Run
-from pipeline.alignment import AlignConfig, Alignment
 from pipeline.progress import Silent
 from pipeline.saes import SAE, Clock, Losses, create, parse
 from pipeline.sweep import acquainted, open_all, sweep
 from pipeline.train import open_run, train
-from pipeline.trainconfig import TrainConfig
+from pipeline.training.alignment import AlignConfig, Alignment
+from pipeline.training.config import TrainConfig
 
 BY = ("dec", "hid", "x_hat")
 MATCHINGS = ("max", "hungarian")

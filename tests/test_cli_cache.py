@@ -17,13 +17,14 @@ from small_stores import CHUNK, files, heavy_rows, shrunk, write_activations, wr
 
 import cli_upkeep
 import console
-from cache import catalogue, garbage
+from cache import catalogue
 from cache.activations import ActivationStore
 from cache.locks import Lock
 from cache.manifest import MANIFEST
 from cache.places import listing
 from cache.runs import Run
 from cache.store import RECIPE, Store
+from cache.upkeep import garbage
 
 N = 5 * CHUNK + 3
 DAY = 86_400.0

@@ -21,12 +21,13 @@ from small_stores import files
 
 from cache.errors import SaeError
 from cache.tokens import TokenStore
-from pipeline import cluster, encoding, windows
+from pipeline import cluster, windows
 from pipeline import tokenize as tokenize_stage
 from pipeline.harvest import HarvestConfig, HarvestResult, harvest
 from pipeline.language_model import LanguageModel
-from pipeline.pool import Pool
 from pipeline.progress import Silent
+from pipeline.text import encoding
+from pipeline.text.pool import Pool
 from pipeline.tokenize import TokenizeConfig, tokenize
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -47,7 +48,7 @@ def deaths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def scheduler(deaths: dict[str, Path]) -> Iterator[str]:
     in_window = Dying("pipeline.language_model", "LanguageModel", "activations", deaths["window"])
-    in_piece = Dying("pipeline.tokenizers", "TiktokenTokenizer", "encode_batch", deaths["piece"])
+    in_piece = Dying("pipeline.text.tokenizers", "TiktokenTokenizer", "encode_batch", deaths["piece"])
     with small_cluster(in_window, in_piece) as address:
         yield address
 

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_stores import CHUNK, CONTEXT, few, heavy_rows, shrunk, write_activations, write_tokens
 
-from cache import export as writing
 from cache.activations import ActivationStore
 from cache.errors import DamagedStore, SaeError
-from cache.export import export
+from cache.upkeep import export as writing
+from cache.upkeep.export import export
 
 N = 5 * CHUNK + 3  # four windows, the last one short
 D = 7

@@ -136,6 +136,25 @@ def test_nothing_below_a_stage_imports_one() -> None:
     assert wrong == []
 
 
+@pytest.mark.parametrize(
+    ("package", "whose"),
+    [
+        ("cache.loading", ("cache.loader", "cache.upkeep", "cli_cache")),  # shuffle quality is shown by `inspect`
+        ("cache.upkeep", ("cli_cache", "cli_upkeep", "pipeline.repair")),
+        ("pipeline.text", ("pipeline.tokenize", "pipeline.repair", "pipeline.choices")),
+        ("pipeline.training", ("pipeline.train", "pipeline.sweep", "pipeline.studies", "cli_runs")),
+    ],
+)
+def test_parts_are_used_by_what_they_are_parts_of(package: str, whose: tuple[str, ...]) -> None:
+    wrong = [
+        (name, target)
+        for name in MODULES
+        for target in ours(name)
+        if inside(target, package) and not inside(name, package, *whose)
+    ]
+    assert wrong == []
+
+
 def test_the_pipeline_knows_no_presets_and_no_terminal() -> None:
     for name in within("pipeline"):
         assert name in OVERVIEWS or "configs" not in IMPORTS[name], name
@@ -152,7 +171,7 @@ def test_the_language_model_is_behind_one_door() -> None:
         if "transformer_lens" in others(name):
             assert inside(name, "pipeline.language_model"), name
         if "transformers" in others(name):
-            assert inside(name, "pipeline.language_model", "pipeline.tokenizers"), name
+            assert inside(name, "pipeline.language_model", "pipeline.text.tokenizers"), name
 
 
 @pytest.mark.parametrize("stage", ["pipeline.tokenize", "pipeline.train"])

@@ -22,10 +22,10 @@ from cache.activations import ActivationStore
 from cache.codecs import to_numpy
 from cache.errors import DamagedStore, SaeError
 from cache.loader import AlignedLoader, Loader, Settings
+from cache.loading.reading import Chunks, Decoded, Slices
+from cache.loading.schedule import Place, shares
 from cache.manifest import Windows
 from cache.places import place
-from cache.reading import Chunks, Decoded, Slices
-from cache.schedule import Place, shares
 from pipeline.progress import Silent
 from pipeline.synthesize import synthesize
 from pipeline.synthetic import Independent, SyntheticConfig
@@ -186,7 +186,7 @@ def test_rows_come_as_the_schedule_says(
     for codec, store in plain.items():
         settings: Settings = {"open_chunks": open_chunks, "rows": rows, "world": world, "rank": world - 1}
         with pytest.MonkeyPatch.context() as patch, Loader(store, batch, **settings, outliers=1.2) as loader:
-            patch.setattr("cache.reading.IOV_MAX", most)
+            patch.setattr("cache.loading.reading.IOV_MAX", most)
             found = [[part.clone() for part in one] for one in islice(loader.encoded(), 6)]
         plan = shares(loader.schedule, Place(), batch=batch, epochs=None, rank=world - 1, world=world)
         spans = (span for share in plan for span in zip(*map(np.ndarray.tolist, share.spans), strict=True))
@@ -234,7 +234,8 @@ def test_open_iterators_end_before_the_interpreter_does(tmp_path: Path) -> None:
 import atexit, inspect
 atexit.register(lambda: print(*map(inspect.getgeneratorstate, (first, second, third))))  # after all others
 from pathlib import Path
-from cache import activations, loader, manifest
+from cache import activations, manifest
+from cache import loader
 activations.CHUNK_ROWS, activations.WINDOWS = {CHUNK}, manifest.Windows{(store.windows.first, store.windows.largest)}
 store = activations.ActivationStore(Path({str(store.path)!r}))
 kept = loader.Loader(store, 4)

@@ -11,8 +11,8 @@ from small_stores import CHUNK, CONTEXT, heavy_rows, shrunk, write_activations, 
 from cache.activations import ActivationStore
 from cache.errors import SaeError
 from cache.loader import Loader
+from cache.loading.mixing import mixing, mixing_of
 from cache.manifest import Windows
-from cache.mixing import mixing, mixing_of
 from cache.tokens import TokenStore
 
 BATCH = 256

@@ -13,11 +13,11 @@ from small_stores import few, files, shrunk, some
 
 from cache.errors import SaeError
 from cache.tokens import TokenStore
-from pipeline import encoding
 from pipeline import tokenize as stage
-from pipeline.packing import Packer, Place
 from pipeline.progress import Silent
 from pipeline.sources.base import Indexed
+from pipeline.text import encoding
+from pipeline.text.packing import Packer, Place
 from pipeline.tokenize import TokenizeConfig, tokenize
 
 BEGIN = 0

@@ -25,13 +25,13 @@ from cache.errors import SaeError
 from cache.loader import Loader
 from cache.runs import Run
 from pipeline import saes
-from pipeline.alignment import AlignConfig
-from pipeline.parallel import LostRank, Seat, seats, together, torchrun_seat
-from pipeline.processes import launch
 from pipeline.progress import Silent
-from pipeline.ranks import Alone
 from pipeline.saes import Reinitialise, Resample
 from pipeline.train import TrainConfig, open_run, train
+from pipeline.training.alignment import AlignConfig
+from pipeline.training.parallel import LostRank, Seat, seats, together, torchrun_seat
+from pipeline.training.processes import launch
+from pipeline.training.ranks import Alone
 
 PROJECT = Path(__file__).resolve().parents[1]
 D, ROWS, BATCH = 12, 36_864, 64  # three chunks of a store as it is everywhere, so that ranks read different ones

@@ -16,10 +16,10 @@ from small_stores import files
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import cache.repair
+import cache.upkeep.repair
 import cli_upkeep
 import console
-from cache import catalogue, salvage, tokens
+from cache import catalogue, tokens
 from cache.activations import ActivationStore
 from cache.durable import write_atomic
 from cache.errors import SaeError
@@ -27,6 +27,7 @@ from cache.locks import Lock
 from cache.manifest import MANIFEST, Manifest, Window, read_line
 from cache.store import RECIPE
 from cache.tokens import VOCABULARY
+from cache.upkeep import salvage
 from pipeline.language_model import LanguageModel
 from pipeline.progress import Silent
 from pipeline.repair import Origins, repair_all
@@ -455,7 +456,7 @@ def test_stopped_at_every_write_and_repeated(home: Path, made: Path, monkeypatch
             write_atomic(path, data)
 
         with monkeypatch.context() as patch:
-            patch.setattr(cache.repair, "write_atomic", stopping)
+            patch.setattr(cache.upkeep.repair, "write_atomic", stopping)
             assert sae("cache verify --repair", store.name).code == (2 if stop_at < 5 else 0)
         done("cache verify --repair", store.name)
         assert everything(home) == everything(made)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from small_stores import some
 
 from cache.errors import SaeError
-from cache.schedule import Place, Schedule, Share, Spans, shares
+from cache.loading.schedule import Place, Schedule, Share, Spans, shares
 
 sizes = (
     st.integers(1, 3000), st.integers(0, 8).map(lambda n: 1 << n), st.integers(1, 300), st.integers(1, 40),

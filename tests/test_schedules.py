@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from small_stores import few
 
 from pipeline.saes import Resample, parse
-from pipeline.schedules import Schedule
 from pipeline.train import TrainConfig
+from pipeline.training.schedules import Schedule
 
 SHAPES = ("linear", "quarter_cosine", "half_cosine")
 

@@ -27,7 +27,7 @@ from cache.errors import DamagedStore, SaeError
 from cache.loader import Loader
 from cache.manifest import MANIFEST
 from cache.runs import Run
-from cache.salvage import salvage, verify
+from cache.upkeep.salvage import salvage, verify
 from configs import resolve
 from pipeline import synthetic
 from pipeline.metrics.agreement import chance, recovery

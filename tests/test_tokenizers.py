@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache.errors import SaeError
-from pipeline import embedded, tokenizers
+from pipeline import embedded
 from pipeline.sources import text_source
-from pipeline.tokenizers import HuggingFaceTokenizer, Tokenizer, tokenizer
+from pipeline.text import tokenizers
+from pipeline.text.tokenizers import HuggingFaceTokenizer, Tokenizer, tokenizer
 
 TRICKY = [
     "", " ", "\n", "a", "  two  spaces ", "tab\tnew\nline\r\n", "don't we'll I'M", "12345 1,000.5",
@@ -228,7 +229,7 @@ def test_slow_tokenizers_of_transformers_work_too() -> None:
 
 
 def test_a_worker_can_build_it_again_from_its_name() -> None:
-    program = "from pipeline.tokenizers import tokenizer; print(tokenizer('tiny', offline=True).recipe()['digest'])"
+    program = "from pipeline.text import tokenizers as t; print(t.tokenizer('tiny', offline=True).recipe()['digest'])"
     run = subprocess.run(
         [sys.executable, "-c", program],
         cwd=Path(__file__).resolve().parent.parent,

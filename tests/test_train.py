@@ -27,10 +27,10 @@ from cache.loader import Loader
 from cache.manifest import Windows
 from cache.runs import CHECKPOINT, METRICS, WEIGHTS, Run
 from pipeline import trained
-from pipeline.member import Member
 from pipeline.progress import Silent
 from pipeline.saes import ARCHITECTURES, SAE, Clock, Losses, create, parse
 from pipeline.train import TrainConfig, open_run, train
+from pipeline.training.member import Member
 
 D, TRUE, ACTIVE, D_SAE = 16, 24, 3, 32  # width, true features, of which active in a row, latents
 ROWS = 4096

@@ -17,7 +17,6 @@ from torch.nn.functional import cosine_similarity
 from cache.activations import ActivationStore
 from cache.runs import Run
 from pipeline import trained
-from pipeline.alignment import AlignConfig
 from pipeline.compare import Row
 from pipeline.metrics.agreement import best, chance, symmetric_mmcs
 from pipeline.studies.figures import JUDGED
@@ -27,6 +26,7 @@ from pipeline.studies.study import Lab, Result, Trial
 from pipeline.sweep import acquainted
 from pipeline.synthetic import truth_of
 from pipeline.train import TrainConfig
+from pipeline.training.alignment import AlignConfig
 
 WEIGHTS = (0.0, 0.01, 0.1, 1.0)
 By = Literal["dec", "hid", "x_hat"]

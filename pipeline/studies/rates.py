@@ -10,12 +10,12 @@ from typing import Literal
 
 from cache.activations import ActivationStore
 from pipeline.compare import Row
-from pipeline.schedules import DecoderRate
 from pipeline.studies.figures import JUDGED
 from pipeline.studies.plots import Panel
 from pipeline.studies.plots import draw as draw_panels
 from pipeline.studies.study import Lab, Result, Trial, of_equal_rows
 from pipeline.train import TrainConfig
+from pipeline.training.schedules import DecoderRate
 
 RATIOS = (1.0, 2.0, 4.0, 8.0)
 Decay = Literal["none", "cosine"]

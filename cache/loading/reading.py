@@ -21,8 +21,8 @@ from google_crc32c import extend as crc32c_of
 
 from cache.activations import ActivationStore
 from cache.durable import unreadable
+from cache.loading.schedule import Spans
 from cache.places import is_remote
-from cache.schedule import Spans
 
 IOV_MAX = os.sysconf("SC_IOV_MAX")  # buffers that one call can fill
 PIECE = 1 << 18  # bytes read and checked at a time, while they are in the processor's nearest cache

@@ -28,8 +28,8 @@ from cache.errors import SaeError
 from cache.identity import digest
 from cache.locks import Lock
 from cache.manifest import MANIFEST, Manifest, Window
-from cache.salvage import Salvaged, salvage
 from cache.store import RECIPE, Store, head_bytes
+from cache.upkeep.salvage import Salvaged, salvage
 from cache.writer import encoders
 
 

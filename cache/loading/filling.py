@@ -10,8 +10,8 @@ import torch
 
 from cache.activations import ActivationStore
 from cache.codecs import Encoded, from_numpy, to_numpy
-from cache.reading import Decoded, Slices, chunks
-from cache.schedule import Share, Spans
+from cache.loading.reading import Decoded, Slices, chunks
+from cache.loading.schedule import Share, Spans
 
 
 class Buffer:

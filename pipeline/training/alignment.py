@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from pipeline.metrics.agreement import best, hungarian, symmetric_mmcs
-from pipeline.ranks import Ranks
 from pipeline.saes import SAE, Losses
+from pipeline.training.ranks import Ranks
 
 Matching = tuple[Tensor, Tensor]  # int64 [n] each: row of one, row of the other
 

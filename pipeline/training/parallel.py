@@ -5,7 +5,7 @@ DistributedDataParallel: what is trained is a loss and no `forward`, several dic
 the counters have to be exchanged anyway. Given up: the overlap of communication and backward pass. Flags, barriers and
 tensors of the CPU go over gloo in any case, so that asking whether to stop waits for no GPU.
 
-Who is which rank is said by torchrun's environment, on one machine or several, or by `pipeline.processes`.
+Who is which rank is said by torchrun's environment, on one machine or several, or by `pipeline.training.processes`.
 """
 
 import os
@@ -88,7 +88,7 @@ def together(seat: Seat, stop: threading.Event | None = None) -> Iterator["Toget
 
 
 class Together:
-    """`pipeline.ranks.Ranks` over the process group. Raises LostRank where a process of it is gone.
+    """`pipeline.training.ranks.Ranks` over the process group. Raises LostRank where a process of it is gone.
 
     control: a group over gloo, where the default group is none.
     """

@@ -16,7 +16,6 @@ from cache.activations import ActivationStore
 from cache.errors import SaeError
 from cache.runs import Run
 from pipeline.metrics.agreement import mmcs
-from pipeline.ranks import Ranks, expect_same
 from pipeline.saes import (
     SAE,
     Clock,
@@ -29,7 +28,8 @@ from pipeline.saes import (
     resample,
 )
 from pipeline.synthetic import truth_of
-from pipeline.trainconfig import TrainConfig
+from pipeline.training.config import TrainConfig
+from pipeline.training.ranks import Ranks, expect_same
 
 DECODER = ("W_dec", "b_dec")  # the parameters with the decoder's learning rate; the others have the encoder's
 

@@ -15,8 +15,8 @@ import numpy as np
 from cache.errors import SaeError
 from cache.identity import canonical
 from pipeline.cluster import Cluster
-from pipeline.pool import Pool
-from pipeline.tokenizers import Tokenizer, tokenizer
+from pipeline.text.pool import Pool
+from pipeline.text.tokenizers import Tokenizer, tokenizer
 
 PIECE_CHARACTERS = 1 << 18  # what one worker encodes at a time
 Team = Cluster | Pool

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from cache.errors import DamagedStore, SaeError
-from pipeline.alignment import Alignment
-from pipeline.member import Member
-from pipeline.ranks import Ranks
 from pipeline.saes import Clock, Losses
+from pipeline.training.alignment import Alignment
+from pipeline.training.member import Member
+from pipeline.training.ranks import Ranks
 
 
 @dataclass

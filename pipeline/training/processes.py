@@ -26,7 +26,7 @@ import torch
 
 from cache.errors import SaeError
 from pipeline.interrupts import interruptible, interrupts_ignored
-from pipeline.parallel import LostRank, Seat, seats, together
+from pipeline.training.parallel import LostRank, Seat, seats, together
 
 PAUSE = 0.2  # seconds between two looks at whether Ctrl-C came
 GRACE = 5.0  # seconds for a child to go by itself, and for the reason why another was lost

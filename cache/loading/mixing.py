@@ -16,7 +16,7 @@ import numpy as np
 from cache.activations import ActivationStore
 from cache.catalogue import of_recipe
 from cache.errors import SaeError
-from cache.schedule import OPEN_CHUNKS, Place, Schedule
+from cache.loading.schedule import OPEN_CHUNKS, Place, Schedule
 from cache.store import Store
 from cache.tokens import TokenStore
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from cache.errors import SaeError
 
-OPEN_CHUNKS = 64  # with windows of 524,288 rows: a variance ratio of 1.05 for documents of 500 tokens (cache.mixing)
+OPEN_CHUNKS = 64  # with windows of 524,288 rows: a variance ratio of 1.05 for documents of 500 tokens (mixing)
 
 
 class Spans(NamedTuple):

@@ -4,9 +4,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.alignment import AlignConfig
 from pipeline.saes import AnyConfig, NoRevival, Reinitialise, Resample, parse
-from pipeline.schedules import DecoderRate, Schedule
+from pipeline.training.alignment import AlignConfig
+from pipeline.training.schedules import DecoderRate, Schedule
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Revival = Annotated[NoRevival | Resample | Reinitialise, Field(discriminator="kind")]

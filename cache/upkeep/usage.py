@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cache import garbage
 from cache.places import listing
 from cache.store import Store
+from cache.upkeep import garbage
 
 
 @dataclass(frozen=True)
