@@ -25,7 +25,7 @@ import console
 from cache import activations, catalogue, durable, tokens
 from cache.manifest import MANIFEST, Windows
 from cache.runs import Run
-from cli_options import amount
+from commands.options import amount
 from pipeline.compare import RECOVERY
 
 PROJECT = Path(__file__).resolve().parents[1]

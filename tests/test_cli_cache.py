@@ -15,7 +15,6 @@ import zarr
 from command_line import done, sae
 from small_stores import CHUNK, files, heavy_rows, shrunk, write_activations, write_tokens
 
-import cli_upkeep
 import console
 from cache import catalogue
 from cache.activations import ActivationStore
@@ -25,6 +24,7 @@ from cache.places import listing
 from cache.runs import Run
 from cache.store import RECIPE, Store
 from cache.upkeep import garbage
+from commands import upkeep
 
 N = 5 * CHUNK + 3
 DAY = 86_400.0
@@ -301,13 +301,13 @@ def test_a_folder_that_became_a_store_is_kept(root: Path) -> None:
 
 @pytest.mark.parametrize(("text", "days"), [("12h", 0.5), ("30d", 30), ("2w", 14), ("1.5d", 1.5), ("0d", 0)])
 def test_lengths_of_time(text: str, days: float) -> None:
-    assert cli_upkeep.span(text) == days * DAY
+    assert upkeep.span(text) == days * DAY
 
 
 @pytest.mark.parametrize("text", ["", "30", "d", "-3d", "30 d", "3m", "1e3d"])
 def test_no_lengths_of_time(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="is no length of time; write 12h, 30d or 2w"):
-        cli_upkeep.span(text)
+        upkeep.span(text)
 
 
 def test_gc_of_a_wrong_time(root: Path) -> None:

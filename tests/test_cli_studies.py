@@ -9,8 +9,8 @@ from command_line import done, sae
 from small_models import made_up, save_model, small_stages, token_store
 from typer.main import get_command
 
-import cli_studies
 from cache import catalogue
+from commands import studies
 from pipeline.harvest import HarvestConfig, harvest
 from pipeline.progress import Silent
 from pipeline.studies import coefficients, rates
@@ -178,6 +178,6 @@ def test_missing_layers_come_with_a_command_that_makes_them(cache: Path, tmp_pat
     ],
 )  # fmt: skip
 def test_the_grids_that_the_help_states(command: str, option: str, usual: tuple[float, ...]) -> None:
-    (param,) = [p for p in get_command(cli_studies.app).commands[command].params if p.name == option]
+    (param,) = [p for p in get_command(studies.app).commands[command].params if p.name == option]
     stated = param.help.split("Default: ")[1].rstrip(".")
-    assert cli_studies.grid("--x", stated, ()) == usual
+    assert studies.grid("--x", stated, ()) == usual

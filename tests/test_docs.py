@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 import cli
 import configs
-from cli_options import amount
+from commands.options import amount
 from pipeline.evaluate import EvalConfig
 from pipeline.harvest import HarvestConfig
 from pipeline.saes import ARCHITECTURES

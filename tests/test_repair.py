@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import cache.upkeep.repair
-import cli_upkeep
 import console
 from cache import catalogue, tokens
 from cache.activations import ActivationStore
@@ -28,6 +27,7 @@ from cache.manifest import MANIFEST, Manifest, Window, read_line
 from cache.store import RECIPE
 from cache.tokens import VOCABULARY
 from cache.upkeep import salvage
+from commands import upkeep
 from pipeline.language_model import LanguageModel
 from pipeline.progress import Silent
 from pipeline.repair import Origins, repair_all
@@ -512,7 +512,7 @@ def test_any_damage_is_mended(workbench: Path, kind: str) -> None:
         try:
             for name, data in changed.items():
                 (store / name).unlink() if data is None else (store / name).write_bytes(data)
-            found, hopeless, restored = cli_upkeep.salvaged(root, None, repair=True)
+            found, hopeless, restored = upkeep.salvaged(root, None, repair=True)
             assert not hopeless
             findings = salvage.verify(found, lambda size: None)
             mended, problems = repair_all(found, findings, Origins(root, device="cpu"), Silent())
@@ -538,7 +538,7 @@ def test_a_manifest_and_every_witness_of_it_lost(workbench: Path, kind: str) -> 
         for name in whole:
             if name == MANIFEST or name.endswith("/zarr.json"):
                 (store / name).write_bytes(b"")
-        found, hopeless, _ = cli_upkeep.salvaged(workbench / "cache", None, repair=True)
+        found, hopeless, _ = upkeep.salvaged(workbench / "cache", None, repair=True)
         (one,) = [one for one in found if one.store.path == store]
         assert not hopeless and one.lines and len(one.lost) == len(one.store.manifest.windows) > 1
         mended, problems = repair_all(

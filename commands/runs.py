@@ -10,7 +10,7 @@ import typer
 
 from cache.durable import write_atomic
 from cache.errors import Busy, NotFound, SaeError
-from cli_options import (
+from commands.options import (
     PLACES,
     ActiveLatents,
     Arch,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cache.errors import SaeError
-from cli_options import CacheRoot, Json, StoreName, cache_root, complete_store, count
-from cli_upkeep import Yes, gc, report_damage, verify
+from commands.options import CacheRoot, Json, StoreName, cache_root, complete_store, count
+from commands.upkeep import Yes, gc, report_damage, verify
 
 if TYPE_CHECKING:
     from cache.upkeep.usage import Part, Usage

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cache.errors import Busy, DamagedStore, NotFound, SaeError
-from cli_options import CacheRoot, Device, Json, Offline, RunsRoot, cache_root, complete_store, folder
+from commands.options import CacheRoot, Device, Json, Offline, RunsRoot, cache_root, complete_store, folder
 
 if TYPE_CHECKING:
     from cache.upkeep.repair import Repaired

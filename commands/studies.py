@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cache.errors import SaeError
-from cli_options import (
+from commands.options import (
     ActiveLatents,
     Arch,
     CacheRoot,

@@ -1,0 +1,91 @@
+"""The commands that judge a run: `sae eval`, `sae report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from commands.options import (
+    CacheRoot,
+    ConfigFile,
+    Device,
+    Json,
+    Offline,
+    Preset,
+    RunName,
+    RunsRoot,
+    Set,
+    TrainingStore,
+    cache_root,
+    count,
+    folder,
+    settings,
+    several,
+)
+
+
+def evaluate(
+    run: Annotated[str | None, RunName] = None,
+    rows: Annotated[str | None, count("Held-out rows to judge reconstruction on. Default: all.")] = None,
+    tokens: Annotated[str | None, count("Held-out tokens to judge cross-entropy on. Default: 65536.")] = None,
+    activations: TrainingStore = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="Where the language model is now. Default: where harvest found it.")] = None,
+    device: Device = "auto", cache: CacheRoot = None, runs: RunsRoot = Path("runs"), offline: Offline = False,
+    preset: Preset = None, config: ConfigFile = None, set_: Set = None, json: Json = False,
+) -> None:  # fmt: skip
+    """Judge a trained dictionary on held-out documents: reconstruction, cross-entropy when spliced in, dead latents.
+
+    Prints the figures with what each means, and writes them into the run folder (`eval/eval.json`). On rows of
+    `sae synthesize`, which no language model made, it says instead how many of the true features were found.
+
+    Examples:
+
+        sae eval
+        sae eval l1-first --tokens 500k --json
+    """
+    import console
+    from cache import catalogue
+    from pipeline.evaluate import EvalConfig
+    from pipeline.evaluate import evaluate as stage
+
+    values = settings("eval", EvalConfig, preset, config, set_, rows=rows, tokens=tokens)
+    root, bars = cache_root(cache), console.Bars()
+    found = catalogue.find_run(folder("--runs", runs), run)
+    bars.note(f"run: {found.path}")
+    result = stage(values, found, root, bars, activations=activations, model=model, device=device, offline=offline)
+    if json:
+        console.as_json(result.as_json())
+    else:
+        console.evaluation(result.as_json(), f"run {found.path}")
+
+
+def report(
+    run: Annotated[str | None, RunName] = None,
+    latents: Annotated[str | None, typer.Option(metavar="N,...", help="Latents to show, as 3,17,256. Default: the strongest few and a sample of the others.")] = None,
+    rows: Annotated[str, count("Rows to search for contexts. Default: 262144.")] = "262144",
+    activations: TrainingStore = None,
+    device: Device = "auto", cache: CacheRoot = None, runs: RunsRoot = Path("runs"), json: Json = False,
+) -> None:  # fmt: skip
+    """Write a page to look at: losses, densities, cross-entropies and the text that latents fire on. One HTML file.
+
+    Needs no language model; shows what `sae eval` found, where it has run.
+
+    Examples:
+
+        sae report
+        sae report l1-first --latents 3,17,256
+    """
+    import console
+    from cache import catalogue
+    from pipeline.report.features import FeaturesConfig
+    from pipeline.report.stage import report as stage
+
+    values = settings("report", FeaturesConfig, None, None, None, latents=several(latents), rows=rows)
+    root, bars = cache_root(cache), console.Bars()
+    found = catalogue.find_run(folder("--runs", runs), run)
+    bars.note(f"run: {found.path}")
+    path = stage(found, root, bars, config=values, activations=activations, device=device)
+    if json:
+        console.as_json({"run": str(found.path), "report": str(path)})
+    else:
+        console.say(f"report: {path}")
