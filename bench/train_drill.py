@@ -28,7 +28,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -263,7 +263,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         drill = practise(given.kills, given.seed, Path(home), lambda line: print(line, file=sys.stderr))
     if given.json:
-        print(json.dumps(asdict(drill)))
+        print(json.dumps(vars(drill)))
     else:
         print(f"{drill.kills} kills in {drill.seconds} s: {drill.unreadable} unreadable, {drill.lost} checkpoints lost")
         print(f"{drill.finished} commands finished, {drill.mismatches} mismatches with uninterrupted ones")
