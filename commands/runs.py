@@ -74,10 +74,13 @@ def train(
         sae train --devices 4 --batch 16384
     """
     import console
-    from pipeline.sweep import combinations
+    from pipeline.sweep import acquainted, combinations
     from pipeline.sweep import sweep as stage
     from pipeline.train import TrainConfig, open_run
+    from pipeline.training.alignment import BY
 
+    if align is not None and align not in BY:
+        raise SaeError(f"--align {align}: there is no such one; use {', '.join(BY)}")
     if took_part(device):
         return
     # one of the two takes the place of what a preset says of the other; all the rows once is what neither says
@@ -108,6 +111,8 @@ def train(
         values = values if said else TrainConfig.model_validate(before.config["train"])
     elif name is not None and (name in ("", "..") or Path(name).name != name):
         raise SaeError(f"--name {name}: is not the name of a folder; where the folder goes is said by --runs")
+    if not resume:
+        acquainted([values])  # one that is to agree with others has none here
     store = activations_of(root, activations, bars)
     run = open_run(values, store, runs, name, resume=resume)
     bars.note(f"run: {run.path}{'; nothing to do, it is finished' if run.finished else ''}")

@@ -194,15 +194,16 @@ def alignment(
         sae study alignment --preset synthetic --by dec,hid --seeds 5
     """
     from pipeline.studies import alignment as stage
+    from pipeline.training.alignment import BY
 
     chosen = several(by) or ["dec"]
-    if wrong := [what for what in chosen if what not in stage.BY]:
-        raise SaeError(f"--by {wrong[0]}: there is no such one; use {', '.join(stage.BY)}")
+    if wrong := [what for what in chosen if what not in BY]:
+        raise SaeError(f"--by {wrong[0]}: there is no such one; use {', '.join(BY)}")
     pulls = grid("--weights", weights, stage.WEIGHTS)
     base = training(preset, config, set_, steps, rows, arch=arch, k=k, d_sae=d_sae)
     where = lab(cache, runs, preset, config, set_, no_ce, device, offline)
     folder_ = results_folder(out, "alignment")
-    known = [what for what in stage.BY if what in chosen]
+    known = [what for what in BY if what in chosen]
     store = store_of(where, activations)
     finish(stage.alignment(base, store, where, by=known, weights=pulls, seeds=seeds or 3), folder_, json)
 

@@ -65,7 +65,7 @@ def acquainted(configs: Sequence[TrainConfig]) -> list[TrainConfig]:
         if config.align is not None:
             others = tuple(seeds[config.model_dump_json(exclude={"seed"})])
             if len(others) < 2:
-                raise SaeError("train.align: takes dictionaries of two or more seeds; say how many with --seeds")
+                raise SaeError("--align: takes dictionaries of two or more seeds; say how many with --seeds")
             config = config.model_copy(update={"align": config.align.model_copy(update={"seeds": others})})
         known.append(config)
     return known

@@ -8,7 +8,7 @@ beside the FVU it costs, and beside what random directions would score.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +26,9 @@ from pipeline.studies.study import Lab, Result, Trial
 from pipeline.sweep import acquainted
 from pipeline.synthetic import truth_of
 from pipeline.train import TrainConfig
-from pipeline.training.alignment import AlignConfig
+from pipeline.training.alignment import AlignConfig, By
 
 WEIGHTS = (0.0, 0.01, 0.1, 1.0)
-By = Literal["dec", "hid", "x_hat"]
-BY: tuple[By, ...] = ("dec", "hid", "x_hat")
 
 LABELS = ("by", "weight")
 COLUMNS = ("agreement", "agreement_chance", "fvu", "l0", "dead_fraction", *JUDGED, "agreement_truth_r")

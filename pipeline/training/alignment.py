@@ -13,7 +13,7 @@ true features are known, their recovery.
 import math
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -24,6 +24,8 @@ from pipeline.metrics.agreement import best, hungarian, symmetric_mmcs
 from pipeline.saes import SAE, Losses
 from pipeline.training.ranks import Ranks
 
+By = Literal["dec", "hid", "x_hat"]
+BY: tuple[By, ...] = get_args(By)
 Matching = tuple[Tensor, Tensor]  # int64 [n] each: row of one, row of the other
 
 
@@ -32,7 +34,7 @@ class AlignConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    by: Literal["dec", "hid", "x_hat"] = Field(
+    by: By = Field(
         "dec", description="what is to agree: decoder rows, activations of latents over a batch, or reconstructions"
     )
     matching: Literal["max", "hungarian"] = Field(
