@@ -135,7 +135,10 @@ def test_nothing_below_a_stage_imports_one() -> None:
         ("cache.loading", ("cache.loader", "cache.upkeep", "commands.looking")),  # which shows shuffle quality
         ("cache.upkeep", ("commands.looking", "commands.upkeep", "pipeline.repair")),
         ("pipeline.text", ("pipeline.tokenize", "pipeline.repair", "pipeline.choices")),
-        ("pipeline.training", ("pipeline.train", "pipeline.sweep", "pipeline.studies", "commands.runs")),
+        (
+            "pipeline.training",
+            ("pipeline.train", "pipeline.sweep", "pipeline.studies", "commands.runs", "commands.studies"),
+        ),
     ],
 )
 def test_parts_are_used_by_what_they_are_parts_of(package: str, whose: tuple[str, ...]) -> None:
