@@ -56,22 +56,41 @@ def resolve(
         _overrides(overrides),
         {section: _given(flags or {})},
     ):
-        values = merge(values, layer.get(section) or {})
+        values = merge(values, layer.get(section) or {}, [settings])
     try:
         return settings.model_validate(values)
     except ValidationError as error:
         raise SaeError(_explained(section, settings, error, _options(flags or {}))) from error
 
 
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` on top of `base`, key by key. A changed tag (`arch`) discards the fields that belonged to the old one."""
-    if any(tag in over and tag in base and over[tag] != base[tag] for tag in TAGS):
-        return dict(over)
+def merge(base: dict[str, Any], over: dict[str, Any], settings: Sequence[type[BaseModel]] = ()) -> dict[str, Any]:
+    """`over` on top of `base`, key by key.
+
+    A changed tag (`arch`) discards the fields that belonged to the old one. Of the settings classes that may hold the
+    two, where they are given, what both have is kept, if it says otherwise than the old one's default.
+    """
+    changed = next((tag for tag in TAGS if tag in over and tag in base and over[tag] != base[tag]), None)
+    if changed is not None:
+        return {**_in_common(base, over, changed, settings), **over}
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
+        inner = [kind for one in settings if key in one.model_fields for kind in _inner(one, key)]
+        merged[key] = merge(merged[key], value, inner) if both else value
     return merged
+
+
+def _in_common(
+    base: dict[str, Any], over: dict[str, Any], tag: str, settings: Sequence[type[BaseModel]]
+) -> dict[str, Any]:
+    """What `base` says otherwise than the defaults of its tag's settings, of the fields that those of `over` have."""
+    known = {one.model_fields[tag].default: one.model_fields for one in settings if tag in one.model_fields}
+    old, new = known.get(base[tag], {}), known.get(over[tag], {})
+    return {
+        key: value
+        for key, value in base.items()
+        if key != tag and key in old and key in new and value != old[key].get_default(call_default_factory=True)
+    }
 
 
 def _defaults(settings: type[BaseModel]) -> dict[str, Any]:

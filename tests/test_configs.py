@@ -84,8 +84,11 @@ def test_one_key_of_a_default_can_be_changed() -> None:
 
 
 def test_another_architecture_drops_the_fields_of_the_old_one(preset: Path) -> None:
-    assert train("train.sae.arch=l1", preset="small").sae == L1()
-    assert train("train.sae.penalty=0.5", "train.sae.arch=l1", preset="small").sae == L1(penalty=0.5)
+    """But for those it has, too, where something else than the old one's default was asked for."""
+    assert train("train.sae.arch=l1", preset="small").sae == L1(d_sae=64)
+    assert train("train.sae.penalty=0.5", "train.sae.arch=l1", preset="small").sae == L1(penalty=0.5, d_sae=64)
+    (preset / "written_out.yaml").write_text("train:\n  sae: {arch: topk, k: 8, d_sae: 8192}\n")
+    assert train("train.sae.arch=l1", preset="written_out").sae == L1()
     assert train(preset="small", flags={"sae": {"arch": "l1", "d_sae": 5}}).sae == L1(d_sae=5)
     assert train("train.sae.arch=l1").sae == L1()
     assert train("train.sae.arch=topk", preset="small").sae == TopK(k=8, d_sae=64)
