@@ -351,7 +351,8 @@ def test_stores_that_do_not_align_are_refused(tmp_path: Path, store: ActivationS
     elsewhere = write_activations(tmp_path, numbered(N), "float32", seed=1, ended=True)
     with pytest.raises(SaeError, match="was made from other tokens than"):
         AlignedLoader([store, elsewhere])
-    made = [SyntheticConfig(d=8, features=8, presence=Independent(), seed=seed, rows=CHUNK) for seed in (0, 1)]
+    shape = SyntheticConfig(d=8, features=8, presence=Independent(), rows=1, validation_rows=1)
+    made = [shape.model_copy(update={"seed": seed}) for seed in (0, 1)]
     with pytest.raises(SaeError, match="was made from other tokens than"):
         AlignedLoader([synthesize(one, tmp_path, Silent())["train"] for one in made])
     shorter = write_activations(tmp_path, numbered(2 * CHUNK), "float32", site="resid_post")
