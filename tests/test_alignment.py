@@ -1,12 +1,12 @@
 """Dictionaries pulled towards each other: the term against slow twins, real gradients, and training that survives."""
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from killing import killed_after
 from pydantic import ValidationError
 from saes_kit import Planted
 from small_stores import shrunk
@@ -238,33 +238,16 @@ def test_a_batch_in_parts(tmp_path: Path, store: ActivationStore) -> None:
             torch.testing.assert_close(value, other.load_weights()[0][name], rtol=1e-3, atol=1e-4)
 
 
-class Killed(BaseException):
-    pass
-
-
 def test_killed_at_every_write_and_resumed(tmp_path_factory: pytest.TempPathFactory, store: ActivationStore) -> None:
     """Also between the writing and the publishing of the checkpoints of a step, and of the finished dictionaries."""
     configs = aligned(steps=6, checkpoint_every=4, log_every=1)
     whole = [outcome(run) for run in go(configs, store, tmp_path_factory.mktemp("whole"))]
-    replace = os.replace
     for stop in range(3, 100):  # the first three writes are the configurations
-        root, left = tmp_path_factory.mktemp("killed"), stop
-
-        def counted(*args: Any) -> None:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise Killed
-            replace(*args)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(os, "replace", counted)
-            try:
-                go(configs, store, root)
-            except Killed:
-                pass
-            else:
-                break
+        root = tmp_path_factory.mktemp("killed")
+        with killed_after(stop) as killed:
+            go(configs, store, root)
+        if not killed:
+            break
         assert not different(go(configs, store, root), whole), stop
     assert stop == 3 * (1 + 1 + 2 * 2 + 2)  # configuration, metrics, checkpoints (written, published), the dictionary
 

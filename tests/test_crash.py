@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from killing import Killed
 from small_stores import CHUNK, files, heavy_rows, shrunk, token_recipe, window_arrays, write_activations, write_tokens
 
 from cache import durable
@@ -28,10 +29,6 @@ WHOLE = (0, CHUNK, N)  # row counts of whole windows
 def small() -> Iterator[None]:
     with shrunk():
         yield
-
-
-class Killed(BaseException):
-    """As SIGKILL: nothing that handles errors sees it."""
 
 
 class Countdown:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from killing import Killed
 from small_models import (
     BEGIN,
     CONTEXT,
@@ -280,10 +281,6 @@ def full(contexts: int) -> np.ndarray:
     tokens = made_up(contexts)
     tokens[tokens == BEGIN] = BEGIN + 1
     return tokens
-
-
-class Killed(BaseException):
-    """As SIGKILL: nothing that handles errors sees it."""
 
 
 class Countdown:

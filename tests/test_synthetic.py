@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import zarr
 from command_line import done, sae
 from hypothesis import given
 from hypothesis import strategies as st
+from killing import killed_after
 from small_stores import CHUNK, few, files, shrunk
 
 import cli
@@ -270,32 +270,16 @@ def test_growing_changes_nothing(tmp_path: Path, small: pytest.MonkeyPatch, code
 def test_killed_and_continued(tmp_path: Path, small: pytest.MonkeyPatch) -> None:
     """At any change on the disk: the next call ends with the same bytes."""
 
-    class Killed(BaseException):
-        pass
-
-    replace = os.replace
-    left = 0
-
-    def counted(*args: Any) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise Killed
-        replace(*args)
-
     whole = {split: files(store.path) for split, store in grown(SMALL, tmp_path / "whole").items()}
-    small.setattr(os, "replace", counted)
     for stop in itertools.count(0, 11):
-        root, left = tmp_path / str(stop), stop
-        try:
+        root = tmp_path / str(stop)
+        with killed_after(stop) as killed:
             grown(SMALL, root)
-        except Killed:
-            left = 1 << 30
-            stores = grown(SMALL, root)
-            assert {split: files(store.path) for split, store in stores.items()} == whole, stop
-            shutil.rmtree(root)
-        else:
+        if not killed:
             break
+        stores = grown(SMALL, root)
+        assert {split: files(store.path) for split, store in stores.items()} == whole, stop
+        shutil.rmtree(root)
     assert stop > 50
 
 

@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from killing import Killed, killed_after
 from small_stores import activation_recipe, extend, few, shrunk
 from torch import Tensor
 
@@ -302,10 +303,6 @@ def test_a_run_of_another_store(tmp_path: Path, store: ActivationStore) -> None:
 # Interruption
 
 
-class Killed(BaseException):
-    """As SIGKILL: nothing that handles errors sees it."""
-
-
 class At(Silent):
     """Does something when a step has ended, and keeps what it was told."""
 
@@ -398,25 +395,12 @@ def test_killed_at_every_write_and_resumed(tmp_path_factory: pytest.TempPathFact
     """Also between the checkpoints of two dictionaries, and while the finished ones are written."""
     pair = [settings(steps=6, checkpoint_every=2, log_every=1), settings(L1, steps=6, checkpoint_every=2)]
     whole = [outcome(run) for run in go(pair, store, tmp_path_factory.mktemp("whole"))]
-    replace = os.replace
     for stop in range(2, 100):  # the first two writes are the configurations
-        root, left = tmp_path_factory.mktemp("killed"), stop
-
-        def counted(*args: Any) -> None:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise Killed
-            replace(*args)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(os, "replace", counted)
-            try:
-                go(pair, store, root)
-            except Killed:
-                pass
-            else:
-                break
+        root = tmp_path_factory.mktemp("killed")
+        with killed_after(stop) as killed:
+            go(pair, store, root)
+        if not killed:
+            break
         assert not different(go(pair, store, root, resume=True), whole), stop
     assert stop == 2 * (1 + 1 + 2 * 3 + 2)  # configuration, metrics, checkpoints (written, published), the dictionary
 
