@@ -627,6 +627,7 @@ def test_rows_that_are_all_the_same(tmp_path: Path, sae: dict[str, Any]) -> None
 
 def test_a_batch_of_one_row(tmp_path: Path, store: ActivationStore) -> None:
     (run,) = go(settings(batch=1, steps=8), store, tmp_path)
+    assert [entry["rows"] for entry in run.metrics()] == [4, 8]
     for entry in run.metrics():
         json.dumps(entry, allow_nan=False)
 

@@ -8,7 +8,10 @@ MMCS(a -> b), the mean over a of the largest cosine with b, is not symmetric: a 
 a large one. A random dictionary scores above 0, too (0.19 for 512 vectors in 256 dimensions): read it beside `chance`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -52,6 +55,13 @@ def mmcs(a: Tensor, b: Tensor) -> Tensor:
 def symmetric_mmcs(a: Tensor, b: Tensor) -> Tensor:
     """The mean of MMCS both ways."""
     return (mmcs(a, b) + mmcs(b, a)) / 2
+
+
+@torch.no_grad()
+def mutual(tables: Sequence[Tensor]) -> list[float]:
+    """For each of several dictionaries the mean, over the others, of its symmetric MMCS with them."""
+    pairs = {(i, j): symmetric_mmcs(tables[i], tables[j]).item() for i, j in combinations(range(len(tables)), 2)}
+    return [fmean(value for pair, value in pairs.items() if i in pair) for i in range(len(tables))]
 
 
 def mean_cosine(a: Tensor, b: Tensor, matching: tuple[Tensor, Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from cache.activations import ActivationStore
 from cache.runs import Run
 from pipeline import trained
 from pipeline.compare import Row
-from pipeline.metrics.agreement import best, chance, symmetric_mmcs
+from pipeline.metrics.agreement import best, chance, mutual
 from pipeline.studies.figures import JUDGED
 from pipeline.studies.plots import Panel
 from pipeline.studies.plots import draw as draw_panels
@@ -79,13 +79,12 @@ def compare(rows: Sequence[Row], runs: Path, truth: Tensor | None) -> list[dict[
     latents = []
     for labels, group in groups.items():
         decoders = [trained.load(Run(runs / row["run"])).W_dec.detach() for row in group]
-        for i, (row, mine) in enumerate(zip(group, decoders, strict=True)):
-            others = [other for j, other in enumerate(decoders) if j != i]
-            row["agreement"] = sum(symmetric_mmcs(mine, other).item() for other in others) / len(others)
-            row["agreement_truth_r"] = None
+        for i, (row, agreement) in enumerate(zip(group, mutual(decoders), strict=True)):
+            row |= {"agreement": agreement, "agreement_truth_r": None}
             if truth is None:
                 continue
-            agreed, true = nearest(mine, torch.cat(others)), nearest(mine, truth.to(mine.device))
+            mine, others = decoders[i], torch.cat([other for j, other in enumerate(decoders) if j != i])
+            agreed, true = nearest(mine, others), nearest(mine, truth.to(mine.device))
             row["agreement_truth_r"] = correlation(agreed, true)
             if i == 0:
                 found = {"agreement": agreed.tolist(), "truth": true.tolist()}

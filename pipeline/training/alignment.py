@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from pipeline.metrics.agreement import best, hungarian, symmetric_mmcs
+from pipeline.metrics.agreement import best, hungarian, mutual
 from pipeline.saes import SAE, Losses
 from pipeline.training.ranks import Ranks
 
@@ -98,11 +98,9 @@ class Alignment:
                     for pair in found
                 ]
 
-    @torch.no_grad()
-    def agreement(self, which: int) -> float:
-        """Mean over the others of the symmetric MMCS of decoder rows, whatever the term is computed from."""
-        mine, others = self.saes[which].W_dec, [sae.W_dec for sae in self.saes if sae is not self.saes[which]]
-        return sum(symmetric_mmcs(mine, other).item() for other in others) / len(others)
+    def agreement(self) -> list[float]:
+        """How far each agrees with the others by its decoder rows, whatever the term is computed from."""
+        return mutual([sae.W_dec for sae in self.saes])
 
     def state(self) -> dict[str, Tensor]:
         """The matchings, for a checkpoint."""

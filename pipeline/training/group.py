@@ -59,12 +59,13 @@ class Group:
     ) -> None:
         """Beside each member's metrics: the term, its weight, and how much the member agrees with the others."""
         assert self.alignment is not None
-        for i, metrics in enumerate(logged):
-            if metrics is not None:
-                term = ranks.sum(torch.stack([one.detach() for one in apart]).mean()) / ranks.world
-                metrics["alignment"] = term.item()
-                metrics["alignment_weight"] = self.alignment.weight_at(clock.step)
-                metrics["agreement"] = self.alignment.agreement(i)
+        if logged[0] is None:  # their settings are the same, so all are logged at once
+            return
+        term = ranks.sum(torch.stack([one.detach() for one in apart]).mean()) / ranks.world
+        shared = {"alignment": term.item(), "alignment_weight": self.alignment.weight_at(clock.step)}
+        for metrics, agreement in zip(logged, self.alignment.agreement(), strict=True):
+            assert metrics is not None
+            metrics |= {**shared, "agreement": agreement}
 
     def save(self, loader: dict[str, int], ranks: Ranks) -> None:
         """Write all checkpoints. Whenever a kill comes they are of one step: none is published before all are written.

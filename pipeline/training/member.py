@@ -195,10 +195,9 @@ class Member:
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": entries, "param_groups": groups})
 
-    def finish(self, metadata: dict[str, Any]) -> dict[str, Any]:
-        """Write the dictionary that was trained; its last metrics."""
+    def finish(self, metadata: dict[str, Any]) -> None:
+        """Write the dictionary that was trained."""
         self.run.save_weights(self.sae.export_tensors(), self.sae.saelens_config() | {"metadata": metadata})
-        return self.run.metrics()[-1]
 
 
 def _mean(values: Sequence[Tensor], parts: Sequence[Losses]) -> Tensor:
