@@ -58,8 +58,9 @@ def alignment(
     rows = lab.rows(trials)
     latents = compare(rows, lab.runs, truth_of(store.recipe))
     d, d_sae = store.d, base.sae.d_sae
+    by_chance = chance(d_sae, d_sae, d)
     for row in rows:
-        row["agreement_chance"] = chance(d_sae, d_sae, d)
+        row["agreement_chance"] = by_chance
 
     def draw(table: Sequence[Row], path: Path) -> None:
         draw_panels(panels(table, latents), path)

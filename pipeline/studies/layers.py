@@ -105,12 +105,13 @@ def _compare_neighbours(rows: list[Row], runs: Path) -> None:
     """Add to each row how alike its decoder and its counterpart's a layer below are, where there is one."""
     decoders = {(row["layer"], row["seed"]): trained.load(Run(runs / row["run"])).W_dec for row in rows}
     m, d = next(iter(decoders.values())).shape
+    by_chance = chance(m, m, d)
     for row in rows:
         below = decoders.get((row["layer"] - 1, row["seed"] - SEEDS_APART))
         row |= dict.fromkeys(AGREEMENT)
         if below is not None:
             row["mmcs_previous"] = symmetric_mmcs(decoders[row["layer"], row["seed"]], below).item()
-            row["mmcs_chance"] = chance(m, m, d)
+            row["mmcs_chance"] = by_chance
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

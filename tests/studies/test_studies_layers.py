@@ -1,12 +1,11 @@
 """Decoders that learn faster, and one dictionary a layer."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from small_stores import activation_recipe, extend
-from small_studies import BASE, D, first_layer, lab_in, planted, planted_cache, small_stores
+from small_studies import BASE, D, lab_in, planted
 
 from cache.activations import ActivationStore, ActivationWriter
 from cache.errors import NotFound, SaeError
@@ -17,27 +16,6 @@ from pipeline.studies.layers import layers
 from pipeline.studies.rates import decoupled, rates
 from pipeline.studies.study import Lab
 from pipeline.train import TrainConfig
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small() -> Iterator[None]:
-    with small_stores():
-        yield
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory, small: None) -> Path:
-    return planted_cache(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="module")
-def store(cache: Path) -> ActivationStore:
-    return first_layer(cache)
-
-
-@pytest.fixture(scope="module")
-def lab(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return lab_in(cache, tmp_path_factory.mktemp("runs"))
 
 
 class TestRates:

@@ -1,41 +1,19 @@
 """Activation functions side by side: every variant, one L0 on request, the box."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from small_stores import few
-from small_studies import BASE, LONGER, first_layer, lab_in, planted_cache, small_stores
+from small_studies import BASE, LONGER
 
 from cache.activations import ActivationStore
 from cache.runs import Run
 from pipeline.studies import matching
 from pipeline.studies.activations import KINDS, activations, apart, box, losses, sparkline
 from pipeline.studies.study import Lab, Result
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small() -> Iterator[None]:
-    with small_stores():
-        yield
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory, small: None) -> Path:
-    return planted_cache(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="module")
-def store(cache: Path) -> ActivationStore:
-    return first_layer(cache)
-
-
-@pytest.fixture(scope="module")
-def lab(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return lab_in(cache, tmp_path_factory.mktemp("runs"))
 
 
 class TestMatching:

@@ -1,11 +1,10 @@
 """What pulling dictionaries together buys, on rows whose true features are known."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from small_studies import BASE, lab_in, small_stores
+from small_studies import BASE
 from torch import Tensor
 
 from cache.activations import ActivationStore
@@ -22,12 +21,6 @@ PLANTED = SyntheticConfig(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small() -> Iterator[None]:
-    with small_stores():
-        yield
-
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory, small: None) -> Path:
     root = tmp_path_factory.mktemp("cache")
@@ -39,11 +32,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory, small: None) -> Path:
 def store(cache: Path) -> ActivationStore:
     (found,) = [store for path in cache.glob("activations/*") if (store := ActivationStore(path)).split == "train"]
     return found
-
-
-@pytest.fixture(scope="module")
-def lab(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return lab_in(cache, tmp_path_factory.mktemp("runs"))
 
 
 def test_a_group_for_every_weight(store: ActivationStore, lab: Lab, tmp_path: Path) -> None:
