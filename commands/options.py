@@ -102,6 +102,15 @@ def folder(option: str, path: Path) -> Path:
     return path
 
 
+def length_of(steps: int | None, rows: str | None) -> tuple[list[str], dict[str, Any]]:
+    """How long to train, by `--steps` and `--rows`: overrides to go first, and flags.
+
+    One of the two takes the place of what a preset says of the other; all the rows once is what neither says.
+    """
+    freed = [f"train.{other}=null" for given, other in ((steps, "rows"), (rows, "steps")) if given is not None]
+    return freed, {"steps": steps, "rows": None if rows == "all" else rows}
+
+
 def settings(
     section: str,
     kind: "type[Settings]",

@@ -29,6 +29,7 @@ from commands.options import (
     complete_store,
     count,
     folder,
+    length_of,
     settings,
     unfinished,
 )  # fmt: skip
@@ -75,7 +76,6 @@ def train(
     """
     import console
     from pipeline.sweep import acquainted, combinations
-    from pipeline.sweep import sweep as stage
     from pipeline.train import TrainConfig, open_run
     from pipeline.training.alignment import BY
 
@@ -83,12 +83,11 @@ def train(
         raise SaeError(f"--align {align}: there is no such one; use {', '.join(BY)}")
     if took_part(device):
         return
-    # one of the two takes the place of what a preset says of the other; all the rows once is what neither says
-    length = [f"train.{other}=null" for given, other in ((steps, "rows"), (rows, "steps")) if given is not None]
-    given = [*length, *(set_ or [])]
+    freed, length = length_of(steps, rows)
+    given = [*freed, *(set_ or [])]
     flags: dict[str, Any] = {
-        "sae": {"arch": arch, "k": k, "d_sae": d_sae}, "lr": lr, "batch": batch, "steps": steps,
-        "rows": None if rows == "all" else rows, "seed": seed, "align": {"by": align},
+        "sae": {"arch": arch, "k": k, "d_sae": d_sae}, "lr": lr, "batch": batch, **length, "seed": seed,
+        "align": {"by": align},
     }  # fmt: skip
     root, runs, bars = cache_root(cache), folder("--runs", runs), console.Bars()
     if sweep is not None or seeds is not None:
@@ -114,15 +113,7 @@ def train(
     if not resume:
         acquainted([values])  # one that is to agree with others has none here
     store = activations_of(root, activations, bars)
-    run = open_run(values, store, runs, name, resume=resume)
-    bars.note(f"run: {run.path}{'; nothing to do, it is finished' if run.finished else ''}")
-    with unless_it_fails_at_once(run):
-        stage([run], store, bars, device=device, processes=devices)
-    result = [{}, *run.metrics()][-1]
-    if json:
-        console.as_json({"run": str(run.path), **result})
-    else:
-        console.table(f"run {run.path}", ["figure", "last value"], list(result.items()))
+    train_one(open_run(values, store, runs, name, resume=resume), store, bars, device, devices, json)
 
 
 def activations_of(root: Path, name: str | None, bars: "Bars") -> "ActivationStore":
@@ -151,6 +142,21 @@ def took_part(device: str) -> bool:
     except LostRank as error:
         raise typer.Exit(error.exit_code) from error
     return True
+
+
+def train_one(run: "Run", store: "ActivationStore", bars: "Bars", device: str, processes: int, json: bool) -> None:
+    """Train (or continue) one dictionary and show its last figures."""
+    import console
+    from pipeline.sweep import sweep
+
+    bars.note(f"run: {run.path}{'; nothing to do, it is finished' if run.finished else ''}")
+    with unless_it_fails_at_once(run):
+        sweep([run], store, bars, device=device, processes=processes)
+    result = [{}, *run.metrics()][-1]
+    if json:
+        console.as_json({"run": str(run.path), **result})
+    else:
+        console.table(f"run {run.path}", ["figure", "last value"], list(result.items()))
 
 
 def train_every(

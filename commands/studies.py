@@ -25,6 +25,7 @@ from commands.options import (
     complete_store,
     count,
     folder,
+    length_of,
     several,
     unfinished,
 )
@@ -245,11 +246,9 @@ def training(
     for item in overrides or ():
         if (section := item.partition(".")[0]) in SECTIONS and section not in ("train", "eval"):
             raise SaeError(f"--set {item}: `sae study` reads train.* and eval.*; give this one to `sae {section}`")
-    # one of the two takes the place of what a preset says of the other; all the rows once is what neither says
-    length = [f"train.{other}=null" for given, other in ((steps, "rows"), (rows, "steps")) if given is not None]
-    flags = {"sae": sae, "steps": steps, "rows": None if rows == "all" else rows}
-    given = [*length, *(overrides or [])]
-    return resolve("train", TrainConfig, preset=preset, file=file, overrides=given, flags=flags)
+    freed, length = length_of(steps, rows)
+    flags = {"sae": sae, **length}
+    return resolve("train", TrainConfig, preset=preset, file=file, overrides=[*freed, *(overrides or [])], flags=flags)
 
 
 def lab(
