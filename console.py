@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich import box
@@ -17,7 +17,6 @@ from rich.progress import (
     Task,
     TaskID,
     TextColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Table
 from rich.text import Text
@@ -31,18 +30,22 @@ BYTES = "bytes"  # the unit that is said as kB, MB, GB
 QUIET_SECONDS = 15.0  # between two progress lines where there is no terminal to draw a bar on
 
 
-class RateColumn(ProgressColumn):
-    """Units per second since the task began."""
+class Told(ProgressColumn):
+    """A column that says what `Bars` knows, whenever rich draws it."""
+
+    def __init__(self, says: Callable[[], str], style: str = "") -> None:
+        super().__init__()
+        self._says, self._style = says, style
 
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{quantity(speed, task.fields['unit'])}/s")
+        return Text(self._says(), style=self._style)
 
 
 class Bars:
     """A `pipeline.progress.Progress` on stderr: a live bar on a terminal, a line now and then elsewhere.
 
-    `worked` tells whether anything was counted at all, in this task or an earlier one.
+    Rate and time left are those since the task began, so that steps of any length have them. Values beside the bar are
+    the last ones told. `worked` tells whether anything was counted at all, in this task or an earlier one.
     """
 
     def __init__(self) -> None:
@@ -51,13 +54,15 @@ class Bars:
         self._title, self._unit = "", ""
         self._total: int | None = None
         self._done = self._begun_at = 0
-        self._begun = self._said = 0.0
+        self._begun = self._counted = self._said = 0.0
+        self._beside: dict[str, str] = {}
         self.worked = False
 
     def start(self, title: str, total: int | None, unit: str, done: int = 0) -> None:
         self._title, self._unit, self._total = title, unit, total
         self._done = self._begun_at = done
-        self._begun = self._said = time.monotonic()
+        self._begun = self._counted = self._said = time.monotonic()
+        self._beside = {}
         if not err.is_terminal:
             return
         self._bar = Progress(
@@ -65,8 +70,8 @@ class Bars:
             TextColumn("{task.description}"),
             BarColumn(12),
             TextColumn("{task.fields[amount]}"),
-            RateColumn(),
-            TimeRemainingColumn(),
+            Told(lambda: f"{self._rate()}/s" if self._new else ""),
+            Told(self._clock, "progress.remaining"),
             TextColumn("[dim]{task.fields[extra]}"),
             console=err,
             transient=True,
@@ -77,31 +82,39 @@ class Bars:
 
     def advance(self, n: int, **fields: float | int | str) -> None:
         self._done += n
+        self._counted = time.monotonic()
         self.worked = self.worked or n > 0
-        extra = [f"{name} {short(value)}" for name, value in fields.items()]
+        self._beside |= {name: f"{name} {short(value)}" for name, value in fields.items()}
+        extra = list(self._beside.values())
         if self._bar is not None and self._task is not None:
             figure = size if self._unit == BYTES else short
             amount = figure(self._done) + (f"/{figure(self._total)}" if self._total else "")
             taken = len(self._bar.tasks[0].description) + len(amount) + len(self._unit) + REST_OF_BAR
             self._bar.update(self._task, advance=n, amount=amount, extra=_fitting(extra, err.width - taken))
-        elif time.monotonic() - self._said > QUIET_SECONDS:
-            self._said = time.monotonic()
+        elif self._counted - self._said > QUIET_SECONDS:
+            self._said = self._counted
+            left = [] if self._left is None else [f"{self._left:,.0f} s left"]
+            shown = ["  ".join(extra)] if extra else []
             err.print(
-                f"{self._title}: {self._amount()}, {self._rate()}, {self._left()}{'  '.join(extra)}",
-                soft_wrap=True,
+                f"{self._title}: {', '.join([self._amount(), f'{self._rate()}/s', *left, *shown])}", soft_wrap=True
             )
 
     def finish(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = self._task = None
-        if self._done == self._begun_at:
+        if not self._new:
             return  # nothing to do, or an error before the first step, which says enough by itself
-        took = time.monotonic() - self._begun
-        err.print(f"{self._title}: {self._amount()} in {took:,.1f} s ({self._rate()})", soft_wrap=True)
+        self._counted = time.monotonic()
+        took = self._counted - self._begun
+        err.print(f"{self._title}: {self._amount()} in {took:,.1f} s ({self._rate()}/s)", soft_wrap=True)
 
     def note(self, line: str) -> None:
         err.print(Text(line), soft_wrap=True)
+
+    @property
+    def _new(self) -> int:
+        return self._done - self._begun_at
 
     def _amount(self) -> str:
         unfinished = self._total and self._done < self._total
@@ -110,14 +123,23 @@ class Bars:
         return f"{self._done:,}" + (f" of {self._total:,}" if unfinished else "") + f" {self._unit}"
 
     def _rate(self) -> str:
-        rate = (self._done - self._begun_at) / max(time.monotonic() - self._begun, 1e-9)
-        return f"{quantity(rate, self._unit)}/s"
+        """Units a second, from the beginning of the task to the last time something was counted."""
+        return quantity(self._new / max(self._counted - self._begun, 1e-9), self._unit)
 
-    def _left(self) -> str:
-        new = self._done - self._begun_at
-        if not self._total or not new:
-            return ""
-        return f"{(time.monotonic() - self._begun) / new * (self._total - self._done):,.0f} s left, "
+    @property
+    def _left(self) -> float | None:
+        """Seconds to the end; None where the end is not known, or nothing yet that would tell."""
+        if not self._total or not self._new:
+            return None
+        left = (self._counted - self._begun) / self._new * (self._total - self._done)
+        return max(0.0, left - (time.monotonic() - self._counted))
+
+    def _clock(self) -> str:
+        """The time left as h:mm:ss."""
+        if self._left is None:
+            return "-:--:--"
+        minutes, seconds = divmod(round(self._left), 60)
+        return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 def _fitting(parts: list[str], room: int) -> str:

@@ -133,7 +133,7 @@ def train(
 
 
 def _step(state: TrainState, x: Tensor, ranks: Ranks) -> dict[str, float]:
-    """One step of every group that has not taken it yet; the figures worth showing, where some were logged."""
+    """One step of every group that has not taken it yet; the figures worth showing, where there are some."""
     shown: dict[str, float] = {}
     for group in state.groups:
         if group.done > state.step:
@@ -142,7 +142,7 @@ def _step(state: TrainState, x: Tensor, ranks: Ranks) -> dict[str, float]:
         for member, metrics in zip(group.members, logged, strict=True):
             if metrics is None:
                 continue
-            if ranks.rank == 0:
+            if ranks.rank == 0 and member.logs(state.total):
                 took = {"seconds": round(time.monotonic() - state.started, 3), **member.cost()}
                 member.run.log({**metrics, **took})
             shown = {name: metrics[name] for name in SHOWN if name in metrics}

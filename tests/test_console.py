@@ -139,6 +139,44 @@ def test_bars_in_a_pipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     assert captured.out == "" and bars.worked
 
 
+def test_the_last_figures_stay_in_the_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where they come with one step in many; no line ends in a comma, and another task begins without them."""
+    clock = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    bars = console.Bars()
+    for title, fields in (("train", {"loss": 0.5, "fvu": 0.25}), ("eval", {})):
+        bars.start(title, None if title == "eval" else 10, "steps")
+        for step in range(2):
+            clock[0] += 20
+            bars.advance(1, **(fields if step == 0 else {}))
+    assert capsys.readouterr().err.splitlines() == [
+        "train: 1 of 10 steps, 0.05 steps/s, 180 s left, loss 0.5  fvu 0.25",
+        "train: 2 of 10 steps, 0.05 steps/s, 160 s left, loss 0.5  fvu 0.25",
+        "eval: 1 steps, 0.05 steps/s",
+        "eval: 2 steps, 0.05 steps/s",
+    ]
+
+
+def test_steps_of_minutes_have_a_rate_and_a_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """rich forgets what came more than half a minute ago; the time left runs on between two steps."""
+    seen = on_a_terminal(monkeypatch, "err", 120)
+    clock = [1000.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    bars = console.Bars()
+    bars.start("harvest train", 10_000, "rows")
+    assert bars._bar is not None
+    for seconds, n in ((90, 1000), (100, 0)):
+        clock[0] += seconds
+        if n:
+            bars.advance(n)
+        bars._bar.refresh()
+    bars._bar.stop()
+    shown = plain(seen.getvalue())
+    assert "11.11 rows/s" in shown and "0:13:30" in shown and "0:11:50" in shown
+
+
 @pytest.mark.parametrize("width", [80, 140])
 @pytest.mark.parametrize("title", ["train", f"verify {KEY}"])
 def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch, width: int, title: str) -> None:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -325,6 +325,19 @@ class At(Silent):
 
 def die() -> None:
     raise Killed
+
+
+def test_figures_are_shown_from_the_first_step_on_and_logged_as_asked(tmp_path: Path, store: ActivationStore) -> None:
+    class Watching(Silent):
+        shown: ClassVar[list[dict[str, Any]]] = []
+
+        def advance(self, n: int, **fields: Any) -> None:
+            self.shown.append(fields)
+
+    (run,) = go(settings(steps=7, log_every=3), store, tmp_path, progress=Watching())
+    assert [bool(fields) for fields in Watching.shown] == [True, False, True, False, False, True, True]
+    assert {"loss", "fvu", "l0"} <= Watching.shown[0].keys()
+    assert [entry["step"] for entry in run.metrics()] == [3, 6, 7]
 
 
 PAIR = [settings(), settings(L1, seed=3, log_every=3)]

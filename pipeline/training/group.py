@@ -27,7 +27,7 @@ class Group:
         return self.members[0].done
 
     def step(self, x: Tensor, clock: Clock, ranks: Ranks) -> list[dict[str, float] | None]:
-        """One optimiser step of each on a batch [batch, d] (this rank's share of it); metrics where they are logged."""
+        """One optimiser step of each on a batch [batch, d] (this rank's share of it); metrics where they are shown."""
         begun = time.perf_counter()
         for member in self.members:
             member.optimiser.zero_grad(set_to_none=True)

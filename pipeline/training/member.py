@@ -52,6 +52,7 @@ class Member:
     done: int = 0
     _spent: float = 0.0  # seconds in steps since `cost` was asked
     _steps: int = 0
+    _shown: bool = False  # whether this process has computed metrics yet
 
     @classmethod
     def begin(cls, run: Run, config: TrainConfig, store: ActivationStore, rows: int, device: torch.device) -> "Member":
@@ -76,7 +77,8 @@ class Member:
             return self.sae.loss(part, clock=clock)
 
     def update(self, x: Tensor, parts: Sequence[Losses], clock: Clock, ranks: Ranks) -> dict[str, float] | None:
-        """What follows the gradients of a batch [batch, d] whose parts had these losses; metrics where it is logged.
+        """What follows the gradients of a batch [batch, d] whose parts had these losses; metrics where it is logged,
+        and of the first step that this process takes, so that they are seen at once.
 
         With several ranks `x` and `parts` are this rank's.
         """
@@ -92,8 +94,12 @@ class Member:
         self.sae.track(*ranks.gather([self.sae.observe(part) for part in parts]))
         self.done = step + 1
         self._revive(total, ranks)
-        logged = self.done % self.config.log_every == 0 or self.done == total
-        return self._metrics(x, parts, clock, ranks) if logged else None  # which waits for a GPU
+        first, self._shown = not self._shown, True
+        return self._metrics(x, parts, clock, ranks) if first or self.logs(total) else None  # which waits for a GPU
+
+    def logs(self, total: int) -> bool:
+        """Whether the metrics of the step just taken belong in the log."""
+        return self.done % self.config.log_every == 0 or self.done == total
 
     def spend(self, seconds: float) -> None:
         """Note what a step took."""
