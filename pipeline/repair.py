@@ -196,7 +196,8 @@ class TokenMaker:
         config = TokenizeConfig(
             source=spec, column=recipe["source"].get("column", "text"), tokenizer=self.spec,
             context=recipe["context_length"], validation=recipe["validation"], packing=recipe["packing"],
-            seed=recipe["shuffle"]["seed"],
+            begin=recipe.get("begin", "document"), separator=recipe.get("separator"),
+            min_tokens=recipe.get("min_tokens", 0), seed=recipe["shuffle"]["seed"],
         )  # fmt: skip
         source = text_source(spec, offline=self.origins.offline, column=config.column)
         self._expect("--source", spec, "source", source.recipe())

@@ -24,7 +24,7 @@ class RowRule(BaseModel):
     skip_first: int = Field(
         1, ge=0, description="positions left out at the start of every context (position 0 holds massive activations)"
     )
-    skip_begin: bool = Field(True, description="leave out the begin-of-document token wherever it stands")
+    skip_begin: bool = Field(True, description="leave out the begin token wherever it stands")
     skip_tokens: Annotated[
         tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(lambda ids: tuple(sorted(set(ids))))
     ] = Field((), description="token ids to leave out wherever they stand, as [198, 628]")

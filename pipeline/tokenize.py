@@ -1,8 +1,8 @@
 """Text -> token stores: `train` and `validation`, no document in both.
 
 Documents are read in blocks of the source's order; each block is filtered to its split, shuffled (seeded) and encoded.
-Every document begins with the tokenizer's begin token (end-of-text for GPT-2). Packing `concat` lays documents end to
-end and cuts the stream every `context` tokens; the tail of the last document that does not fill a context is left out.
+Each context begins with the tokenizer's begin token (end-of-text for GPT-2), or each document does. Packing `concat`
+lays documents end to end and cuts the stream where a context is full; what does not fill a last one is left out.
 Packing `document` starts each document in a context of its own and pads its last one with the begin token; padding
 never becomes a row or a target. Encoding is shared out among processes (`pipeline.text.encoding`); packing stays here.
 
@@ -22,6 +22,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from cache import catalogue
 from cache.errors import SaeError
 from cache.identity import Recipe
 from cache.manifest import Window
@@ -30,6 +31,7 @@ from pipeline.cluster import connected
 from pipeline.progress import Progress
 from pipeline.sources import TextSource, is_validation, text_source
 from pipeline.text.encoding import Block, Encoder
+from pipeline.text.layout import DEFAULT, Begin, Layout, layout
 from pipeline.text.packing import Packer, Place
 from pipeline.text.pool import Pool
 from pipeline.text.tokenizers import Tokenizer, tokenizer
@@ -71,7 +73,24 @@ class TokenizeConfig(BaseModel):
     packing: Literal["concat", "document"] = Field(
         "concat", description="concat: documents end to end; document: none shares a context"
     )
+    begin: Begin | None = Field(
+        None,
+        description="what begins with the begin token: context (each), document (each) or none; null: context, or "
+        "document where the tokenizer has no token for it",
+    )
+    separator: Annotated[int, Field(ge=0)] | str | None = Field(
+        DEFAULT,
+        description="token between two documents of a context: begin, eos, a token's text or id, none; default: begin "
+        "where contexts begin with it, else none",
+    )
+    min_tokens: int = Field(0, ge=0, description="documents of fewer tokens are left out")
     seed: int = Field(0, ge=0, description="seed of the document shuffle")
+
+    def layout(self, tok: Tokenizer) -> Layout:
+        """How documents lie in contexts with a tokenizer."""
+        return layout(
+            tok, self.context, self.packing, begin=self.begin, separator=self.separator, min_tokens=self.min_tokens
+        )
 
 
 @dataclass(frozen=True)
@@ -115,6 +134,7 @@ def token_recipe(config: TokenizeConfig, source: TextSource, tok: Tokenizer, spl
         "tokenizer": {**tok.recipe(), "n_vocab": tok.n_vocab, "begin": tok.begin},
         "context_length": config.context,
         "packing": config.packing,
+        **config.layout(tok).recipe(),
         "shuffle": {
             "order": "pcg64",
             "seed": config.seed,
@@ -140,9 +160,12 @@ def tokenize_split(
 ) -> TokenStore:  # fmt: skip
     """Make or continue the store of one split."""
     slug = "-".join([source.slug, tok.slug, str(config.context), *([split] if split != "train" else [])])
-    with TokenWriter(root, slug, token_recipe(config, source, tok, split)) as writer:
+    recipe = token_recipe(config, source, tok, split)
+    with TokenWriter(root, slug, recipe) as writer:
         if writer.notice:
             progress.note(writer.notice)
+        if not writer.store.n_contexts and config.begin is None and split == SPLITS[0]:
+            _point_to_older(root, recipe, progress)
         writer.write_vocabulary(tok.vocabulary())
         writer.hint(**found_at(config, source))
         target = _target(writer.store, wanted, progress)
@@ -157,6 +180,16 @@ def tokenize_split(
         if not writer.store.n_contexts:
             raise TooLittle(_too_little(config, split))
         return writer.store
+
+
+def _point_to_older(root: Path, recipe: Recipe, progress: Progress) -> None:
+    """Say where the same text lies in contexts of the layout that was the default once."""
+    older = {name: value for name, value in recipe.items() if name not in ("begin", "separator")}
+    if older != recipe and (found := catalogue.of_recipe(root, TokenStore, older)) is not None and found.n_contexts:
+        progress.note(
+            f"a new store: contexts begin with the begin token now, and not only documents as in {found.key}; "
+            "--set tokenize.begin=document continues that one"
+        )
 
 
 def _target(store: TokenStore, wanted: Amount, progress: Progress) -> int | None:
@@ -178,7 +211,9 @@ def _too_little(config: TokenizeConfig, split: str) -> str:
             f"the documents of --source {config.source} that fell to it ({config.validation:g} of all) do not fill a "
             "context; a larger --validation gives it more"
         )
-    return f"--source {config.source}: holds less than one context of {config.context} tokens; try a smaller --context"
+    least = f" in documents of at least {config.min_tokens}" if config.min_tokens else ""
+    remedy = "try a smaller --context" + (" or tokenize.min_tokens" if least else "")
+    return f"--source {config.source}: holds less than one context of {config.context} tokens{least}; {remedy}"
 
 
 def _fill(
@@ -215,8 +250,9 @@ class Contexts:
     def __init__(
         self, config: TokenizeConfig, split: str, source: TextSource, tok: Tokenizer, encoder: Encoder, place: Place
     ) -> None:
-        self._documents = _encoded_documents(_blocks(config, split, source, place), place, encoder, tok.begin)
-        self._packer = Packer(config.context, config.packing, tok.begin)
+        layout = config.layout(tok)
+        self._documents = _encoded_documents(_blocks(config, split, source, place), place, encoder, layout)
+        self._packer = Packer(layout)
 
     def take(self, contexts: int) -> tuple[dict[str, np.ndarray], Place] | None:
         """Arrays of the next `contexts` contexts (fewer where the source ends) and the place after them, or None."""
@@ -253,11 +289,11 @@ def _blocks(config: TokenizeConfig, split: str, source: TextSource, place: Place
 
 
 def _encoded_documents(
-    blocks: Iterator[Block], place: Place, encoder: Encoder, begin: int
+    blocks: Iterator[Block], place: Place, encoder: Encoder, layout: Layout
 ) -> Iterator[tuple[np.ndarray, Place]]:
-    """Every document from `place` on: its tokens (begin token first), and the place of its first token."""
+    """Every document that is kept, from `place` on: its tokens as they are laid, and the place of its first token."""
     used, number = place.token, place.documents
     for block, index, ids in encoder.documents(blocks, place.document):
-        tokens = np.concatenate([np.array([begin], np.uint32), ids.astype(np.uint32, copy=False)])
-        yield tokens[used:], Place(block.source, block.number, index, used, number)
-        used, number = 0, number + 1
+        if layout.keeps(ids):
+            yield layout.document(ids)[used:], Place(block.source, block.number, index, used, number)
+            used, number = 0, number + 1

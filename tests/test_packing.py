@@ -1,5 +1,6 @@
 """Documents -> contexts: nothing lost, nothing doubled, and the same bytes however often it was interrupted."""
 
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -17,11 +18,12 @@ from pipeline import tokenize as stage
 from pipeline.progress import Silent
 from pipeline.sources.base import Indexed
 from pipeline.text import encoding
+from pipeline.text.layout import Layout
 from pipeline.text.packing import Packer, Place
 from pipeline.tokenize import TokenizeConfig, tokenize
 
-BEGIN = 0
-documents_st = st.lists(st.integers(1, 40), max_size=30)
+BEGIN, SEPARATOR = 0, 1
+documents_st = st.lists(st.integers(0, 40), max_size=30)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -36,32 +38,48 @@ def small() -> Iterator[None]:
 
 
 def documents_of(lengths: list[int]) -> list[np.ndarray]:
-    """Documents of these lengths whose tokens are all different, the begin token first."""
-    made, first = [], 1
-    for length in lengths:
-        made.append(np.array([BEGIN, *range(first, first + length - 1)], np.uint32))
-        first += length - 1
-    return made
+    """Documents of these lengths whose tokens are all different."""
+    ends = np.cumsum([SEPARATOR + 1, *lengths])
+    return [np.arange(start, end, dtype=np.uint32) for start, end in pairwise(ends)]
 
 
 def place_of(document: int, token: int = 0) -> Place:
     return Place(None, 0, document, token, document)
 
 
-def packed_whole(documents: list[np.ndarray], context: int, packing: str) -> list[tuple[list[int], list[int], int]]:
-    """Every context by the definition: (tokens, documents, length)."""
-    if packing == "concat":
-        tokens = [int(t) for document in documents for t in document]
-        owner = [i for i, document in enumerate(documents) for _ in document]
-        ends = range(context, len(tokens) + 1, context)
-        return [(tokens[end - context : end], owner[end - context : end], context) for end in ends]
-    contexts = []
+@st.composite
+def layouts(draw: Any) -> Layout:
+    """Every combination of rules that a user may ask for."""
+    packing, begin = (
+        draw(st.sampled_from(["concat", "document"])),
+        draw(st.sampled_from(["context", "document", "none"])),
+    )
+    between = [None] if packing == "document" else [None, SEPARATOR, *([BEGIN] if begin != "document" else [])]
+    least = draw(st.sampled_from([0, 0, 1, 2, 9]))
+    return Layout(draw(st.integers(2, 12)), packing, BEGIN, begin, draw(st.sampled_from(between)), least)
+
+
+def packed_whole(documents: list[np.ndarray], layout: Layout) -> list[tuple[list[int], list[int], int]]:
+    """Every context by the definition, token by token: (tokens, documents, length)."""
+    first = [BEGIN] if layout.begin == "context" else []
+    contexts, held, owners = [], [*first], []
+
+    def close(number: int) -> None:
+        length, missing = len(held), layout.context - len(held)
+        owner = [owners[0]] * len(first) + owners + [number] * missing
+        if length > 1:
+            contexts.append((held + [BEGIN] * missing, owner, length))
+        held[:], owners[:] = first, []
+
     for number, document in enumerate(documents):
-        for start in range(0, len(document), context):
-            piece = document[start : start + context].tolist()
-            if len(piece) > 1:
-                padded = piece + [BEGIN] * (context - len(piece))
-                contexts.append((padded, [number] * context, len(piece)))
+        lead = [] if layout.separator is None or not owners else [layout.separator]
+        for token in [*lead, *([BEGIN] if layout.begin == "document" else []), *document.tolist()]:
+            held.append(token)
+            owners.append(number)
+            if len(held) == layout.context:
+                close(number)
+        if layout.packing == "document" and owners:
+            close(number)
     return contexts
 
 
@@ -71,15 +89,15 @@ def as_contexts(arrays: dict[str, np.ndarray]) -> list[tuple[list[int], list[int
 
 
 @some
-@given(documents_st, st.integers(2, 12), st.sampled_from(["concat", "document"]), st.data())
-def test_any_way_of_taking_gives_the_same(lengths: list[int], context: int, packing: str, data: Any) -> None:
+@given(documents_st, layouts(), st.data())
+def test_any_way_of_taking_gives_the_same(lengths: list[int], layout: Layout, data: Any) -> None:
     """Documents arrive one by one and contexts leave in pieces of any size; all agree with the definition."""
-    documents = documents_of(lengths)
-    expected = packed_whole(documents, context, packing)
-    packer = Packer(context, packing, BEGIN)
+    documents = [document for document in documents_of(lengths) if layout.keeps(document)]
+    expected = packed_whole(documents, layout)
+    packer = Packer(layout)
     found = []
     for number, document in enumerate(documents):
-        packer.add(document, place_of(number))
+        packer.add(layout.document(document), place_of(number))
         if packer.contexts and data.draw(st.booleans()):
             found += as_contexts(packer.take(data.draw(st.integers(1, packer.contexts)))[0])
     assert packer.contexts == len(expected) - len(found)
@@ -90,23 +108,23 @@ def test_any_way_of_taking_gives_the_same(lengths: list[int], context: int, pack
 
 
 @some
-@given(documents_st, st.integers(2, 12), st.sampled_from(["concat", "document"]), st.data())
-def test_the_place_after_a_window_continues_it(lengths: list[int], context: int, packing: str, data: Any) -> None:
+@given(documents_st, layouts(), st.data())
+def test_the_place_after_a_window_continues_it(lengths: list[int], layout: Layout, data: Any) -> None:
     """A packer that begins at the place another one gave makes the rest."""
-    documents = documents_of(lengths)
-    expected = packed_whole(documents, context, packing)
+    documents = [document for document in documents_of(lengths) if layout.keeps(document)]
+    expected = packed_whole(documents, layout)
     if not expected:
         return
-    packer = Packer(context, packing, BEGIN)
+    packer = Packer(layout)
     for number, document in enumerate(documents):
-        packer.add(document, place_of(number))
+        packer.add(layout.document(document), place_of(number))
     taken = data.draw(st.integers(1, len(expected)))
     found, place = packer.take(taken)
     assert as_contexts(found) == expected[:taken]
-    resumed = Packer(context, packing, BEGIN)
-    resumed.add(documents[place.document][place.token :], place)
+    resumed = Packer(layout)
+    resumed.add(layout.document(documents[place.document])[place.token :], place)
     for number in range(place.document + 1, len(documents)):
-        resumed.add(documents[number], place_of(number))
+        resumed.add(layout.document(documents[number]), place_of(number))
     assert resumed.contexts == len(expected) - taken
     if resumed.contexts:
         assert as_contexts(resumed.take(resumed.contexts)[0]) == expected[taken:]
@@ -118,7 +136,7 @@ def test_the_place_after_a_window_continues_it(lengths: list[int], context: int,
 class Letters:
     """A tokenizer of one token a character, without a pool."""
 
-    slug, n_vocab, begin = "letters", 128, BEGIN
+    slug, n_vocab, begin, has_begin, end = "letters", 128, BEGIN, True, 3
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("ascii"), np.uint8).astype(np.uint32) for text in texts]
@@ -169,7 +187,7 @@ class Notes(Silent):
 
 
 def config(**settings: Any) -> TokenizeConfig:
-    defaults = {"context": 8, "tokens": "all", "validation_tokens": "all", "validation": 0.2}
+    defaults = {"context": 8, "tokens": "all", "validation_tokens": "all", "validation": 0.2, "begin": "document"}
     return TokenizeConfig(**{**defaults, **settings})
 
 
@@ -207,28 +225,37 @@ def test_every_document_is_in_one_split(tmp_path: Path, texts: list[str], packin
     assert all(store.closed for store in stores.values())
 
 
-@pytest.mark.parametrize("packing", ["concat", "document"])
-def test_resuming_at_every_window_gives_the_same_bytes(tmp_path: Path, texts: list[str], packing: str) -> None:
-    whole = tokenize(config(packing=packing), tmp_path / "whole", Silent()).stores["train"]
+RULES: list[dict[str, Any]] = [
+    {},
+    {"packing": "document"},
+    {"begin": "context"},
+    {"begin": "context", "separator": "eos", "min_tokens": 12},
+    {"begin": "context", "packing": "document", "min_tokens": 5},
+    {"begin": "none", "separator": "begin"},
+    {"begin": "document", "separator": "eos", "min_tokens": 20},
+]
+
+
+@pytest.mark.parametrize("rules", RULES, ids=str)
+def test_resuming_at_every_window_gives_the_same_bytes(tmp_path: Path, texts: list[str], rules: dict[str, Any]) -> None:
+    whole = tokenize(config(**rules), tmp_path / "whole", Silent()).stores["train"]
     assert len(whole.manifest.windows) > 4
     for window in whole.manifest.windows:
-        stores = tokenize(config(packing=packing, tokens=window.stop * 8), tmp_path / "parts", Silent()).stores
+        stores = tokenize(config(**rules, tokens=window.stop * 8), tmp_path / "parts", Silent()).stores
         assert stores["train"].n_contexts == window.stop
-    stores = tokenize(config(packing=packing), tmp_path / "parts", Silent()).stores
+    stores = tokenize(config(**rules), tmp_path / "parts", Silent()).stores
     assert files(stores["train"].path) == files(whole.path)
     before = files(whole.path)
-    assert (
-        tokenize(config(packing=packing), tmp_path / "whole", Silent()).stores["train"].n_contexts == whole.n_contexts
-    )
+    assert tokenize(config(**rules), tmp_path / "whole", Silent()).stores["train"].n_contexts == whole.n_contexts
     assert files(whole.path) == before
 
 
-@pytest.mark.parametrize("packing", ["concat", "document"])
+@pytest.mark.parametrize("rules", RULES[1:4], ids=str)
 def test_killed_between_windows(
-    tmp_path: Path, texts: list[str], packing: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, texts: list[str], rules: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after a commit, the last one among them: the next call ends with the same bytes, closed."""
-    whole = tokenize(config(packing=packing), tmp_path / "whole", Silent()).stores["train"]
+    whole = tokenize(config(**rules), tmp_path / "whole", Silent()).stores["train"]
     append = stage.TokenWriter.append
     for last in (0, 3, len(whole.manifest.windows) - 1):
         root = tmp_path / str(last)
@@ -242,8 +269,8 @@ def test_killed_between_windows(
         with monkeypatch.context() as patch:
             patch.setattr(stage.TokenWriter, "append", append_or_die)
             with pytest.raises(KeyboardInterrupt):
-                tokenize(config(packing=packing), root, Silent())
-        assert files(tokenize(config(packing=packing), root, Silent()).stores["train"].path) == files(whole.path)
+                tokenize(config(**rules), root, Silent())
+        assert files(tokenize(config(**rules), root, Silent()).stores["train"].path) == files(whole.path)
 
 
 @few
@@ -317,3 +344,98 @@ def test_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     together = tokenize(settings, tmp_path / "two", Silent(), workers=2).stores
     for split, store in alone.items():
         assert files(together[split].path) == files(store.path)
+
+
+# --- what begins with the begin token, and what stands between -------------------------------------------------------
+
+
+@pytest.mark.parametrize("rules", RULES, ids=str)
+def test_the_stage_lays_documents_as_the_definition_says(
+    tmp_path: Path, texts: list[str], rules: dict[str, Any]
+) -> None:
+    settings = config(validation=0, **rules)
+    store = tokenize(settings, tmp_path, Silent()).stores["train"]
+    laid = settings.layout(Letters())
+    (order,) = [[i for block in range(0, len(texts), 7) for i in _shuffled(block, texts)]]
+    ids = [ids for ids in Letters().encode_batch([texts[i] for i in order]) if len(ids) >= laid.min_tokens]
+    found = {
+        "tokens": store.contexts(0, store.n_contexts), "document": store.document_ids(0, store.n_contexts),
+        "length": store.lengths(0, store.n_contexts),
+    }  # fmt: skip
+    assert as_contexts(found) == packed_whole(ids, laid)
+    begins = found["tokens"][:, 0] == BEGIN
+    assert begins.all() if laid.begin == "context" else not begins.all()
+
+
+def _shuffled(block: int, texts: list[str]) -> list[int]:
+    bits = np.random.PCG64([0, block // 7]).random_raw(len(texts[block : block + 7]))
+    return [block + i for i in sorted(range(len(bits)), key=lambda i: bits[i])]
+
+
+def test_rules_of_before_keep_their_recipe(texts: list[str]) -> None:
+    """Documents that begin with the begin token, and nothing else, is what recipes of 0.1 say without saying it."""
+    keys = {"source", "tokenizer", "context_length", "packing", "shuffle", "validation", "split"}
+
+    def added(**settings: Any) -> dict[str, Any]:
+        recipe = stage.token_recipe(config(**settings), Texts(texts), Letters(), "train")
+        assert keys <= set(recipe)
+        return {key: value for key, value in recipe.items() if key not in keys}
+
+    assert added(begin="document") == added(begin="document", separator=None) == added(separator="none") == {}
+    assert added(begin=None) == added(begin="context") == {"begin": "context", "separator": BEGIN}
+    assert added(begin="context", packing="document") == {"begin": "context"}
+    assert added(begin="context", separator="eos") == added(begin="context", separator=3) == {
+        "begin": "context", "separator": 3,
+    }  # fmt: skip
+    assert added(begin="context", separator="a")["separator"] == ord("a")
+    assert added(begin="none") == {"begin": "none"}
+    assert added(min_tokens=4) == {"min_tokens": 4}
+
+
+def test_without_a_begin_token_documents_begin_as_before(texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Letters, "has_begin", False)
+    assert config(begin=None).layout(Letters()) == Layout(8, "concat", BEGIN)
+    assert config(begin="context").layout(Letters()).begin == "context"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"separator": "<|nothing|>"}, "tokenize.separator = '<|nothing|>': in letters not a token of its own; try"),
+        ({"separator": ""}, "tokenize.separator = '': in letters not a token of its own"),
+        ({"separator": 128}, "tokenize.separator = 128: letters has tokens 0 to 127"),
+        ({"separator": "begin"}, "is the begin token, and with tokenize.begin = document each document begins with it"),
+        ({"separator": "eos", "packing": "document"}, "with --packing document no context holds two documents"),
+    ],
+)
+def test_separators_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SaeError, match=re.escape(message)):
+        config(**settings).layout(Letters())
+
+
+def test_no_separator_without_an_end_or_with_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Letters, "end", None)
+    with pytest.raises(
+        SaeError, match=r"tokenize\.separator = eos: letters has no such token; try begin, or a token's"
+    ):
+        config(separator="eos").layout(Letters())
+    monkeypatch.setattr(Letters, "vocabulary", lambda self: [b"a", b"a"])
+    with pytest.raises(SaeError, match="the text of tokens 0, 1; give the id"):
+        config(separator="a").layout(Letters())
+
+
+def test_a_new_default_says_where_the_old_tokens_are(tmp_path: Path, texts: list[str]) -> None:
+    old = tokenize(config(), tmp_path, Silent()).stores["train"]
+    new = tokenize(config(begin=None), tmp_path, notes := Notes()).stores["train"]
+    assert new.key != old.key
+    said = [line for line in notes.lines if "--set tokenize.begin=document continues that one" in line]
+    assert len(said) == 1 and old.key in said[0]
+    tokenize(config(begin=None), tmp_path, notes := Notes())
+    tokenize(config(begin="context", seed=1), tmp_path, notes)
+    tokenize(config(begin=None, seed=2), tmp_path, notes)
+    assert not [line for line in notes.lines if "continues" in line]
+
+
+def test_documents_too_short_leave_too_little(tmp_path: Path, texts: list[str]) -> None:
+    with pytest.raises(SaeError, match="holds less than one context of 8 tokens in documents of at least 900; try a"):
+        tokenize(config(min_tokens=900), tmp_path, Silent())

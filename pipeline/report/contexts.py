@@ -106,7 +106,7 @@ def context_html(example: Example, largest: float, found: Features) -> str:
 
 
 def _token(text: str, value: float | None, largest: float, extra: str, begins: bool) -> str:
-    """A token's HTML: marked where the latent fires, faint where it is a document's start or was never looked at."""
+    """A token's HTML: marked where the latent fires, faint where it is a begin token or was never looked at."""
     if value is not None and value > 0 and largest > 0:
         level = min(LEVELS, max(1, math.ceil(LEVELS * value / largest)))
         kind = f"a{level} {extra}".strip()
@@ -114,7 +114,7 @@ def _token(text: str, value: float | None, largest: float, extra: str, begins: b
     if extra:
         return f'<mark class="{extra}">{text}</mark>'
     if begins:
-        return f'<i class="begin" title="start of a document">{text}</i>'
+        return f'<i class="begin" title="begin token">{text}</i>'
     return f'<i class="unseen" title="not in the cache">{text}</i>' if value is None else text
 
 

@@ -1,8 +1,7 @@
 """Tokenizers: tiktoken's encodings, the embedded one, and those of Hugging Face models.
 
 Text is always ordinary text here: "<|endoftext|>" written in a document is encoded as the characters it is made of, and
-no tokenizer adds tokens of its own. Documents are told apart by the token `begin`, which the tokenize stage puts before
-each.
+no tokenizer adds tokens of its own. The tokenize stage puts `begin` before contexts or documents.
 """
 
 from __future__ import annotations
@@ -46,7 +45,17 @@ class Tokenizer(Protocol):
 
     @property
     def begin(self) -> int:
-        """The token every document starts with: end-of-text for the GPT-2 family, beginning-of-sequence for Llama's."""
+        """The token texts start with: end-of-text for the GPT-2 family, beginning-of-sequence for Llama's."""
+        ...
+
+    @property
+    def has_begin(self) -> bool:
+        """Whether `begin` is meant for that; otherwise it is the token that ends texts, for want of one."""
+        ...
+
+    @property
+    def end(self) -> int | None:
+        """The token that ends texts."""
         ...
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
@@ -93,6 +102,8 @@ class TiktokenTokenizer:
         self.slug: str = encoding.name
         self.n_vocab: int = encoding.n_vocab
         self.begin: int = encoding.encode_single_token(_END_OF_TEXT)
+        self.end: int | None = self.begin
+        self.has_begin = True  # GPT-2's texts start with what ends the one before
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [self._encode(text) for text in texts]
@@ -144,7 +155,8 @@ class HuggingFaceTokenizer:
             raise SaeError(
                 f"--tokenizer {slug}: has neither a bos nor an eos token to begin documents with; try another"
             )
-        self.begin = int(begin)
+        self.begin, self.has_begin = int(begin), loaded.bos_token_id is not None
+        self.end: int | None = loaded.eos_token_id
         self._backend = getattr(loaded, "backend_tokenizer", None)
         if self._backend is not None:
             self._backend.no_truncation()
