@@ -13,14 +13,14 @@ Rows come in an order that depends on the token store (or the source), the row r
 every site of a model are aligned, whether they were harvested together or apart.
 """
 
+from __future__ import annotations
+
 import hashlib
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from cache.arrays import ArraySpec
 from cache.codecs import Codec, Columns, Encoded, calibrate, codec_from_recipe, from_numpy, to_numpy
@@ -29,6 +29,9 @@ from cache.identity import Recipe, canonical
 from cache.manifest import Windows
 from cache.store import Store
 from cache.writer import Writer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHUNK_ROWS = 16_384
 CHUNK_BYTES = 24 << 20  # buffers of 32 MiB and more are mapped and unmapped at every use, three times slower
@@ -100,7 +103,7 @@ class ActivationStore(Store):
         if not self.n_rows:
             raise SaeError(f"{self.path}: holds no rows yet; run `sae harvest` again to continue it")
         mean, scale = self.chunk("col_mean", 0), self.chunk("col_scale", 0)
-        return Columns(torch.from_numpy(mean.copy()), torch.from_numpy(scale.copy()))
+        return Columns(from_numpy(mean.copy()), from_numpy(scale.copy()))
 
     @property
     def truth(self) -> Tensor | None:
@@ -142,7 +145,7 @@ class ActivationWriter(Writer):
     store_class: ClassVar[type[Store]] = ActivationStore
     store: ActivationStore
 
-    def window(self, rows: int) -> "WindowBuffer":
+    def window(self, rows: int) -> WindowBuffer:
         """A buffer for the next window, of which `rows` rows exist (fewer than its size only at the source's end)."""
         columns = self.store.columns if self.store.n_rows else None
         return WindowBuffer(self.store, len(self.store.manifest.windows), rows, columns)
@@ -156,6 +159,8 @@ class WindowBuffer:
     """
 
     def __init__(self, store: ActivationStore, window: int, rows: int, columns: Columns | None) -> None:
+        import torch
+
         self.store, self.columns, self.filled = store, columns, 0
         self.place = np.argsort(permutation(origin(store.recipe), window, rows))
         self.position = np.empty(rows, np.int64)
@@ -167,7 +172,7 @@ class WindowBuffer:
     def add(self, rows: Tensor, positions: np.ndarray) -> None:
         """The next rows [n, d] in token order, and the token each came from [n]."""
         assert len(rows) == len(positions) and self.filled + len(rows) <= len(self.place)
-        if not torch.isfinite(rows).all():
+        if not rows.isfinite().all():
             recipe = self.store.recipe
             of_model = "model" in recipe
             name = f"{recipe['model']['model']} {recipe['layer']}.{recipe['site']}" if of_model else self.store.slug
@@ -178,17 +183,19 @@ class WindowBuffer:
         if self.columns is None:
             self._waiting.append(rows.float().clone())
         else:
-            self._encode(rows, torch.from_numpy(place), self.columns)
+            self._encode(rows, from_numpy(place), self.columns)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The window's arrays as they are stored, all rows present."""
+        import torch
+
         assert self.filled == len(self.place), (self.filled, len(self.place))
         arrays: dict[str, np.ndarray] = {"position": self.position}
         if self.columns is None:
             waiting = torch.cat(self._waiting)
             self._waiting.clear()
             self.columns = Columns(*(c.cpu() for c in calibrate(waiting)))
-            self._encode(waiting, torch.from_numpy(self.place), self.columns)
+            self._encode(waiting, from_numpy(self.place), self.columns)
             arrays |= {"col_mean": self.columns.mean.numpy(), "col_scale": self.columns.scale.numpy()}
         assert self._rows is not None
         arrays["rows"] = to_numpy(self._rows)
@@ -198,6 +205,8 @@ class WindowBuffer:
         return arrays
 
     def _encode(self, rows: Tensor, place: Tensor, columns: Columns) -> None:
+        import torch
+
         on_device = Columns(columns.mean.to(rows.device), columns.scale.to(rows.device))
         rows = rows.float()
         encoded = self.store.codec.encode(rows, on_device)

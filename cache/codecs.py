@@ -11,14 +11,18 @@ robustly (rows whose norm is above five times the median are left out, so massiv
 | float32  | 4               | none                                                 |
 """
 
+from __future__ import annotations
+
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from cache.errors import SaeError
+
+if TYPE_CHECKING:  # what lists stores and checks bytes needs no torch, and its import takes seconds
+    import torch
+    from torch import Tensor
 
 CODES_MAX = 127
 FP16_SMALLEST = 2.0**-14
@@ -39,14 +43,14 @@ class Encoded(NamedTuple):
     rows: Tensor
     row_scale: Tensor | None
 
-    def to(self, device: torch.device) -> "Encoded":
+    def to(self, device: torch.device) -> Encoded:
         """The same on a device; from pinned memory without waiting for the copy."""
         scale = self.row_scale
         return Encoded(
             self.rows.to(device, non_blocking=True), None if scale is None else scale.to(device, non_blocking=True)
         )
 
-    def clone(self) -> "Encoded":
+    def clone(self) -> Encoded:
         """A copy with memory of its own."""
         return Encoded(self.rows.clone(), None if self.row_scale is None else self.row_scale.clone())
 
@@ -97,13 +101,13 @@ class Int8:
         normalised = (rows - columns.mean) / columns.scale
         widest = normalised.abs().amax(dim=1)
         # float16 rounds by less than half a step in 127, so the widest value still rounds to a code of at most 127
-        scale = (widest / CODES_MAX).clamp_min(max(self.step, FP16_SMALLEST)).to(torch.float16)
-        if not torch.isfinite(scale).all():
+        scale = (widest / CODES_MAX).clamp_min(max(self.step, FP16_SMALLEST)).half()
+        if not scale.isfinite().all():
             raise SaeError(
                 "--codec int8: an activation is 8 million standard deviations from its column's mean; use bfloat16"
             )
         codes = (normalised / scale.float()[:, None]).round_().clamp_(-CODES_MAX, CODES_MAX)
-        return Encoded(codes.to(torch.int8), scale)
+        return Encoded(codes.char(), scale)
 
     def decode(self, encoded: Encoded, columns: Columns) -> Tensor:
         assert encoded.row_scale is not None
@@ -128,7 +132,7 @@ class BFloat16:
     zstd: int | None = None
 
     def encode(self, rows: Tensor, columns: Columns) -> Encoded:
-        return Encoded((rows - columns.mean).to(torch.bfloat16), None)
+        return Encoded((rows - columns.mean).bfloat16(), None)
 
     def decode(self, encoded: Encoded, columns: Columns) -> Tensor:
         return encoded.rows.float().add_(columns.mean)
@@ -149,8 +153,8 @@ class Float16:
     zstd: int | None = None
 
     def encode(self, rows: Tensor, columns: Columns) -> Encoded:
-        stored = rows.to(torch.float16)
-        if not torch.isfinite(stored).all():
+        stored = rows.half()
+        if not stored.isfinite().all():
             raise SaeError("--codec float16: an activation is beyond 65,504; use int8 or bfloat16")
         return Encoded(stored, None)
 
@@ -179,16 +183,20 @@ class Float32:
         return encoded.rows.clone()
 
     def error_bound(self, rows: Tensor, encoded: Encoded, columns: Columns) -> Tensor:
-        return torch.zeros_like(rows)
+        return rows.new_zeros(rows.shape)
 
 
 def to_numpy(stored: Tensor) -> np.ndarray:
     """Stored numbers as NumPy holds them: bfloat16 as the uint16 of its bits."""
+    import torch
+
     return stored.view(torch.uint16).numpy() if stored.dtype == torch.bfloat16 else stored.numpy()
 
 
 def from_numpy(stored: np.ndarray) -> Tensor:
     """The inverse of `to_numpy`."""
+    import torch
+
     tensor = torch.from_numpy(stored if stored.flags.writeable else stored.copy())
     return tensor.view(torch.bfloat16) if stored.dtype == np.uint16 else tensor
 
@@ -251,6 +259,8 @@ def calibrate(rows: Tensor) -> Columns:
     and adds 0.02 % so; eight such columns add 0.16 %.
     Rows of zeros, of which sparse activations may have more than others, have no say in what the median norm is.
     """
+    import torch
+
     norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     usual = norms[norms > 0].median() if norms.any() else norms.new_zeros(())
     kept = rows[norms <= OUTLIER_NORM * usual].double()

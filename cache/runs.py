@@ -9,18 +9,20 @@ sae_weights.safetensors   /
 eval/                     what `sae eval` found (eval.json, latents.safetensors), and `sae report` (features.json)
 """
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from cache.durable import PARTIAL, checksum, explained, move, unreadable, whole_lines_end, write_atomic
 from cache.errors import DamagedStore, NotFound, SaeError
 from cache.locks import Lock
+
+if TYPE_CHECKING:  # listing runs needs no torch, and its import takes seconds
+    from torch import Tensor
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -41,7 +43,7 @@ class Run:
         self.config: dict[str, Any] = self.read_json(CONFIG)
 
     @classmethod
-    def create(cls, path: Path, config: dict[str, Any]) -> "Run":
+    def create(cls, path: Path, config: dict[str, Any]) -> Run:
         """A new run folder. Raises SaeError where one exists already."""
         if (path / CONFIG).exists():
             raise SaeError(f"--name {path.name}: {path} exists; continue it with --resume or choose another --name")
@@ -102,6 +104,8 @@ class Run:
 
     def stage_checkpoint(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Write what `publish_checkpoint` makes the checkpoint. `state["step"]` says how far training was."""
+        import safetensors.torch
+
         flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         text = json.dumps(state)
         header = {"state": text, "crc32c": _checksum(flat, text)}
@@ -119,7 +123,7 @@ class Run:
         if not path.exists():
             return -1
         try:
-            with safe_open(path, "pt") as file:
+            with safe_open(path, "np") as file:  # of which only the header is read
                 return int(json.loads((file.metadata() or {})["state"])["step"])
         except (SafetensorError, KeyError, ValueError) as error:
             raise DamagedStore(f"{path}: is not the file that was written ({error})") from error
@@ -140,6 +144,8 @@ class Run:
 
     def save_weights(self, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
         """Write the finished dictionary (weights last: their presence says it is finished)."""
+        import safetensors.torch
+
         self.write_json(WEIGHTS_CONFIG, config)
         flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         write_atomic(self.path / WEIGHTS, safetensors.torch.save(flat, metadata={"crc32c": _checksum(flat)}))
@@ -170,6 +176,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _checksum(tensors: dict[str, Tensor], text: str = "") -> str:
     """crc32c over all that a file says: every tensor's name, type, shape and bytes, and the text beside them."""
+    import torch
+
     parts = [text]
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -1,0 +1,27 @@
+"""What looking around costs: commands that read no numbers import no torch, which alone takes seconds."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = ("torch", "transformers", "transformer_lens", "datasets", "matplotlib", "distributed")
+LOOKING = (
+    "--version", "cache ls", "cache du", "cache verify", "cache gc", "cache inspect nothing", "cache rm nothing --yes",
+    "compare nothing", "train --lr fast", "train --nonsense",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", LOOKING)
+def test_looking_around_imports_nothing_heavy(command: str, tmp_path: Path) -> None:
+    program = (
+        "import sys; from cli import main\n"
+        f"sys.argv = ['sae', *{command.split()!r}]\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        f"print('imported', [name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    env = {"PATH": "", "PYTHONPATH": ":".join(sys.path), "SAE_CACHE": str(tmp_path), "SAE_RUNS": str(tmp_path)}
+    ran = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "imported []", ran.stdout + ran.stderr
