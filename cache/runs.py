@@ -3,6 +3,7 @@
 config.json               what was asked for, with the recipe of the activations it was trained on
 metrics.jsonl             one line a logged step
 checkpoint.safetensors    the whole training state, replaced atomically; its JSON part is in the header
+failure.json              the step and the error, where the numbers were none any more and training ended early
 checkpoint.next...        the one that will replace it, once those of all dictionaries trained with it are written
 cfg.json                  \\ the dictionary, in the layout SAELens opens; written when training ends
 sae_weights.safetensors   /
@@ -30,6 +31,7 @@ CHECKPOINT = "checkpoint.safetensors"
 STAGED = "checkpoint.next.safetensors"
 WEIGHTS = "sae_weights.safetensors"
 WEIGHTS_CONFIG = "cfg.json"
+FAILURE = "failure.json"
 EVALUATION, LATENTS, FEATURES = "eval/eval.json", "eval/latents.safetensors", "eval/features.json"
 
 
@@ -58,6 +60,15 @@ class Run:
     def finished(self) -> bool:
         """Whether training ended: the dictionary is there (weights last)."""
         return (self.path / WEIGHTS).exists()
+
+    @property
+    def failure(self) -> dict[str, Any] | None:
+        """`step` and `error` of a training that ended early by itself; None where none did, or it is going on again."""
+        return self.read_json(FAILURE) if (self.path / FAILURE).exists() else None
+
+    def clear_failure(self) -> None:
+        """Forget how an earlier training ended."""
+        (self.path / FAILURE).unlink(missing_ok=True)
 
     def lock(self) -> Lock:
         """Exclusive use for training."""

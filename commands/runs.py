@@ -171,9 +171,15 @@ def train_every(
     """Train the dictionaries of a sweep, each in a folder below `root`, and show them side by side."""
     from pipeline.compare import compare as rows_of
     from pipeline.sweep import open_all, sweep
+    from pipeline.training.member import Diverged
 
     runs = open_all(every, store, root)
-    sweep(runs, store, bars, device=device, processes=processes)
+    try:
+        sweep(runs, store, bars, device=device, processes=processes)
+    except Diverged:
+        if finished := [run for run in runs if run.finished]:
+            show(rows_of(finished), f"{len(finished)} of {len(runs)} runs in {root}", json)
+        raise
     show(rows_of(runs), f"{len(runs)} runs in {root}", json)
 
 

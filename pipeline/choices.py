@@ -25,6 +25,8 @@ def choices(runs: Path) -> dict[str, list[dict[str, str]]]:
 
 def _state(run: Run) -> str:
     state = "finished" if run.finished else "not finished; continue with --resume"
+    if (failure := run.failure) is not None:
+        state = f"diverged at step {failure['step']:,}; try a smaller --lr"
     return f"{state}, on {run.config['activations']['key']}"
 
 

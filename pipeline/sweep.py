@@ -17,6 +17,7 @@ from cache.places import place
 from cache.runs import CONFIG, Run
 from pipeline.progress import Progress, Silent
 from pipeline.train import STREAM, TrainConfig, open_run, run_name, share, train
+from pipeline.training.member import Diverged
 from pipeline.training.parallel import Seat, Together, together, torchrun_seat
 from pipeline.training.processes import launch
 from pipeline.training.ranks import Alone, Ranks
@@ -89,13 +90,14 @@ def sweep(
     """Train what is not finished of the runs, all that share a stream of batches in one pass.
 
     With several processes of this machine, or several that torchrun has started, each takes its share of every batch.
-    Of torchrun's, only rank 0 calls this: the others call `follow`.
+    Of torchrun's, only rank 0 calls this: the others call `follow`. Raises Diverged, once the others are finished,
+    where a dictionary diverged.
     """
     seat = torchrun_seat(device)
     if seat is not None and processes > 1:
         raise SaeError(f"--devices {processes}: torchrun has started the processes already; leave out --devices")
     for run in runs:
-        share(run.config["train"]["batch"], processes)  # said before anything is started
+        share(TrainConfig.model_validate(run.config["train"]), processes)  # said before anything is started
     task = json.dumps({"runs": [str(run.path) for run in runs], "store": str(store.path)})
     if processes > 1 and not all(run.finished for run in runs):
         launch(processes, device, _take_part, task, progress)
@@ -136,8 +138,14 @@ def _passes(runs: Sequence[Run], store: ActivationStore, progress: Progress, dev
     if len(runs) > 1:
         done = len(runs) - len(waiting)
         progress.note(f"{len(runs)} dictionaries, {done} finished before, {len(streams)} passes for the others")
+    diverged = []
     for stream in streams.values():
-        train(stream, store, progress, device=device, ranks=ranks)
+        try:
+            train(stream, store, progress, device=device, ranks=ranks)
+        except Diverged as error:
+            diverged.append(str(error))
+    if diverged:
+        raise Diverged("; ".join(diverged))
 
 
 def _group(run: Run) -> str:

@@ -19,14 +19,14 @@ from cache.activations import ActivationStore
 from cache.errors import NotFound, SaeError
 from cache.identity import digest
 from cache.loader import Loader
-from cache.runs import CONFIG, Run
+from cache.runs import CONFIG, FAILURE, Run
 from pipeline import devices
 from pipeline.interrupts import interruptible
 from pipeline.progress import Progress
 from pipeline.saes import Clock
 from pipeline.training.config import STREAM, TrainConfig
 from pipeline.training.group import Group, grouped
-from pipeline.training.member import Member
+from pipeline.training.member import Diverged, Member
 from pipeline.training.ranks import Alone, Ranks
 
 SHOWN = ("loss", "fvu", "l0", "dead", "agreement", "recovery")  # beside the progress bar
@@ -75,6 +75,7 @@ class TrainState:
     total: int
     step: int = 0
     started: float = field(default_factory=time.monotonic)
+    diverged: list[Diverged] = field(default_factory=list)
 
     @property
     def members(self) -> list[Member]:
@@ -82,9 +83,20 @@ class TrainState:
 
     def save(self, ranks: Ranks) -> None:
         """Write the checkpoints, but for those that are ahead: they have a later one."""
-        for group in self.groups:
+        for group in [*self.groups]:
             if group.done == self.step:
-                group.save(self.loader.state_dict(), ranks)
+                try:
+                    group.save(self.loader.state_dict(), ranks)
+                except Diverged as error:
+                    self.end(group, error, ranks)
+
+    def end(self, group: Group, error: Diverged, ranks: Ranks) -> None:
+        """Go on without a group that diverged; its run folders say why they are not finished."""
+        self.groups.remove(group)
+        self.diverged.append(error)
+        if ranks.rank == 0:
+            for member in group.members:
+                member.run.write_json(FAILURE, {"step": member.done, "error": str(error)})
 
     def restore(self, ranks: Ranks) -> None:
         """Take up the checkpoints. A kill may have caught some before theirs was written: the others wait."""
@@ -101,6 +113,7 @@ def train(
     """Train (or continue) the dictionaries of `runs` over one stream of `store`'s rows; their last metrics (of rank 0).
 
     With several ranks each calls this and takes its share of every batch; what is written is written by rank 0.
+    Raises Diverged, once the others are finished, where a dictionary diverged.
     """
     ranks = Alone() if ranks is None else ranks
     where = devices.device(device)
@@ -116,6 +129,8 @@ def train(
         for x in state.loader if state.step < state.total else ():
             shown = _step(state, x, ranks)
             progress.advance(1, **shown)
+            if not state.groups:
+                break
             stop = ranks.any(bool(stopping) or ranks.asked)
             every = min(member.config.checkpoint_every for member in state.members)
             if state.step % every == 0 or stop or state.step == state.total:
@@ -129,16 +144,22 @@ def train(
             for member in state.members:
                 member.finish(_metadata(store.recipe))
         ranks.wait()
+        if state.diverged:
+            raise Diverged("; ".join(map(str, state.diverged)))
         return [run.metrics()[-1] for run in runs] if ranks.rank == 0 else []
 
 
 def _step(state: TrainState, x: Tensor, ranks: Ranks) -> dict[str, float]:
     """One step of every group that has not taken it yet; the figures worth showing, where there are some."""
     shown: dict[str, float] = {}
-    for group in state.groups:
+    for group in [*state.groups]:
         if group.done > state.step:
             continue
-        logged = group.step(x, Clock(state.step, state.total), ranks)
+        try:
+            logged = group.step(x, Clock(state.step, state.total), ranks)
+        except Diverged as error:
+            state.end(group, error, ranks)
+            continue
         for member, metrics in zip(group.members, logged, strict=True):
             if metrics is None:
                 continue
@@ -160,7 +181,7 @@ def _begin(
             raise SaeError(f"train.{name}: dictionaries trained together must agree on it")
     first, rows = configs[0], runs[0].config["activations"]["rows"]
     loader = Loader(
-        store, share(first.batch, ranks.world), seed=first.data_seed, rows=rows, device=device, outliers=first.outliers,
+        store, share(first, ranks.world), seed=first.data_seed, rows=rows, device=device, outliers=first.outliers,
         rank=ranks.rank, world=ranks.world,
     )  # fmt: skip
     members = []
@@ -173,17 +194,28 @@ def _begin(
         ranks.copy(member.sae.state_dict().values())  # to the bit, however each device rounds a mean
     state = TrainState(grouped(members), loader, first.total_steps(rows))
     state.restore(ranks)
+    if ranks.rank == 0:
+        for run in runs:
+            run.clear_failure()
     if any(run.has_checkpoint for run in runs):
         progress.note(f"{runs[0].name}: continuing at step {state.step:,} of {state.total:,}")
     return state
 
 
-def share(batch: int, world: int) -> int:
-    """Rows of a batch for each of `world` processes. Raises SaeError where they are not as many for each."""
+def share(config: TrainConfig, world: int) -> int:
+    """Rows of a batch for each of `world` processes. Raises SaeError where those are uneven or too few."""
+    batch, parts = config.batch, config.accumulate
     if batch % world:
         near = batch - batch % world or world
         raise SaeError(f"--batch {batch}: cannot be shared equally by {world} processes; try {near}")
-    return batch // world
+    rows = batch // world
+    least = 2 if config.sae.reduction == "fvu" else 1  # one row has no variance
+    if rows < least * parts:
+        raise SaeError(
+            f"--batch {batch}: too small for train.accumulate = {parts}, train.sae.reduction = {config.sae.reduction} "
+            f"and {world} process{'es' if world > 1 else ''}; give {least * parts * world} or more"
+        )
+    return rows
 
 
 def _metadata(recipe: dict[str, Any]) -> dict[str, Any]:

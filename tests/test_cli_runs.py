@@ -66,6 +66,16 @@ def test_what_cannot_be_swept(cache: Path, tmp_path: Path, words: list[object], 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_sweep_of_which_one_diverges_finishes_the_others(cache: Path, tmp_path: Path) -> None:
+    words = ["--sweep", "lr=1e-3,1e30", "--sweep", "data_seed=0,1", "--set", "train.clip=null", "--json"]
+    command, rest = typed(train(cache, tmp_path, *words))
+    answer = sae(command, *rest)
+    assert answer.code == 2 and answer.complaint.count("try a smaller --lr") == 2  # one a pass
+    assert len(answer.json["runs"]) == 2
+    listed = {run["name"]: run["help"] for run in done("list", "--runs", tmp_path, "--json").json["runs"]}
+    assert sorted(help.split()[0] for help in listed.values()) == ["diverged", "diverged", "finished,", "finished,"]
+
+
 def test_comparing_nothing_says_what_to_run(tmp_path: Path) -> None:
     answer = sae("compare", "--runs", tmp_path)
     assert answer.code == 2 and "sae train" in answer.complaint

@@ -309,3 +309,59 @@ def test_dead_counters_count_rows(config: saes.Config) -> None:
         assert torch.equal(sae.rows_since_fired == 0, fired)
     assert torch.equal(sae.dead(), never)
     assert sae.rows_since_fired.dtype == torch.int64
+
+
+# Odd batches
+
+
+def silenced(sae: saes.SAE) -> None:
+    """No latent has a positive pre-activation, whatever the row."""
+    with torch.no_grad():
+        sae.b_enc.fill_(-1e4)
+        for name, parameter in sae.named_parameters():
+            if name == "b_mag":
+                parameter.fill_(-1e4)
+
+
+ODD = {
+    "nothing fires": lambda sae, x: (silenced(sae), x)[1],
+    "one row": lambda sae, x: x[:1],
+    "the same row": lambda sae, x: x[:1].expand(B, -1).clone(),
+    "zeros": lambda sae, x: 0 * x,
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_an_odd_batch_leaves_numbers(config: saes.Config, d_out: int | None, odd: str) -> None:
+    """Training goes on after it: every weight, counter and threshold stays finite, and so does every term."""
+    sae = made(config, d_out)
+    sae.rows_since_fired[: M // 2] = config.dead_after
+    x, y = next(batches(d_out, 1))
+    x = ODD[odd](sae, x)
+    history = train(sae, iter([(x, None if y is None else y[: len(x)])] * 3))
+    assert all(term.isfinite() for losses in history for term in losses.terms.values())
+    assert all(tensor.isfinite().all() for tensor in sae.state_dict().values())
+    if odd == "nothing fires" and config.arch in ("batchtopk", "matryoshka"):
+        assert not history[0].latents.fired().any() and sae.threshold == 0
+
+
+def test_weights_that_are_no_numbers_raise_nothing(config: saes.Config) -> None:
+    """Whoever trains looks at the loss now and then; until then steps go on."""
+    sae = made(config)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.fill_(torch.nan)
+    assert not train(sae, batches(None, 2))[-1].total.isfinite()
+    assert sae.eval()(next(batches(None, 1))[0]).shape == (B, D)
+
+
+def test_no_rows_are_encoded_and_decoded_but_have_no_loss(config: saes.Config, d_out: int | None) -> None:
+    """As where no token of some contexts becomes a row."""
+    sae = made(config, d_out)
+    x, y = next(batches(d_out, 1))
+    for mode in (sae.train(), sae.eval()):
+        active = mode.encode(x[:0])
+        assert active.dense().shape == (0, M) and active.l0().shape == (0,) and not active.fired().any()
+        assert mode.decode(active).shape == (0, d_out or D)
+    with pytest.raises(ValueError, match="without rows"):
+        sae.loss(x[:0], None if y is None else y[:0])

@@ -26,12 +26,12 @@ from cache.activations import ActivationStore, ActivationWriter
 from cache.errors import Busy, DamagedStore, NotFound, SaeError
 from cache.loader import Loader
 from cache.manifest import Windows
-from cache.runs import CHECKPOINT, METRICS, WEIGHTS, Run
+from cache.runs import CHECKPOINT, FAILURE, METRICS, WEIGHTS, Run
 from pipeline import trained
 from pipeline.progress import Silent
 from pipeline.saes import ARCHITECTURES, SAE, Clock, Losses, create, parse
-from pipeline.train import TrainConfig, open_run, train
-from pipeline.training.member import Member
+from pipeline.train import TrainConfig, open_run, share, train
+from pipeline.training.member import Diverged, Member
 
 D, TRUE, ACTIVE, D_SAE = 16, 24, 3, 32  # width, true features, of which active in a row, latents
 ROWS = 4096
@@ -620,6 +620,45 @@ def test_a_loss_that_explodes_is_said(tmp_path: Path, store: ActivationStore, lo
     if run.has_checkpoint:
         tensors, _ = run.load_checkpoint()
         assert all(torch.isfinite(tensor).all() for tensor in tensors.values() if tensor.is_floating_point())
+
+
+def test_a_dictionary_that_diverges_does_not_end_the_others(tmp_path: Path, store: ActivationStore) -> None:
+    """It says so in its folder, the others are as if it had never been there, and the error comes at the end."""
+    hot = settings(lr=1e25, clip=None, warmup=0, decay=0)
+    pulled = [
+        settings(lr=1e25, clip=None, warmup=0, decay=0, seed=i, align={"matching": "hungarian", "seeds": (0, 1)})
+        for i in (0, 1)
+    ]
+    plain = settings(seed=3)
+    configs = [hot, plain, *pulled]
+    runs = [open_run(one, store, tmp_path, str(i), resume=False) for i, one in enumerate(configs)]
+    with pytest.raises(Diverged) as caught:
+        train(runs, store, Silent(), device="cpu")
+    assert "\n" not in str(caught.value) and str(caught.value).count("try a smaller --lr") == 2
+    assert [run.finished for run in runs] == [False, True, False, False]
+    for run in (runs[0], *runs[2:]):
+        assert run.failure is not None and "try a smaller --lr" in run.failure["error"] and run.failure["step"] >= 1
+    (alone,) = go(plain, store, tmp_path / "alone")
+    ours, its = runs[1].load_weights()[0], alone.load_weights()[0]
+    assert runs[1].failure is None and all(torch.equal(ours[name], its[name]) for name in its)
+
+
+def test_a_failure_is_forgotten_when_training_goes_on(tmp_path: Path, store: ActivationStore) -> None:
+    run = open_run(settings(), store, tmp_path, "again", resume=False)
+    run.write_json(FAILURE, {"step": 1, "error": "the loss is nan"})
+    train([run], store, Silent(), device="cpu")
+    assert run.finished and run.failure is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "world", "least"),
+    [({"batch": 8, "accumulate": 4}, 4, 16), ({"batch": 4, "accumulate": 4, "sae": {**L1, "reduction": "fvu"}}, 1, 8)],
+)
+def test_parts_of_too_few_rows_are_refused(changes: dict[str, Any], world: int, least: int) -> None:
+    """A part without rows has no loss, and a single row no variance that an error could be a share of."""
+    with pytest.raises(SaeError, match=rf"^--batch {changes['batch']}: too small .* give {least} or more$"):
+        share(settings(**changes), world)
+    assert share(settings(**{**changes, "batch": least}), world) == least // world
 
 
 def test_rows_that_are_all_zero(tmp_path: Path) -> None:

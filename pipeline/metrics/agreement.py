@@ -37,7 +37,8 @@ def hungarian(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     from scipy.optimize import linear_sum_assignment
 
     with torch.no_grad():
-        rows, columns = linear_sum_assignment((_unit(a) @ _unit(b).T).cpu().numpy(), maximize=True)
+        cosines = (_unit(a) @ _unit(b).T).nan_to_num(0)  # of a dictionary that diverges: whoever trains it says so
+        rows, columns = linear_sum_assignment(cosines.cpu().numpy(), maximize=True)
     return torch.from_numpy(rows).to(a.device), torch.from_numpy(columns).to(a.device)
 
 

@@ -92,7 +92,12 @@ class SAE(Dictionary):
                 self.b_dec.copy_(initial.geometric_median(outputs * self.target_scale))
 
     def loss(self, x: Tensor, target: Tensor | None = None, clock: Clock = FINISHED) -> Losses:
-        """The loss of a batch x [B, d_in], its target being x itself unless this is a transcoder."""
+        """The loss of a batch x [B, d_in], its target being x itself unless this is a transcoder.
+
+        ValueError for a batch without rows, over which there is no mean.
+        """
+        if not len(x):
+            raise ValueError("a batch without rows has no loss")
         y = self._targets(x, target)
         x, frame = self._scaled(x)
         y = y * self.target_scale if self.is_transcoder else x
@@ -112,7 +117,7 @@ class SAE(Dictionary):
         return x if target is None else target
 
     def squared_error(self, y_hat: Tensor, y: Tensor) -> Tensor:
-        """Scalar distance of y_hat to y [B, d_out] in the Config's reduction."""
+        """Scalar distance of y_hat to y [B, d_out] in the Config's reduction; `fvu` of rows that do not vary is 0."""
         total = F.mse_loss(y_hat, y, reduction="sum")
         match self.config.reduction:
             case "sum_d":
@@ -120,7 +125,8 @@ class SAE(Dictionary):
             case "mean_d":
                 return total / y.numel()
             case "fvu":
-                return total / (y - y.mean(0)).square().sum()
+                spread = (y - y.mean(0)).square().sum()
+                return total / spread.masked_fill(spread == 0, torch.inf)
 
     @torch.no_grad()
     def before_step(self) -> None:

@@ -54,6 +54,8 @@ class BatchThreshold(SAE):
     def _observe(self, losses: Losses) -> Tensor:
         """The least value that was kept."""
         values = losses.latents.values.detach()
+        if not values.numel():
+            return values.new_full((1,), torch.nan)
         least = torch.where(values > 0, values, torch.inf).min()
         return torch.where(least.isfinite(), least, torch.nan).view(1)
 

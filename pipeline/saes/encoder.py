@@ -70,15 +70,17 @@ class Preactivations:
     def blocks(self, first: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """(rows, p of those rows [b, m]) without a graph; p is overwritten when the next block is asked for.
 
-        first: rows of the first block, for a scan that may stop there.
+        first: rows of the first block, for a scan that may stop there. Of no rows there is one block, without any.
         """
         size = max(MIN_BLOCK_ROWS, BLOCK_ELEMENTS // self.d_sae)
         product = self._product()
         stop = 0
-        while stop < self.x.shape[0]:
+        while True:
             start, stop = stop, min(stop + (first or size), self.x.shape[0])
             rows, first = slice(start, stop), None
             yield rows, product(rows)
+            if stop == self.x.shape[0]:
+                return
 
     def _product(self) -> Callable[[slice], Tensor]:
         """Some rows -> their p, in the precision autocast asks for."""
@@ -125,7 +127,7 @@ class Preactivations:
         while True:
             found = []
             for rows, p in self.blocks():
-                bound = _bound(p, count / (self.x.shape[0] * self.d_sae)) if bound is None else bound
+                bound = _bound(p, count / max(1, self.x.shape[0] * self.d_sae)) if bound is None else bound
                 flat = _where(p, bound)
                 found.append((flat + rows.start * self.d_sae, p.view(-1)[flat]))
             flat, values = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -174,7 +176,7 @@ def _row_topk(p: Tensor, k: int) -> tuple[Tensor, Tensor]:
     comparing whole stretches of memory.)
     """
     (b, m), groups = p.shape, GROUPS * 2 ** math.ceil(math.log2(k))
-    if p.device.type != "cpu" or m % groups or m < 8 * groups:
+    if not b or p.device.type != "cpu" or m % groups or m < 8 * groups:
         return _plain_topk(p, k)
     bound = p.view(b, -1, groups).amax(1).kthvalue(groups - k + 1, dim=1, keepdim=True).values
     flat = _where(p, bound, or_equal=True)

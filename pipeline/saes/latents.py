@@ -22,7 +22,8 @@ class Frame(NamedTuple):
     @classmethod
     def of(cls, x: Tensor) -> Frame:
         """The frame of rows [B, d], a little off zero (SAELens' `layer_norm` to the letter)."""
-        return cls(x.mean(1, keepdim=True), x.std(1, keepdim=True) + 1e-5)
+        spread = x.std(1, keepdim=True) if len(x) else x.new_empty(0, 1)  # of which torch warns
+        return cls(x.mean(1, keepdim=True), spread + 1e-5)
 
     def enter(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std

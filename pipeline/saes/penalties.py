@@ -44,7 +44,10 @@ class PenaltyConfig(Config):
 
 
 def l1(form: Form, latents: Latents, batch: Batch, table: Tensor) -> Tensor:
-    """Scalar: the mean over the batch of each row's sum of (non-negative) latents; the table is W_dec [m, d_out]."""
+    """Scalar: the mean over the batch of each row's sum of (non-negative) latents; the table is W_dec [m, d_out].
+
+    `per_token` asks nothing of a row of zeros, whose norm nothing can be a multiple of.
+    """
     match form:
         case "plain":
             sums = latents.total()
@@ -52,5 +55,5 @@ def l1(form: Form, latents: Latents, batch: Batch, table: Tensor) -> Tensor:
             sums = latents.total(torch.linalg.vector_norm(table, dim=1))
         case "per_token":
             norms = torch.linalg.vector_norm(batch.x, dim=1)
-            sums = latents.total() / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+            sums = latents.total() / norms.masked_fill(norms == 0, torch.inf)
     return sums.mean()

@@ -70,7 +70,7 @@ class Group:
     def save(self, loader: dict[str, int], ranks: Ranks) -> None:
         """Write all checkpoints. Whenever a kill comes they are of one step: none is published before all are written.
 
-        Raises SaeError for weights that are no numbers.
+        Raises Diverged for weights that are no numbers.
         """
         for i, member in enumerate(self.members):
             shared = self.alignment.state() if self.alignment is not None and i == 0 else {}

@@ -34,6 +34,10 @@ from pipeline.training.ranks import Ranks, expect_same
 DECODER = ("W_dec", "b_dec")  # the parameters with the decoder's learning rate; the others have the encoder's
 
 
+class Diverged(SaeError):
+    """A dictionary whose numbers are none any more. Those that train beside it need not end with it."""
+
+
 @dataclass
 class Member:
     """One dictionary in training: its run, its weights, its optimiser, and how many steps it has taken.
@@ -143,7 +147,7 @@ class Member:
         sums = [_mean([part.total for part in parts], parts), *terms.values(), error, spread, active]
         loss, *each, error, spread, active = (ranks.sum(torch.stack(sums).double()) / ranks.world).tolist()
         if not math.isfinite(loss):
-            raise SaeError(f"{self.run.path}: the loss is {loss} at step {self.done}; try a smaller --lr")
+            raise Diverged(f"{self.run.path}: the loss is {loss} at step {self.done}; try a smaller --lr")
         metrics = {"step": self.done, "rows": self.done * batch, "loss": loss}
         metrics |= {f"loss_{name}": value for name, value in zip(terms, each, strict=True)}
         if spread:  # without variance there is no share of it
@@ -156,14 +160,14 @@ class Member:
         return metrics if self.config.decoder is None else {**metrics, "lr_decoder": decoder}
 
     def save(self, loader: dict[str, int], shared: dict[str, Tensor], ranks: Ranks) -> None:
-        """Write the next checkpoint, not yet published. SaeError for weights that are no numbers.
+        """Write the next checkpoint, not yet published. Diverged for weights that are no numbers.
 
         loader: where the next batch starts. shared: what it has in common with others, in one of their checkpoints.
         """
         tensors = self._tensors()
         expect_same(tensors, ranks, f"{self.run.path}: step {self.done}")
         if not all(value.isfinite().all() for value in self.sae.state_dict().values()):
-            raise SaeError(
+            raise Diverged(
                 f"{self.run.path}: the weights are no numbers any more at step {self.done}; try a smaller --lr"
             )
         if ranks.rank == 0:
