@@ -1,7 +1,8 @@
 """Which stores and runs are on disk, and which one a name means.
 
-A name is a key, the beginning of a key, or a path. Without a name, the store the last command made is meant. More than
-one answer is listed, never guessed.
+A name is a key, the beginning of a key, or a path. A beginning means the store of the training documents, unless it
+reaches into the part that says otherwise; of several codecs of one thing it means the finished one, where only one is.
+Without a name, the store the last command made is meant. More than one answer is listed, never guessed.
 """
 
 import json
@@ -94,7 +95,7 @@ def find(root: Path, kind: type[AnyStore], name: str | None, option: str, make: 
         matches = [place(name)]
     elif name is not None:
         exact = [path for path in known if path.name == name]
-        matches = exact or [path for path in known if path.name.startswith(name)]
+        matches = exact or _meant([path for path in known if path.name.startswith(name)])
         if not matches:
             there = _listed(known) or f"nothing yet; run `{make}`"
             raise NotFound(f"{option} {name}: no such store in {root / kind.kind}; there is {there}")
@@ -117,15 +118,20 @@ def any_store(root: Path, name: str) -> Store:
     return opened(located(root, name))
 
 
-def located(root: Path, name: str) -> Path:
-    """Where the one store is that `name` means; it need not be readable."""
+def located(root: Path, name: str, *, to_remove: bool = False) -> Path:
+    """Where the one store is that `name` means; it need not be readable.
+
+    For removal a store that is not finished is as good an answer as one that is, so both are listed.
+    """
     if not name:
         raise SaeError("the name of a store is empty; `sae cache ls` lists the keys")
     every = [path for kind in kinds() for path in folders(root, kind)]
     if (place(name) / RECIPE).exists():
         matches = [place(name).resolve()]
     else:
-        matches = [path for path in every if path.name == name] or [p for p in every if p.name.startswith(name)]
+        exact = [path for path in every if path.name == name]
+        begun = [path for path in every if path.name.startswith(name)]
+        matches = exact or (_training_of(begun) if to_remove else _meant(begun))
     if not matches:
         raise NotFound(f"{name}: no such store in {root}; there is {_listed(every) or 'nothing yet'}")
     if len(matches) > 1:
@@ -215,6 +221,33 @@ def find_run(root: Path, name: str | None) -> Run:
     if not finished:
         raise NotFound(f"{root}: no finished run; run `sae train` first")
     return finished[-1]
+
+
+def _meant(begun: Sequence[Path]) -> list[Path]:
+    """Of the stores whose keys begin alike: those of training documents, and of these the finished ones, if any."""
+    training = _training_of(begun)
+    return [path for path in training if _complete(path)] or training
+
+
+def _training_of(begun: Sequence[Path]) -> list[Path]:
+    """Without the stores that only accompany another of these: its validation documents."""
+    others = {path for path in begun if not _damaged(path) and not _for_training(path)}
+    return [path for path in begun if path not in others] or list(begun)
+
+
+def _damaged(path: Path) -> bool:
+    try:
+        read_head(path)
+    except SaeError:  # whatever it is, it is not ruled out here; who opens it says what is wrong
+        return True
+    return False
+
+
+def _complete(path: Path) -> bool:
+    try:
+        return opened(path).complete
+    except SaeError:  # as above
+        return False
 
 
 def _for_training(path: Path) -> bool:

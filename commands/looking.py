@@ -116,7 +116,7 @@ def rm(
     from cache import catalogue
 
     root = cache_root(cache)
-    found = list(dict.fromkeys(catalogue.located(root, name) for name in stores))
+    found = list(dict.fromkeys(catalogue.located(root, name, to_remove=True) for name in stores))
     if not yes:
         sizes = ", ".join(f"{path.name} ({console.size(catalogue.bytes_in(path))})" for path in found)
         if not console.agreed(f"Remove {sizes}?"):

@@ -9,7 +9,7 @@ import pytest
 from small_stores import CHUNK, heavy_rows, shrunk, write_activations, write_tokens
 
 from cache import catalogue
-from cache.activations import ActivationStore
+from cache.activations import ActivationStore, ActivationWriter
 from cache.errors import Busy, DamagedStore, NotFound, SaeError
 from cache.locks import Lock
 from cache.manifest import MANIFEST
@@ -49,6 +49,21 @@ def test_a_name_is_a_key_a_beginning_or_a_path(tmp_path: Path) -> None:
         find_rows(tmp_path, "gpt2")
     with pytest.raises(NotFound, match=f"gpt2: no such store in .*; there is {one.key}"):
         catalogue.any_store(tmp_path, "gpt2")
+
+
+def test_a_beginning_means_the_training_store(tmp_path: Path) -> None:
+    """And of two codecs the finished one; what is to be removed is never chosen so."""
+    train = write_activations(tmp_path, ROWS, codec_text="int8")
+    validation = write_activations(tmp_path, ROWS, codec_text="int8", split="validation")
+    other = write_activations(tmp_path, ROWS, codec_text="float32")
+    with ActivationWriter(tmp_path, other.slug, other.recipe) as writer:
+        writer.request(10 * CHUNK)  # and was interrupted
+    assert not other.complete
+    assert find_rows(tmp_path, "synthetic").key == catalogue.any_store(tmp_path, "synthetic").key == train.key
+    assert catalogue.any_store(tmp_path, "synthetic-1.mlp_out-val").key == validation.key
+    with pytest.raises(SaeError, match="synthetic: which one") as caught:
+        catalogue.located(tmp_path, "synthetic", to_remove=True)
+    assert validation.key not in str(caught.value) and other.key in str(caught.value)
 
 
 def test_a_path_anywhere_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,9 +231,8 @@ WRONG = [
     ("report one --device gpu", "--device gpu: not usable here (no such device)"),
     ("cache inspect nothing", "nothing: no such store in"),
     ("cache inspect ''", "the name of a store is empty; `sae cache ls` lists the keys"),
-    ("cache verify text", "text: which one? text-tiny-16-"),
     ("cache rm nothing", "nothing: no such store in"),
-    ("cache rm text", "text: which one? text-tiny-16-"),
+    ("cache rm text", "not confirmed, so nothing was removed; --yes does not ask"),
     # places
     (f"{TOKENIZE} --cache cache.file", "--cache cache.file: is a file, not a folder; name another"),
     (f"{TOKENIZE} --cache cache.file/in", "cannot write here ("),
