@@ -41,10 +41,11 @@ from cache import activations
 from cache.activations import ActivationStore
 from cache.durable import PARTIAL, whole_lines_end
 from cache.errors import SaeError
+from cache.head import RECIPE
 from cache.locks import LOCK, held
 from cache.manifest import MANIFEST, Window, Windows
 from cache.places import listing
-from cache.store import HINTS, RECIPE, REQUEST
+from cache.store import HINTS, REQUEST
 from cache.tokens import TokenStore
 from cache.writer import Writer
 from pipeline.harvest import HarvestConfig, harvest

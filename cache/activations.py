@@ -24,10 +24,12 @@ import numpy as np
 
 from cache.arrays import ArraySpec
 from cache.codecs import Codec, Columns, Encoded, calibrate, codec_from_recipe, from_numpy, to_numpy
-from cache.errors import SaeError
+from cache.errors import DamagedStore, SaeError
 from cache.identity import Recipe, canonical
 from cache.manifest import Windows
+from cache.parsing import inner, is_plain_name, shown, text, whole
 from cache.store import Store
+from cache.tokens import TokenStore, expect_split
 from cache.writer import Writer
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 CHUNK_ROWS = 16_384
 CHUNK_BYTES = 24 << 20  # buffers of 32 MiB and more are mapped and unmapped at every use, three times slower
 WINDOWS = Windows(first=16_384, largest=524_288)
+MOST_WIDTH = 1 << 22
+MOST_TRUTH = 1 << 32  # values of all true features together
 
 
 def rows_per_chunk(d: int, itemsize: int) -> int:
@@ -50,6 +54,26 @@ class ActivationStore(Store):
     """Rows of activations. `rows` decodes them to float32; the loader reads `encoded_chunk`."""
 
     kind: ClassVar[str] = "activations"
+
+    @classmethod
+    def expect(cls, recipe: Recipe) -> None:
+        d = whole(recipe, "d", 1, MOST_WIDTH)
+        codec_from_recipe(inner(recipe, "codec"))
+        if "truth" in recipe:
+            whole(recipe, "truth", 0, MOST_TRUTH // d)
+        if "tokens" not in recipe:
+            inner(recipe, "source")
+            expect_split(recipe)
+            return
+        TokenStore.expect(inner(recipe, "tokens"))
+        if "split" in recipe or "source" in recipe:
+            raise ValueError("it has both tokens and a source or a split of its own")
+        text(inner(recipe, "model"), "model")
+        whole(recipe, "layer", 0, 1 << 20)
+        if not is_plain_name(text(recipe, "site")):
+            raise ValueError(f"site is {shown(recipe['site'])}, which is no name")
+        text(recipe, "hook")
+        inner(recipe, "rows")
 
     @classmethod
     def specs(cls, recipe: Recipe) -> list[ArraySpec]:
@@ -103,12 +127,18 @@ class ActivationStore(Store):
         if not self.n_rows:
             raise SaeError(f"{self.path}: holds no rows yet; run `sae harvest` again to continue it")
         mean, scale = self.chunk("col_mean", 0), self.chunk("col_scale", 0)
+        self._expect("col_mean", np.isfinite(mean))
+        self._expect("col_scale", np.isfinite(scale) & (scale > 0))
         return Columns(from_numpy(mean.copy()), from_numpy(scale.copy()))
 
     @property
     def truth(self) -> Tensor | None:
         """The features the rows were made of, float32 [G, d]; None where they are not known."""
-        return from_numpy(self.chunk("truth", 0).copy()) if "truth" in self.arrays and self.n_rows else None
+        if "truth" not in self.arrays or not self.n_rows:
+            return None
+        truth = self.chunk("truth", 0)
+        self._expect("truth", np.isfinite(truth))
+        return from_numpy(truth.copy())
 
     def describe(self) -> dict[str, Any]:
         size = self.manifest.stored_bytes / max(1, self.n_rows)
@@ -122,21 +152,45 @@ class ActivationStore(Store):
 
     def row_scale(self, index: int) -> np.ndarray | None:
         """Scales of the rows of chunk `index`, for the codec that has them."""
-        return self.chunk("row_scale", index) if self.codec.has_row_scale else None
+        return self._scales(self.chunk("row_scale", index)) if self.codec.has_row_scale else None
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """float32 [stop - start, d], in stored order."""
-        scale = from_numpy(self.read("row_scale", start, stop)) if self.codec.has_row_scale else None
-        encoded = Encoded(from_numpy(self.read("rows", start, stop)), scale)
-        return self.codec.decode(encoded, self.columns)
+        """float32 [stop - start, d], in stored order. DamagedStore for a value that is no number."""
+        return self.decoded(self.encoded(start, stop))
+
+    def encoded(self, start: int, stop: int) -> Encoded:
+        """The stored numbers of rows [start, stop), verified, not yet decoded."""
+        scale = self._scales(self.read("row_scale", start, stop)) if self.codec.has_row_scale else None
+        return Encoded(from_numpy(self.read("rows", start, stop)), None if scale is None else from_numpy(scale))
+
+    def decoded(self, encoded: Encoded) -> Tensor:
+        """float32 rows of stored numbers. DamagedStore for a value that is no number: none was written."""
+        rows = self.codec.decode(encoded, self.columns)
+        self._expect("rows", rows.isfinite())
+        return rows
 
     def norms(self, start: int, stop: int) -> np.ndarray:
         """float32 [stop - start]: norms of the rows before they were encoded, to three digits."""
-        return self.read("row_norm", start, stop)
+        norms = self.read("row_norm", start, stop)
+        self._expect("row_norm", np.isfinite(norms) & (norms >= 0))
+        return norms
 
     def positions(self, start: int, stop: int) -> np.ndarray:
         """int64 [stop - start]: context * context_length + position in the token store."""
-        return self.read("position", start, stop)
+        positions = self.read("position", start, stop)
+        self._expect("position", positions >= 0)
+        return positions
+
+    def _scales(self, scales: np.ndarray) -> np.ndarray:
+        self._expect("row_scale", np.isfinite(scales) & (scales > 0))
+        return scales
+
+    def _expect(self, array: str, good: np.ndarray | Tensor) -> None:
+        """Raise DamagedStore unless all values of an array are such as are written."""
+        if not good.all():
+            raise DamagedStore(
+                f"{self.path / array}: holds a value that no writer of ours writes; remove the store and make it again"
+            )
 
 
 class ActivationWriter(Writer):

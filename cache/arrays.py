@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numcodecs.zstd import Zstd
 
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 NAMES = {
     "|i1": "int8",
     "|u1": "uint8",
@@ -92,7 +93,13 @@ class ArraySpec:
         return bytes(Zstd(level=self.zstd).encode(chunk))
 
     def decode(self, data: bytes | np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """The rows of a chunk from its stored bytes (into `out` [chunk_rows, *row_shape] where given)."""
+        """The rows of a chunk from its stored bytes (into `out` [chunk_rows, *row_shape] where given).
+
+        Raises ValueError, before any memory is taken, where the bytes say that they are more or fewer than a chunk's.
+        """
+        said = len(data) if self.zstd is None else frame_bytes(data)
+        if said != self.chunk_bytes:
+            raise ValueError(f"{'no size' if said is None else f'{said:,} bytes'} where {self.chunk_bytes:,} should be")
         if self.zstd is None:
             chunk = np.frombuffer(data, self.dtype).reshape(self.chunk_shape)
             if out is None:
@@ -101,8 +108,31 @@ class ArraySpec:
             return out
         if out is None:
             out = np.empty(self.chunk_shape, self.dtype)
-        Zstd().decode(data, out)
+        try:
+            Zstd().decode(data, out)  # raises unless it fills `out` to the last byte
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
         return out
+
+    @property
+    def stored_bytes(self) -> range:
+        """How many bytes a stored chunk may have."""
+        size = self.chunk_bytes
+        return range(size, size + 1) if self.zstd is None else range(1, size + size // 128 + 1024)
+
+
+def frame_bytes(data: bytes | np.ndarray) -> int | None:
+    """Decoded bytes that the header of a zstd frame (RFC 8878, 3.1.1) promises; None where it is none or says none."""
+    head = bytes(data[:18])
+    if len(head) < 6 or head[:4] != ZSTD_MAGIC:
+        return None
+    described = head[4]
+    single, size_kind, key_kind = described >> 5 & 1, described >> 6, described & 3
+    width = (single, 2, 4, 8)[size_kind]
+    at = 5 + (not single) + (0, 1, 2, 4)[key_kind]
+    if not width or len(head) < at + width:
+        return None
+    return int.from_bytes(head[at : at + width], "little") + (256 if size_kind == 1 else 0)
 
 
 def group_metadata(attributes: dict[str, Any]) -> bytes:

@@ -9,16 +9,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cache.durable import read, write_atomic
 from cache.errors import DamagedStore, NotFound, SaeError
+from cache.head import RECIPE, read_head
 from cache.identity import Recipe, canonical, digest
 from cache.locks import Lock, held
 from cache.manifest import MANIFEST, Manifest
+from cache.parsing import MOST_BYTES, name_of_file, parsed_mapping, shown
 from cache.places import listing, place
 from cache.runs import CONFIG, Run
-from cache.store import RECIPE, Store, read_head
+from cache.store import Store
 from cache.tokens import TokenStore, sibling
 
 LATEST = "latest.json"
@@ -141,7 +143,7 @@ def located(root: Path, name: str, *, to_remove: bool = False) -> Path:
 
 def opened(path: Path, manifest: Manifest | None = None) -> Store:
     """The store in a folder, of whatever kind it says it is (with `manifest` in the place of its own)."""
-    kind = read_head(path)["kind"]
+    kind = read_head(path).kind
     if kind not in kinds():
         raise SaeError(f"{path}: holds {kind}, of which this version knows nothing; use the one that wrote it")
     return kinds()[kind](path, manifest)
@@ -152,7 +154,8 @@ def of_recipe(root: Path, kind: type[AnyStore], recipe: Recipe) -> AnyStore | No
     for path in folders(root, kind.kind):
         if path.name.endswith(digest(recipe)):
             found = kind(path)
-            assert canonical(found.recipe) == canonical(recipe), "two recipes with one hash"
+            if canonical(found.recipe) != canonical(recipe):
+                raise SaeError(f"{path}: holds another recipe of the same hash; remove it (`sae cache rm`)")
             return found
     return None
 
@@ -165,13 +168,20 @@ def sibling_of(root: Path, store: AnyStore, split: str) -> AnyStore | None:
 def latest(root: Path) -> dict[str, list[str]]:
     """Keys of the training stores the last command of each kind made."""
     path = root / LATEST
-    data = read(path)
+    data = read(path, MOST_BYTES)
     try:
-        return {} if data is None else dict(json.loads(data))
-    except (ValueError, TypeError) as error:
+        said = {} if data is None else parsed_mapping(data)
+        return {name_of_file({"kind": kind}, "kind"): _keys(keys) for kind, keys in said.items()}
+    except ValueError as error:
         raise DamagedStore(
             f"{path}: is not the JSON that was written; remove the file and name the store you mean"
         ) from error
+
+
+def _keys(said: Any) -> list[str]:
+    if not isinstance(said, list):
+        raise ValueError(f"{shown(said)} where a list of keys should be")
+    return [name_of_file({"key": key}, "key") for key in said]
 
 
 def remember(root: Path, kind: str, keys: Sequence[str]) -> None:
@@ -251,8 +261,9 @@ def _complete(path: Path) -> bool:
 
 
 def _for_training(path: Path) -> bool:
-    recipe = read_head(path)["recipe"]
-    return recipe == sibling(recipe, "train")
+    recipe = read_head(path).recipe
+    said = recipe if "split" in recipe else recipe.get("tokens")
+    return not isinstance(said, dict) or said.get("split") == "train"  # one that is no recipe is said to be none later
 
 
 def _listed(paths: Sequence[Path]) -> str:

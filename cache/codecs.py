@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 
 from cache.errors import SaeError
+from cache.parsing import shown, text, whole
 
 if TYPE_CHECKING:  # what lists stores and checks bytes needs no torch, and its import takes seconds
     import torch
@@ -28,6 +29,7 @@ CODES_MAX = 127
 FP16_SMALLEST = 2.0**-14
 OUTLIER_NORM = 5.0
 SCALE_FLOOR = 0.1
+LEVELS = range(1, 23)  # of zstd
 
 
 class Columns(NamedTuple):
@@ -217,7 +219,7 @@ def codec(text: str) -> Codec:
         try:
             if setting == "zstd":
                 level = None if given == "none" else int(given)
-                if level is not None and not 1 <= level <= 22:
+                if level is not None and level not in LEVELS:
                     raise ValueError
                 value = replace(value, zstd=level)  # type: ignore[type-var]
             elif setting == "step" and isinstance(value, Int8):
@@ -245,10 +247,18 @@ def codec_recipe(value: Codec) -> dict[str, Any]:
 
 
 def codec_from_recipe(recipe: dict[str, Any]) -> Codec:
-    """The codec a store was written with."""
-    if recipe["name"] not in CODECS:
-        raise SaeError(f"codec {recipe['name']}: unknown to this version; use the version that wrote the store")
-    return CODECS[recipe["name"]](**{k: v for k, v in recipe.items() if k != "name"})
+    """The codec a store was written with. Raises ValueError for settings that it cannot have."""
+    name = text(recipe, "name")
+    if name not in CODECS:
+        raise SaeError(f"codec {name}: unknown to this version; use the version that wrote the store")
+    given = {setting: value for setting, value in recipe.items() if setting != "name"}
+    if unknown := given.keys() - settings(CODECS[name]()):
+        raise ValueError(f"codec {name} has no {min(unknown)}")
+    if given.get("zstd") is not None:
+        whole(given, "zstd", LEVELS[0], LEVELS[-1])
+    if "step" in given and not (type(given["step"]) in (int, float) and 0 <= given["step"] <= 1):
+        raise ValueError(f"step is {shown(given['step'])}, not a share of a standard deviation")
+    return CODECS[name](**given)
 
 
 def calibrate(rows: Tensor) -> Columns:

@@ -10,6 +10,7 @@ import errno
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
 import google_crc32c
 
@@ -24,11 +25,17 @@ def checksum(data: bytes | bytearray | memoryview) -> str:
     return f"{google_crc32c.value(bytes(data)):08x}"
 
 
-def read(path: Path) -> bytes | None:
-    """All bytes of a file, or None where there is none. Raises SaeError where it cannot be read."""
+def read(path: Path, most: int | None = None) -> bytes | None:
+    """All bytes of a file, or None where there is none. Raises SaeError where it cannot be read.
+
+    most: bytes that are asked for; one more is read where there are more, so that a caller notices.
+    """
     try:
         # remote: one request; `read_bytes` makes two, between which the object may be replaced
-        return filesystem(path).cat_file(filesystem_path(path)) if is_remote(path) else path.read_bytes()
+        if is_remote(path):
+            return cast(bytes, filesystem(path).cat_file(filesystem_path(path)))
+        with open(path, "rb") as file:
+            return file.read(-1 if most is None else most + 1)
     except FileNotFoundError:
         return None
     except failures() as error:

@@ -25,5 +25,10 @@ def digest(recipe: Recipe) -> str:
 
 def key(slug: str, recipe: Recipe) -> str:
     """Folder name of the store a recipe describes."""
-    readable = re.sub(r"[^A-Za-z0-9._]+", "-", slug)[:80].strip("-.")
-    return f"{readable}-{digest(recipe)}" if readable else digest(recipe)
+    name = readable(slug)
+    return f"{name}-{digest(recipe)}" if name else digest(recipe)
+
+
+def readable(slug: str) -> str:
+    """A name for people, of letters, digits, dots, dashes and underscores alone; empty where nothing is left of it."""
+    return re.sub(r"[^A-Za-z0-9._]+", "-", slug)[:80].strip("-.")

@@ -6,14 +6,17 @@ A store's rows are exactly what its manifest lists; a torn last line (a crash wh
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cache.durable import append_line, checksum, read, whole_lines_end
 from cache.errors import DamagedStore
+from cache.parsing import inner, parsed_mapping, whole
 
 MANIFEST = "manifest.jsonl"
+MOST_BYTES = 1 << 30  # of a manifest: about a hundred billion rows
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,10 @@ class Manifest:
     def read(cls, folder: Path) -> "Manifest":
         """Parse a store's manifest. Raises DamagedStore for a line that fails its own checksum or breaks the order."""
         path = folder / MANIFEST
-        data = read(path) or b""
+        data = read_manifest(folder)
         windows: list[Window] = []
         closed = False
-        for number, text in enumerate(data[: whole_lines_end(data)].splitlines(), 1):
+        for number, text in enumerate(lines_of(data), 1):
             line = read_line(text)
             if line is None or closed:
                 raise DamagedStore(f"{path}: line {number} is damaged; `sae cache verify` tells what else is")
@@ -110,12 +113,40 @@ class Manifest:
 
 def read_line(text: bytes) -> Window | int | None:
     """What a line says: a window, or the rows at which the source ended; None where it is not what was written."""
-    body = _unsealed(text)
-    if body is None or "end" in body:
-        return None if body is None else int(body["end"])
-    files = {name: (size, crc) for name, (size, crc) in body["files"].items()}
-    start, stop = body["rows"]
-    return Window(body["window"], start, stop, files, body["notes"])
+    try:
+        body = _unsealed(text)
+        if body.keys() == {"end"}:
+            return whole(body, "end")
+        if body.keys() != {"window", "rows", "files", "notes"}:
+            return None
+        files = {name: _size_and_checksum(value) for name, value in inner(body, "files").items()}
+        start, stop = body["rows"]
+        rows = {"start": start, "stop": stop}
+        index = whole(body, "window")
+        return Window(index, whole(rows, "start"), whole(rows, "stop"), files, inner(body, "notes"))
+    except (ValueError, TypeError):
+        return None
+
+
+def _size_and_checksum(value: Any) -> tuple[int, str]:
+    size, crc = value
+    if not isinstance(crc, str) or re.fullmatch("[0-9a-f]{8}", crc) is None:
+        raise ValueError(f"{crc} is no checksum")
+    return whole({"size": size}, "size"), crc
+
+
+def lines_of(data: bytes) -> list[bytes]:
+    """The whole lines of a manifest."""
+    return data[: whole_lines_end(data)].split(b"\n")[:-1]
+
+
+def read_manifest(folder: Path) -> bytes:
+    """The bytes of a store's manifest; none where there is none. Raises DamagedStore for a file too large to be one."""
+    path = folder / MANIFEST
+    data = read(path, MOST_BYTES) or b""
+    if len(data) > MOST_BYTES:
+        raise DamagedStore(f"{path}: is too large to be a manifest; remove the store and make it again")
+    return data
 
 
 def end_line(rows: int) -> str:
@@ -138,10 +169,9 @@ def _sealed(body: dict[str, Any]) -> str:
     return json.dumps({"crc": checksum(text.encode()), "line": body}, separators=(",", ":"), sort_keys=True)
 
 
-def _unsealed(text: bytes) -> dict[str, Any] | None:
-    """The body of a line, or None where the line is not what was written (also for a change in its punctuation)."""
-    try:
-        body = json.loads(text)["line"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return body if isinstance(body, dict) and _sealed(body).encode() == text else None
+def _unsealed(text: bytes) -> dict[str, Any]:
+    """The body of a line. Raises ValueError where the line is not what was written (also in its punctuation)."""
+    body = inner(parsed_mapping(text), "line")
+    if _sealed(body).encode() != text:
+        raise ValueError("the checksum differs")
+    return body

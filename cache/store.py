@@ -11,7 +11,6 @@
 Readers see committed windows only, and never a byte that does not match its checksum. `cache.writer` writes them.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -20,16 +19,17 @@ import numpy as np
 
 from cache.arrays import NAMES, ArraySpec, group_metadata
 from cache.durable import checksum, read
-from cache.errors import DamagedStore, NotFound, SaeError
-from cache.identity import Recipe, canonical, digest
+from cache.errors import DamagedStore, SaeError
+from cache.head import RECIPE, read_head
+from cache.identity import Recipe
 from cache.locks import held
 from cache.manifest import MANIFEST, Manifest, Window, Windows
+from cache.notes import read_note
+from cache.parsing import MOST_BYTES, field, parsed_mapping, shown, text, whole
 
-FORMAT = 2
-RECIPE = "recipe.json"
 REQUEST = "request.json"
 HINTS = "hints.json"
-HEAD = {"format", "kind", "slug", "recipe", "crc"}  # what recipe.json says
+MOST_PATH = 4096  # letters of a path
 
 
 class Store:
@@ -42,17 +42,32 @@ class Store:
         """`manifest` stands in for the one on the disk, where that is damaged or about to be written."""
         self.path = path = path.resolve()  # its own name, also where the way to it is a link or "."
         head = read_head(path, self.kind)
-        self.recipe: Recipe = head["recipe"]
-        self.slug: str = head["slug"]
-        self.key = path.name
+        self.recipe, self.slug, self.key = head.recipe, head.slug, path.name
+        try:
+            self.expect(self.recipe)
+        except ValueError as error:
+            if isinstance(error, SaeError):
+                raise
+            raise DamagedStore(f"{path / RECIPE}: is no recipe of {self.kind} ({error}); remove the store") from error
         self.arrays = {spec.name: spec for spec in self.specs(self.recipe)}
         self.windows = self.layout(self.recipe)
         if manifest is None:
             rows, closed = self.rows_by_metadata(), self.closed_by_metadata()  # first: a writer writes them last
             self.manifest = Manifest.read(path)
+            for number, window in enumerate(self.manifest.windows, 1):
+                if not self.fits(window):
+                    raise DamagedStore(
+                        f"{path / MANIFEST}: line {number} lists what no window {window.index} of this recipe has; "
+                        "`sae cache verify` tells what else is damaged"
+                    )
             self._expect_all_lines(rows, closed)
         else:
             self.manifest = manifest
+
+    @classmethod
+    def expect(cls, recipe: Recipe) -> None:
+        """Raise ValueError, saying what is wrong, unless all that decides memory, names and shapes is as it may be."""
+        raise TypeError(f"{cls.__name__} has no recipes")
 
     @classmethod
     def specs(cls, recipe: Recipe) -> list[ArraySpec]:
@@ -76,12 +91,8 @@ class Store:
     @property
     def requested(self) -> int:
         """Rows the last writer was asked for."""
-        path = self.path / REQUEST
-        data = read(path)
-        try:
-            return 0 if data is None else int(json.loads(data)["rows"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise DamagedStore(f"{path}: is not what was written; ask for the rows again") from error
+        said = read_note(self.path / REQUEST, _rows, "remove it and ask for the rows again")
+        return 0 if said is None else said
 
     @property
     def complete(self) -> bool:
@@ -90,15 +101,12 @@ class Store:
 
     @property
     def hints(self) -> dict[str, str]:
-        """Where this machine found what the recipe names: {"model": "/models/mine", ...}; {} where nobody said."""
-        path = self.path / HINTS
-        data = read(path)
-        try:
-            return {} if data is None else dict(json.loads(data))
-        except (ValueError, TypeError) as error:
-            raise DamagedStore(
-                f"{path}: is not what was written; remove it and name the model on the command line"
-            ) from error
+        """Where this machine found what the recipe names: {"model": "/models/mine", ...}; {} where nobody said.
+
+        Whoever made the store chose them, so they are no more than a suggestion.
+        """
+        remedy = "remove it and name the model on the command line"
+        return read_note(self.path / HINTS, _hints, remedy) or {}
 
     def refreshed(self) -> Self:
         """The same store with what has been committed since."""
@@ -110,8 +118,18 @@ class Store:
         Raises DamagedStore, naming the file, when it is missing or its bytes are not those committed.
         """
         spec = self.arrays[array]
-        rows = spec.decode(self.stored(spec.chunk_file(index)), out)
+        name = spec.chunk_file(index)
+        rows = self.decoded_chunk(name, self.stored(name), out)
         return rows[: self.n_rows - index * spec.chunk_rows] if spec.grows else rows
+
+    def decoded_chunk(self, name: str, data: bytes | np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """The whole chunk that the checked bytes of a file are. Raises DamagedStore where they are none."""
+        try:
+            return self.arrays[name.partition("/")[0]].decode(data, out)
+        except ValueError as error:
+            raise DamagedStore(
+                f"{self.path / name}: is no chunk of this store ({error}); remove the store and make it again"
+            ) from error
 
     def committed(self, name: str) -> tuple[int, str]:
         """Size and checksum with which a file was committed."""
@@ -121,7 +139,7 @@ class Store:
         """The checked bytes of one committed file."""
         size, crc = self.committed(name)
         path = self.path / name
-        data = read(path)
+        data = read(path, size)
         if data is None:
             raise self.missing(path)
         if len(data) != size or checksum(data) != crc:
@@ -156,6 +174,23 @@ class Store:
         if not parts:
             return np.empty((0, *self.arrays[array].row_shape), self.arrays[array].dtype)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def fits(self, window: Window) -> bool:
+        """Whether a window is one that the recipe asks for: its rows, and its files with the sizes they can have."""
+        start, stop = self.windows.bounds(window.index)
+        if window.start != start or not start < window.stop <= stop:
+            return False
+        sizes = {
+            spec.chunk_file(chunk): spec.stored_bytes
+            for spec in self.arrays.values()
+            for chunk in (range(start // spec.chunk_rows, -(-window.stop // spec.chunk_rows)) if spec.grows else [0])
+            if spec.grows or window.index == 0
+        }
+        if window.index == 0:
+            sizes |= {name: range(MOST_BYTES + 1) for name in self.beside if name in window.files}
+        return sizes.keys() == window.files.keys() and all(
+            size in sizes[name] for name, (size, _) in window.files.items()
+        )
 
     def committed_files(self) -> Iterable[str]:
         """Every file the manifest lists, in commit order."""
@@ -230,7 +265,9 @@ class Store:
         """What is wrong with one file, or None."""
         path = self.path / name
         try:
-            if name.endswith("zarr.json"):
+            if name in (REQUEST, HINTS):
+                _ = self.requested if name == REQUEST else self.hints
+            elif name.endswith("zarr.json"):
                 committed = self.refreshed().metadata()[name]  # the store may have grown since it was opened
                 if read(path) != committed and not held(self.path):  # a living writer is about to bring it up to date
                     return f"{path}: missing or not as committed; repeat the command that made the store"
@@ -244,42 +281,19 @@ class Store:
 def rows_shown(metadata: bytes) -> int | None:
     """Rows of an array by its `zarr.json`, or None where it is not one."""
     try:
-        rows = json.loads(metadata)["shape"][0]
-    except (ValueError, KeyError, TypeError, IndexError):
+        shape = field(parsed_mapping(metadata), "shape")
+        return whole({"rows": shape[0]}, "rows") if isinstance(shape, list) and shape else None
+    except ValueError:
         return None
-    return rows if isinstance(rows, int) and rows >= 0 else None
 
 
-def head_bytes(kind: str, slug: str, recipe: Recipe) -> bytes:
-    """recipe.json as it is written: every byte of it follows from what it says."""
-    head = {"format": FORMAT, "kind": kind, "slug": slug, "recipe": recipe}
-    return _layout({**head, "crc": checksum(canonical(head).encode())})
+def _rows(note: dict[str, Any]) -> int:
+    if note.keys() != {"rows"}:
+        raise ValueError(f"it says {', '.join(map(shown, sorted(note)))} where rows alone should be")
+    return whole(note, "rows")
 
 
-def read_head(path: Path, kind: str | None = None) -> dict[str, Any]:
-    """The contents of recipe.json, checked: as written, of this kind and format, and of the hash its folder carries."""
-    file = path / RECIPE
-    data = read(file)
-    if data is None:
-        raise NotFound(f"{path}: is not a store (no {RECIPE}); `sae cache ls` lists what is there")
-    try:
-        head = dict(json.loads(data))
-        recipe, found, version = head["recipe"], head["kind"], head["format"]
-        crc = checksum(canonical({name: head[name] for name in head if name != "crc"}).encode())
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedStore(f"{file}: is not readable as a recipe; remove the store and make it again") from error
-    if version != FORMAT and "crc" not in head:  # the one before had no checksum
-        raise SaeError(f"{path}: format {version}, this version reads {FORMAT}; use the version that wrote it")
-    if _layout(head) != data or head.get("crc") != crc or head.keys() != HEAD:
-        raise DamagedStore(f"{file}: damaged (its checksum differs); remove the store and make it again")
-    if version != FORMAT:
-        raise SaeError(f"{path}: format {version}, this version reads {FORMAT}; use the version that wrote it")
-    if kind is not None and found != kind:
-        raise SaeError(f"{path}: holds {found}, not {kind}; `sae cache ls` lists the stores")
-    if not path.name.endswith(digest(recipe)):
-        raise DamagedStore(f"{file}: its recipe hashes to {digest(recipe)}, not to the folder's name; it was changed")
-    return head
-
-
-def _layout(head: dict[str, Any]) -> bytes:
-    return json.dumps(head, indent=2).encode()
+def _hints(note: dict[str, Any]) -> dict[str, str]:
+    if unknown := note.keys() - {"model", "source", "tokenizer"}:
+        raise ValueError(f"{shown(min(unknown))} is no hint")
+    return {name: text(note, name, MOST_PATH) for name in note}

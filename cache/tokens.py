@@ -19,12 +19,16 @@ from cache.durable import checksum, read, write_atomic
 from cache.errors import DamagedStore, NotFound
 from cache.identity import Recipe
 from cache.manifest import Window, Windows
+from cache.parsing import MOST_BYTES, inner, parse, shown, text, whole
 from cache.store import Store
 from cache.writer import Writer
 
 CHUNK_TOKENS = 65_536
 WINDOW_CHUNKS = 64
 VOCABULARY = "vocabulary.json"
+MOST_CONTEXT = 1 << 24  # tokens
+MOST_VOCABULARY = 1 << 32
+SPLITS = ("train", "validation")
 
 
 def contexts_per_chunk(context_length: int) -> int:
@@ -37,6 +41,15 @@ class TokenStore(Store):
 
     kind: ClassVar[str] = "tokens"
     beside: ClassVar[tuple[str, ...]] = (VOCABULARY,)
+
+    @classmethod
+    def expect(cls, recipe: Recipe) -> None:
+        whole(recipe, "context_length", 1, MOST_CONTEXT)
+        tokenizer = inner(recipe, "tokenizer")
+        text(tokenizer, "name")
+        whole(tokenizer, "begin", 0, whole(tokenizer, "n_vocab", 1, MOST_VOCABULARY) - 1)
+        inner(recipe, "source")
+        expect_split(recipe)
 
     @classmethod
     def specs(cls, recipe: Recipe) -> list[ArraySpec]:
@@ -89,20 +102,34 @@ class TokenStore(Store):
         return self.read("document", start, stop)
 
     def lengths(self, start: int, stop: int) -> np.ndarray:
-        """Real tokens in each context: int64 [stop - start]."""
-        return self.read("length", start, stop).astype(np.int64)
+        """Real tokens in each context: int64 [stop - start]. DamagedStore for more than a context has."""
+        lengths = self.read("length", start, stop).astype(np.int64)
+        if lengths.size and int(lengths.max()) > self.context_length:
+            raise DamagedStore(f"{self.path}: a context of {lengths.max()} tokens, where {self.context_length} fit")
+        return lengths
+
+    def expect_positions(self, positions: np.ndarray, store: Store) -> None:
+        """Raise DamagedStore where positions [n] that a store names are not of tokens that are here."""
+        if positions.size and not 0 <= int(positions.min()) <= int(positions.max()) < self.n_tokens:
+            raise DamagedStore(
+                f"{store.path}: names token {positions.max()}, {self.key} has {self.n_tokens:,}; run `sae tokenize` "
+                "again where tokens were lost"
+            )
 
     def vocabulary(self) -> list[bytes]:
         """The bytes every token stands for, so that later stages can show text without the tokenizer."""
         path = self.path / VOCABULARY
         windows = self.manifest.windows
         # stores of version 0.1.0 do not list it
-        data = self.stored(VOCABULARY) if windows and VOCABULARY in windows[0].files else read(path)
+        data = self.stored(VOCABULARY) if windows and VOCABULARY in windows[0].files else read(path, MOST_BYTES)
         if data is None:
             raise NotFound(f"{path}: not there; tokenize again to restore it")
         try:
-            return [entry.encode("latin-1") for entry in json.loads(data)]
-        except (ValueError, AttributeError, TypeError) as error:
+            entries = parse(data)
+            if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+                raise ValueError("no list of texts")
+            return [entry.encode("latin-1") for entry in entries]
+        except ValueError as error:
             raise DamagedStore(f"{path}: is not what was written; tokenize again to restore it") from error
 
 
@@ -142,6 +169,12 @@ def sibling(recipe: Recipe, split: str) -> Recipe:
     if "split" in recipe:
         return {**recipe, "split": split}
     return {**recipe, "tokens": sibling(recipe["tokens"], split)}
+
+
+def expect_split(recipe: Recipe) -> None:
+    """Raise ValueError unless the recipe says which documents its store has."""
+    if text(recipe, "split") not in SPLITS:
+        raise ValueError(f"split is {shown(recipe['split'])}, not {' or '.join(SPLITS)}")
 
 
 def tokens_root(root: Path) -> Path:

@@ -4,7 +4,6 @@ A window's files are written first (`write_window`, which any process may do for
 appended to the manifest (`Writer.commit`, in the process that holds the lock).
 """
 
-import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,12 +18,14 @@ from cache import manifest
 from cache.arrays import ArraySpec
 from cache.durable import PARTIAL, checksum, read, write_atomic
 from cache.errors import SaeError
-from cache.identity import Recipe
+from cache.head import RECIPE, head_bytes
+from cache.identity import Recipe, canonical
 from cache.identity import key as store_key
 from cache.locks import Lock
 from cache.manifest import Window
+from cache.notes import write_note
 from cache.places import listing
-from cache.store import HINTS, RECIPE, REQUEST, Store, head_bytes
+from cache.store import HINTS, REQUEST, Store
 
 WRITERS = 8  # files encoded and flushed side by side
 
@@ -40,6 +41,10 @@ class Writer:
     def __init__(self, root: Path, slug: str, recipe: Recipe, *, wait: bool = False) -> None:
         self.path = root / self.store_class.kind / store_key(slug, recipe)
         self._recipe, self._slug = recipe, slug
+        try:
+            self.store_class.expect(recipe)
+        except ValueError as error:  # before anything is written
+            raise SaeError(f"{slug}: cannot be stored: {error}") from error
         self._lock = Lock(self.path, wait=wait)
 
     def __enter__(self) -> Self:
@@ -48,7 +53,8 @@ class Writer:
             if not (self.path / RECIPE).exists():
                 write_atomic(self.path / RECIPE, head_bytes(self.store_class.kind, self._slug, self._recipe))
             self.store = self.store_class(self.path)
-            assert self.store.recipe == json.loads(json.dumps(self._recipe)), "a recipe must be plain JSON"
+            if canonical(self.store.recipe) != canonical(self._recipe):
+                raise SaeError(f"{self.path}: holds another recipe of the same hash; remove it or take another cache")
             self._heal()
         except BaseException:
             self._lock.__exit__(None, None, None)
@@ -70,11 +76,11 @@ class Writer:
 
     def request(self, rows: int) -> None:
         """Note how many rows are wanted, so that an interrupted store is known as incomplete."""
-        write_atomic(self.path / REQUEST, json.dumps({"rows": rows}).encode())
+        write_note(self.path / REQUEST, {"rows": rows})
 
     def hint(self, **where: str) -> None:
-        """Note where things named by the recipe were found."""
-        write_atomic(self.path / HINTS, json.dumps(where).encode())
+        """Note where things named by the recipe were found. A path that is no text cannot be noted; it is asked for."""
+        write_note(self.path / HINTS, {name: path for name, path in where.items() if path.isprintable()})
 
     def append(self, arrays: dict[str, np.ndarray], notes: dict[str, Any]) -> Window:
         """Write and commit the next window. Returns when it survives `kill -9` and a power cut."""

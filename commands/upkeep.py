@@ -134,7 +134,7 @@ def gc(
 def salvaged(root: Path, store: str | None, repair: bool) -> tuple[list["Salvaged"], list[str], list["Repaired"]]:
     """The stores to verify as far as they can be read, tokens first; what is wrong with the others; mended recipes."""
     from cache import catalogue
-    from cache.store import RECIPE
+    from cache.head import RECIPE
     from cache.upkeep.repair import restore_recipe
     from cache.upkeep.salvage import salvage
 

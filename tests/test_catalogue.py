@@ -11,10 +11,10 @@ from small_stores import CHUNK, heavy_rows, shrunk, write_activations, write_tok
 from cache import catalogue
 from cache.activations import ActivationStore, ActivationWriter
 from cache.errors import Busy, DamagedStore, NotFound, SaeError
+from cache.head import RECIPE, head_bytes
 from cache.locks import Lock
 from cache.manifest import MANIFEST
 from cache.runs import Run
-from cache.store import RECIPE, head_bytes
 from cache.tokens import TokenStore
 
 ROWS = heavy_rows(CHUNK, 5)

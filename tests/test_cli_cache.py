@@ -18,11 +18,12 @@ from small_stores import CHUNK, files, heavy_rows, shrunk, write_activations, wr
 import console
 from cache import catalogue
 from cache.activations import ActivationStore
+from cache.head import RECIPE
 from cache.locks import Lock
 from cache.manifest import MANIFEST
 from cache.places import listing
 from cache.runs import Run
-from cache.store import RECIPE, Store
+from cache.store import Store
 from cache.upkeep import garbage
 from commands import upkeep
 

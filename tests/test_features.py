@@ -51,7 +51,8 @@ def build(folder: Path, contexts: int, *, codec_text: str = "float32", lengths: 
     documents = documents.cumsum().astype(np.uint32)
     real = random.integers(T // 2, T + 1, contexts) if lengths else np.full(contexts, T)
     recipe: dict[str, Any] = {
-        "tokenizer": {"n_vocab": D, "begin": BEGIN}, "context_length": T, "split": "train", "seed": seed,
+        "source": {"seed": seed}, "tokenizer": {"name": "letters", "n_vocab": D, "begin": BEGIN}, "context_length": T,
+        "split": "train",
     }  # fmt: skip
     shape = (contexts, T)
     arrays = {
@@ -67,7 +68,10 @@ def build(folder: Path, contexts: int, *, codec_text: str = "float32", lengths: 
     keep = np.flatnonzero((place >= 1) & (place < np.repeat(real, T)) & (tokens != BEGIN))
     rows = -random.random((len(keep), D)).astype(np.float32)
     rows[np.arange(len(keep)), tokens[keep]] = random.integers(8, 41, len(keep)) / 8  # many equal values: ties count
-    made: dict[str, Any] = {"tokens": recipe, "d": D, "codec": codec_recipe(codec(codec_text))}
+    made: dict[str, Any] = {
+        "tokens": recipe, "model": {"model": "made up"}, "layer": 0, "site": "mlp_out", "hook": "blocks.0.hook_mlp_out",
+        "d": D, "rows": {}, "codec": codec_recipe(codec(codec_text)),
+    }  # fmt: skip
     with ActivationWriter(folder, "rows", made) as rows_writer:
         start = 0
         while start < len(keep):

@@ -122,7 +122,13 @@ notes = st.dictionaries(
 
 
 @some
-@given(notes, st.dictionaries(st.text(max_size=8), st.tuples(st.integers(0), st.text(max_size=8)), max_size=3))
+@given(
+    notes,
+    st.dictionaries(
+        st.text(max_size=8), st.tuples(st.integers(0, 1 << 62), st.text("0123456789abcdef", min_size=8, max_size=8)),
+        max_size=3,
+    ),
+)  # fmt: skip
 def test_any_notes_survive(tmp_path_factory: Any, notes: dict[str, Any], files: dict[str, tuple[int, str]]) -> None:
     folder = tmp_path_factory.mktemp("manifest")
     window = Window(0, 0, 8, files, notes)

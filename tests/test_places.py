@@ -21,11 +21,12 @@ from cache import activations, catalogue, locks, tokens
 from cache.activations import ActivationStore
 from cache.durable import append_line, read, write_atomic
 from cache.errors import Busy, DamagedStore, SaeError
+from cache.head import RECIPE
 from cache.loader import Loader
 from cache.locks import LOCK, Lock, held
 from cache.manifest import MANIFEST, Windows
 from cache.places import expect_reachable, filesystem, is_remote, listing, place
-from cache.store import RECIPE, Store
+from cache.store import Store
 from cache.tokens import TokenStore
 from pipeline import harvest
 

@@ -22,9 +22,9 @@ from cache import catalogue, tokens
 from cache.activations import ActivationStore
 from cache.durable import write_atomic
 from cache.errors import SaeError
+from cache.head import RECIPE
 from cache.locks import Lock
 from cache.manifest import MANIFEST, Manifest, Window, read_line
-from cache.store import RECIPE
 from cache.tokens import VOCABULARY
 from cache.upkeep import salvage
 from commands import upkeep
@@ -284,7 +284,10 @@ def test_what_a_store_is_is_gone(home: Path) -> None:
         (folder / "zarr.json").write_text(content)
         answer = sae("cache verify --repair")
         assert answer.code == 3
-        assert answer.complaint == f"{folder / RECIPE}: is not readable as a recipe; remove the store and make it again"
+        assert (
+            answer.complaint
+            == f"{folder / RECIPE}: is not readable as a recipe (not JSON); remove the store and make it again"
+        )
 
 
 # --- what it costs, and what cannot be --------------------------------------------------------------------------------

@@ -27,12 +27,13 @@ from small_stores import (
 )
 
 from cache import activations, tokens
-from cache import store as store_module
+from cache import head as head_module
 from cache.activations import CHUNK_BYTES, ActivationStore
 from cache.arrays import NAMES, ArraySpec
 from cache.errors import DamagedStore, NotFound, SaeError
+from cache.head import RECIPE
 from cache.locks import Lock
-from cache.store import RECIPE, Store
+from cache.store import Store
 from cache.tokens import TokenStore, TokenWriter
 
 REAL_WINDOWS, REAL_CHUNK_ROWS = activations.WINDOWS, activations.CHUNK_ROWS
@@ -178,8 +179,8 @@ def test_what_is_no_store(tmp_path: Path, store: Store) -> None:
 
 
 def test_a_future_format_is_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "FORMAT", 3)
-    (store.path / RECIPE).write_bytes(store_module.head_bytes(store.kind, store.slug, store.recipe))
+    monkeypatch.setattr(head_module, "FORMAT", 3)
+    (store.path / RECIPE).write_bytes(head_module.head_bytes(store.kind, store.slug, store.recipe))
     monkeypatch.undo()
     with pytest.raises(SaeError, match="format 3, this version reads 2; use the version that wrote it"):
         type(store)(store.path)
@@ -220,7 +221,9 @@ def test_what_was_asked_for(tmp_path: Path) -> None:
         writer.close()
         assert writer.store.complete
         (writer.path / "request.json").write_text("{")
-        with pytest.raises(DamagedStore, match=r"request\.json: is not what was written; ask for the rows again"):
+        with pytest.raises(
+            DamagedStore, match=r"request\.json: is not what was written \(not JSON\); remove it and ask"
+        ):
             _ = writer.store.requested
 
 
@@ -266,7 +269,7 @@ def test_hints_are_no_part_of_the_data(tmp_path: Path) -> None:
         writer.hint(model="/models/mine")
         assert writer.store.hints == {"model": "/models/mine"}
         (writer.path / "hints.json").write_text("[")
-        with pytest.raises(DamagedStore, match=r"hints\.json: is not what was written; remove it"):
+        with pytest.raises(DamagedStore, match=r"hints\.json: is not what was written \(not JSON\); remove it"):
             _ = writer.store.hints
 
 

@@ -187,7 +187,7 @@ class Decoded(Chunks[Whole]):
         name = spec.chunk_file(chunk)
         room = self._free.pop() if self._free else np.empty(spec.chunk_shape, spec.dtype)
         if not self._local:
-            spec.decode(self.store.stored(name), room)
+            self.store.decoded_chunk(name, self.store.stored(name), room)
             return Whole(room, bytes_of(room), scale)
         size = self.store.committed(name)[0]
         stored = self._stored.pop() if self._stored else np.empty(0, np.uint8)
@@ -198,7 +198,7 @@ class Decoded(Chunks[Whole]):
             read_checked(self.store, handle, name, lambda got: stored[got : min(got + PIECE, size + 1)])
         finally:
             os.close(handle)
-        spec.decode(stored[:size], room)
+        self.store.decoded_chunk(name, stored[:size], room)
         self._stored.append(stored)
         return Whole(room, bytes_of(room), scale)
 

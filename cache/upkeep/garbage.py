@@ -21,12 +21,13 @@ from typing import Any
 from cache import catalogue
 from cache.durable import PARTIAL
 from cache.errors import DamagedStore, NotFound
+from cache.head import RECIPE
 from cache.identity import Recipe, digest
 from cache.locks import LOCK, Lock, held
 from cache.manifest import MANIFEST
 from cache.places import filesystem, filesystem_path, is_remote, listing
 from cache.runs import Run
-from cache.store import HINTS, RECIPE, REQUEST, Store
+from cache.store import HINTS, REQUEST, Store
 from cache.tokens import VOCABULARY, sibling
 
 DAY = 86_400.0

@@ -13,7 +13,6 @@ continues. recipe.json, which says what a store is, comes back from the attribut
 Given up: telling which of two such copies is right where the folder's name fits neither.
 """
 
-import json
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -22,13 +21,17 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from cache import catalogue
 from cache.activations import ActivationStore
 from cache.durable import checksum, read, write_atomic
 from cache.errors import SaeError
+from cache.head import RECIPE, head_bytes
 from cache.identity import digest
 from cache.locks import Lock
 from cache.manifest import MANIFEST, Manifest, Window
-from cache.store import RECIPE, Store, head_bytes
+from cache.notes import note_bytes
+from cache.parsing import MOST_BYTES, inner, parsed_mapping, text
+from cache.store import HINTS, REQUEST, Store
 from cache.upkeep.salvage import Salvaged, salvage
 from cache.writer import encoders
 
@@ -80,10 +83,11 @@ def repair(folder: Path, damaged: Collection[str], maker: Callable[[Store], Make
 def restore_recipe(folder: Path) -> Repaired | None:
     """Write a damaged recipe.json anew from the attributes of the Zarr group; None where those do not say it."""
     try:
-        attributes = json.loads(read(folder / "zarr.json") or b"")["attributes"]
-        kind, recipe = str(attributes["kind"]), dict(attributes["recipe"])
+        attributes = inner(parsed_mapping(read(folder / "zarr.json", MOST_BYTES) or b""), "attributes")
+        kind, recipe = text(attributes, "kind"), inner(attributes, "recipe")
+        catalogue.kinds()[kind].expect(recipe)
         slug = re.sub(f"-?{digest(recipe)}$", "", folder.name)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError):
         return None
     if slug == folder.name:
         return None
@@ -115,6 +119,9 @@ class _Repair:
         self._write(MANIFEST, manifest.text())
         for name, data in type(store)(store.path, manifest).metadata().items():
             self._write(name, data)
+        for name, content in ((REQUEST, {"rows": manifest.rows}), (HINTS, {})):  # what they said is lost
+            if name in damaged and store.damage(name) is not None:
+                self._write(name, note_bytes(content))
         return Repaired(store.key, tuple(self.written), tuple(self.replaced))
 
     def _lost(self, window: Window) -> bool:

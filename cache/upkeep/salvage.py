@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cache import catalogue
-from cache.durable import read, whole_lines_end
 from cache.errors import DamagedStore
-from cache.manifest import MANIFEST, Manifest, Window, end_line, read_line
-from cache.store import Store
+from cache.manifest import MANIFEST, Manifest, Window, end_line, lines_of, read_line, read_manifest
+from cache.places import listing
+from cache.store import HINTS, REQUEST, Store
 
 THREADS = 8  # reading waits for disks and networks; checking costs 0.2 s of one core a GB
 
@@ -37,6 +37,7 @@ class Salvaged:
         """Every file that can be checked, with its size. Zarr's metadata follows a whole manifest, so only then."""
         sizes = {name: size for window in self.store.manifest.windows for name, (size, _) in window.files.items()}
         described = {} if self.lines else {name: len(data) for name, data in self.store.metadata().items()}
+        described |= {name: 0 for name in (REQUEST, HINTS) if (self.store.path / name).exists()}
         return described | {name: sizes.get(name, 0) for name in self.store.committed_files()}
 
 
@@ -59,13 +60,18 @@ def salvage(folder: Path) -> Salvaged:
     except DamagedStore as error:
         why = str(error)
     empty = catalogue.opened(folder, Manifest())  # raises again where it is not the manifest
-    data = read(path) or b""
+    lines = lines_of(read_manifest(folder))
+    most = len(lines) + len(listing(folder))  # windows that can have been: what a line says is not all believed
     windows: dict[int, Window] = {}
     end: int | None = None
     wrong: list[str] = []
     tail: list[bytes] = []  # damaged lines after the last good one
-    for number, text in enumerate(data[: whole_lines_end(data)].split(b"\n")[:-1], 1):
+    for number, text in enumerate(lines, 1):
         line = read_line(text)
+        if isinstance(line, Window):
+            line = line if line.index < most and empty.fits(line) else None
+        elif line is not None and line > empty.windows.start(most):
+            line = None
         if isinstance(line, Window):
             windows[line.index], tail = line, []
         elif line is not None:
