@@ -94,7 +94,7 @@ def list_(runs: RunsRoot = Path("runs"), json: Json = False) -> None:
         return
     for title, entries in found.items():
         rows = [[entry["name"], entry["help"]] for entry in entries] or [["none yet", f"{runs} is where they would be"]]
-        console.table(title, ["name", "what it is"], rows, prose=title != "runs")
+        console.table(title, ["name", "what it is"], rows, prose=True)
 
 
 def show_version(wanted: bool) -> None:

@@ -3,8 +3,9 @@
 import json
 import math
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich import box
@@ -27,6 +28,8 @@ err = Console(stderr=True, highlight=False)
 TITLE = 24  # letters of a bar's title
 REST_OF_BAR = 38  # columns of everything in a bar but its title, amount, unit and the values beside it
 BYTES = "bytes"  # the unit that is said as kB, MB, GB
+GAP = "  "  # between the columns of a plain table
+LEAST_PROSE = 24  # columns that folded text gets at least
 QUIET_SECONDS = 15.0  # between two progress lines where there is no terminal to draw a bar on
 
 
@@ -180,28 +183,70 @@ def ago(seconds: float) -> str:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, prose: bool = False) -> None:
-    """Print a table on stdout; a column of numbers is right-aligned.
+    """Print a table on stdout, no wider than the terminal (80 columns where there is none).
 
-    Names are never cut or folded, so that they can be copied: where they do not fit, and where there is no terminal,
-    the table is plain lines of any length. With `prose` the last column folds instead (on a terminal).
+    A column of numbers is right-aligned. Names are never cut or folded, so that they can be copied: where the columns
+    do not fit side by side, the rows are numbered, and the columns follow in as many blocks as it takes. With `prose`
+    the last column is folded between its words instead.
     """
     cells = [[cell if isinstance(cell, str) else short(cell) for cell in row] for row in rows]
     numbers = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(columns))]
     grid = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, column in enumerate(columns):
-        folds = prose and i == len(columns) - 1
-        grid.add_column(column, justify="right" if numbers[i] else "left", no_wrap=not folds)
+    for column, right in zip(columns, numbers, strict=True):
+        grid.add_column(column, justify="right" if right else "left", no_wrap=True)
     for row in cells:
         grid.add_row(*map(Text, row))
-    fits = prose or out.measure(grid, options=out.options.update(width=100_000)).maximum <= out.width
+    fits = out.measure(grid, options=out.options.update(width=100_000)).maximum <= out.width
     if out.is_terminal and fits:
         out.print(grid)
         return
-    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
     say(title)
-    for line in [columns, *cells]:
-        padded = [c.rjust(w) if n else c.ljust(w) for c, w, n in zip(line, widths, numbers, strict=True)]
-        say("  ".join(padded).rstrip())
+    lines = [list(columns), *cells]
+    if prose:
+        lines = list(_folded(lines, out.width))
+    if _width(lines) <= out.width:
+        _plain(lines, numbers)
+        return
+    index = [["#", *map(str, range(1, len(rows) + 1))]]
+    named = [[number, line[0]] for number, line in zip(index[0], lines, strict=True)]
+    _plain(named, [True, numbers[0]])
+    for block in _blocks(lines, out.width - _width(list(zip(*index, strict=True))) - len(GAP)):
+        picked = [[number, *(line[i] for i in block)] for number, line in zip(index[0], lines, strict=True)]
+        _plain(picked, [True, *(numbers[i] for i in block)])
+
+
+def _width(lines: Sequence[Sequence[str]]) -> int:
+    """Columns of a terminal that aligned lines take."""
+    return sum(max(map(len, column)) + len(GAP) for column in zip(*lines, strict=True)) - len(GAP)
+
+
+def _plain(lines: Sequence[Sequence[str]], right: Sequence[bool]) -> None:
+    """Print lines of cells aligned under each other, to the right where told."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        padded = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)]
+        say(GAP.join(padded).rstrip())
+
+
+def _folded(lines: Sequence[Sequence[str]], width: int) -> Iterator[list[str]]:
+    """The lines with their last cell folded to what the others leave of `width`, in further lines where it takes so."""
+    room = width - _width([[*line[:-1], ""] for line in lines])
+    for *first, last in lines:
+        parts = textwrap.wrap(last, max(room, LEAST_PROSE), break_long_words=False, break_on_hyphens=False) or [""]
+        yield [*first, parts[0]]
+        yield from ([*("" for _ in first), part] for part in parts[1:])
+
+
+def _blocks(lines: Sequence[Sequence[str]], width: int) -> Iterator[list[int]]:
+    """The columns but for the first, as many at a time as fit side by side."""
+    block: list[int] = []
+    for i in range(1, len(lines[0])):
+        if block and _width([[line[j] for j in (*block, i)] for line in lines]) > width:
+            yield block
+            block = []
+        block.append(i)
+    if block:
+        yield block
 
 
 def _is_number(cell: Any) -> bool:
