@@ -1,6 +1,7 @@
 """The options that commands share, and what the command line's words mean: counts, lists, folders, settings."""
 
 import re
+from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +12,7 @@ from cache.errors import SaeError
 
 if TYPE_CHECKING:
     from cache.store import Store
-    from configs import Settings
+    from configs import Kind
 
 
 SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
@@ -103,30 +104,37 @@ def folder(option: str, path: Path) -> Path:
 
 
 def length_of(steps: int | None, rows: str | None) -> tuple[list[str], dict[str, Any]]:
-    """How long to train, by `--steps` and `--rows`: overrides to go first, and flags.
+    """How long to train, by `--steps` and `--rows`: settings of presets and files that do not count, and flags.
 
     One of the two takes the place of what a preset says of the other; all the rows once is what neither says.
     """
-    freed = [f"train.{other}=null" for given, other in ((steps, "rows"), (rows, "steps")) if given is not None]
-    return freed, {"steps": steps, "rows": None if rows == "all" else rows}
+    if steps is not None and rows is not None:
+        raise SaeError(f"--steps {steps} and --rows {rows}: give one of them")
+    freed = [other for given, other in ((steps, "rows"), (rows, "steps")) if given is not None]
+    return freed, {"steps": steps, "rows": rows}
 
 
 def settings(
     section: str,
-    kind: "type[Settings]",
+    kind: "type[Kind]",
     preset: str | None,
     file: Path | None,
     overrides: list[str] | None,
     /,
+    *,
+    axes: dict[str, Any] | None = None,
+    freed: Sequence[str] = (),
     **flags: Any,
-) -> "Settings":
-    """The settings of a stage from everything the command line says."""
+) -> "Kind":
+    """The settings of a stage from everything the command line says; `axes` and `freed` are those of `resolve`."""
     from configs import SECTIONS, resolve
 
     for item in overrides or ():
         if (other := item.partition(".")[0]) != section and other in SECTIONS:
             raise SaeError(f"--set {item}: `sae {section}` reads {section}.*; give this one to `sae {other}`")
-    return resolve(section, kind, preset=preset, file=file, overrides=overrides or (), flags=flags)
+    return resolve(
+        section, kind, preset=preset, file=file, overrides=overrides or (), axes=axes, flags=flags, freed=freed
+    )
 
 
 def unfinished(store: "Store") -> str:

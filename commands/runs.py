@@ -75,7 +75,7 @@ def train(
         sae train --devices 4 --batch 16384
     """
     import console
-    from pipeline.sweep import acquainted, combinations
+    from pipeline.sweep import acquainted, combinations, of_seeds
     from pipeline.train import TrainConfig, open_run
     from pipeline.training.alignment import BY
 
@@ -84,23 +84,29 @@ def train(
     if took_part(device):
         return
     freed, length = length_of(steps, rows)
-    given = [*freed, *(set_ or [])]
-    flags: dict[str, Any] = {
-        "sae": {"arch": arch, "k": k, "d_sae": d_sae}, "lr": lr, "batch": batch, **length, "seed": seed,
-        "align": {"by": align},
-    }  # fmt: skip
+
+    def configured(axes: dict[str, Any]) -> TrainConfig:
+        return settings(
+            "train", TrainConfig, preset, config, set_, axes=axes, freed=freed,
+            sae={"arch": arch, "k": k, "d_sae": d_sae}, lr=lr, batch=batch, **length, seed=seed, align={"by": align},
+        )  # fmt: skip
+
     root, runs, bars = cache_root(cache), folder("--runs", runs), console.Bars()
     if sweep is not None or seeds is not None:
         if resume or name is not None:
             raise SaeError("--sweep: names its runs itself and continues what is there; leave out --name and --resume")
-        flags["seed"] = None if seeds is not None else seed
-        every = [
-            settings("train", TrainConfig, preset, config, [*given, *one], **flags)
-            for one in combinations(sweep or [], seeds, seed or 0)
-        ]
-        train_every(every, activations_of(root, activations, bars), runs, bars, device, devices, json)
+        every = [configured(axes) for axes in combinations(sweep or [])]
+        train_every(
+            every if seeds is None else of_seeds(every, seeds),
+            activations_of(root, activations, bars),
+            runs,
+            bars,
+            device,
+            devices,
+            json,
+        )
         return
-    values = settings("train", TrainConfig, preset, config, given, **flags)
+    values = configured({})
     options = [preset, config, set_ or None, arch, k, d_sae, lr, batch, steps, rows, seed, align]
     said = any(option is not None for option in options)
     if resume and (name is not None or not said):

@@ -248,7 +248,7 @@ def training(
             raise SaeError(f"--set {item}: `sae study` reads train.* and eval.*; give this one to `sae {section}`")
     freed, length = length_of(steps, rows)
     flags = {"sae": sae, **length}
-    return resolve("train", TrainConfig, preset=preset, file=file, overrides=[*freed, *(overrides or [])], flags=flags)
+    return resolve("train", TrainConfig, preset=preset, file=file, overrides=overrides or (), flags=flags, freed=freed)
 
 
 def lab(

@@ -1,34 +1,28 @@
-"""Presets and the one loader: preset + file + `--set` + flags -> a validated settings object. Knows no stage.
+"""Presets and the one loader: preset + file + command line -> a validated settings object. Knows no stage.
 
 A preset or a file is YAML with one section a stage: `tokenize`, `harvest`, `synthesize`, `train`, `eval`. Later layers
-win: the defaults of the settings class, the preset, the file, `--set section.key=value`, the command's own flags.
+win: the defaults of the settings class, the preset, the file, the command line. The command line is one layer: its own
+options, `--set section.key=value` and the axes of a sweep may not contradict each other.
 """
 
-import difflib
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from cache.errors import SaeError
+from configs import reading
+from configs.layers import Layer, Said, command_line, joined, leaves
+from configs.problems import Origins, explained
+from configs.reading import SECTIONS, nested, parsed
 
-SECTIONS = ("tokenize", "harvest", "synthesize", "train", "eval")
-TAGS = ("arch", "kind", "mode")  # keys that choose one of several settings classes
+__all__ = ["SECTIONS", "parsed", "presets", "resolve"]
+
 FOLDER = Path(__file__).parent
+NAMES: dict[tuple[str, ...], str] = {("align", "by"): "align"}  # options that are not called as their setting
 
-Settings = TypeVar("Settings", bound=BaseModel)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 3e-4 and 1e6 are numbers, as everywhere else; PyYAML would take them for text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def presets() -> list[str]:
@@ -38,59 +32,43 @@ def presets() -> list[str]:
 
 def resolve(
     section: str,
-    settings: type[Settings],
+    settings: type[Kind],
     *,
     preset: str | None = None,
     file: Path | None = None,
     overrides: Sequence[str] = (),
+    axes: dict[str, Any] | None = None,
     flags: dict[str, Any] | None = None,
-) -> Settings:
+    freed: Sequence[str] = (),
+) -> Kind:
     """The settings of one stage. Raises SaeError naming the key, the value and what to try.
 
-    `flags` holds the command's own options; None in it means not given.
+    overrides: what `--set` says. axes: a combination of `--sweep`, as {"sae.k": 3}. flags: the command's own options;
+    None in it means not given. freed: keys of which it does not count what a preset or a file says, because an option
+    took the place of them.
     """
-    values = _defaults(settings)
-    for layer in (
-        _preset(preset) if preset else {},
-        _file(file) if file else {},
-        _overrides(overrides),
-        {section: _given(flags or {})},
-    ):
-        values = merge(values, layer.get(section) or {}, [settings])
+    below = [
+        Layer(f"preset {preset}", _preset(preset).get(section) or {}, lenient=True) if preset else None,
+        Layer(str(file), reading.file(file).get(section) or {}) if file else None,
+    ]
+    overridden = list(_set(section, overrides))
+    options = [*_swept(axes or {}), *_options(flags or {})]
+    layers = [
+        Layer("", _defaults(settings), lenient=True),
+        *(layer._replace(values={k: v for k, v in layer.values.items() if k not in freed}) for layer in below if layer),
+        Layer("", command_line([*overridden, *options])),
+    ]
     try:
-        return settings.model_validate(values)
+        return settings.model_validate(joined(layers, [settings]))
     except ValidationError as error:
-        raise SaeError(_explained(section, settings, error, _options(flags or {}))) from error
+        typed = {path: one.option for one in options for path, _ in leaves(one.values)}
+        raise SaeError(explained(settings, error, Origins(section, layers, typed))) from error
 
 
-def merge(base: dict[str, Any], over: dict[str, Any], settings: Sequence[type[BaseModel]] = ()) -> dict[str, Any]:
-    """`over` on top of `base`, key by key.
-
-    A changed tag (`arch`) discards the fields that belonged to the old one. Of the settings classes that may hold the
-    two, where they are given, what both have is kept, if it says otherwise than the old one's default.
-    """
-    changed = next((tag for tag in TAGS if tag in over and tag in base and over[tag] != base[tag]), None)
-    if changed is not None:
-        return {**_in_common(base, over, changed, settings), **over}
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        inner = [kind for one in settings if key in one.model_fields for kind in _inner(one, key)]
-        merged[key] = merge(merged[key], value, inner) if both else value
-    return merged
-
-
-def _in_common(
-    base: dict[str, Any], over: dict[str, Any], tag: str, settings: Sequence[type[BaseModel]]
-) -> dict[str, Any]:
-    """What `base` says otherwise than the defaults of its tag's settings, of the fields that those of `over` have."""
-    known = {one.model_fields[tag].default: one.model_fields for one in settings if tag in one.model_fields}
-    old, new = known.get(base[tag], {}), known.get(over[tag], {})
-    return {
-        key: value
-        for key, value in base.items()
-        if key != tag and key in old and key in new and value != old[key].get_default(call_default_factory=True)
-    }
+def _preset(name: str) -> dict[str, Any]:
+    if name not in presets():
+        raise SaeError(f"--preset {name}: no such preset; there are {', '.join(presets())}")
+    return reading.preset(FOLDER / f"{name}.yaml")
 
 
 def _defaults(settings: type[BaseModel]) -> dict[str, Any]:
@@ -99,123 +77,26 @@ def _defaults(settings: type[BaseModel]) -> dict[str, Any]:
     return {name: value.model_dump() for name, value in fields.items() if isinstance(value, BaseModel)}
 
 
-def _given(flags: dict[str, Any]) -> dict[str, Any]:
-    given = {key: _given(value) if isinstance(value, dict) else value for key, value in flags.items()}
-    return {key: value for key, value in given.items() if value is not None and value != {}}
+def _set(section: str, overrides: Sequence[str]) -> Iterator[Said]:
+    for item in overrides:
+        values = reading.override(item).get(section)
+        if values:
+            yield Said(f"--set {item}", values)
 
 
-def _options(flags: dict[str, Any]) -> dict[str, str]:
-    """What the command line calls the settings that its own options gave: {"sae.d_sae": "--d-sae", ...}."""
-    found: dict[str, str] = {}
-    for key, value in _given(flags).items():
-        inner = {f"{key}.{name}": option for name, option in _options(value).items()} if isinstance(value, dict) else {}
-        found |= inner or {key: "--" + key.replace("_", "-")}
-    return found
+def _swept(axes: dict[str, Any]) -> Iterator[Said]:
+    for key, value in axes.items():
+        yield Said(f"--sweep {key}={_shown(value)}", nested(key.split("."), value))
 
 
-def _preset(name: str) -> dict[str, Any]:
-    if name not in presets():
-        raise SaeError(f"--preset {name}: no such preset; there are {', '.join(presets())}")
-    return _checked(yaml.load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"), _Loader), f"preset {name}")
+def _options(flags: dict[str, Any]) -> Iterator[Said]:
+    """What the command's own options say, by what they are called."""
+    for path, value in leaves(flags):
+        if value is not None:
+            name = NAMES.get(path, path[-1]).replace("_", "-")
+            yield Said(f"--{name} {_shown(value)}", nested(path, value))
 
 
-def _file(path: Path) -> dict[str, Any]:
-    try:
-        return _checked(yaml.load(path.read_text(encoding="utf-8"), _Loader), str(path))
-    except OSError as error:
-        raise SaeError(f"--config {path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise SaeError(f"--config {path}: is not UTF-8 text") from error
-    except yaml.YAMLError as error:
-        raise SaeError(f"--config {path}: is not YAML ({' '.join(str(error).split())})") from error
-
-
-def _overrides(items: Sequence[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for item in items:
-        path, equals, text = item.partition("=")
-        keys = path.strip().split(".")
-        if not equals or len(keys) < 2 or not all(keys):
-            raise SaeError(f"--set {item}: write it as section.key=value, for example train.lr=3e-4")
-        try:
-            value: Any = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            raise SaeError(f"--set {item}: the value is not YAML") from error
-        for key in reversed(keys):
-            value = {key: value}
-        values = merge(values, _checked(value, f"--set {item}"))
-    return values
-
-
-def _checked(content: Any, where: str) -> dict[str, Any]:
-    """A mapping of known sections to mappings."""
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise SaeError(f"{where}: expected sections ({', '.join(SECTIONS)}) with settings inside")
-    for name, body in content.items():
-        if name not in SECTIONS:
-            raise SaeError(f"{where}: unknown section {name!r}{_nearest(str(name), SECTIONS)}")
-        if body is not None and not isinstance(body, dict):
-            raise SaeError(f"{where}: section {name} should hold settings, not {body!r}")
-    return content
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"
-
-
-def _explained(section: str, settings: type[BaseModel], error: ValidationError, options: dict[str, str]) -> str:
-    """The first problem in one line (for a value that may be of several types, with what each of them asks)."""
-    first, *others = error.errors()
-    keys, known = _followed(settings, first["loc"])
-    name = ".".join([section, *keys])
-    if first["type"] == "extra_forbidden":
-        key = str(first["loc"][-1])
-        if option := options.get(".".join([*keys, key])):
-            return f"{option} {first['input']}: these settings have no {key}{_nearest(key, known)}"
-        return f"{name}.{key}: unknown key{_nearest(key, known)}"
-    if first["type"] == "union_tag_invalid":
-        tag, there = first["ctx"]["tag"], first["ctx"]["expected_tags"].replace("'", "").split(", ")
-        key = ".".join([*keys, first["ctx"]["discriminator"].strip("'")])
-        option = options.get(key) or f"{section}.{key} ="
-        return f"{option} {tag}: there is no such one{_nearest(tag, there)}"
-    same = [first, *(other for other in others if _followed(settings, other["loc"])[0] == keys)]
-    messages = [problem["msg"].removeprefix("Value error, ") for problem in same]
-    message = "; or ".join(message[:1].lower() + message[1:] for message in messages)
-    if isinstance(first["input"], dict):
-        return f"{name}: {message}"
-    option = options.get(".".join(keys)) or options.get(".".join(keys[:-1]))  # the latter for an item of a list
-    return f"{option} {first['input']}: {message}" if option else f"{name} = {first['input']!r}: {message}"
-
-
-def _followed(settings: type[BaseModel], place: Sequence[str | int]) -> tuple[list[str], list[str]]:
-    """The part of pydantic's `place` a user wrote (no tags, no names of types), and the keys allowed where it ends."""
-    models: list[type[BaseModel]] = [settings]
-    keys: list[str] = []
-    for part in place:
-        tagged = [m for m in models for tag in TAGS if tag in m.model_fields and part == m.model_fields[tag].default]
-        named = any(part in model.model_fields for model in models)
-        if tagged and (len(models) > 1 or not named):  # a tag may be called as one of the fields it leads to
-            models = tagged
-        elif named:
-            keys.append(str(part))
-            models = [inner for model in models if part in model.model_fields for inner in _inner(model, str(part))]
-        elif isinstance(part, int):
-            keys.append(str(part))
-    return keys, sorted({key for model in models for key in model.model_fields})
-
-
-def _inner(model: type[BaseModel], key: str) -> list[type[BaseModel]]:
-    """Settings classes a field may hold."""
-    field = model.model_fields[key]
-    found: list[type[BaseModel]] = []
-    waiting: list[Any] = [field.annotation]
-    while waiting:
-        kind = waiting.pop()
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            found.append(kind)
-        else:
-            waiting.extend(getattr(kind, "__args__", ()))
-    return found
+def _shown(value: Any) -> str:
+    """A value as the command line has it."""
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -39,7 +39,7 @@ def demo(
         seconds[stage] = round(time.perf_counter() - begun, 2)
         return result
 
-    def settings(section: str, kind: type[configs.Settings]) -> configs.Settings:
+    def settings(section: str, kind: type[configs.Kind]) -> configs.Kind:
         return configs.resolve(section, kind, preset=PRESET, overrides=overrides)
 
     # all of them first: what is wrong with the last should not wait for the others

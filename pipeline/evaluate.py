@@ -13,12 +13,12 @@ judged by how well it found those.
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from cache import catalogue
@@ -28,6 +28,7 @@ from cache.errors import NotFound, SaeError
 from cache.loader import Loader
 from cache.runs import EVALUATION, LATENTS, Run
 from cache.tokens import TokenStore
+from configs.base import Amount, Settings
 from pipeline import devices, trained
 from pipeline.language_model import LanguageModel, Point
 from pipeline.metrics import (
@@ -43,13 +44,9 @@ from pipeline.progress import Progress
 from pipeline.rows import RowRule
 from pipeline.saes import SAE
 
-Amount = Annotated[int, Field(ge=1)] | Literal["all"]
 
-
-class EvalConfig(BaseModel):
+class EvalConfig(Settings):
     """How much to judge on."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     rows: Amount = Field("all", description="held-out rows for reconstruction and sparsity, or all")
     tokens: Amount = Field(65_536, description="held-out tokens for cross-entropy, or all")

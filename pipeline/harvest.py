@@ -16,10 +16,10 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from cache.activations import WINDOWS, ActivationStore, ActivationWriter
 from cache.codecs import codec, codec_recipe
@@ -28,6 +28,7 @@ from cache.errors import SaeError
 from cache.identity import Recipe, canonical
 from cache.places import listing
 from cache.tokens import TokenStore
+from configs.base import Amount, Distinct, Settings
 from pipeline.cluster import Cluster, connected
 from pipeline.language_model import SITES, LanguageModel, Point
 from pipeline.progress import Progress
@@ -37,20 +38,18 @@ from pipeline.windows import Arrays, Origin, Passes, Task, Work, expect_lease, h
 VOCABULARY_PADDING = 1024  # models round their embedding up; more than this is another vocabulary
 ESTIMATE_TOKENS = 1024  # the pass that is timed for --dry-run
 
-Amount = Annotated[int, Field(ge=1)] | Literal["all"]
 
-
-class HarvestConfig(BaseModel):
+class HarvestConfig(Settings):
     """Which activations to keep and how."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field(
         "gpt2", description="a model transformer_lens boots, a local Hugging Face folder, or tiny (embedded)"
     )
     revision: str | None = Field(None, description="revision of a hub model")
-    layer: tuple[int, ...] = Field((6,), min_length=1, description="layers, from 0: one or several, 4,6,8")
-    site: tuple[str, ...] = Field(
+    layer: Annotated[tuple[int, ...], Distinct] = Field(
+        (6,), min_length=1, description="layers, from 0: one or several, 4,6,8"
+    )
+    site: Annotated[tuple[str, ...], Distinct] = Field(
         ("mlp_out",), min_length=1, description=f"sites: one or several of {', '.join(SITES)}"
     )
     codec: str = Field("int8", description="int8, bfloat16, float16 or float32; settings as int8:step=0.11,zstd=3")

@@ -7,19 +7,18 @@ every window is known before anything is computed: windows may then be computed 
 from typing import Annotated, Any, NamedTuple, Self
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from cache.errors import SaeError
 from cache.manifest import Windows
 from cache.tokens import TokenStore
+from configs.base import Settings
 
 SCAN_CONTEXTS = 8192
 
 
-class RowRule(BaseModel):
+class RowRule(Settings):
     """Which tokens become rows."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     skip_first: int = Field(
         1, ge=0, description="positions left out at the start of every context (position 0 holds massive activations)"

@@ -7,14 +7,18 @@ by its settings, so a repeated sweep trains only what is missing and continues w
 
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cache.activations import ActivationStore
 from cache.errors import NotFound, SaeError
 from cache.identity import canonical
 from cache.places import place
 from cache.runs import CONFIG, Run
+from configs import parsed
+from configs.base import WHOLE
 from pipeline.progress import Progress, Silent
 from pipeline.train import STREAM, TrainConfig, open_run, run_name, share, train
 from pipeline.training.member import Diverged
@@ -22,35 +26,50 @@ from pipeline.training.parallel import Seat, Together, together, torchrun_seat
 from pipeline.training.processes import launch
 from pipeline.training.ranks import Alone, Ranks
 
+MOST = 10_000  # dictionaries of one sweep
 SHORT = {"arch": "sae.arch", "k": "sae.k", "d_sae": "sae.d_sae"}  # settings the command has short options for
 
 
-def combinations(axes: Sequence[str], seeds: int | None, first_seed: int = 0) -> list[list[str]]:
-    """Every combination of the axes `KEY=VALUE,VALUE,...` and of seeds first_seed, first_seed + 1, ...
+def combinations(axes: Sequence[str]) -> list[dict[str, Any]]:
+    """Every combination of the axes `KEY=VALUE,VALUE,...`, each as {"sae.k": 16, "lr": 1e-4}.
 
-    Each is a list of `train.key=value` overrides. A key is a setting of the train section (`lr`, `sae.k`), one of the
-    architecture (`arch.k`), or the name of a short option (`k`, `d_sae`, `arch`). Raises SaeError for an axis that is
-    not written so, or is there twice.
+    A key is a setting of the train section (`lr`, `sae.k`), one of the architecture (`arch.k`), or the name of a short
+    option (`k`, `d_sae`, `arch`). Raises SaeError for an axis that is not written so, or is there twice.
     """
-    spread: dict[str, list[str]] = {}
+    spread: dict[str, list[Any]] = {}
     for axis in axes:
-        key, equals, values = axis.partition("=")
+        key, _, text = axis.partition("=")
         path = SHORT.get(key, key).removeprefix("train.")
         path = "sae." + path.removeprefix("arch.") if path.startswith("arch.") else path
-        found = [value.strip() for value in values.split(",")]
-        if not equals or not all(path.split(".")) or not all(found):
+        try:
+            found: list[Any] = [] if text.rstrip().endswith(",") else parsed(f"[{text}]")
+        except ValueError:
+            found = []
+        if not found or not all(path.split(".")):
             raise SaeError(f"--sweep {axis}: write it as KEY=VALUE,VALUE, for example k=16,32,64 or lr=1e-4,3e-4")
-        if path in spread or (path == "seed" and seeds is not None):
+        if path in spread:
             raise SaeError(f"--sweep {axis}: {key} is swept twice; give all its values at once")
-        if len(set(found)) < len(found):
+        if any(value in found[:i] for i, value in enumerate(found)):
             raise SaeError(f"--sweep {axis}: a value stands there twice")
         spread[path] = found
-    if seeds is not None:
-        spread["seed"] = [str(first_seed + i) for i in range(seeds)]
-    return [
-        [f"train.{path}={value}" for path, value in zip(spread, values, strict=True)]
-        for values in itertools.product(*spread.values())
-    ]
+    _expect_few(math.prod(map(len, spread.values())))
+    return [dict(zip(spread, values, strict=True)) for values in itertools.product(*spread.values())]
+
+
+def of_seeds(configs: Sequence[TrainConfig], seeds: int) -> list[TrainConfig]:
+    """Each configuration with its own seed and the following ones, as many as `seeds` says."""
+    _expect_few(len(configs) * seeds)
+    if len({config.seed for config in configs}) > 1:
+        raise SaeError(f"--seeds {seeds}: the seed is swept already; give --seeds or --sweep seed=...")
+    first = configs[0].seed
+    if first + seeds > WHOLE:
+        raise SaeError(f"--seeds {seeds}: from seed {first} on they do not fit into 64 bits")
+    return [one.model_copy(update={"seed": seed}) for one in configs for seed in range(first, first + seeds)]
+
+
+def _expect_few(dictionaries: int) -> None:
+    if dictionaries > MOST:
+        raise SaeError(f"--sweep: that is {dictionaries:,} dictionaries; at most {MOST:,} are trained at once")
 
 
 def acquainted(configs: Sequence[TrainConfig]) -> list[TrainConfig]:

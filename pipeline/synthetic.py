@@ -17,12 +17,13 @@ from typing import Annotated, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from cache.errors import SaeError
 from cache.identity import Recipe
+from configs.base import Settings
 
 GENERATOR = 1  # part of the recipe: raised when the same settings give other rows
 HELD_OUT = 1 << 52  # the first sample that is never trained on; counts on the command line end far below
@@ -33,11 +34,7 @@ EXPONENT = 600.0  # members less likely than the first by more than e^600 are al
 Bits = Callable[[str], np.random.PCG64]  # random bits for a purpose
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Groups(_Settings):
+class Groups(Settings):
     """A row picks one group of features, evenly, and of it a number of members."""
 
     mode: Literal["groups"] = "groups"
@@ -61,7 +58,7 @@ class Groups(_Settings):
         return np.arange(n + 1) * self.active, table[group[:, None], first].reshape(-1)
 
 
-class Independent(_Settings):
+class Independent(Settings):
     """Each feature is in a row or not, independently of all others."""
 
     mode: Literal["iid"] = "iid"
@@ -85,7 +82,7 @@ class Independent(_Settings):
         return np.searchsorted(row, np.arange(n + 1)), feature
 
 
-class SyntheticConfig(_Settings):
+class SyntheticConfig(Settings):
     """Which rows with known features to make, and how to store them."""
 
     d: int = Field(256, ge=1, description="width of a row")

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from cache import catalogue
 from cache.errors import SaeError
 from cache.identity import Recipe
 from cache.manifest import Window
 from cache.tokens import TokenStore, TokenWriter
+from configs.base import Amount, Settings
 from pipeline.cluster import connected
 from pipeline.progress import Progress
 from pipeline.sources import TextSource, is_validation, text_source
@@ -40,17 +41,13 @@ BLOCK_DOCUMENTS = 4096
 BLOCK_CHARACTERS = 1 << 25
 SPLITS = ("train", "validation")
 
-Amount = Annotated[int, Field(ge=1)] | Literal["all"]
-
 
 class TooLittle(SaeError):
     """A split of the source does not fill one context."""
 
 
-class TokenizeConfig(BaseModel):
+class TokenizeConfig(Settings):
     """What to tokenize and how."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str = Field(
         "fineweb",

@@ -89,7 +89,7 @@ ARROWS: dict[str, tuple[tuple[str, ...], set[str] | None]] = {
     "cache": (("cache",), {"numpy", "numcodecs", "google_crc32c", "safetensors", "torch", "upath", "zarr"}),
     "configs": (("configs", "cache.errors"), {"pydantic", "yaml"}),
     "console": ((), {"rich"}),
-    "pipeline.saes": (("pipeline.saes",), {"torch", "pydantic"}),
+    "pipeline.saes": (("pipeline.saes", "configs.base"), {"torch", "pydantic"}),
     "pipeline.metrics": (("pipeline.metrics",), {"torch", "numpy", "scipy"}),
     "pipeline.sources": (("pipeline.sources", "pipeline.network", "cache.errors"), None),
     "pipeline.language_model": (

@@ -19,7 +19,7 @@ from configs import resolve
 from pipeline.compare import as_csv, compare, front, over_seeds
 from pipeline.plots import pareto
 from pipeline.progress import Silent
-from pipeline.sweep import combinations, open_all, sweep
+from pipeline.sweep import combinations, of_seeds, open_all, sweep
 from pipeline.train import TrainConfig, open_run, train
 
 BASE = {"sae.d_sae": 24, "sae.k": 4, "batch": 64, "steps": 6, "log_every": 3, "initial_rows": 64}
@@ -35,8 +35,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActivationStore]
 
 
 def configs(*axes: str, seeds: int | None = None) -> list[TrainConfig]:
-    base = [f"train.{key}={value}" for key, value in BASE.items()]
-    return [resolve("train", TrainConfig, overrides=[*base, *one]) for one in combinations(axes, seeds)]
+    found = [resolve("train", TrainConfig, axes={**BASE, **one}) for one in combinations(axes)]
+    return found if seeds is None else of_seeds(found, seeds)
 
 
 @pytest.fixture(scope="module")
@@ -49,29 +49,39 @@ def runs(store: ActivationStore, tmp_path_factory: pytest.TempPathFactory) -> li
 
 class TestCombinations:
     def test_every_value_meets_every_other(self) -> None:
-        found = combinations(["k=16,32", "lr=1e-4,3e-4"], 3)
-        assert len(found) == len({tuple(one) for one in found}) == 12
-        assert ["train.sae.k=16", "train.lr=3e-4", "train.seed=2"] in found
+        found = combinations(["k=16,32", "lr=1e-4,3e-4", "betas=[0.9, 0.99],[0.9, 0.999]"])
+        assert len(found) == 8
+        assert {"sae.k": 16, "lr": 3e-4, "betas": [0.9, 0.99]} in found
 
     @pytest.mark.parametrize("key", ["k", "arch.k", "sae.k", "train.sae.k"])
     def test_a_setting_of_the_architecture_may_be_written_in_several_ways(self, key: str) -> None:
-        assert combinations([f"{key}=4"], None) == [["train.sae.k=4"]]
+        assert combinations([f"{key}=4"]) == [{"sae.k": 4}]
 
     def test_seeds_follow_the_first(self) -> None:
-        assert combinations([], 2, 7) == [["train.seed=7"], ["train.seed=8"]]
+        first = [TrainConfig(seed=7, lr=lr) for lr in (1e-4, 3e-4)]
+        assert [(one.lr, one.seed) for one in of_seeds(first, 2)] == [(1e-4, 7), (1e-4, 8), (3e-4, 7), (3e-4, 8)]
 
-    @pytest.mark.parametrize("axis", ["k", "k=", "=3", "k=1,,2", "sae.=3", ""])
+    @pytest.mark.parametrize("axis", ["k", "k=", "=3", "k=1,,2", "k=1,", "k=,1", "sae.=3", "", "k=[1", "k=1],[2"])
     def test_what_is_no_axis_is_refused(self, axis: str) -> None:
         with pytest.raises(SaeError, match=r"--sweep.*write it as"):
-            combinations([axis], None)
+            combinations([axis])
 
-    def test_an_axis_given_twice_is_refused(self) -> None:
+    def test_what_is_there_twice_is_refused(self) -> None:
         with pytest.raises(SaeError, match="swept twice"):
-            combinations(["k=1,2", "sae.k=3"], None)
-        with pytest.raises(SaeError, match="swept twice"):
-            combinations(["seed=1,2"], 3)
-        with pytest.raises(SaeError, match="a value stands there twice"):
-            combinations(["k=1,1"], None)
+            combinations(["k=1,2", "sae.k=3"])
+        with pytest.raises(SaeError, match="the seed is swept already"):
+            of_seeds([TrainConfig(seed=1), TrainConfig(seed=2)], 3)
+        for axis in ("k=1,1", "lr=1e-3,0.001"):
+            with pytest.raises(SaeError, match="a value stands there twice"):
+                combinations([axis])
+
+    def test_numbers_out_of_any_sense_are_refused(self) -> None:
+        with pytest.raises(SaeError, match="that is 1,000,000,000,000 dictionaries; at most 10,000"):
+            of_seeds([TrainConfig()], 10**12)
+        with pytest.raises(SaeError, match="that is 10,201 dictionaries"):
+            combinations([f"k={','.join(map(str, range(101)))}", f"d_sae={','.join(map(str, range(101)))}"])
+        with pytest.raises(SaeError, match="do not fit into 64 bits"):
+            of_seeds([TrainConfig(seed=2**63 - 1)], 2)
 
 
 class TestSweep:

@@ -11,16 +11,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from cache.activations import ActivationStore
 from cache.codecs import Encoded
 from cache.errors import SaeError
 from cache.tokens import TokenStore
+from configs.base import Amount, Distinct, Settings
 from pipeline.progress import Progress
 from pipeline.report.examples import (
     BINS_PER_OCTAVE,
@@ -39,15 +40,11 @@ QUARTERS = ((0.75, 1.0), (0.5, 0.75), (0.25, 0.5), (0.0, 0.25))
 STRONGEST_SHARE = 4  # one in so many of the latents shown is there for its strength
 FREQUENT = 6
 
-Amount = Annotated[int, Field(ge=1)] | Literal["all"]
 
-
-class FeaturesConfig(BaseModel):
+class FeaturesConfig(Settings):
     """Which latents to show and how much of each."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    latents: tuple[int, ...] | None = Field(
+    latents: Annotated[tuple[int, ...], Distinct] | None = Field(
         None, description="latents to show; unset: the strongest few and a sample of the others across densities"
     )
     count: int = Field(32, ge=1, description="how many latents to show, where none are named")

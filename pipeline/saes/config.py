@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from configs.base import Settings
 
 BiasStart = Literal["none", "zeros", "mean", "geometric_median"]
 InputScale = Literal["rms", "unit", "per_token", "none"]
 Reduction = Literal["sum_d", "mean_d", "fvu"]
 
 
-class Config(BaseModel):
+class Config(Settings):
     """Settings common to all architectures. The widths are the data's, so they are not here."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     arch: str
     d_sae: int = Field(8192, ge=1, description="number of latents in the dictionary")

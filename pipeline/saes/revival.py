@@ -10,8 +10,10 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
+
+from configs.base import Settings
 
 from .base import SAE
 from .config import Clock, steps_of
@@ -20,17 +22,13 @@ Rows = Iterable[tuple[Tensor, Tensor | None]]
 """Inputs [b, d_in], and for a transcoder their targets [b, d_out]."""
 
 
-class NoRevival(BaseModel):
+class NoRevival(Settings):
     """Dead latents stay dead, but for what the loss does about them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["none"] = Field("none", description="what is done about dead latents between steps")
 
 
-class _AtSteps(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class _AtSteps(Settings):
     every: float = Field(0.1, gt=0, description="steps between two times; below 1, a share of the training")
     until: float = Field(0.8, gt=0, description="the last step it may happen at; below 1, a share of the training")
 

@@ -16,10 +16,11 @@ from itertools import combinations
 from typing import Literal, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from configs.base import Settings
 from pipeline.metrics.agreement import best, hungarian, mutual
 from pipeline.saes import SAE, Losses
 from pipeline.training.ranks import Ranks
@@ -29,10 +30,8 @@ BY: tuple[By, ...] = get_args(By)
 Matching = tuple[Tensor, Tensor]  # int64 [n] each: row of one, row of the other
 
 
-class AlignConfig(BaseModel):
+class AlignConfig(Settings):
     """How dictionaries trained together are pulled towards each other."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     by: By = Field(
         "dec", description="what is to agree: decoder rows, activations of latents over a batch, or reconstructions"

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.saes import AnyConfig, NoRevival, Reinitialise, Resample, parse
 from pipeline.training.alignment import AlignConfig
@@ -36,7 +36,9 @@ class TrainConfig(Schedule):
     )
     batch: int = Field(4096, ge=1, description="rows in a batch")
     steps: int | None = Field(None, ge=1, description="steps to train")
-    rows: int | None = Field(None, ge=1, description="rows to see, instead of steps")
+    rows: Annotated[int | None, BeforeValidator(lambda rows: None if rows == "all" else rows)] = Field(
+        None, ge=1, description="rows to see, instead of steps; all, or null: the store's, once"
+    )
     seed: int = Field(0, ge=0, description="seed of the initial weights and of what training draws")
     data_seed: int = Field(0, ge=0, description="seed of the order of the rows")
     outliers: float | None = Field(

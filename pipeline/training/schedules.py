@@ -3,13 +3,13 @@
 import math
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from configs.base import Settings
 
 
-class Schedule(BaseModel):
+class Schedule(Settings):
     """A factor between 0 and 1 for every step: a linear rise, a stretch at 1, a fall to 0. decay 0: constant."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     warmup: float = Field(0.05, ge=0, le=1, description="share of the steps over which the learning rate rises from 0")
     decay: float = Field(0.2, ge=0, le=1, description="share of the steps, the last ones, over which it falls to 0")

@@ -1,0 +1,58 @@
+"""What all settings have in common: the class that every settings class descends from."""
+
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+WHOLE = 2**63  # whole numbers are smaller: they go into files and generators of random numbers
+REAL = 1e30  # so are others, and the inverses of small ones: float32 ends at 3e38
+Item = TypeVar("Item")
+Amount = Annotated[int, Field(ge=1)] | Literal["all"]
+
+
+class Settings(BaseModel):
+    """Settings. Unknown keys, empty words and numbers that are none, or out of any sense, are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, str_min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, values: Any) -> Any:
+        """Where no yes or no is asked for, true is a word; pydantic would take it for 1."""
+        if not isinstance(values, dict):
+            return values
+        asked = {name for name, field in cls.model_fields.items() if bool in _types(field.annotation)}
+        return {name: value if name in asked else _worded(value) for name, value in values.items()}
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _of_some_sense(cls, value: Any) -> Any:
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, int) and abs(item) >= WHOLE:
+                raise ValueError("input should fit into 64 bits")
+            if isinstance(item, float) and item and not 1 / REAL <= abs(item) <= REAL:
+                raise ValueError(f"input should be 0, or between {1 / REAL:g} and {REAL:g}")
+        return value
+
+
+def _worded(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_worded(item) for item in value]
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+def _types(annotation: Any) -> set[Any]:
+    """The plain types in an annotation."""
+    inner = get_args(annotation)
+    return {kind for one in inner for kind in _types(one)} if inner else {annotation}
+
+
+def _distinct(items: tuple[Item, ...]) -> tuple[Item, ...]:
+    twice = next((item for i, item in enumerate(items) if item in items[:i]), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is there twice")
+    return items
+
+
+Distinct = AfterValidator(_distinct)
+"""Of a list: nothing stands in it twice."""
