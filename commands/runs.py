@@ -33,6 +33,7 @@ from commands.options import (
     settings,
     unfinished,
 )  # fmt: skip
+from pipeline.interrupts import remedied
 
 if TYPE_CHECKING:
     from cache.activations import ActivationStore
@@ -156,7 +157,7 @@ def train_one(run: "Run", store: "ActivationStore", bars: "Bars", device: str, p
     from pipeline.sweep import sweep
 
     bars.note(f"run: {run.path}{'; nothing to do, it is finished' if run.finished else ''}")
-    with unless_it_fails_at_once(run):
+    with unless_it_fails_at_once(run), remedied(f"continue with `sae train --resume --name {run.name}`"):
         sweep([run], store, bars, device=device, processes=processes)
     result = [{}, *run.metrics()][-1]
     if json:

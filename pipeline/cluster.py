@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
 from cache.errors import SaeError
-from pipeline.interrupts import interrupts_ignored
+from pipeline.interrupts import interrupts_withheld
 from pipeline.progress import Progress
 
 PATIENCE = 5  # seconds for a scheduler to answer
@@ -128,7 +128,7 @@ def connected(workers: int, scheduler: str | None, progress: Progress) -> Iterat
 
     with ExitStack() as stack:
         if scheduler is None:
-            with interrupts_ignored():
+            with interrupts_withheld():
                 local = LocalCluster(
                     n_workers=workers, threads_per_worker=1, processes=True, memory_limit=None, host="127.0.0.1",
                     dashboard_address="127.0.0.1:0", silence_logs=logging.ERROR,

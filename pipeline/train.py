@@ -5,6 +5,7 @@ is in the checkpoint: weights, optimiser, dead counters, loader position; a resu
 stopped, bit for bit on CPU.
 """
 
+import signal
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -21,7 +22,7 @@ from cache.identity import digest
 from cache.loader import Loader
 from cache.runs import CONFIG, FAILURE, Run
 from pipeline import devices
-from pipeline.interrupts import interruptible
+from pipeline.interrupts import Interrupted, interruptible
 from pipeline.progress import Progress
 from pipeline.saes import Clock
 from pipeline.training.config import STREAM, TrainConfig
@@ -136,8 +137,8 @@ def train(
             if state.step % every == 0 or stop or state.step == state.total:
                 state.save(ranks)
             if stop:
-                progress.note(f"checkpoint at step {state.step:,}; continue with --resume")
-                raise KeyboardInterrupt
+                number = stopping[0] if stopping else signal.SIGINT  # or whoever told another rank
+                raise Interrupted(number, f"checkpoint at step {state.step:,}")
             if state.step == state.total:
                 break
         if ranks.rank == 0:

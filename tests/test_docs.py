@@ -12,8 +12,8 @@ import pytest
 import typer.main
 from pydantic import BaseModel
 
-import cli
 import configs
+from commands.app import app
 from commands.options import amount
 from pipeline.evaluate import EvalConfig
 from pipeline.harvest import HarvestConfig
@@ -32,7 +32,7 @@ SHELLS = ("console", "bash", "sh", "shell")
 
 def commands(group: Any = None, prefix: str = "sae") -> Iterator[tuple[str, Any]]:
     """Every command as it is typed, and what typer made of it."""
-    for name, command in (group or typer.main.get_command(cli.app)).commands.items():
+    for name, command in (group or typer.main.get_command(app)).commands.items():
         if hasattr(command, "commands"):
             yield from commands(command, f"{prefix} {name}")
         else:
@@ -44,7 +44,7 @@ COMMANDS = dict(commands())
 
 def parsed(arguments: list[str]) -> dict[str, Any]:
     """The values a command line gives its command, without running it. Raises typer's error where it is wrong."""
-    command: Any = typer.main.get_command(cli.app)
+    command: Any = typer.main.get_command(app)
     context = command.make_context("sae", arguments)
     while hasattr(command, "commands"):
         name, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])

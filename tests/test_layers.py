@@ -100,7 +100,7 @@ ARROWS: dict[str, tuple[tuple[str, ...], set[str] | None]] = {
         ("cache.errors", "cache.places", "cache.store", "configs", "commands.options"), {"typer", "platformdirs"},
     ),
     "commands.upkeep": (("cache", "console", "pipeline.repair", "commands.options", "commands.upkeep"), {"typer"}),
-    "cli": (("cache", "configs", "console", "pipeline", "commands"), {"typer"}),
+    "cli": (("commands.app", "pipeline.interrupts"), set()),
 }  # fmt: skip
 
 

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from killing import killed_after
 from small_stores import CHUNK, few, files, shrunk
 
-import cli
 import console
 from cache import catalogue
 from cache.activations import ActivationStore
@@ -28,6 +27,7 @@ from cache.loader import Loader
 from cache.manifest import MANIFEST
 from cache.runs import Run
 from cache.upkeep.salvage import salvage, verify
+from commands.app import app
 from configs import resolve
 from pipeline import synthetic
 from pipeline.metrics.agreement import chance, recovery
@@ -424,7 +424,7 @@ def test_what_needs_a_language_model_says_so(home: Path) -> None:
 
 def test_the_defaults_that_the_help_states() -> None:
     defaults = SyntheticConfig().model_dump() | Independent().model_dump() | Groups().model_dump()
-    commands: Any = typer.main.get_command(cli.app)
+    commands: Any = typer.main.get_command(app)
     stated = {
         param.name: re.search(r"Default: (\S+)\.(?: Write|$)", param.help)
         for param in commands.commands["synthesize"].params

@@ -28,6 +28,7 @@ from cache.loader import Loader
 from cache.manifest import Windows
 from cache.runs import CHECKPOINT, FAILURE, METRICS, WEIGHTS, Run
 from pipeline import trained
+from pipeline.interrupts import Interrupted
 from pipeline.progress import Silent
 from pipeline.saes import ARCHITECTURES, SAE, Clock, Losses, create, parse
 from pipeline.train import TrainConfig, open_run, share, train
@@ -350,7 +351,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, store: ActivationSto
 
 
 @pytest.mark.parametrize(
-    ("number", "step"), [(signal.SIGINT, 1), (signal.SIGINT, 10), (signal.SIGTERM, 23), (signal.SIGINT, 40)]
+    ("number", "step"), [(signal.SIGINT, 1), (signal.SIGINT, 10), (signal.SIGTERM, 23), (signal.SIGHUP, 40)]
 )
 def test_interrupted_by_a_signal_and_resumed(
     tmp_path: Path, store: ActivationStore, uninterrupted: list[Any], step: int, number: signal.Signals
@@ -358,10 +359,10 @@ def test_interrupted_by_a_signal_and_resumed(
     """The step in progress ends, a checkpoint is written, and nothing of it can be seen afterwards."""
     before = signal.getsignal(number)
     stopping = At(step, lambda: os.kill(os.getpid(), number))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted) as stopped:
         go(PAIR, store, tmp_path, progress=stopping)
-    assert signal.getsignal(number) is before
-    assert stopping.lines == [f"checkpoint at step {step}; continue with --resume"]
+    assert signal.getsignal(number) is before and stopping.lines == []
+    assert (stopped.value.number, stopped.value.safe) == (number, f"checkpoint at step {step}")
     runs = [Run(tmp_path / str(i)) for i in range(2)]
     assert all(run.load_checkpoint()[1]["step"] == step and not run.finished for run in runs)
     resumed = At(-1, die)

@@ -4,7 +4,6 @@ dask passes every piece through this process' event loop three times, which on t
 process that dies ends the command, which goes on from the last window when it is repeated.
 """
 
-import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -13,6 +12,7 @@ from multiprocessing import get_context
 from typing import Any, TypeVar
 
 from cache.errors import SaeError
+from pipeline.interrupts import interrupts_withheld
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -23,9 +23,7 @@ class Pool:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        # Ctrl-C reaches every process of a terminal; the one that asked these answers it
-        ignore = (signal.SIGINT, signal.SIG_IGN)
-        self._pool = ProcessPoolExecutor(size, get_context("spawn"), signal.signal, ignore)
+        self._pool = ProcessPoolExecutor(size, get_context("spawn"))
 
     def __enter__(self) -> "Pool":
         return self
@@ -35,7 +33,7 @@ class Pool:
 
     def everywhere(self, call: Callable[..., Result], *args: Any) -> dict[str, Result]:
         """Call a function as often as there are processes, which starts them all."""
-        futures = [self._pool.submit(call, *args) for _ in range(self.size)]
+        futures = [self._submit(call, *args) for _ in range(self.size)]
         return {str(number): future.result() for number, future in enumerate(futures)}
 
     def ordered(
@@ -47,7 +45,7 @@ class Pool:
         try:
             while True:
                 while len(waiting) < ahead and (task := next(source, None)) is not None:
-                    waiting.append((task, self._pool.submit(call, task)))
+                    waiting.append((task, self._submit(call, task)))
                 if not waiting:
                     return
                 turn, future = waiting.popleft()
@@ -56,3 +54,7 @@ class Pool:
             raise SaeError(
                 f"--workers {self.size}: one of them died; if memory ran out ask for fewer, then repeat the command"
             ) from error
+
+    def _submit(self, call: Callable[..., Result], *args: Any) -> Future[Result]:
+        with interrupts_withheld():  # a process may be begun for it
+            return self._pool.submit(call, *args)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from cache.errors import SaeError
-from pipeline.interrupts import interruptible, interrupts_ignored
+from pipeline.interrupts import Interrupted, interruptible, interrupts_withheld
 from pipeline.training.parallel import LostRank, Seat, seats, together
 
 PAUSE = 0.2  # seconds between two looks at whether Ctrl-C came
@@ -92,14 +92,14 @@ class Child:
 def launch(processes: int, device: str, work: Callable[..., None], *args: Any) -> None:
     """Run work(ranks, device, *args) in so many processes of this machine; `work` and `args` go there by pickle.
 
-    Raises what one of them raised, KeyboardInterrupt where they stopped because they were told to, SaeError where one
-    was killed or there are too few devices. None is left over, whatever happens.
+    Raises what one of them raised, Interrupted where they stopped because they were told to, SaeError where one was
+    killed or there are too few devices. None is left over, whatever happens.
     """
     devices = seats(processes, device)
     children: list[Child] = []
     with tempfile.TemporaryDirectory(prefix="sae-") as folder, interruptible() as stopping:
         try:
-            with interrupts_ignored():
+            with interrupts_withheld():
                 for rank, its in enumerate(devices):
                     children.append(Child(Seat(rank, processes, its, Path(folder)), work, args))
             _watch(children, stopping)
@@ -117,7 +117,7 @@ def _watch(children: Sequence[Child], stopping: Sequence[int]) -> None:
             if child.link in ready:
                 child.listen()
         failures = [child.failure for child in children if child.failure is not None]
-        causes = [failure for failure in failures if not isinstance(failure, LostRank | KeyboardInterrupt)]
+        causes = [failure for failure in failures if not isinstance(failure, LostRank | Interrupted)]
         if causes:
             raise causes[0]
         if any(isinstance(failure, LostRank) for failure in failures):
@@ -129,7 +129,7 @@ def _watch(children: Sequence[Child], stopping: Sequence[int]) -> None:
             for child in children:
                 child.stop()
     for failure in failures:
-        raise failure
+        raise Interrupted(stopping[0], failure.safe) if isinstance(failure, Interrupted) and stopping else failure
 
 
 def _child(seat: Seat, link: connection.Connection, work: Callable[..., None], args: Sequence[Any]) -> None:
