@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from cache.errors import NotFound, SaeError
-from pipeline.language_model import SITES, LanguageModel, Point, files
+from pipeline import network
+from pipeline.language_model import SITES, LanguageModel, Point
 
 VOCAB, LAYERS, WIDTH, HEADS = 53, 3, 24, 4
 LLAMA = {
@@ -503,7 +504,7 @@ def test_a_folder_that_is_not_whole_is_refused_in_one_line(
 
 def test_names_that_lead_nowhere_say_what_to_try(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(files, "reachable", lambda _: False)
+    monkeypatch.setattr(network, "reachable", lambda _: False)
     for name in ("/no/such/folder", "./nowhere", "~no-such-user/x", "a/b/c"):
         with pytest.raises(NotFound, match="no such folder"):
             LanguageModel.boot(name)
@@ -512,7 +513,7 @@ def test_names_that_lead_nowhere_say_what_to_try(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(NotFound, match=r"gpt2: not, or not whole, in .* offline was asked for; give a local"):
         LanguageModel.boot("gpt2", offline=True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    with pytest.raises(NotFound, match=r"gpt2 at revision v1: .* the hub cannot be reached; give a local"):
+    with pytest.raises(NotFound, match=r"gpt2 at revision v1: .* cannot be reached; give a local"):
         LanguageModel.boot("gpt2", revision="v1")
 
 

@@ -167,7 +167,7 @@ def test_the_language_model_is_behind_one_door() -> None:
         if "transformer_lens" in others(name):
             assert inside(name, "pipeline.language_model"), name
         if "transformers" in others(name):
-            assert inside(name, "pipeline.language_model", "pipeline.text.tokenizers"), name
+            assert inside(name, "pipeline.language_model", "pipeline.text"), name
 
 
 @pytest.mark.parametrize("stage", ["pipeline.tokenize", "pipeline.train"])

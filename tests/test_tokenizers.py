@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache.errors import SaeError
-from pipeline import embedded
+from pipeline import embedded, network
 from pipeline.sources import text_source
-from pipeline.text import tokenizers
-from pipeline.text.tokenizers import HuggingFaceTokenizer, Tokenizer, tokenizer
+from pipeline.text.spelling import byte_alphabet
+from pipeline.text.tokenizers import Tokenizer, tokenizer
 
 TRICKY = [
     "", " ", "\n", "a", "  two  spaces ", "tab\tnew\nline\r\n", "don't we'll I'M", "12345 1,000.5",
@@ -167,14 +167,14 @@ class TestRefusals:
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
         tiktoken.registry.ENCODINGS.pop("r50k_base", None)
         assert "--tokenizer tiny" in self.refused("r50k_base")
-        monkeypatch.setattr(tokenizers, "reachable", lambda url: False)
+        monkeypatch.setattr(network, "reachable", lambda url: False)
         with pytest.raises(SaeError, match="no network"):
             tokenizer("r50k_base", offline=False)
 
     def test_the_hub_without_network(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert "switched off" in self.refused("hf:org/no-such-name")
+        assert "offline was asked for" in self.refused("hf:org/no-such-name")
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-        monkeypatch.setattr(tokenizers, "reachable", lambda url: False)
+        monkeypatch.setattr(network, "reachable", lambda url: False)
         with pytest.raises(SaeError, match="cannot be reached"):
             tokenizer("hf:org/no-such-name", offline=False)
 
@@ -183,7 +183,7 @@ class TestRefusals:
 
     def test_a_gpt2_folder_without_tokenizer_files_is_not_silently_empty(self, tmp_path: Path) -> None:
         shutil.copy(embedded.MODEL / "config.json", tmp_path)
-        assert "no vocabulary" in self.refused(str(tmp_path))
+        assert "holds no tokenizer" in self.refused(str(tmp_path))
 
     def test_a_tokenizer_that_cannot_begin_a_document(self, tmp_path: Path) -> None:
         shutil.copy(embedded.MODEL / "tokenizer.json", tmp_path)
@@ -203,29 +203,9 @@ def test_truncation_saved_in_a_tokenizer_does_not_cut_documents(tmp_path: Path) 
 
 
 def test_the_byte_alphabet_is_gpt2s() -> None:
-    table = tokenizers.byte_alphabet()
+    table = byte_alphabet()
     assert sorted(table.values()) == list(range(256))
     assert (table["Ġ"], table["Ċ"], table["A"]) == (ord(" "), ord("\n"), ord("A"))
-
-
-def test_slow_tokenizers_of_transformers_work_too() -> None:
-    """One without a Rust backend: the interface is the same."""
-
-    class Slow:
-        bos_token_id, eos_token_id = None, 0
-        added_tokens_decoder: dict[int, str] = {0: "<e>"}  # noqa: RUF012
-
-        def get_vocab(self) -> dict[str, int]:
-            return {"<e>": 0, "▁a": 1, "<0x0A>": 2}
-
-        def __call__(self, texts: list[str], **options: bool) -> dict[str, list[list[int]]]:
-            assert options == {"add_special_tokens": False, "split_special_tokens": True, "truncation": False}
-            return {"input_ids": [[1] * len(text) for text in texts]}
-
-    tok = HuggingFaceTokenizer(Slow(), "org/slow one")
-    assert (tok.slug, tok.n_vocab, tok.begin) == ("org-slow-one", 3, 0)
-    assert tok.vocabulary() == [b"<e>", b" a", b"\n"]
-    assert [ids.tolist() for ids in tok.encode_batch(["xy", ""])] == [[1, 1], []]
 
 
 def test_a_worker_can_build_it_again_from_its_name() -> None:

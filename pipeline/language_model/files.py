@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cache.errors import NotFound, SaeError
 from pipeline import embedded
-from pipeline.network import hub_address, offline_wanted, reachable
+from pipeline.network import Refused, snapshot
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -98,37 +98,13 @@ def _without_revision(files: ModelFiles, revision: str | None) -> ModelFiles:
 
 def _from_hub(name: str, revision: str | None, offline: bool) -> ModelFiles:
     """The hub's snapshot of a model: the newest when the hub answers, else the one in the local cache."""
-    from huggingface_hub import errors, snapshot_download
-
-    forbidden = offline_wanted(offline)
     try:
-        folder = snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=list(WANTED),
-            local_files_only=forbidden or not reachable(hub_address()),  # or it would retry for half a minute
-        )
-    except errors.HFValidationError:
-        raise NotFound(f"--model {name}: neither a folder nor a hub name (owner/model)") from None
-    except errors.GatedRepoError:
-        raise SaeError(f"--model {name}: its owner asks for a login; accept the terms, then `hf auth login`") from None
-    except errors.RevisionNotFoundError:
-        raise NotFound(f"--revision {revision}: {name} has no such branch, tag or commit") from None
-    except errors.RepositoryNotFoundError:
-        raise NotFound(
-            f"--model {name}: the hub has no such model (if it is private: `hf auth login`), nor is it a folder here"
-        ) from None
-    except errors.LocalEntryNotFoundError:
+        path = snapshot(name, WANTED, revision=revision, offline=offline)
+    except Refused as error:
         what = f"{name} at revision {revision}" if revision else name
-        why = "offline was asked for" if forbidden else "the hub cannot be reached"
-        raise NotFound(
-            f"--model {what}: not, or not whole, in the local Hugging Face cache, and {why}; "
-            "give a local Hugging Face folder, or --model tiny (embedded)"
-        ) from None
-    except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]  # the base of its client's errors
-        first = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise SaeError(f"--model {name}: the download failed ({first[:200]}); run again to continue it") from error
-    path = Path(folder)
+        remedy = "give a local Hugging Face folder, or --model tiny (embedded)"
+        why = str(error) if error.definite else f"not, or not whole, in the local Hugging Face cache, and {error}"
+        raise NotFound(f"--model {what}: {why}; {remedy}") from error
     if not (path / CONFIG).is_file():
         raise SaeError(f"--model {name}: the repository has no {CONFIG}; give a Hugging Face transformers model")
     return ModelFiles(name, path, revision=path.name)

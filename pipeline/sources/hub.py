@@ -13,7 +13,7 @@ import weakref
 from typing import Any
 
 from cache.errors import SaeError
-from pipeline.network import hub_address, hub_errors, offline_wanted, reachable
+from pipeline.network import Refused, ask, hub_address, hub_errors, offline_wanted, reachable
 from pipeline.sources.base import DocumentStream, TextSource, checked_text, missing_column, source, well_formed
 
 FINEWEB = "hub:HuggingFaceFW/fineweb:sample-10BT"
@@ -48,8 +48,10 @@ class HubSource:
         import huggingface_hub
 
         try:
-            found = huggingface_hub.HfApi().dataset_info(self.repo, revision=self._wanted, timeout=10).sha
-        except hub_errors() as error:
+            found = ask(
+                self.repo, lambda: huggingface_hub.HfApi().dataset_info(self.repo, revision=self._wanted).sha, "dataset"
+            )
+        except Refused as error:
             raise self._error(error) from error
         assert found is not None
         return str(found)
@@ -68,8 +70,8 @@ class HubSource:
     def open(self, state: dict[str, Any] | None = None) -> DocumentStream:
         """All documents in the data set's order, or from `state` on."""
         try:
-            data = self._load()
-        except hub_errors() as error:
+            data = ask(self.repo, self._load, "dataset")
+        except Refused as error:
             raise self._error(error) from error
         if data.column_names is not None and self.column not in data.column_names:
             raise missing_column(self.repo, self.column, data.column_names)
