@@ -360,7 +360,9 @@ def test_a_site_a_model_lacks_is_named_with_those_it_has(tmp_path: Path) -> None
     model = LanguageModel.boot(f"random:{tmp_path / 'gptj'}")
     model.check(Point(0, "mlp_out"))
     with pytest.raises(
-        SaeError, match=r"--site resid_mid: random:gptj has none in layer 0; it has resid_pre, resid_post"
+        SaeError,
+        match=r"^--site resid_mid: tried out, nothing in layer 0 of random:gptj is the residual stream between .*; "
+        "it has resid_pre, resid_post, attn_out",
     ):
         model.check(Point(0, "resid_mid"))
 

@@ -4,7 +4,10 @@ The only place that touches transformers and transformer_lens, and they are impo
 
 files       a name -> a folder with config.json and safetensors weights (local, embedded, or from the hub)
 loading     the folder -> a Hugging Face model, whole or an error; random weights only on request
-model       `LanguageModel`: the bridge around it, and the passes the stages ask for
+wrapping    transformer_lens' bridge around it; attention and norms stay the model's own
+promises    whether a site holds what its name says, by trying
+bridge      its hook points, and passes that stop where nothing more is needed
+model       `LanguageModel`: the passes the stages ask for
 """
 
 from pipeline.language_model.model import SITES, Comparison, LanguageModel, Point, Replacement, Spliced

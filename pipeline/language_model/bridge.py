@@ -1,27 +1,26 @@
 """One Hugging Face model in transformer_lens' bridge: its sites, and passes that stop where nothing more is needed.
 
-The bridge's hook points name the sites; nothing is folded or centred, so values are Hugging Face's own. The bridge
-recomputes attention and norms step by step so that every score can be hooked. None of our sites needs that, so those
-two are handed back to the model's own modules (`_hand_back`): the numbers are then Hugging Face's, with its default
-attention, and so is the speed.
+The bridge's hook points name the sites; nothing is folded or centred, so values are Hugging Face's own. Neither the
+bridge nor its names are taken on trust: the wrapped model must give the plain one's logits, and a site is offered when
+it has been seen to keep its promise.
 """
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformer_lens.model_bridge import AttentionBridge, NormalizationBridge
-from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
-from transformer_lens.model_bridge.sources import build_bridge_from_module
-from transformers.activations import NewGELUActivation
+from transformer_lens.hook_points import HookPoint, LensHandle
 
 from cache.errors import SaeError
+from pipeline.language_model import promises
+from pipeline.language_model.files import one_line
+from pipeline.language_model.promises import ATTENTION, MLP, NEXT
+from pipeline.language_model.wrapping import wrap
 
 _HOOKS = {  # site -> the bridge's name, inside `blocks.<layer>.`
     "resid_pre": "hook_resid_pre",
@@ -33,7 +32,9 @@ _HOOKS = {  # site -> the bridge's name, inside `blocks.<layer>.`
     "mlp_post": "mlp.hook_post",
     "mlp_out": "hook_mlp_out",
 }
+_MODULES = {ATTENTION: "attn.hook_out", MLP: "mlp.hook_out"}  # likewise, what the modules themselves give
 _FINAL = "unembed.hook_in"
+_CHECKED = 4  # tokens that a model is tried out on
 
 Hook = Callable[[Tensor], Tensor | None]
 
@@ -55,40 +56,60 @@ class Bridge:
 
     def __init__(self, model: Any, name: str, device: torch.device) -> None:
         """Wrap a Hugging Face model, which is changed in place."""
+        self.name = name
         self.device = device
         self.n_vocab = int(model.get_input_embeddings().num_embeddings)
         self.dtype: torch.dtype = model.dtype
-        attention = model.config._attn_implementation
-        kind = type(model).__name__
         model.requires_grad_(False).eval().to(device)
-        try:
-            # no tokenizer: the stages speak token ids, and a folder without one would boot with an empty one
-            bridge: Any = build_bridge_from_module(model, kind, hf_config=model.config, tokenizer=None, model_name=name)
-        except ValueError as error:
-            raise SaeError(
-                f"--model {name}: transformer_lens has no bridge for {kind}; give one such as gpt2"
-            ) from error
-        if not getattr(bridge, "blocks", None) or not bridge.adapter.supports_causal_loss:
-            raise SaeError(f"--model {name}: {kind} is not a causal transformer; give one such as gpt2")
-        model.set_attn_implementation(attention)  # wrapping may have switched it to eager
-        _hand_back(model)
-        self._bridge = bridge
-        self._points: dict[str, nn.Module] = bridge.hook_dict
-        self.n_layers = len(bridge.blocks)
-        self.context_length = int(bridge.cfg.n_ctx)
+        plain = self._tried(model)
+        self._bridge: Any = wrap(model, name)
+        self._points: dict[str, nn.Module] = self._bridge.hook_dict
+        self.n_layers = len(self._bridge.blocks)
+        self.context_length = int(self._bridge.cfg.n_ctx)
         self._widths: dict[int, dict[str, int]] = {}
+        self._check_whole(plain)
 
     def point(self, layer: int, site: str) -> nn.Module:
         """The hook point of a site that `sites` lists."""
         return self._points[hook_name(layer, site)]
 
     def sites(self, layer: int) -> dict[str, int]:
-        """Sites of a layer and their widths, from what arrives in a short pass: some hook points never fire."""
+        """Sites of a layer and their widths: those that are there and hold what they promise (see `promises`)."""
         if layer not in self._widths:
-            names = {site: f"blocks.{layer}.{hook}" for site, hook in _HOOKS.items()}
-            found = self.capture(self._zeros(1, 2), {s: self._points[n] for s, n in names.items() if n in self._points})
-            self._widths[layer] = {site: value.shape[-1] for site, value in found.items() if value.shape[:-1] == (1, 2)}
+            last = layer + 1 == self.n_layers
+            names = {what: f"blocks.{layer}.{hook}" for what, hook in (_HOOKS | _MODULES).items()}
+            names[NEXT] = _FINAL if last else hook_name(layer + 1, "resid_pre")
+            points = {what: self._points[name] for what, name in names.items() if name in self._points}
+            ids = self._some_ids()[:1]
+            there = self.capture(ids, points)
+            if MLP not in there and "mlp_out" in there:  # an MLP without a module of its own
+                points[MLP] = points["mlp_out"]
+            points = {what: at for what, at in points.items() if what in there or what == MLP}
+
+            def trial(written: Mapping[str, Tensor]) -> dict[str, Tensor]:
+                hooks = [self.replacing(layer, site, partial(_instead, value)) for site, value in written.items()]
+                with self.blocks_skipped(layer):
+                    return self.capture(ids, points, hooks)
+
+            try:
+                found = promises.kept(trial, last=last)
+            except promises.NotFinite:
+                raise SaeError(
+                    f"--model {self.name}: layer {layer} gives infinities or NaN; its weights are damaged"
+                ) from None
+            self._widths[layer] = {site: there[site].shape[-1] for site in _HOOKS if site in found}
         return self._widths[layer]
+
+    def replacing(self, layer: int, site: str, change: Callable[[Tensor], Tensor]) -> Hooked:
+        """A hook that puts `change(value)` [B, T, width] in the place of the value at a site."""
+
+        def put(value: Tensor) -> Tensor:
+            new = change(value).to(value.dtype)
+            # The hook point of resid_mid is the second norm's input. The block keeps the same tensor to add the MLP's
+            # output to, so it is written in place: a returned one would leave the residual stream as it was.
+            return value.copy_(new) if site == "resid_mid" else new
+
+        return Hooked(self.point(layer, site), put)
 
     @torch.no_grad()
     def capture(self, ids: Tensor, wanted: Mapping[Any, nn.Module], hooks: Sequence[Hooked] = ()) -> dict[Any, Tensor]:
@@ -103,7 +124,8 @@ class Bridge:
 
             return keep
 
-        with _hooked([*hooks, *(Hooked(at, keeper(key)) for key, at in wanted.items())]), suppress(_Stop):
+        keepers = [Hooked(at, keeper(key)) for key, at in wanted.items()]
+        with _hooked([*hooks, *keepers], ids.shape), suppress(_Stop):
             self._run(ids)
         return {key: found[key] for key in wanted if key in found}
 
@@ -118,8 +140,9 @@ class Bridge:
         By the whole model with its blocks skipped, so that whatever it does to logits (scaling, capping) is done.
         """
         put = Hooked(self._points[_FINAL], lambda _: final[:, None])
-        with self.blocks_skipped(self.n_layers), _hooked([put]):
-            return self._run(self._zeros(len(final), 1)).logits[:, 0].float()
+        ids = torch.zeros(len(final), 1, dtype=torch.long, device=self.device)
+        with self.blocks_skipped(self.n_layers), _hooked([put], ids.shape):
+            return self._run(ids).logits[:, 0].float()
 
     @contextmanager
     def blocks_skipped(self, until: int) -> Iterator[None]:
@@ -136,8 +159,45 @@ class Bridge:
     def _run(self, ids: Tensor) -> Any:
         return self._bridge.original_model(input_ids=ids, use_cache=False)
 
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(*shape, dtype=torch.long, device=self.device)
+    def _some_ids(self) -> Tensor:
+        """Two contexts that differ in their last token."""
+        ids = torch.arange(_CHECKED, device=self.device).repeat(2, 1)
+        ids[1, -1] += 1
+        return ids % self.n_vocab
+
+    @torch.no_grad()
+    def _tried(self, model: Any) -> Tensor:
+        """The plain model's logits of some tokens. Raises SaeError where tokens are seen before their time."""
+        try:
+            logits: Tensor = model(input_ids=self._some_ids(), use_cache=False).logits.float()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever hundreds of architectures do with a configuration that is not theirs
+            raise SaeError(f"--model {self.name}: cannot be run: {one_line(error)}; give another model") from error
+        if not logits.isfinite().any():
+            raise SaeError(f"--model {self.name}: its logits are infinite or NaN; fetch or save its weights again")
+        if not self._close(*logits.nan_to_num()[:, :-1]):
+            raise SaeError(
+                f"--model {self.name}: a {type(model).__name__} sees tokens before it predicts them, so it is "
+                "not a causal language model; give one such as gpt2"
+            )
+        return logits.nan_to_num()
+
+    def _check_whole(self, plain: Tensor) -> None:
+        """Raise SaeError unless the wrapped model gives the plain one's logits, whole and from the last stream."""
+        misfit = f"--model {self.name}: transformer_lens' bridge for {type(self._bridge.original_model).__name__}"
+        try:
+            logits = self.logits(self.final(self._some_ids()).flatten(0, 1)).view_as(plain)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # as above
+            raise SaeError(f"{misfit} does not fit it: {one_line(error)}; give another model") from error
+        if not self._close(logits.nan_to_num(), plain):
+            raise SaeError(f"{misfit} gives other logits than the model itself; give another model")
+
+    def _close(self, one: Tensor, other: Tensor) -> bool:
+        """Whether logits agree but for the rounding of a whole model."""
+        return bool((one - other).abs().max() <= torch.finfo(self.dtype).eps ** 0.5 * other.abs().max())
 
     @cached_property
     def _blocks_return_tensors(self) -> bool:
@@ -148,8 +208,12 @@ class Bridge:
                     lambda _block, _args, value: seen.append(isinstance(value, Tensor))
                 )
                 stack.callback(handle.remove)
-            self._run(self._zeros(1, 2))
+            self._run(self._some_ids()[:1])
         return all(seen)
+
+
+def _instead(new: Tensor, _: Tensor) -> Tensor:
+    return new
 
 
 class _Stop(Exception):
@@ -157,43 +221,30 @@ class _Stop(Exception):
 
 
 @contextmanager
-def _hooked(hooks: Iterable[Hooked]) -> Iterator[None]:
-    """Plain torch hooks on the bridge's hook points: `HookPoint.add_hook` would reshape `attn_z` there and back."""
+def _hooked(hooks: Iterable[Hooked], shape: tuple[int, ...]) -> Iterator[None]:
+    """Plain torch hooks on the bridge's hook points: `HookPoint.add_hook` would reshape `attn_z` there and back.
+
+    Calls see [B, T, width] for tokens of `shape` [B, T], also where a block works on all rows in one list.
+    """
     with ExitStack() as stack:
         for at, call in hooks:
-            handle = at.register_forward_hook(lambda _module, _args, value, call=call: call(value))
+            handle = at.register_forward_hook(lambda _module, _args, value, call=call: _in_rows(call, value, shape))
             stack.callback(handle.remove)
+            if isinstance(at, HookPoint):  # points that compute a value only when they are being looked at
+                at.fwd_hooks.append(LensHandle(handle))
+                stack.callback(at.fwd_hooks.pop)
         yield
+
+
+def _in_rows(call: Hook, value: Any, shape: tuple[int, ...]) -> Tensor | None:
+    if not isinstance(value, Tensor):
+        return None
+    if value.ndim == 2 and value.shape[0] == shape[0] * shape[1]:
+        new = call(value.view(*shape, value.shape[1]))
+        return None if new is None else new.reshape(value.shape)
+    return call(value) if value.shape[:2] == shape and value.ndim == 3 else None
 
 
 def _pass_on(*args: Any, **kwargs: Any) -> Tensor:
     """A block that does nothing."""
     return args[0] if args else kwargs["hidden_states"]
-
-
-def _hand_back(model: nn.Module) -> None:
-    """Let attention, norms and the tanh GELU run as single kernels of the model's own again.
-
-    The wrapped attention still calls the bridge's projections, so the hook points of all our sites fire as before.
-    `gelu_new` in transformers is nine element-wise steps; torch does the same in one, equal but for rounding.
-    """
-    for module in list(model.modules()):
-        # a component without a name wraps its parent, which must not run in its place
-        if isinstance(module, (AttentionBridge, NormalizationBridge)) and module.name is not None:
-            object.__setattr__(module, "forward", types.MethodType(GeneralizedComponent.forward, module))
-        if isinstance(module, AttentionBridge) and module.name is not None:
-            _hook_output_projection(module)
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))
-
-
-def _hook_output_projection(attention: Any) -> None:
-    """See that the wrapped attention calls the bridge's output projection, whose input is attn_z.
-
-    (A bridge that splits a joint query-key-value projection leaves the wrapped module's own in place.)
-    """
-    projection = attention.submodules.get("o")
-    name = getattr(projection, "name", None) or ""
-    if projection is not None and getattr(attention.original_component, name, None) is projection.original_component:
-        setattr(attention.original_component, name, projection)

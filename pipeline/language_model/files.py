@@ -73,6 +73,11 @@ def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name.rstrip("/").rsplit("/", 1)[-1]).strip("-.")
 
 
+def one_line(error: BaseException) -> str:
+    """The beginning of what an error says, in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def find_model(name: str, *, revision: str | None = None, offline: bool = False) -> ModelFiles:
     """Resolve a model name to files on disk, downloading from the hub unless `offline`.
 

@@ -14,7 +14,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from transformers.utils import logging
 
 from cache.errors import NotFound, SaeError
-from pipeline.language_model.files import CONFIG, RANDOM, ModelFiles, slug
+from pipeline.language_model.files import CONFIG, RANDOM, ModelFiles, one_line, slug
 
 RANDOM_SEED = 0
 GPT2_SHAPES = {  # width, layers, heads
@@ -55,7 +55,7 @@ def _from_files(files: ModelFiles, dtype: torch.dtype) -> Any:
     except SafetensorError as error:
         raise SaeError(f"--model {files.name}: its weights are damaged ({error}); fetch or save them again") from None
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise SaeError(f"--model {files.name}: cannot be loaded: {_one_line(error)}") from error
+        raise SaeError(f"--model {files.name}: cannot be loaded: {one_line(error)}") from error
     for key, what in (("missing_keys", "missing"), ("mismatched_keys", f"of another shape than {CONFIG} says")):
         if wrong := sorted(str(weight[0] if isinstance(weight, tuple) else weight) for weight in found[key]):
             raise SaeError(
@@ -69,7 +69,7 @@ def _config(folder: Path, name: str) -> Any:
         # code in the folder is never run: left unsaid, transformers would stop and ask on the terminal
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise SaeError(f"--model {name}: {CONFIG} is not understood: {_one_line(error)}") from error
+        raise SaeError(f"--model {name}: {CONFIG} is not understood: {one_line(error)}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise SaeError(f"--model {name}: a {config.model_type} is not a causal language model; give one such as gpt2")
     return config
@@ -117,7 +117,3 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

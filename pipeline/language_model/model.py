@@ -139,7 +139,8 @@ class LanguageModel:
         there = self._bridge.sites(point.layer)
         if point.site not in there:
             raise SaeError(
-                f"--site {point.site}: {self.name} has none in layer {point.layer}; it has {', '.join(there)}"
+                f"--site {point.site}: tried out, nothing in layer {point.layer} of {self.name} is "
+                f"{SITES[point.site]}; it has {', '.join(there) or 'no site that is what its name says'}"
             )
 
     def activations(self, tokens: Tensor, points: Sequence[Point]) -> dict[Point, Tensor]:
@@ -227,12 +228,9 @@ class LanguageModel:
             new = replace(value, *read)
             if new.shape != value.shape:
                 raise ValueError(f"a replacement at {point} must return {list(value.shape)}, not {list(new.shape)}")
-            new = new.to(value.dtype)
-            # The hook point of resid_mid is the second norm's input. The block keeps the same tensor to add the MLP's
-            # output to, so it is written in place: a returned one would leave the residual stream as it was.
-            return value.copy_(new) if point.site == "resid_mid" else new
+            return new
 
-        return _hooked(self._bridge.point(*point), splice)
+        return self._bridge.replacing(*point, splice)
 
     def _compare(self, ids: Tensor, clean: Tensor, finals: Mapping[str, Tensor]) -> Comparison:
         """Cross-entropies and divergences from what the unembedding reads, a few rows of logits at a time."""
