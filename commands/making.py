@@ -27,7 +27,7 @@ from commands.options import (
 
 
 def tokenize(
-    source: Annotated[str | None, typer.Option(metavar="SOURCE", help="fineweb, python (the text that ships with Python), org/name on the hub, or local parquet, jsonl, txt files, folders, globs. Default: fineweb.")] = None,
+    source: Annotated[str | None, typer.Option(metavar="SOURCE", help="fineweb, python (the text that ships with Python), org/name on the hub, or local parquet, arrow, jsonl, json, csv, tsv, txt files, folders, globs. Default: fineweb.")] = None,
     tokenizer: Annotated[str | None, typer.Option(metavar="NAME", help="gpt2 or another tiktoken encoding, tiny (embedded), a Hugging Face folder, or hf:org/name. Default: gpt2.")] = None,
     context: Annotated[int | None, typer.Option(metavar="N", help="Tokens in a context. Default: 128.")] = None,
     tokens: Annotated[str | None, count("Training tokens wanted, rounded up to a whole window. Default: 10M.")] = None,

@@ -30,8 +30,8 @@ from cache.tokens import TokenStore, TokenWriter
 from configs.base import Amount, Settings
 from pipeline.cluster import connected
 from pipeline.progress import Progress
-from pipeline.sources import TextSource, is_validation, text_source
-from pipeline.text.encoding import Block, Encoder
+from pipeline.sources import Document, TextSource, is_validation, text_source
+from pipeline.text.encoding import ALONE_CHARACTERS, Block, Encoder
 from pipeline.text.layout import DEFAULT, Begin, Layout, layout
 from pipeline.text.packing import Packer, Place
 from pipeline.text.pool import Pool
@@ -52,9 +52,13 @@ class TokenizeConfig(Settings):
     source: str = Field(
         "fineweb",
         description="fineweb, python (the text every Python ships with), org/name of a hub data set, or local files: "
-        "parquet, jsonl, txt, a folder, a glob",
+        "parquet, arrow, jsonl, json, csv, tsv, txt, a folder (also what datasets saves), a glob",
     )
-    column: str = Field("text", description="the field that holds the text, where documents are records")
+    column: str = Field(
+        "text",
+        description="the field that holds the text, where documents are records (a.b: b inside a); lists of integers "
+        "are token ids",
+    )
     tokenizer: str = Field(
         "gpt2",
         description="a tiktoken encoding (gpt2, cl100k_base, ...), tiny, a Hugging Face folder, or hf:org/name",
@@ -112,7 +116,8 @@ def tokenize(
     with ExitStack() as stack:
         local = Pool(workers) if scheduler is None and workers > 1 else None
         connect = partial(stack.enter_context, local or connected(1, scheduler, progress))
-        encoder = Encoder(config.tokenizer, tok, connect, offline=offline)
+        alone = ALONE_CHARACTERS if scheduler is None else 0
+        encoder = Encoder(config.tokenizer, tok, connect, offline=offline, alone=alone)
         for split in SPLITS if config.validation > 0 else SPLITS[:1]:
             wanted = config.tokens if split == "train" else config.validation_tokens
             try:
@@ -271,17 +276,17 @@ def _blocks(config: TokenizeConfig, split: str, source: TextSource, place: Place
     stream = source.open(place.source)
     state, index = place.source, place.block
     while True:
-        texts: list[str] = []
+        kept: list[Document] = []
         read = characters = 0
-        while read < BLOCK_DOCUMENTS and characters < BLOCK_CHARACTERS and (text := next(stream, None)) is not None:
-            read, characters = read + 1, characters + len(text)
-            if is_validation(text, config.validation) == (split == "validation"):
-                texts.append(text)
+        while read < BLOCK_DOCUMENTS and characters < BLOCK_CHARACTERS and (one := next(stream, None)) is not None:
+            read, characters = read + 1, characters + len(one)
+            if is_validation(one, config.validation) == (split == "validation"):
+                kept.append(one)
         if not read:
             return
         # NumPy promises the bits of PCG64 for ever, but not what Generator.permutation makes of them
-        order = np.argsort(np.random.PCG64([config.seed, index]).random_raw(len(texts)), kind="stable")
-        yield Block(state, index, [texts[i] for i in order])
+        order = np.argsort(np.random.PCG64([config.seed, index]).random_raw(len(kept)), kind="stable")
+        yield Block(state, index, [kept[i] for i in order])
         state, index = stream.state(), index + 1
 
 

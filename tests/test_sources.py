@@ -1,6 +1,8 @@
 """Sources of text: what they yield, that they resume exactly, what they refuse and how they say it."""
 
+import csv
 import gzip
+import io
 import itertools
 import json
 import socket
@@ -11,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,8 +23,9 @@ from hypothesis import strategies as st
 
 from cache.errors import SaeError
 from pipeline import network
-from pipeline.sources import TextSource, formats, hub, is_validation, python_library, registered, text_source
+from pipeline.sources import TextSource, formats, hub, is_validation, lines, python_library, registered, text_source
 from pipeline.sources.base import well_formed
+from pipeline.sources.opened import File
 
 TEXTS = [
     "one",
@@ -72,6 +76,19 @@ def _parquet(path: Path, texts: list[str]) -> None:
     )
 
 
+def _csv(texts: list[str], delimiter: str = ",") -> bytes:
+    held = io.StringIO()
+    rows = csv.writer(held, delimiter=delimiter, quoting=csv.QUOTE_ALL)
+    rows.writerows([["n", "text"], *enumerate(texts)])
+    return held.getvalue().encode()
+
+
+def _arrow(path: Path, texts: list[str], form: Callable[..., Any] = pa.ipc.new_stream) -> None:
+    table = pa.table({"n": list(range(len(texts))), "text": pa.array(texts, pa.string())})
+    with form(str(path), table.schema) as out:
+        out.write_table(table, max_chunksize=3)
+
+
 WRITERS: dict[str, Callable[[Path, list[str]], object]] = {
     "a.parquet": _parquet,
     "a.jsonl": lambda path, texts: path.write_bytes(_lines(texts)),
@@ -83,6 +100,12 @@ WRITERS: dict[str, Callable[[Path, list[str]], object]] = {
     "a.json": lambda path, texts: path.write_bytes(_array(texts)),
     "lines.json": lambda path, texts: path.write_bytes(_lines(texts)),
     "bom.json": lambda path, texts: path.write_bytes(b"\xef\xbb\xbf\n " + _array(texts)),
+    "a.arrow": _arrow,
+    "file.arrow": lambda path, texts: _arrow(path, texts, pa.ipc.new_file),
+    "a.csv": lambda path, texts: path.write_bytes(_csv(texts)),
+    "a.csv.gz": lambda path, texts: path.write_bytes(gzip.compress(_csv(texts))),
+    "a.csv.zst": lambda path, texts: path.write_bytes(zstandard.compress(_csv(texts))),
+    "a.tsv": lambda path, texts: path.write_bytes(b"\xef\xbb\xbf" + _csv(texts, "\t")),
     "a.txt": lambda path, texts: path.write_bytes(_separated(texts)),
     "a.txt.gz": lambda path, texts: path.write_bytes(gzip.compress(_separated(texts))),
     "a.txt.zst": lambda path, texts: path.write_bytes(zstandard.compress(_separated(texts))),
@@ -156,8 +179,8 @@ class TestFiles:
         path = shared_tmp / "a.json"
         path.write_text(json.dumps([{"n": [1, {"x": None}], "text": t} for t in texts]))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(formats, "_READ", size)
-            assert [text for text, _ in formats.read(formats.File("a.json", path), 0, "text")] == texts
+            patch.setattr(lines, "READ", size)
+            assert [text for text, _ in formats.read(File("a.json", path), 0, "text")] == texts
 
     def test_null_and_empty_records_are_left_out(self, tmp_path: Path) -> None:
         records = [{"text": None}, {"text": "a"}, {"text": ""}, {"text": "b"}, {"text": None}]
@@ -295,6 +318,205 @@ class TestRefusals:
         assert "Permission denied" in refused(tmp_path / "a.txt")
         with pytest.raises(SaeError, match="Permission denied"):
             source(tmp_path / "a.txt").recipe()
+
+
+ODD = {
+    "digits.jsonl": b'{"text": "fine", "n": %s}\n' % (b"1" * 5000),
+    "digits.json": b'[{"text": "fine", "n": -%s}]' % (b"1" * 5000),
+    "whole.json": b'{"text": "fine",\n"n": %s}' % (b"1" * 5000),
+    "numbers.jsonl": b'{"a": NaN, "b": 1e999, "c": -Infinity, "text": "fine"}\n',
+    "twice.jsonl": b'{"text": "first", "text": "fine"}\n',
+    "marks.csv": b'n,text\r\n\r\n"1","fine"\r\n\r\n',
+    "nested.jsonl": b'{"text": "fine", "x": %s}\n' % (b"[" * 300 + b"]" * 300),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_is_odd_beside_the_text_is_no_matter(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(ODD[name])
+    assert list(source(tmp_path / name).open()) == ["fine"]
+
+
+REFUSED = {
+    "deep.jsonl": (
+        b'{"text": "fine"}\n{"text": %s}\n' % (b"[" * 100_000),
+        "nested too deeply in the line at offset 17",
+    ),
+    "deep.json": (b'[{"text": "fine"}, {"text": %s}]' % (b"[" * 100_000), "nested too deeply in element 1"),
+    "wide.json": (b'{"text":\n%s' % (b"[" * 100_000), "nested too deeply in the whole file"),
+    "first.json": (b"{" + b'"a":{' * 100_000, "nested too deeply in the line at offset 0"),
+    "number.jsonl": (b'{"text": %s}' % (b"1" * 5000), "holds float (the line at offset 0), neither text nor token ids"),
+    "negative.jsonl": (b'{"text": [1, -2]}', "holds -2 (the line at offset 0), which is no token id"),
+    "large.jsonl": (b'{"text": [1, 4294967296]}', "holds 4294967296 (the line at offset 0), which is no token id"),
+    "mixed.jsonl": (b'{"text": [1, 2.5, true]}', "holds list of bool and float and int (the line at offset 0)"),
+    "words.jsonl": (b'{"text": ["a", "b"]}', "holds list of str"),
+    "inside.jsonl": (b'{"text": {"a": "b"}}', "holds dict"),
+    "wide.txt": ("a text".encode("utf-16"), "iconv -f utf-16"),
+    "wide.jsonl": ('{"text": "a"}'.encode("utf-16"), "iconv -f utf-16"),
+    "wide.csv": ("text\nb".encode("utf-16"), "iconv -f utf-16"),
+    "open.csv": (b'n,text\n1,"never closed\n2,b\n', "not CSV in the row at offset 7: unexpected end of data"),
+    "quoted.csv": (b'text\n"a"b\n', "not CSV in the row at offset 5"),
+    "short.csv": (b"n,text\n1,a\n2\n", "the row at offset 11 has 1 fields, the first row of the file 2"),
+    "double.csv": (b"text,text\n1,a\n", "has 2 columns 'text'"),
+    "other.csv": (b"n;text\n1;a\n", "no column 'text'; it has n;text"),
+    "latin.csv": (b"text\ncaf\xe9\n", "byte 0xe9 at offset 8"),
+    "pointer.parquet": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+    "empty.arrow": (b"", "damaged, or not what its name says"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_read_is_one_line_that_says_where(tmp_path: Path, name: str) -> None:
+    content, message = REFUSED[name]
+    (tmp_path / name).write_bytes(content)
+    assert message in refused(tmp_path / name)
+
+
+def test_a_string_column_of_other_bytes_and_a_column_of_no_text(tmp_path: Path) -> None:
+    bad = pa.Array.from_buffers(
+        pa.string(), 2, [None, pa.array([0, 1, 3], pa.int32()).buffers()[1], pa.py_buffer(b"a\xff\xfe")]
+    )
+    pq.write_table(pa.table({"text": bad, "when": pa.array([1, 2], pa.timestamp("ns"))}), tmp_path / "a.parquet")
+    assert "not UTF-8 text (rows 0 to 1)" in refused(tmp_path / "a.parquet")
+    assert "'when' holds timestamp[ns], neither text nor token ids" in refused(tmp_path / "a.parquet", column="when")
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=("Cs",)), min_size=1), min_size=1, max_size=6), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_csv_gives_back_what_was_written_and_resumes(shared_tmp: Path, texts: list[str], tabs: bool) -> None:
+    path = shared_tmp / ("a.tsv" if tabs else "a.csv")
+    path.write_bytes(_csv(texts, "\t" if tabs else ","))
+    assert list(source(path).open()) == texts
+    assert_resumes(source(path))
+
+
+class TestFields:
+    @pytest.fixture(params=["a.jsonl", "a.parquet", "a.arrow", "a.json"])
+    def nested(self, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+        """Records whose text lies two names deep, beside one that has a full stop in its name."""
+        rows = [
+            {"doc": {"n": i, "of": {"text": f"t{i}"} if i % 3 else None}, "a.b": f"dotted {i}", "a": {"b": "c"}}
+            for i in range(7)
+        ]
+        path: Path = tmp_path / request.param
+        if path.suffix == ".jsonl":
+            path.write_text("\n".join(map(json.dumps, rows)))
+        elif path.suffix == ".json":
+            path.write_text(json.dumps(rows))
+        elif path.suffix == ".parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
+        else:
+            table = pa.Table.from_pylist(rows)
+            with pa.ipc.new_stream(str(path), table.schema) as out:
+                out.write_table(table, max_chunksize=2)
+        return path
+
+    def test_a_field_inside_others(self, nested: Path) -> None:
+        found = source(nested, column="doc.of.text")
+        assert list(found.open()) == ["t1", "t2", "t4", "t5"]
+        assert_resumes(found)
+        assert list(source(nested, column="a.b").open()) == [f"dotted {i}" for i in range(7)]
+
+    def test_one_that_is_not_there(self, nested: Path) -> None:
+        assert "doc.n" in refused(nested, column="doc.body")
+        assert "no column 'doc.n.text'" in refused(nested, column="doc.n.text")
+        assert "neither text nor token ids" in refused(nested, column="doc")
+
+
+IDS = [[5, 6, 7], [], [1], [2**16, 3], None, [8] * 400]
+
+
+class TestTokenIds:
+    @pytest.fixture(params=["a.jsonl", "list.parquet", "large.parquet", "a.arrow"])
+    def made(self, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+        path: Path = tmp_path / request.param
+        kind = pa.large_list(pa.int64()) if "large" in path.name else pa.list_(pa.int32())
+        table = pa.table({"input_ids": pa.array(IDS, kind)})
+        if path.suffix == ".jsonl":
+            path.write_text("\n".join(json.dumps({"input_ids": ids}) for ids in IDS))
+        elif path.suffix == ".parquet":
+            pq.write_table(table, path, row_group_size=4)
+        else:
+            with pa.ipc.new_file(str(path), table.schema) as out:
+                out.write_table(table, max_chunksize=2)
+        return path
+
+    def test_are_documents(self, made: Path) -> None:
+        found = source(made, column="input_ids")
+        documents = list(found.open())
+        assert [one.tolist() for one in documents if not isinstance(one, str)] == [ids for ids in IDS if ids]
+        for n in range(len(documents) + 1):
+            stream = found.open()
+            list(itertools.islice(stream, n))
+            rest = [one.tolist() for one in found.open(stream.state()) if not isinstance(one, str)]
+            assert rest == [ids for ids in IDS if ids][n:]
+
+    def test_fall_to_a_split_by_what_they_are(self) -> None:
+        ids = [np.arange(i, i + 5, dtype=np.uint32) for i in range(5000)]
+        assert sum(is_validation(one, 0.1) for one in ids) == pytest.approx(500, rel=0.2)
+        assert [is_validation(one, 0.1) for one in ids] == [is_validation(one.astype(np.int64), 0.1) for one in ids]
+
+    @pytest.mark.parametrize(("ids", "message"), [([1, -1], "holds -1"), ([1, None], "null among its token ids")])
+    def test_that_are_none(self, tmp_path: Path, ids: list[Any], message: str) -> None:
+        pq.write_table(pa.table({"text": pa.array([ids])}), tmp_path / "a.parquet")
+        assert message in refused(tmp_path / "a.parquet")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import datasets
+
+    datasets.disable_progress_bars()
+    folder: Path = tmp_path_factory.mktemp("saved")
+    data = datasets.Dataset.from_dict({"text": TEXTS})
+    data.save_to_disk(str(folder / "one"), num_shards=3)
+    data.select([4, 1]).save_to_disk(str(folder / "selected"))
+    parts = {"test": data.select([0]), "train": data.select(range(1, 10))}
+    datasets.DatasetDict(parts).save_to_disk(str(folder / "splits"))
+    datasets.DatasetDict({"b": parts["test"], "a": parts["train"]}).save_to_disk(str(folder / "others"))
+    return folder
+
+
+class TestFolders:
+    def test_what_datasets_saves(self, saved: Path) -> None:
+        assert list(source(saved / "one").open()) == TEXTS
+        assert_resumes(source(saved / "one"))
+        assert list(source(saved / "selected").open()) == [TEXTS[4], TEXTS[1]]
+
+    def test_of_several_splits_the_training_one(self, saved: Path) -> None:
+        found = source(saved / "splits")
+        assert list(found.open()) == TEXTS[1:]
+        assert [file["name"] for file in found.recipe()["files"]] == ["train/data-00000-of-00001.arrow"]
+        assert list(source(saved / "splits" / "test").open()) == TEXTS[:1]
+        assert "holds the splits b, a; give one of them, as" in refused(saved / "others")
+
+    def test_what_is_not_whole(self, saved: Path, tmp_path: Path) -> None:
+        state = json.loads((saved / "one" / "state.json").read_text())
+        for changed, message in [
+            (state, "data-00000-of-00003.arrow, which state.json names, is not there"),
+            ({**state, "_data_files": [{}]}, "does not name its data files"),
+            ({**state, "_indices_data_files": [{"filename": "x"}]}, "flatten_indices"),
+        ]:
+            (tmp_path / "state.json").write_text(json.dumps(changed))
+            assert message in refused(tmp_path)
+
+    @pytest.mark.parametrize("says", ["dataset_infos.json", "README.md"])
+    def test_a_clone_of_a_data_set(self, tmp_path: Path, says: str) -> None:
+        content = "{}" if says.endswith("json") else "---\nlicense: mit\ndataset_info:\n  a: b\n---\ntext"
+        (tmp_path / says).write_text(content)
+        (tmp_path / "data").mkdir()
+        for split, texts in (("train", TEXTS[:6]), ("test", TEXTS[6:])):
+            _parquet(tmp_path / "data" / f"{split}-00000-of-00001-0abc.parquet", texts)
+        assert list(source(tmp_path).open()) == TEXTS[:6]
+        (tmp_path / "more").mkdir()
+        _parquet(tmp_path / "more" / "train-0.parquet", TEXTS)
+        assert "holds data, more; give one of these folders" in refused(tmp_path)
+
+    def test_a_folder_that_says_nothing_is_read_whole(self, tmp_path: Path) -> None:
+        for name, texts in (("train.jsonl", TEXTS[:6]), ("test.jsonl", TEXTS[6:])):
+            (tmp_path / name).write_bytes(_lines(texts))
+        (tmp_path / "README.md").write_text("# a title\ndataset_info: no front matter")
+        assert list(source(tmp_path).open()) == TEXTS[6:] + TEXTS[:6]
 
 
 class TestHub:

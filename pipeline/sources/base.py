@@ -8,10 +8,14 @@ from __future__ import annotations
 import hashlib
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from cache.errors import SaeError
+
+Document = str | np.ndarray  # text, or ready-made token ids (uint32)
 
 
 class DocumentStream(Protocol):
@@ -19,7 +23,7 @@ class DocumentStream(Protocol):
 
     def __iter__(self) -> DocumentStream: ...
 
-    def __next__(self) -> str: ...
+    def __next__(self) -> Document: ...
 
     def state(self) -> dict[str, Any]:
         """The place after the last document returned, as JSON; `TextSource.open(state)` continues there."""
@@ -45,6 +49,9 @@ class TextSource(Protocol):
 
 # resolve(spec, offline, column) -> the source, or None where `spec` is not its own; SaeError where it cannot be used.
 Resolve = Callable[[str, bool, str], TextSource | None]
+
+
+_LISTED = 30  # columns in a message
 
 
 class Registered(NamedTuple):
@@ -98,14 +105,14 @@ def text_source(spec: str, *, offline: bool, column: str = "text") -> TextSource
 class Indexed:
     """A stream over documents held in memory; its state is the index of the next one."""
 
-    def __init__(self, documents: Sequence[str], state: dict[str, Any] | None = None) -> None:
+    def __init__(self, documents: Sequence[Document], state: dict[str, Any] | None = None) -> None:
         self._documents = documents
         self._next = 0 if state is None else int(state["document"])
 
     def __iter__(self) -> Indexed:
         return self
 
-    def __next__(self) -> str:
+    def __next__(self) -> Document:
         if self._next >= len(self._documents):
             raise StopIteration
         self._next += 1
@@ -115,33 +122,73 @@ class Indexed:
         return {"document": self._next}
 
 
-def is_validation(text: str, fraction: float) -> bool:
+def is_validation(document: Document, fraction: float) -> bool:
     """Whether a document belongs to the validation split.
 
-    Decided by a hash of the text alone, so a document keeps its side whatever the order, the source or the number of
-    workers, exact copies fall on one side, and a larger `fraction` only adds documents. Never for 0, always for 1.
+    Decided by a hash of the text (or the token ids) alone, so a document keeps its side whatever the order, the source
+    or the number of workers, exact copies fall on one side, and a larger `fraction` only adds documents. Never for 0,
+    always for 1.
     """
     # Lone surrogates occur in scraped JSON and have no UTF-8 form; the hash must still be defined for them.
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    content = (
+        document.encode("utf-8", "surrogatepass") if isinstance(document, str) else document.astype("<u4").tobytes()
+    )
+    digest = hashlib.blake2b(content, digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64 < fraction
 
 
 def missing_column(name: str, column: str, columns: list[str]) -> SaeError:
     """The error for records without the text column; lists what they have."""
-    return SaeError(
-        f"--source {name}: no column {column!r}; it has {', '.join(columns) or 'none'}; try --set tokenize.column=NAME"
+    there = ", ".join(columns[:_LISTED]) + (", ..." if len(columns) > _LISTED else "")
+    return SaeError(f"--source {name}: no column {column!r}; it has {there or 'none'}; try --set tokenize.column=NAME")
+
+
+def field(name: str, record: dict[str, Any], column: str) -> Any:
+    """A record's value under a name, or under names inside one another (`doc.text`); None where a record is null."""
+    if column in record:
+        return record[column]
+    value: Any = record
+    for part in column.split("."):
+        if value is None:
+            return None
+        if not isinstance(value, dict) or part not in value:
+            raise missing_column(name, column, list(_names(record)))
+        value = value[part]
+    return value
+
+
+def _names(record: dict[str, Any], before: str = "") -> Iterator[str]:
+    for name, value in record.items():
+        if isinstance(value, dict) and value:
+            yield from _names(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}"
+
+
+def document(name: str, column: str, value: Any, where: str) -> Document:
+    """A column's value as text or token ids: null is empty, anything else than text and integers is refused."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return well_formed(value)
+    if isinstance(value, list) and all(type(one) is int for one in value):
+        return token_ids(name, column, value, where)
+    kinds = sorted({type(one).__name__ for one in value}) if isinstance(value, list) else []
+    what = type(value).__name__ + (f" of {' and '.join(kinds)}" if kinds else "")
+    raise SaeError(
+        f"--source {name}: column {column!r} holds {what} ({where}), neither text nor token ids; name another column"
     )
 
 
-def checked_text(name: str, column: str, value: Any) -> str:
-    """`value` as text: null is empty, anything else that is not a string is refused."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
+def token_ids(name: str, column: str, ids: Sequence[int] | np.ndarray, where: str) -> np.ndarray:
+    """uint32: ready-made token ids."""
+    ends = () if not len(ids) else (ids.min(), ids.max()) if isinstance(ids, np.ndarray) else (min(ids), max(ids))
+    wrong = next((i for i in ends if not 0 <= i < 1 << 32), None)
+    if wrong is not None:
         raise SaeError(
-            f"--source {name}: column {column!r} holds {type(value).__name__}, not text; name another column"
+            f"--source {name}: column {column!r} holds {wrong} ({where}), which is no token id; name another column"
         )
-    return value
+    return np.asarray(ids, np.uint32)
 
 
 def well_formed(text: str) -> str:

@@ -1,12 +1,14 @@
-"""Local text: a file, a folder or a glob of parquet, JSON lines, JSON or plain text, compressed or not.
+"""Local text: a file, a folder or a glob of parquet, arrow, JSON lines, JSON, CSV or plain text, compressed or not.
 
-Files are read in the order of their names and streamed. Records whose text is null or empty are left out.
+Files are read in the order of their names and streamed. Records whose text is null or empty are left out. A column may
+be a field inside others (`doc.text`), and may hold ready-made token ids where it is not of text.
 
 | suffix | a document is |
 |---|---|
-| `.parquet` | the text column of a row |
+| `.parquet`, `.arrow` | the text column of a row |
 | `.jsonl`, `.ndjson` (`.gz`, `.zst`) | the text field of a line, or a line that is a JSON string |
 | `.json` (`.gz`, `.zst`) | an element of an array, a line, or the whole file where it is one object |
+| `.csv`, `.tsv` (`.gz`, `.zst`) | the field of a row under the column's name in the first row |
 | `.txt` (`.gz`, `.zst`) | what stands between lines that are `<|endoftext|>`; without any the file, cut at blank |
 |                         | lines into parts of at least 1,000 bytes where it is longer than 64 KiB                |
 """
@@ -21,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import SaeError
-from pipeline.sources.base import DocumentStream, TextSource, source, well_formed
-from pipeline.sources.formats import COMPRESSED, READERS, File, read
+from pipeline.sources.base import Document, DocumentStream, TextSource, source
+from pipeline.sources.folders import texts_in
+from pipeline.sources.formats import READERS, kind, read
+from pipeline.sources.opened import COMPRESSED, File
 
-_KINDS = "parquet, jsonl, json or txt (also .gz, .zst)"
+_KINDS = "parquet, arrow, jsonl, json, csv, tsv or txt (also .gz, .zst)"
 
 
 class FileSource:
@@ -55,7 +59,7 @@ class FileSource:
 
         Reads every byte, once for the life of the object.
         """
-        column = {} if self.files[0].kind == ".txt" else {"column": self.column}
+        column = {} if kind(self.files[0]) == ".txt" else {"column": self.column}
         return {"source": "files", "files": self._contents, **column}
 
     def open(self, state: dict[str, Any] | None = None) -> DocumentStream:
@@ -69,20 +73,20 @@ class FileStream:
     def __init__(self, owner: FileSource, state: dict[str, Any] | None) -> None:
         self._owner = owner
         self._state = {"file": 0, "place": 0, "documents": 0} if state is None else dict(state)
-        self._reader: Iterator[tuple[str, int]] | None = None
+        self._reader: Iterator[tuple[Document, int]] | None = None
 
     def __iter__(self) -> FileStream:
         return self
 
-    def __next__(self) -> str:
+    def __next__(self) -> Document:
         while self._state["file"] < len(self._owner.files):
             if self._reader is None:
                 self._reader = read(self._owner.files[self._state["file"]], self._state["place"], self._owner.column)
-            for text, place in self._reader:
+            for document, place in self._reader:
                 self._state["place"] = place
-                if text:
+                if len(document):
                     self._state["documents"] += 1
-                    return well_formed(text)
+                    return document
             self._reader = None
             self._state |= {"file": self._state["file"] + 1, "place": 0}
         if not self._state["documents"]:
@@ -103,9 +107,9 @@ def _resolve(spec: str, offline: bool, column: str) -> TextSource | None:
     if files is None:
         return None
     for file in files:
-        if file.kind is None:
+        if kind(file) is None:
             raise SaeError(f"--source {spec}: {file.name} is not {_KINDS}; convert it, or leave it out")
-    kinds = sorted({str(file.kind) for file in files})
+    kinds = sorted({str(kind(file)) for file in files})
     if len(kinds) > 1:
         raise SaeError(f"--source {spec}: holds {' and '.join(kinds)} files; use a glob that ends in *{kinds[0]}")
     return FileSource(files, _slug(spec, path), column)
@@ -114,25 +118,17 @@ def _resolve(spec: str, offline: bool, column: str) -> TextSource | None:
 def _found(spec: str, path: Path) -> list[File] | None:
     """The files that `spec` names, or None where it does not look like a path at all."""
     if path.is_dir():
-        return _in_folder(spec, path)
+        files = [file for file in texts_in(spec, path) if kind(file) is not None]
+        if not files:
+            raise SaeError(f"--source {spec}: no {_KINDS} files in this folder")
+        return files
     if path.exists():
         return [File(path.name, path)]
     if re.search(r"[*?\[]", spec):
         return _matching(spec)
-    if File(path.name, path).kind is not None or spec.startswith((".", "/", "~")) or "\\" in spec:
+    if kind(File(path.name, path)) is not None or spec.startswith((".", "/", "~")) or "\\" in spec:
         raise SaeError(f"--source {spec}: no such file or folder")
     return None
-
-
-def _in_folder(spec: str, folder: Path) -> list[File]:
-    """Every file of a known kind below a folder, hidden ones aside."""
-    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    names = [name for name in found if not any(part.startswith(".") for part in name.parts)]
-    files = sorted(File(name.as_posix(), folder / name) for name in names)
-    files = [file for file in files if file.kind is not None]
-    if not files:
-        raise SaeError(f"--source {spec}: no {_KINDS} files in this folder")
-    return files
 
 
 def _matching(pattern: str) -> list[File]:

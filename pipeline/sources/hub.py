@@ -14,7 +14,7 @@ from typing import Any
 
 from cache.errors import SaeError
 from pipeline.network import Refused, ask, hub_address, hub_errors, offline_wanted, reachable
-from pipeline.sources.base import DocumentStream, TextSource, checked_text, missing_column, source, well_formed
+from pipeline.sources.base import Document, DocumentStream, TextSource, document, field, missing_column, source
 
 FINEWEB = "hub:HuggingFaceFW/fineweb:sample-10BT"
 _SPEC = re.compile(
@@ -73,7 +73,7 @@ class HubSource:
             data = ask(self.repo, self._load, "dataset")
         except Refused as error:
             raise self._error(error) from error
-        if data.column_names is not None and self.column not in data.column_names:
+        if data.column_names is not None and not {self.column, self.column.split(".")[0]} & set(data.column_names):
             raise missing_column(self.repo, self.column, data.column_names)
         return HubStream(self, data, state)
 
@@ -107,7 +107,7 @@ class HubStream:
     def __iter__(self) -> HubStream:
         return self
 
-    def __next__(self) -> str:
+    def __next__(self) -> Document:
         while True:
             try:
                 row = next(self._rows)
@@ -120,12 +120,12 @@ class HubStream:
                     f"--source {self._owner.repo}: stopped after {self._documents} documents ({type(error).__name__}); "
                     "repeat the command to continue from there"
                 ) from error
-            if self._owner.column not in row:
-                raise missing_column(self._owner.repo, self._owner.column, list(row))
             self._place = None
-            if text := checked_text(self._owner.repo, self._owner.column, row[self._owner.column]):
+            name, column = self._owner.repo, self._owner.column
+            found = document(name, column, field(name, row, column), f"behind document {self._documents}")
+            if len(found):
                 self._documents += 1
-                return well_formed(text)
+                return found
 
     def state(self) -> dict[str, Any]:
         # Asked of datasets only when wanted: it is a deep copy.

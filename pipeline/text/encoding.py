@@ -1,10 +1,12 @@
 """Documents -> tokens, in this process or by the workers of a cluster, in order.
 
-Documents travel in pieces of about PIECE_CHARACTERS; the tokens of a piece come back as one array, which is packed and
-unpacked faster than one array a document. A few pieces a worker are under way, whatever the size of a block.
+A document is text, or token ids that somebody made before: those are checked, not made. Documents travel in pieces of
+about PIECE_CHARACTERS; the tokens of a piece come back as one array, which is packed and unpacked faster than one array
+a document. A few pieces a worker are under way, whatever the size of a block.
 """
 
 import functools
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,10 +17,13 @@ import numpy as np
 from cache.errors import SaeError
 from cache.identity import canonical
 from pipeline.cluster import Cluster
+from pipeline.sources import Document
+from pipeline.text.foreign import said
 from pipeline.text.pool import Pool
 from pipeline.text.tokenizers import Tokenizer, tokenizer
 
 PIECE_CHARACTERS = 1 << 18  # what one worker encodes at a time
+ALONE_CHARACTERS = 1 << 22  # what this process encodes first: less takes no longer than processes to start
 Team = Cluster | Pool
 AHEAD = 6  # pieces a worker that are under way or wait to be packed
 
@@ -28,13 +33,14 @@ class Block(NamedTuple):
 
     source: dict[str, Any] | None
     number: int
-    texts: list[str]
+    documents: list[Document]
 
 
 class Encoder:
     """Encodes the documents of blocks with the tokenizer that `spec` names, which is `tok` in this process.
 
-    `connect` starts the processes that are to do it, once there is something to encode; None: this process does it.
+    `connect` starts the processes that are to do it; None: this process does it. The first `alone` characters are
+    encoded here in any case, and processes started where there is more.
     """
 
     def __init__(
@@ -44,8 +50,9 @@ class Encoder:
         connect: Callable[[], Cluster | Pool | None] = lambda: None,
         *,
         offline: bool = False,
+        alone: int = 0,
     ) -> None:
-        self._tokenizer, self._connect = tok, connect
+        self._tokenizer, self._connect, self._alone = tok, connect, alone
         self._spec = str(Path(spec).resolve()) if Path(spec).is_dir() else spec
         self._offline = offline
 
@@ -62,12 +69,12 @@ class Encoder:
         """Each document's block, index in it and tokens (uint32); the first `skip` of the first block are left out."""
         heads: deque[tuple[Block, int]] = deque()  # of the pieces under way
 
-        def pieces() -> Iterator[list[str]]:
+        def pieces() -> Iterator[list[Document]]:
             left_out = skip
             for block in blocks:
-                for first, texts in _pieces(block.texts, left_out):
+                for first, documents in _pieces(block.documents, left_out):
                     heads.append((block, first))
-                    yield texts
+                    yield documents
                 left_out = 0
 
         for encoded in self._encoded(pieces()):
@@ -75,9 +82,16 @@ class Encoder:
             for index, ids in enumerate(encoded, first):
                 yield block, index, ids
 
-    def _encoded(self, pieces: Iterator[list[str]]) -> Iterator[list[np.ndarray]]:
+    def _encoded(self, pieces: Iterator[list[Document]]) -> Iterator[list[np.ndarray]]:
+        while self._alone > 0 and (piece := next(pieces, None)) is not None:
+            self._alone -= sum(map(len, piece))
+            yield encoded(self._tokenizer, piece)
+        piece = next(pieces, None)
+        if piece is None:
+            return
+        pieces = itertools.chain([piece], pieces)
         if self._cluster is None:
-            yield from map(self._tokenizer.encode_batch, pieces)
+            yield from (encoded(self._tokenizer, piece) for piece in pieces)
             return
         ahead = AHEAD * self._cluster.size
         for _, (ids, ends) in self._cluster.ordered(self._call(), pieces, ahead, lambda _: "encoding text"):
@@ -87,23 +101,58 @@ class Encoder:
         return functools.partial(_encode, self._spec, self._offline, canonical(self._tokenizer.recipe()))
 
 
-def _pieces(texts: list[str], start: int) -> Iterator[tuple[int, list[str]]]:
+def _pieces(documents: list[Document], start: int) -> Iterator[tuple[int, list[Document]]]:
     """Consecutive runs of documents from `start` on, of about PIECE_CHARACTERS, each with the index of its first."""
-    piece: list[str] = []
+    piece: list[Document] = []
     characters = 0
-    for index in range(start, len(texts)):
-        piece.append(texts[index])
-        characters += len(texts[index])
-        if characters >= PIECE_CHARACTERS or index == len(texts) - 1:
+    for index in range(start, len(documents)):
+        piece.append(documents[index])
+        characters += len(documents[index])
+        if characters >= PIECE_CHARACTERS or index == len(documents) - 1:
             yield index + 1 - len(piece), piece
             piece, characters = [], 0
 
 
-def _encode(spec: str, offline: bool, recipe: str, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of all texts behind each other (uint32), and where each text ends. Runs in a worker."""
-    encoded = _tokenizer(spec, offline, recipe).encode_batch(texts)
-    none = np.empty(0, np.uint32)
-    return np.concatenate([none, *encoded]), np.cumsum([0, *map(len, encoded)])[1:]
+def encoded(tok: Tokenizer, documents: list[Document]) -> list[np.ndarray]:
+    """Tokens (uint32) of each document. SaeError for text that cannot be encoded and ids that are not its own."""
+    made = iter(_of_texts(tok, [one for one in documents if isinstance(one, str)]))
+    return [next(made) if isinstance(one, str) else _ready_made(tok, one) for one in documents]
+
+
+def _of_texts(tok: Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    try:
+        return tok.encode_batch(texts)
+    except BaseException as error:
+        if not _is_of_text(error):
+            raise
+        for text in texts if len(texts) > 1 else []:
+            _of_texts(tok, [text])  # raises for the one that it was
+        begin = f"of {len(texts[0]):,} characters that begins {texts[0][:40]!r}"
+        raise SaeError(
+            f"--tokenizer {tok.slug}: cannot encode the text {begin} ({said(error)}); leave it out, or try another"
+        ) from error
+
+
+def _is_of_text(error: BaseException) -> bool:
+    """Whether a tokenizer stumbled over its text. A panic of those written in Rust is not an Exception."""
+    unrelated = isinstance(error, SaeError | MemoryError) or not isinstance(error, Exception)
+    return not unrelated or type(error).__name__ == "PanicException"
+
+
+def _ready_made(tok: Tokenizer, ids: np.ndarray) -> np.ndarray:
+    """Token ids as a document's own: checked, and without the begin token, which the layout puts where it belongs."""
+    if len(ids) and int(ids.max()) >= tok.n_vocab:
+        raise SaeError(
+            f"--tokenizer {tok.slug}: has tokens 0 to {tok.n_vocab - 1}, and the ready-made ids hold {ids.max()}; "
+            "name the tokenizer they were made with"
+        )
+    return ids[1:] if len(ids) and ids[0] == tok.begin else ids
+
+
+def _encode(spec: str, offline: bool, recipe: str, documents: list[Document]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of all documents behind each other (uint32), and where each ends. Runs in a worker."""
+    found = encoded(_tokenizer(spec, offline, recipe), documents)
+    return np.concatenate([np.empty(0, np.uint32), *found]), np.cumsum([0, *map(len, found)])[1:]
 
 
 @functools.lru_cache(maxsize=2)

@@ -57,12 +57,7 @@ class HuggingFaceTokenizer:
         self.n_vocab = max(self._ids.values()) + 1
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        try:
-            found = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        except BaseException as error:
-            if not _of_the_library(error):
-                raise
-            raise SaeError(f"--tokenizer {self.slug}: cannot encode a document ({said(error)}); try another") from None
+        found = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(one.ids, np.uint32) for one in found]
 
     def vocabulary(self) -> list[bytes]:

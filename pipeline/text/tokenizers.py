@@ -115,6 +115,11 @@ class TiktokenTokenizer:
             return self._encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
         except UnicodeEncodeError:  # lone surrogates: encode_ordinary replaces them, the faster way cannot
             return np.array(self._encoding.encode_ordinary(text), np.uint32)
+        except ValueError:  # tiktoken's pattern gives up within about a million blanks
+            import regex  # type: ignore[import-untyped]
+
+            pieces = regex.findall(self._encoding._pat_str, text)
+            return np.array([i for piece in pieces for i in self._encoding._encode_single_piece(piece)], np.uint32)
 
     def vocabulary(self) -> list[bytes]:
         return self._vocabulary
