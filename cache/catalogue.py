@@ -6,19 +6,21 @@ Without a name, the store the last command made is meant. More than one answer i
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cache import removal
 from cache.durable import read, write_atomic
 from cache.errors import DamagedStore, NotFound, SaeError
 from cache.head import RECIPE, read_head
 from cache.identity import Recipe, canonical, digest
-from cache.locks import Lock, held
+from cache.locks import held
 from cache.manifest import MANIFEST, Manifest
 from cache.parsing import MOST_BYTES, name_of_file, parsed_mapping, shown
-from cache.places import listing, place
+from cache.places import is_remote, place
 from cache.runs import CONFIG, Run
 from cache.store import Store
 from cache.tokens import TokenStore, sibling
@@ -54,7 +56,14 @@ def kinds() -> dict[str, type[Store]]:
 
 def folders(root: Path, kind: str) -> list[Path]:
     """Folders of the stores of one kind, by name."""
-    return sorted(path.parent for path in (root / kind).glob(f"*/{RECIPE}"))
+    return holding(root / kind, RECIPE)
+
+
+def holding(parent: Path, file: str) -> list[Path]:
+    """The folders in a folder that hold a file, by name; without those that are being removed."""
+    gone = removal.removed(parent)
+    found = [path.parent for path in parent.glob(f"*/{file}")]
+    return sorted(path for path in found if path.name not in gone and not removal.TRASH.fullmatch(path.name))
 
 
 def stores(root: Path) -> list[Store]:
@@ -64,7 +73,7 @@ def stores(root: Path) -> list[Store]:
 
 def without_recipe(root: Path) -> list[Path]:
     """Folders that hold committed windows but no recipe: no store any more. Not those being removed right now."""
-    held_rows = [path.parent for kind in kinds() for path in sorted((root / kind).glob(f"*/{MANIFEST}"))]
+    held_rows = [path for kind in kinds() for path in holding(root / kind, MANIFEST)]
     return [path for path in held_rows if not (path / RECIPE).exists() and not held(path)]
 
 
@@ -99,7 +108,7 @@ def find(root: Path, kind: type[AnyStore], name: str | None, option: str, make: 
         exact = [path for path in known if path.name == name]
         matches = exact or _meant([path for path in known if path.name.startswith(name)])
         if not matches:
-            there = _listed(known) or f"nothing yet; run `{make}`"
+            there = listed(known) or f"nothing yet; run `{make}`"
             raise NotFound(f"{option} {name}: no such store in {root / kind.kind}; there is {there}")
     else:
         matches = [root / kind.kind / key for key in latest(root).get(kind.kind, []) if root / kind.kind / key in known]
@@ -108,10 +117,10 @@ def find(root: Path, kind: type[AnyStore], name: str | None, option: str, make: 
             raise NotFound(f"{root / kind.kind}: no store yet; run `{make}` first")
     training = [path for path in matches if _for_training(path)]
     if not training:
-        kept = f"{_listed(matches)} holds documents kept for judging"
+        kept = f"{listed(matches)} holds documents kept for judging"
         raise SaeError(f"{option}: {kept}; name the store of the training documents, this one goes with it")
     if len(training) > 1:
-        raise SaeError(f"{option}: which one? {_listed(training)}")
+        raise SaeError(f"{option}: which one? {listed(training)}")
     return kind(training[0])
 
 
@@ -120,24 +129,21 @@ def any_store(root: Path, name: str) -> Store:
     return opened(located(root, name))
 
 
-def located(root: Path, name: str, *, to_remove: bool = False) -> Path:
-    """Where the one store is that `name` means; it need not be readable.
-
-    For removal a store that is not finished is as good an answer as one that is, so both are listed.
-    """
+def located(root: Path, name: str) -> Path:
+    """Where the one store is that `name` means; it need not be readable."""
     if not name:
         raise SaeError("the name of a store is empty; `sae cache ls` lists the keys")
     every = [path for kind in kinds() for path in folders(root, kind)]
     if (place(name) / RECIPE).exists():
-        matches = [place(name).resolve()]
+        matches = [as_named(place(name))]
     else:
         exact = [path for path in every if path.name == name]
         begun = [path for path in every if path.name.startswith(name)]
-        matches = exact or (_training_of(begun) if to_remove else _meant(begun))
+        matches = exact or _meant(begun)
     if not matches:
-        raise NotFound(f"{name}: no such store in {root}; there is {_listed(every) or 'nothing yet'}")
+        raise NotFound(f"{name}: no such store in {root}; there is {listed(every) or 'nothing yet'}")
     if len(matches) > 1:
-        raise SaeError(f"{name}: which one? {_listed(matches)}")
+        raise SaeError(f"{name}: which one? {listed(matches)}")
     return matches[0]
 
 
@@ -189,33 +195,22 @@ def remember(root: Path, kind: str, keys: Sequence[str]) -> None:
     write_atomic(root / LATEST, json.dumps({**latest(root), kind: list(keys)}, indent=2).encode())
 
 
-def remove(store: Store) -> int:
-    """Delete a store; returns the bytes freed. Raises Busy while a living process writes to it."""
-    return remove_folder(store.path)
-
-
-def remove_folder(path: Path) -> int:
-    """Delete the store in a folder, readable or not.
-
-    The recipe goes first and the manifest last of what describes the rows, so that a deletion cut short leaves no
-    store, only remains that the next writer takes up or clears away.
-    """
-    with Lock(path) as lock:
-        freed = bytes_in(path)
-        for file in (path / RECIPE, *path.glob("*/zarr.json"), path / MANIFEST):
-            file.unlink(missing_ok=True)
-        lock.erase()
-    return freed
+def as_named(path: Path) -> Path:
+    """The path without links on the way, but as it is called where it is a link itself."""
+    if is_remote(path):
+        return path
+    path = Path(os.path.abspath(path))
+    return path.parent.resolve() / path.name
 
 
 def bytes_in(folder: Path) -> int:
     """Size of all files below a folder."""
-    return sum(listing(folder).values())
+    return removal.size(folder)
 
 
 def runs(root: Path) -> list[Run]:
     """All run folders, oldest first."""
-    found = list(root.glob(f"*/{CONFIG}")) if root.exists() else []
+    found = [path / CONFIG for path in holding(root, CONFIG)]
     return [Run(path.parent) for path in sorted(found, key=lambda path: path.stat().st_mtime)]
 
 
@@ -235,11 +230,11 @@ def find_run(root: Path, name: str | None) -> Run:
 
 def _meant(begun: Sequence[Path]) -> list[Path]:
     """Of the stores whose keys begin alike: those of training documents, and of these the finished ones, if any."""
-    training = _training_of(begun)
+    training = training_of(begun)
     return [path for path in training if _complete(path)] or training
 
 
-def _training_of(begun: Sequence[Path]) -> list[Path]:
+def training_of(begun: Sequence[Path]) -> list[Path]:
     """Without the stores that only accompany another of these: its validation documents."""
     others = {path for path in begun if not _damaged(path) and not _for_training(path)}
     return [path for path in begun if path not in others] or list(begun)
@@ -266,5 +261,6 @@ def _for_training(path: Path) -> bool:
     return not isinstance(said, dict) or said.get("split") == "train"  # one that is no recipe is said to be none later
 
 
-def _listed(paths: Sequence[Path]) -> str:
+def listed(paths: Sequence[Path]) -> str:
+    """Names of stores, as a message lists them."""
     return ", ".join(path.name for path in paths)

@@ -6,6 +6,9 @@ holds it. On network file systems without flock, writers must not meet: use one 
 On a remote filesystem the lock is an object that only one process can create (for S3 a conditional PUT) and that its
 holder deletes. It does not die with its holder: one left by a dead process of this machine is taken over, about one of
 another machine only a person can know. Filesystems without exclusive creation give no more than good manners.
+
+Who reads a store of this machine for long holds its folder, shared (`reading`), and who removes it wants it alone.
+Remotely nobody knows of readers.
 """
 
 import fcntl
@@ -13,21 +16,33 @@ import hashlib
 import json
 import os
 import secrets
-import shutil
 import socket
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar
 
-from cache.durable import explained, make_folder, read, unreadable, write_atomic
-from cache.errors import Busy
-from cache.places import failures, filesystem, filesystem_path, is_remote, listing
+from cache.durable import (
+    expect_no_link,
+    explained,
+    make_folder,
+    opened,
+    opened_to_change,
+    read,
+    unreadable,
+    write_atomic,
+)
+from cache.errors import Busy, SaeError
+from cache.places import failures, filesystem, filesystem_path, is_remote
+from cache.processes import is_gone, space
 
 LOCK = "lock"
+LONGEST = 4096  # bytes of what a lock says, at most
+BEGINS = b'{"pid": '  # every lock of ours
 TRIES = 3  # `held` takes the lock for an instant; a writer keeps it
 
 
@@ -71,21 +86,11 @@ class Lock:
             )
 
     def erase(self) -> None:
-        """Remove the folder whose lock this is, the lock last: nobody begins in it before all else is gone."""
-        if is_remote(self.path):
-            remote, folder = filesystem(self.path), filesystem_path(self.path.parent)
-            if others := [f"{folder}/{name}" for name in listing(self.path.parent) if name != LOCK]:
-                remote.rm(others)
-            self._grip.release()
-            return
-        for path in self.path.parent.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path != self.path:
-                path.unlink()
-        self.path.unlink()
-        with suppress(OSError):  # somebody has begun anew in it
-            self.path.parent.rmdir()
+        """Remove the lock, and its folder where nothing else is in it: somebody may have begun anew."""
+        if self._grip.kept():
+            self.path.unlink()
+            with suppress(OSError):
+                self.path.parent.rmdir()
 
 
 class _Grip(ABC):
@@ -119,22 +124,25 @@ class _FileGrip(_Grip):
 
     def take(self) -> bool:
         make_folder(self.path.parent)
-        handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        expect_no_link(self.path.parent)
+        handle = opened_to_change(self.path)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if self.path.exists() and os.path.samestat(os.fstat(handle), os.stat(self.path)):
-                self.left = os.pread(handle, 4096, 0)
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, _me(), 0)
-                self._handle = handle
-                return True
+            if self._is_at_path(handle):
+                self.left = self._own_text(handle)
+                if os.fstat(handle).st_nlink == 1:
+                    os.ftruncate(handle, 0)
+                    os.pwrite(handle, _me(), 0)
+                    self._handle = handle
+                    return True
+                self.path.unlink()  # its other name (in a backup of hard links) keeps what it has
         except BlockingIOError:  # somebody else has it
             os.close(handle)
             return False
         except BaseException:
             os.close(handle)
             raise
-        os.close(handle)  # it was removed, with its folder, before we had it
+        os.close(handle)  # it was removed before we had it, by us or with its folder
         return self.take()
 
     def release(self) -> None:
@@ -144,7 +152,21 @@ class _FileGrip(_Grip):
         self._handle = None
 
     def kept(self) -> bool:
-        return self._handle is not None
+        return self._handle is not None and self._is_at_path(self._handle)
+
+    def _is_at_path(self, handle: int) -> bool:
+        """Whether it is our file that lies at the path, and not another that was put there."""
+        try:
+            return os.path.samestat(os.fstat(handle), os.lstat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def _own_text(self, handle: int) -> bytes:
+        """What the file says. Raises SaeError where no lock of ours would say it: it is somebody's, and is kept."""
+        text = os.pread(handle, LONGEST + 1, 0)
+        if len(text) > LONGEST or not (text.startswith(BEGINS) or not text.strip(b"\0")):
+            raise SaeError(f"{self.path}: is no lock, but lies where the lock has to be; move it away and repeat")
+        return text.strip(b"\0")  # zeros: its power was cut
 
 
 class _ObjectGrip(_Grip):
@@ -194,7 +216,7 @@ def held(folder: Path) -> bool:
         there = read(path)
         return there is not None and not _is_dead(there)
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = opened(path)
     except FileNotFoundError:
         return False
     except OSError as error:
@@ -208,19 +230,46 @@ def held(folder: Path) -> bool:
     return False
 
 
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Hold a store's folder for reading, so that nobody removes it meanwhile. Raises Busy where one is doing so."""
+    with _folder_held(folder, fcntl.LOCK_SH, "is being removed; make it again, or name another store"):
+        yield
+
+
+@contextmanager
+def unread(folder: Path) -> Iterator[None]:
+    """Hold a store's folder alone, to remove it. Raises Busy while another process reads it."""
+    with _folder_held(folder, fcntl.LOCK_EX, "another process is reading it; wait for it or end it"):
+        yield
+
+
+@contextmanager
+def _folder_held(folder: Path, how: int, busy: str) -> Iterator[None]:
+    if is_remote(folder):
+        yield
+        return
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise unreadable(error, folder) from error
+    try:
+        try:
+            fcntl.flock(handle, how | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Busy(f"{folder}: {busy}") from error
+        except OSError:  # a network file system that locks no folders: there, readers are not known either
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
 def _me() -> bytes:
     """What this process writes into a lock; no two are alike."""
     since, one = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), secrets.token_hex(8)
-    who = {"pid": os.getpid(), "host": socket.gethostname(), "space": _space(), "since": since, "id": one}
+    who = {"pid": os.getpid(), "host": socket.gethostname(), "space": space(), "since": since, "id": one}
     return json.dumps(who).encode()
-
-
-def _space() -> str:
-    """The name space our process numbers are of: containers may share a host's name, but not its processes."""
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:  # not Linux
-        return ""
 
 
 def _parsed(text: bytes | None) -> dict[str, object]:
@@ -244,11 +293,6 @@ def _is_dead(text: bytes) -> bool:
     """Whether the process of a lock was one of this machine and is gone."""
     who = _parsed(text)
     pid = who.get("pid")
-    if (who.get("host"), who.get("space")) != (socket.gethostname(), _space()) or not isinstance(pid, int) or pid < 1:
+    if (who.get("host"), who.get("space")) != (socket.gethostname(), space()) or not isinstance(pid, int) or pid < 1:
         return False
-    try:
-        with suppress(PermissionError):  # another user's, alive
-            os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    return False
+    return is_gone(pid)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cache.durable import checksum, read, write_atomic
+from cache.durable import checksum, read, write_in
 from cache.errors import DamagedStore
 from cache.identity import canonical
 from cache.parsing import parsed_mapping
@@ -21,7 +21,7 @@ Said = TypeVar("Said")
 
 def write_note(path: Path, content: dict[str, Any]) -> None:
     """Replace a note."""
-    write_atomic(path, note_bytes(content))
+    write_in(path.parent, path.name, note_bytes(content))
 
 
 def note_bytes(content: dict[str, Any]) -> bytes:

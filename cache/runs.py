@@ -13,14 +13,28 @@ eval/                     what `sae eval` found (eval.json, latents.safetensors)
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from cache.durable import PARTIAL, checksum, explained, move, unreadable, whole_lines_end, write_atomic
+from cache import removal
+from cache.durable import (
+    append_line,
+    checksum,
+    expect_file,
+    expect_no_link,
+    move,
+    read,
+    unreadable,
+    whole_lines_end,
+    write_in,
+)
 from cache.errors import DamagedStore, NotFound, SaeError
-from cache.locks import Lock
+from cache.locks import LOCK, Lock
+from cache.processes import final_name
 
 if TYPE_CHECKING:  # listing runs needs no torch, and its import takes seconds
     from torch import Tensor
@@ -43,14 +57,35 @@ class Run:
         if not (path / CONFIG).exists():
             raise NotFound(f"{path}: is not a run folder (no {CONFIG}); `sae list` shows the runs")
         self.config: dict[str, Any] = self.read_json(CONFIG)
+        self._made: bytes | None = None  # config.json, where this very object made the folder
 
     @classmethod
     def create(cls, path: Path, config: dict[str, Any]) -> Run:
-        """A new run folder. Raises SaeError where one exists already."""
-        if (path / CONFIG).exists():
-            raise SaeError(f"--name {path.name}: {path} exists; continue it with --resume or choose another --name")
-        write_atomic(path / CONFIG, json.dumps(config, indent=2).encode())
-        return cls(path)
+        """A new run folder. Raises SaeError where one exists already, or something else of that name."""
+        if not _is_vacant(path):
+            what = "exists" if (path / CONFIG).exists() else f"is there, and is no run (it has no {CONFIG})"
+            cure = "continue it with --resume or choose" if (path / CONFIG).exists() else "choose"
+            raise SaeError(f"--name {path.name}: {path} {what}; {cure} another --name")
+        removal.finish(path.parent, is_begun)
+        data = json.dumps(config, indent=2).encode()
+        with Lock(path):  # of two at once, one begins it
+            if not _is_vacant(path):
+                raise SaeError(f"--name {path.name}: {path} exists; continue it with --resume or choose another --name")
+            write_in(path, CONFIG, data)
+            run = cls(path)
+        run._made = data
+        return run
+
+    def discard(self) -> None:
+        """Remove a folder that this very object made, where there is nothing in it yet but what it was made with.
+
+        Does nothing for any other folder, nor where another process has begun to train in it.
+        """
+        if self._made is None or not (self.path / CONFIG).exists():
+            return
+        with suppress(SaeError), Lock(self.path) as lock:  # it stays where another holds it, or it may not be removed
+            if read(self.path / CONFIG) == self._made and not removal.strangers(self.path, is_begun):
+                removal.remove(self.path, is_begun, lock)
 
     @property
     def name(self) -> str:
@@ -78,31 +113,27 @@ class Run:
         """A JSON file of the folder. Raises DamagedStore when it is not one."""
         path = self.path / name
         try:
-            return dict(json.loads(path.read_bytes()))
-        except FileNotFoundError as error:
-            raise NotFound(f"{path}: not there yet") from error
+            data = read(path)
+            if data is None:
+                raise NotFound(f"{path}: not there yet")
+            return dict(json.loads(data))
+        except SaeError:
+            raise
         except (ValueError, TypeError) as error:
             raise DamagedStore(f"{path}: is not the JSON that was written") from error
-        except OSError as error:
-            raise unreadable(error, path) from error
 
     def write_json(self, name: str, content: dict[str, Any]) -> Path:
         """Write a JSON file of the folder atomically. NaN and infinity are refused: they are not JSON."""
-        write_atomic(self.path / name, json.dumps(content, indent=2, allow_nan=False).encode())
-        return self.path / name
+        return write_in(self.path, name, json.dumps(content, indent=2, allow_nan=False).encode())
 
     def log(self, entry: dict[str, Any]) -> None:
         """Append one line of metrics."""
-        try:
-            with open(self.path / METRICS, "a") as file:
-                file.write(json.dumps(entry) + "\n")
-        except OSError as error:
-            raise explained(error, self.path / METRICS) from error
+        append_line(self.path / METRICS, json.dumps(entry), flush=False)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All whole lines of metrics. Raises DamagedStore when one is not JSON."""
         path = self.path / METRICS
-        data = path.read_bytes() if path.exists() else b""
+        data = read(path) or b""
         try:
             return [json.loads(line) for line in data[: whole_lines_end(data)].splitlines()]
         except ValueError as error:
@@ -111,7 +142,7 @@ class Run:
     def rewind_metrics(self, step: int) -> None:
         """Forget what was logged after `step`: a resumed run logs it again."""
         kept = [json.dumps(entry) + "\n" for entry in self.metrics() if entry["step"] <= step]
-        write_atomic(self.path / METRICS, "".join(kept).encode())
+        write_in(self.path, METRICS, "".join(kept).encode())
 
     def stage_checkpoint(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Write what `publish_checkpoint` makes the checkpoint. `state["step"]` says how far training was."""
@@ -120,12 +151,14 @@ class Run:
         flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         text = json.dumps(state)
         header = {"state": text, "crc32c": _checksum(flat, text)}
-        for left in self.path.glob(f"{STAGED}.*{PARTIAL}"):  # by a process killed while it wrote
-            left.unlink()
-        write_atomic(self.path / STAGED, safetensors.torch.save(flat, metadata=header))
+        for path in self.path.iterdir():
+            if final_name(path.name) == STAGED:  # left by a process killed while it wrote
+                path.unlink()
+        write_in(self.path, STAGED, safetensors.torch.save(flat, metadata=header))
 
     def publish_checkpoint(self) -> None:
         """Put the staged checkpoint in the place of the last one, whole or not at all."""
+        expect_no_link(self.path)
         move(self.path / STAGED, self.path / CHECKPOINT)
 
     def checkpoint_step(self, *, staged: bool = False) -> int:
@@ -133,6 +166,7 @@ class Run:
         path = self.path / (STAGED if staged else CHECKPOINT)
         if not path.exists():
             return -1
+        expect_file(path)
         try:
             with safe_open(path, "np") as file:  # of which only the header is read
                 return int(json.loads((file.metadata() or {})["state"])["step"])
@@ -159,7 +193,7 @@ class Run:
 
         self.write_json(WEIGHTS_CONFIG, config)
         flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        write_atomic(self.path / WEIGHTS, safetensors.torch.save(flat, metadata={"crc32c": _checksum(flat)}))
+        write_in(self.path, WEIGHTS, safetensors.torch.save(flat, metadata={"crc32c": _checksum(flat)}))
 
     def load_weights(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and cfg.json of the finished dictionary. Raises NotFound while training has not ended."""
@@ -173,7 +207,31 @@ class Run:
         return tensors, self.read_json(WEIGHTS_CONFIG)
 
 
+@contextmanager
+def discarding(runs: Sequence[Run]) -> Iterator[None]:
+    """Where an error ends this, remove the folders that were made for it and in which nothing came to be."""
+    try:
+        yield
+    except Exception:
+        for run in runs:
+            run.discard()
+        raise
+
+
+def is_begun(name: str) -> bool:
+    """Whether a file of a run folder, named relative to it, is there before training begins."""
+    return name in (CONFIG, LOCK) or final_name(name) == CONFIG
+
+
+def _is_vacant(path: Path) -> bool:
+    """Whether nothing is at a path but what is left of a run that was killed while it was begun."""
+    if path.is_symlink() or (path.exists() and not path.is_dir()) or (path / CONFIG).exists():
+        return False
+    return not path.exists() or not removal.strangers(path, is_begun)
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    expect_file(path)
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

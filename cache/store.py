@@ -30,6 +30,7 @@ from cache.parsing import MOST_BYTES, field, parsed_mapping, shown, text, whole
 REQUEST = "request.json"
 HINTS = "hints.json"
 MOST_PATH = 4096  # letters of a path
+VOCABULARY = "vocabulary.json"  # tokens only
 
 
 class Store:

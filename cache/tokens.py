@@ -15,17 +15,17 @@ from typing import ClassVar
 import numpy as np
 
 from cache.arrays import ArraySpec
-from cache.durable import checksum, read, write_atomic
+from cache.durable import checksum, read, write_in
 from cache.errors import DamagedStore, NotFound
 from cache.identity import Recipe
 from cache.manifest import Window, Windows
 from cache.parsing import MOST_BYTES, inner, parse, shown, text, whole
+from cache.store import VOCABULARY as VOCABULARY
 from cache.store import Store
 from cache.writer import Writer
 
 CHUNK_TOKENS = 65_536
 WINDOW_CHUNKS = 64
-VOCABULARY = "vocabulary.json"
 MOST_CONTEXT = 1 << 24  # tokens
 MOST_VOCABULARY = 1 << 32
 SPLITS = ("train", "validation")
@@ -150,7 +150,7 @@ class TokenWriter(Writer):
         windows = self.store.manifest.windows
         committed = windows[0].files.get(VOCABULARY, self._vocabulary) if windows else self._vocabulary
         if committed == self._vocabulary and read(self.path / VOCABULARY) != data:
-            write_atomic(self.path / VOCABULARY, data)
+            write_in(self.path, VOCABULARY, data)
 
     def commit(self, window: Window) -> Window:
         """As for every store; the first window lists the vocabulary, too."""

@@ -14,17 +14,18 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from cache import manifest
+from cache import manifest, removal
 from cache.arrays import ArraySpec
-from cache.durable import PARTIAL, checksum, read, write_atomic
+from cache.contents import is_chunk, is_own, is_temporary
+from cache.durable import checksum, expect_no_link, read, write_in
 from cache.errors import SaeError
 from cache.head import RECIPE, head_bytes
 from cache.identity import Recipe, canonical
 from cache.identity import key as store_key
 from cache.locks import Lock
-from cache.manifest import Window
+from cache.manifest import Manifest, Window
 from cache.notes import write_note
-from cache.places import listing
+from cache.places import is_remote, listing
 from cache.store import HINTS, REQUEST, Store
 
 WRITERS = 8  # files encoded and flushed side by side
@@ -48,10 +49,13 @@ class Writer:
         self._lock = Lock(self.path, wait=wait)
 
     def __enter__(self) -> Self:
+        expect_no_link(self.path.parent)
+        self._finish_removals()
+        self._expect_room()
         self._lock.__enter__()
         try:
             if not (self.path / RECIPE).exists():
-                write_atomic(self.path / RECIPE, head_bytes(self.store_class.kind, self._slug, self._recipe))
+                write_in(self.path, RECIPE, head_bytes(self.store_class.kind, self._slug, self._recipe))
             self.store = self.store_class(self.path)
             if canonical(self.store.recipe) != canonical(self._recipe):
                 raise SaeError(f"{self.path}: holds another recipe of the same hash; remove it or take another cache")
@@ -64,10 +68,15 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, SaeError) and not self.store.n_rows:
-            with suppress(OSError):  # where the disk refuses this as well, the next writer takes up what is left
-                self._lock.erase()  # a store that never had a row would only be in the way
-        self._lock.__exit__(kind, error, trace)
+        try:
+            if isinstance(error, SaeError):
+                # a store that never had a row would only be in the way; where the folder is another one by now, holds
+                # what is not ours, or the disk refuses this as well, it stays
+                with suppress(SaeError):
+                    if not Manifest.read(self.path).rows:
+                        removal.remove(self.path, is_own, self._lock)
+        finally:
+            self._lock.__exit__(kind, error, trace)
 
     @property
     def notice(self) -> str | None:
@@ -84,6 +93,7 @@ class Writer:
 
     def append(self, arrays: dict[str, np.ndarray], notes: dict[str, Any]) -> Window:
         """Write and commit the next window. Returns when it survives `kill -9` and a power cut."""
+        self._lock.confirm()
         return self.commit(write_window(self.store, len(self.store.manifest.windows), arrays, notes))
 
     def commit(self, window: Window) -> Window:
@@ -108,16 +118,31 @@ class Writer:
         self.store = self.store.refreshed()
         stale = [(n, d) for n, d in self.store.metadata().items() if read(self.path / n) != d]
         with ThreadPoolExecutor(WRITERS) as pool:
-            for done in [pool.submit(write_atomic, self.path / name, data) for name, data in stale]:
+            for done in [pool.submit(write_in, self.path, name, data) for name, data in stale]:
                 done.result()
 
     def _heal(self) -> None:
         """Remove what a crash left half done: temporary files, chunks no manifest line lists, stale metadata."""
         listed = set(self.store.committed_files())
         for name in listing(self.path):
-            if name.endswith(PARTIAL) or ("/c/" in name and name not in listed):
+            if is_temporary(name) or (is_chunk(name) and name not in listed):
+                expect_no_link(self.path, name)
                 (self.path / name).unlink()
         self._published()
+
+    def _finish_removals(self) -> None:
+        """Complete the removals beside this store that were cut short, its own among them."""
+        if is_remote(self.path) or self.path.parent.is_dir():
+            removal.finish(self.path.parent, is_own)
+
+    def _expect_room(self) -> None:
+        """Raise SaeError where the place of a store that is to be begun holds what is no store's."""
+        expect_no_link(self.path)
+        if (self.path / RECIPE).exists() or not self.path.exists():
+            return
+        found = removal.strangers(self.path, is_own) if self.path.is_dir() else [""]
+        if found:
+            raise SaeError(f"{self.path / found[0]}: is in the place of a store to be written; move it away and repeat")
 
 
 def write_window(store: Store, index: int, arrays: dict[str, np.ndarray], notes: dict[str, Any]) -> Window:
@@ -137,7 +162,7 @@ def write_window(store: Store, index: int, arrays: dict[str, np.ndarray], notes:
     def write(file: tuple[str, Callable[[], bytes]]) -> tuple[str, tuple[int, str]]:
         name, encode = file
         data = encode()
-        write_atomic(store.path / name, data)
+        write_in(store.path, name, data)
         return name, (len(data), checksum(data))
 
     with ThreadPoolExecutor(WRITERS) as pool:  # flushing to the disk is mostly waiting

@@ -1,5 +1,6 @@
 """`sae cache`: the stores on disk."""
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cache.errors import SaeError
+from cache.places import is_remote
 from commands.options import CacheRoot, Json, StoreName, cache_root, complete_store, count
 from commands.upkeep import Yes, gc, report_damage, verify
 
@@ -27,9 +29,10 @@ def ls(cache: CacheRoot = None, json: Json = False) -> None:
     """
     import console
     from cache import catalogue
-    from cache.upkeep import garbage
+    from cache.upkeep import garbage, removing
 
     root = cache_root(cache)
+    removing.finish(root)
     stores, damage = catalogue.readable(root)
     entries = [(catalogue.entry(store), garbage.written(store)) for store in stores]
     if json:
@@ -114,18 +117,23 @@ def rm(
     """
     import console
     from cache import catalogue
+    from cache.upkeep import removing
 
     root = cache_root(cache)
-    found = list(dict.fromkeys(catalogue.located(root, name, to_remove=True) for name in stores))
-    if not yes:
+    finished = removing.finish(root)  # the same command again, where it was killed
+    left = [name for name in stores if not any(key.startswith(name) for key in finished)]
+    found = list(dict.fromkeys(removing.removable(root, name) for name in left))
+    if found and not yes:
         sizes = ", ".join(f"{path.name} ({console.size(catalogue.bytes_in(path))})" for path in found)
         if not console.agreed(f"Remove {sizes}?"):
             raise SaeError("not confirmed, so nothing was removed; --yes does not ask")
-    freed = {path.name: catalogue.remove_folder(path) for path in found}
+    links = {path.name: os.readlink(path) for path in found if not is_remote(path) and path.is_symlink()}
+    freed = dict.fromkeys(finished, 0) | {path.name: removing.remove(root, path) for path in found}
     if json:
         console.as_json({"removed": freed})
     for key, size in {} if json else freed.items():
-        console.say(f"removed {key}, {console.size(size)}")
+        what = f"a link; {links[key]} is as it was" if key in links else console.size(size)
+        console.say(f"removed {key}, {'which had been cut short' if key in finished else what}")
 
 
 @app.command("export")

@@ -1,15 +1,12 @@
 """The commands that make and compare run folders: `sae train`, `sae compare`."""
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cache.durable import write_atomic
-from cache.errors import Busy, NotFound, SaeError
+from cache.errors import NotFound, SaeError
 from commands.options import (
     PLACES,
     ActiveLatents,
@@ -157,7 +154,7 @@ def train_one(run: "Run", store: "ActivationStore", bars: "Bars", device: str, p
     from pipeline.sweep import sweep
 
     bars.note(f"run: {run.path}{'; nothing to do, it is finished' if run.finished else ''}")
-    with unless_it_fails_at_once(run), remedied(f"continue with `sae train --resume --name {run.name}`"):
+    with remedied(f"continue with `sae train --resume --name {run.name}`"):
         sweep([run], store, bars, device=device, processes=processes)
     result = [{}, *run.metrics()][-1]
     if json:
@@ -236,17 +233,6 @@ def show(rows: list[dict[str, Any]], title: str, json: bool, **files: str) -> No
     console.table(title, filled, [[row[key] for key in filled] for row in rows])
     for what, path in files.items():
         console.say(f"{what}: {path}")
-
-
-@contextmanager
-def unless_it_fails_at_once(run: "Run") -> Iterator[None]:
-    """Remove the folder of a run that failed before there was anything in it, so that it is not in the way."""
-    try:
-        yield
-    except Exception as error:
-        if not (isinstance(error, Busy) or run.has_checkpoint or run.metrics()):
-            shutil.rmtree(run.path)
-        raise
 
 
 def run_to_resume(runs: Path, name: str | None) -> "Run":

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cache.errors import Busy, DamagedStore, NotFound, SaeError
+from cache.errors import DamagedStore, NotFound, SaeError
 from commands.options import CacheRoot, Device, Json, Offline, RunsRoot, cache_root, complete_store, folder
 
 if TYPE_CHECKING:
@@ -96,9 +96,10 @@ def gc(
     """
     import console
     from cache import catalogue
-    from cache.upkeep import garbage
+    from cache.upkeep import garbage, removing
 
     root, runs, bars = cache_root(cache), folder("--runs", runs), console.Bars()
+    removing.finish(root)
     used = catalogue.runs(runs) if runs.is_dir() else None
     if used is None:
         bars.note(
@@ -109,8 +110,8 @@ def gc(
     freed = 0
     for one in found if yes else ():
         try:
-            freed += garbage.remove(one)
-        except Busy as error:
+            freed += one.remove()
+        except SaeError as error:
             busy.append(str(error))
     total = sum(one.bytes for one in found)
     if json:

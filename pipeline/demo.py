@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import configs
 from cache import catalogue
 from cache.errors import SaeError
-from cache.runs import CONFIG
+from cache.runs import CONFIG, discarding
 from pipeline.evaluate import EvalConfig, evaluate
 from pipeline.harvest import HarvestConfig, harvest
 from pipeline.progress import Progress
@@ -58,7 +58,8 @@ def demo(
         if not started:
             raise
         raise SaeError(f"{runs / name}: is of other settings; remove it, or name another folder with --runs") from error
-    timed("train", lambda: train([run], activations, progress, device=device))
+    with discarding([run]):
+        timed("train", lambda: train([run], activations, progress, device=device))
     found = timed("eval", lambda: evaluate(judging, run, root, progress, device=device))
     path = timed("report", lambda: report(run, root, progress, device=device))
     return {**found.as_json(), "seconds": seconds, "run": str(run.path), "report": str(path)}

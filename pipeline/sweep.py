@@ -16,7 +16,7 @@ from cache.activations import ActivationStore
 from cache.errors import NotFound, SaeError
 from cache.identity import canonical
 from cache.places import place
-from cache.runs import CONFIG, Run
+from cache.runs import CONFIG, Run, discarding
 from configs import parsed
 from configs.base import WHOLE
 from pipeline.progress import Progress, Silent
@@ -97,10 +97,11 @@ def open_all(configs: Sequence[TrainConfig], store: ActivationStore, root: Path)
     names = [run_name(config, store) for config in configs]
     if len(set(names)) < len(names):
         raise SaeError("--sweep: two of the combinations are the same settings; does another option fix a swept key?")
-    return [
-        open_run(config, store, root, name, resume=(root / name / CONFIG).exists())
-        for config, name in zip(configs, names, strict=True)
-    ]
+    runs: list[Run] = []
+    with discarding(runs):
+        for config, name in zip(configs, names, strict=True):
+            runs.append(open_run(config, store, root, name, resume=(root / name / CONFIG).exists()))
+    return runs
 
 
 def sweep(
@@ -110,8 +111,13 @@ def sweep(
 
     With several processes of this machine, or several that torchrun has started, each takes its share of every batch.
     Of torchrun's, only rank 0 calls this: the others call `follow`. Raises Diverged, once the others are finished,
-    where a dictionary diverged.
+    where a dictionary diverged. A run folder that was made for this is removed where nothing came of it.
     """
+    with discarding(runs):
+        _sweep(runs, store, progress, device, processes)
+
+
+def _sweep(runs: Sequence[Run], store: ActivationStore, progress: Progress, device: str, processes: int) -> None:
     seat = torchrun_seat(device)
     if seat is not None and processes > 1:
         raise SaeError(f"--devices {processes}: torchrun has started the processes already; leave out --devices")

@@ -16,6 +16,7 @@ from cache.locks import Lock
 from cache.manifest import MANIFEST
 from cache.runs import Run
 from cache.tokens import TokenStore
+from cache.upkeep import removing
 
 ROWS = heavy_rows(CHUNK, 5)
 
@@ -62,7 +63,7 @@ def test_a_beginning_means_the_training_store(tmp_path: Path) -> None:
     assert find_rows(tmp_path, "synthetic").key == catalogue.any_store(tmp_path, "synthetic").key == train.key
     assert catalogue.any_store(tmp_path, "synthetic-1.mlp_out-val").key == validation.key
     with pytest.raises(SaeError, match="synthetic: which one") as caught:
-        catalogue.located(tmp_path, "synthetic", to_remove=True)
+        removing.removable(tmp_path, "synthetic")
     assert validation.key not in str(caught.value) and other.key in str(caught.value)
 
 
@@ -120,7 +121,7 @@ def test_without_a_name_what_the_last_command_made(tmp_path: Path) -> None:
     assert catalogue.latest(tmp_path) == {"tokens": ["t"], "activations": [one.key, other.key]}
     with pytest.raises(SaeError, match="which one"):
         find_rows(tmp_path)
-    catalogue.remove(one)
+    removing.remove(tmp_path, one.path)
     assert find_rows(tmp_path).key == other.key
     (tmp_path / "latest.json").write_text("[")
     with pytest.raises(DamagedStore, match=r"latest\.json: is not the JSON that was written; remove the file"):
@@ -159,7 +160,7 @@ def test_a_damaged_store_is_found_and_removed(tmp_path: Path) -> None:
     with pytest.raises(DamagedStore):
         catalogue.any_store(tmp_path, bad.key)
     assert catalogue.located(tmp_path, bad.key[:12]) == bad.path
-    assert catalogue.remove_folder(bad.path) > 0
+    assert removing.remove(tmp_path, bad.path) > 0
     assert not bad.path.exists()
     with pytest.raises(SaeError, match="the name of a store is empty"):
         catalogue.located(tmp_path, "")
@@ -168,9 +169,9 @@ def test_a_damaged_store_is_found_and_removed(tmp_path: Path) -> None:
 def test_removal(tmp_path: Path) -> None:
     store = write_tokens(tmp_path, CHUNK)
     with Lock(store.path), pytest.raises(Busy, match="is writing here"):
-        catalogue.remove(store)
+        removing.remove(tmp_path, store.path)
     assert store.refreshed().n_rows == CHUNK
-    assert catalogue.remove(store) > store.manifest.stored_bytes
+    assert removing.remove(tmp_path, store.path) > store.manifest.stored_bytes
     assert not store.path.exists()
 
 
@@ -191,7 +192,7 @@ def test_a_removal_cut_short_leaves_no_store(tmp_path: Path, monkeypatch: pytest
         with monkeypatch.context() as patch:
             patch.setattr(os, "unlink", killed)
             try:
-                catalogue.remove(store)
+                removing.remove(tmp_path, store.path)
             except KeyboardInterrupt:
                 pass
             else:

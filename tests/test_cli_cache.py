@@ -24,7 +24,7 @@ from cache.manifest import MANIFEST
 from cache.places import listing
 from cache.runs import Run
 from cache.store import Store
-from cache.upkeep import garbage
+from cache.upkeep import garbage, removing
 from commands import upkeep
 
 N = 5 * CHUNK + 3
@@ -275,7 +275,7 @@ def test_what_is_being_written_is_never_touched(root: Path, monkeypatch: pytest.
     store, growing = write_tokens(root, N), write_tokens(root, N, seed=1)
     for one in (store, growing):
         aged(one, 40)
-        (one.path / "x.partial").write_bytes(b"1")
+        (one.path / "request.json.9.partial").write_bytes(b"1")
     with Lock(store.path):
         assert set(collected()) == {growing.key}
         (store.path / RECIPE).rename(store.path / "recipe")  # as between the lock and the first file
@@ -297,7 +297,7 @@ def test_a_folder_that_became_a_store_is_kept(root: Path) -> None:
     (root / RECIPE).rename(store.path / RECIPE)
     (root / MANIFEST).rename(store.path / MANIFEST)
     before = files(store.path)
-    assert garbage.remove(found) == 0 and files(store.path) == before
+    assert found.remove() == 0 and files(store.path) == before
 
 
 @pytest.mark.parametrize(("text", "days"), [("12h", 0.5), ("30d", 30), ("2w", 14), ("1.5d", 1.5), ("0d", 0)])
@@ -345,7 +345,7 @@ def test_export_of_what_cannot_be(root: Path) -> None:
     assert sae(f"cache export {store.key} out --dtype int8").complaint.startswith("--dtype int8: rows are exported as")
     assert sae(f"cache export {store.key} out --order any").complaint.startswith("--order any: rows come in")
     assert "cannot write here" in sae(f"cache export {store.key} {tokens.path / RECIPE}/out").complaint
-    catalogue.remove(tokens)
+    removing.remove(root, tokens.path)
     answer = sae(f"cache export {store.key} out --with-tokens")
     assert answer.code == 2 and answer.complaint.startswith(f"--with-tokens: the tokens of {store.key} are not in")
     assert not Path("out").exists()

@@ -74,7 +74,7 @@ def finished(root: Path) -> dict[str, bytes]:
 
 
 def store_path(root: Path) -> Path:
-    return next(iter([*root.glob("tokens/*"), root / "tokens" / "none"]))
+    return next(iter([*root.glob("tokens/[!.]*"), root / "tokens" / "none"]))
 
 
 def test_killed_at_every_step(tmp_path_factory: pytest.TempPathFactory, uninterrupted: dict[str, bytes]) -> None:

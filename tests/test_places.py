@@ -28,6 +28,7 @@ from cache.manifest import MANIFEST, Windows
 from cache.places import expect_reachable, filesystem, is_remote, listing, place
 from cache.store import Store
 from cache.tokens import TokenStore
+from cache.upkeep import removing
 from pipeline import harvest
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -106,7 +107,7 @@ def test_the_catalogue(remote: Path) -> None:
     assert catalogue.find(remote, TokenStore, None, "--tokens-from", "sae tokenize").path == tokens.path
     before = catalogue.bytes_in(rows.path)
     assert before > rows.manifest.stored_bytes
-    assert catalogue.remove(rows) > rows.manifest.stored_bytes
+    assert removing.remove(remote, rows.path) > rows.manifest.stored_bytes
     assert listing(rows.path) == {}
     assert [store.key for store in catalogue.stores(remote)] == [tokens.key]
 

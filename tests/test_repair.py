@@ -20,7 +20,7 @@ import cache.upkeep.repair
 import console
 from cache import catalogue, tokens
 from cache.activations import ActivationStore
-from cache.durable import write_atomic
+from cache.durable import write_atomic, write_in
 from cache.errors import SaeError
 from cache.head import RECIPE
 from cache.locks import Lock
@@ -452,14 +452,14 @@ def test_stopped_at_every_write_and_repeated(home: Path, made: Path, monkeypatch
             (store / name).unlink(missing_ok=True)
         left = [stop_at]
 
-        def stopping(path: Path, data: bytes, left: list[int] = left) -> None:
+        def stopping(folder: Path, name: str, data: bytes, left: list[int] = left) -> None:
             if not left[0]:
                 raise SaeError("stopped")
             left[0] -= 1
-            write_atomic(path, data)
+            write_in(folder, name, data)
 
         with monkeypatch.context() as patch:
-            patch.setattr(cache.upkeep.repair, "write_atomic", stopping)
+            patch.setattr(cache.upkeep.repair, "write_in", stopping)
             assert sae("cache verify --repair", store.name).code == (2 if stop_at < 5 else 0)
         done("cache verify --repair", store.name)
         assert everything(home) == everything(made)

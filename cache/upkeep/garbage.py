@@ -13,22 +13,25 @@ when a store was last read. Files know when they were last written; a run folder
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cache import catalogue
-from cache.durable import PARTIAL
+from cache import catalogue, removal
+from cache.contents import is_chunk, is_own, is_temporary
+from cache.durable import expect_no_link
 from cache.errors import DamagedStore, NotFound
 from cache.head import RECIPE
 from cache.identity import Recipe, digest
-from cache.locks import LOCK, Lock, held
+from cache.locks import Lock, held
 from cache.manifest import MANIFEST
 from cache.places import filesystem, filesystem_path, is_remote, listing
 from cache.runs import Run
-from cache.store import HINTS, REQUEST, Store
-from cache.tokens import VOCABULARY, sibling
+from cache.store import Store
+from cache.tokens import sibling
+from cache.upkeep import removing
 
 DAY = 86_400.0
 PATIENCE = DAY  # an interrupted command is usually repeated within the day
@@ -36,11 +39,15 @@ PATIENCE = DAY  # an interrupted command is usually repeated within the day
 
 @dataclass(frozen=True)
 class Garbage:
-    """Something nothing needs: some files of a folder, or (`files` None) the folder whole."""
+    """Something nothing needs: some files of a folder, or (`files` None) the folder whole.
+
+    `remove` removes it and returns the bytes freed. It raises Busy where somebody has come since: then all is left.
+    """
 
     path: Path
     why: str
     bytes: int
+    remove: Callable[[], int] = field(repr=False, compare=False)
     files: tuple[str, ...] | None = None
 
     def as_json(self) -> dict[str, Any]:
@@ -61,8 +68,8 @@ def survey(root: Path, runs: Sequence[Run] | None, older_than: float) -> list[Ga
         if held(folder):
             continue
         if _is_left_over(folder):
-            files = listing(folder)
-            found.append(Garbage(folder, "remains of a store", sum(files.values()), tuple(files)))
+            size, files = catalogue.bytes_in(folder), tuple(listing(folder))
+            found.append(Garbage(folder, "remains of a store", size, partial(_remove_remains, folder), files))
             continue
         try:
             store = catalogue.opened(folder)
@@ -70,7 +77,8 @@ def survey(root: Path, runs: Sequence[Run] | None, older_than: float) -> list[Ga
             continue  # no store, or one of which is not known what it lists: `sae cache verify` is for these
         readable.append(store)
         if left := remains(store):
-            found.append(Garbage(folder, "left by a crash", sum(left.values()), tuple(left)))
+            size = sum(left.values())
+            found.append(Garbage(folder, "left by a crash", size, partial(_remove_remains, folder), tuple(left)))
     if runs is None:
         return found
     unused = {garbage.path: garbage for garbage in _unused(root, readable, runs, older_than)}
@@ -80,18 +88,17 @@ def survey(root: Path, runs: Sequence[Run] | None, older_than: float) -> list[Ga
     )
 
 
-def remove(garbage: Garbage) -> int:
-    """Remove it; returns the bytes freed. Raises Busy where a writer has come since: then nothing is removed."""
-    if garbage.files is None:
-        catalogue.remove_folder(garbage.path)
-        return garbage.bytes
-    with Lock(garbage.path) as lock:  # all is asked again: a writer may have been here
-        if _is_left_over(garbage.path):
-            lock.erase()
-            return garbage.bytes
-        left = remains(catalogue.opened(garbage.path))
+def _remove_remains(folder: Path) -> int:
+    """Remove what a crash left of a store, or in it."""
+    size = catalogue.bytes_in(folder)
+    with Lock(folder) as lock:  # all is asked again: a writer may have been here
+        if _is_left_over(folder):
+            removal.remove(folder, is_own, lock)
+            return size
+        left = remains(catalogue.opened(folder))
         for name in left:
-            (garbage.path / name).unlink()
+            expect_no_link(folder, name)
+            (folder / name).unlink(missing_ok=True)
         return sum(left.values())
 
 
@@ -101,7 +108,7 @@ def remains(store: Store) -> dict[str, int]:
     return {
         name: size
         for name, size in listing(store.path).items()
-        if name.endswith(PARTIAL) or (_is_chunk(name) and name not in listed)
+        if is_temporary(name) or (is_chunk(name) and name not in listed)
     }
 
 
@@ -111,27 +118,29 @@ def written(store: Store) -> float | None:
 
 
 def folders(root: Path) -> Iterator[tuple[str, Path]]:
-    """Every folder where stores are, and the kind of store it should be."""
+    """Every folder where stores are, and the kind of store it should be. Links lead to what is not the cache's."""
     for kind in catalogue.kinds():
-        if (root / kind).is_dir():
-            yield from ((kind, path) for path in sorted((root / kind).iterdir()) if path.is_dir())
+        parent = root / kind
+        if not parent.is_dir() or _is_link(parent):
+            continue
+        gone = removal.removed(parent)
+        for path in sorted(parent.iterdir()):
+            if path.is_dir() and not (_is_link(path) or path.name in gone or removal.TRASH.fullmatch(path.name)):
+                yield kind, path
 
 
-def _is_chunk(name: str) -> bool:
-    return re.fullmatch(r"\w+/c/\d+(/0)*", name) is not None
+def _is_link(path: Path) -> bool:
+    return not is_remote(path) and path.is_symlink()
 
 
 def _is_left_over(folder: Path) -> bool:
     """Whether a folder without a recipe is what is left of a store: by its name, and by all that is in it.
 
-    One that lacks its recipe alone can be repaired; a removal takes what describes the arrays next.
+    One that lacks its recipe alone can be repaired.
     """
     if (folder / RECIPE).exists() or ((folder / MANIFEST).exists() and any(folder.glob("*/zarr.json"))):
         return False
-    own = {MANIFEST, REQUEST, HINTS, LOCK, VOCABULARY, "zarr.json"}
-    return re.search(r"(^|-)[0-9a-f]{8}$", folder.name) is not None and all(
-        name in own or name.endswith((PARTIAL, "/zarr.json")) or _is_chunk(name) for name in listing(folder)
-    )
+    return re.search(r"(^|-)[0-9a-f]{8}$", folder.name) is not None and not removal.strangers(folder, is_own)
 
 
 def _unused(root: Path, stores: Sequence[Store], runs: Iterable[Run], older_than: float) -> Iterator[Garbage]:
@@ -148,7 +157,8 @@ def _unused(root: Path, stores: Sequence[Store], runs: Iterable[Run], older_than
         if digest(store.recipe) not in needed:
             state = "used by no run" if store.complete else "never completed, used by no run"
             why = f"{state}, last written {_age(store) / DAY:.0f} days ago"
-            yield Garbage(store.path, why, catalogue.bytes_in(store.path))
+            folder = root / store.kind / store.key
+            yield Garbage(folder, why, catalogue.bytes_in(folder), partial(removing.remove, root, folder))
 
 
 def _age(store: Store) -> float:

@@ -23,14 +23,14 @@ import numpy as np
 
 from cache import catalogue
 from cache.activations import ActivationStore
-from cache.durable import checksum, read, write_atomic
-from cache.errors import SaeError
+from cache.contents import group_recipe
+from cache.durable import checksum, read, write_in
+from cache.errors import DamagedStore, SaeError
 from cache.head import RECIPE, head_bytes
 from cache.identity import digest
 from cache.locks import Lock
 from cache.manifest import MANIFEST, Manifest, Window
 from cache.notes import note_bytes
-from cache.parsing import MOST_BYTES, inner, parsed_mapping, text
 from cache.store import HINTS, REQUEST, Store
 from cache.upkeep.salvage import Salvaged, salvage
 from cache.writer import encoders
@@ -82,17 +82,15 @@ def repair(folder: Path, damaged: Collection[str], maker: Callable[[Store], Make
 
 def restore_recipe(folder: Path) -> Repaired | None:
     """Write a damaged recipe.json anew from the attributes of the Zarr group; None where those do not say it."""
+    found = group_recipe(folder)
     try:
-        attributes = inner(parsed_mapping(read(folder / "zarr.json", MOST_BYTES) or b""), "attributes")
-        kind, recipe = text(attributes, "kind"), inner(attributes, "recipe")
+        kind, recipe = found or ("", {})
         catalogue.kinds()[kind].expect(recipe)
-        slug = re.sub(f"-?{digest(recipe)}$", "", folder.name)
     except (ValueError, KeyError):
         return None
-    if slug == folder.name:
-        return None
+    slug = re.sub(f"-?{digest(recipe)}$", "", folder.name)
     with Lock(folder):
-        write_atomic(folder / RECIPE, head_bytes(kind, slug, recipe))
+        write_in(folder, RECIPE, head_bytes(kind, slug, recipe))
     return Repaired(folder.name, (RECIPE,), ())
 
 
@@ -172,10 +170,18 @@ class _Repair:
 
     def _write(self, name: str, data: bytes) -> None:
         """Write a file where it is not as it should be."""
-        path = self.found.store.path / name
-        if read(path) != data:
-            write_atomic(path, data)
+        path = self.found.store.path
+        if _or_none(path / name) != data:
+            write_in(path, name, data)
             self.written.append(name)
+
+
+def _or_none(path: Path) -> bytes | None:
+    """The bytes of a file; None where there is none, or something else in its place."""
+    try:
+        return read(path)
+    except DamagedStore:
+        return None
 
 
 def _sealed(data: bytes) -> tuple[int, str]:
