@@ -9,7 +9,7 @@ import pytest
 HEAVY = ("torch", "transformers", "transformer_lens", "datasets", "matplotlib", "distributed")
 LOOKING = (
     "--version", "cache ls", "cache du", "cache verify", "cache gc", "cache inspect nothing", "cache rm nothing --yes",
-    "compare nothing", "train --lr fast", "train --nonsense",
+    "compare nothing", "train --lr fast", "train --nonsense", "list", "list --json",
 )  # fmt: skip
 
 
@@ -25,3 +25,15 @@ def test_looking_around_imports_nothing_heavy(command: str, tmp_path: Path) -> N
     env = {"PATH": "", "PYTHONPATH": ":".join(sys.path), "SAE_CACHE": str(tmp_path), "SAE_RUNS": str(tmp_path)}
     ran = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
     assert ran.stdout.splitlines()[-1] == "imported []", ran.stdout + ran.stderr
+
+
+def test_the_list_of_architectures_is_that_of_the_registry() -> None:
+    """It is read from the files' text; importing them tells the same."""
+    program = (
+        "import sys; from pipeline.choices import architectures\n"
+        "before = architectures(); assert 'torch' not in sys.modules\n"
+        "from pipeline.saes import ARCHITECTURES\n"
+        "assert list(before) == sorted(ARCHITECTURES) and before == architectures(), before\n"
+        "assert all(before.values())"
+    )
+    subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": ":".join(sys.path)}, check=True)

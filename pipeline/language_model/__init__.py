@@ -8,8 +8,23 @@ wrapping    transformer_lens' bridge around it; attention and norms stay the mod
 promises    whether a site holds what its name says, by trying
 bridge      its hook points, and passes that stop where nothing more is needed
 model       `LanguageModel`: the passes the stages ask for
+sites       the names of the places
 """
 
-from pipeline.language_model.model import SITES, Comparison, LanguageModel, Point, Replacement, Spliced
+from typing import TYPE_CHECKING, Any
+
+from pipeline.language_model.sites import SITES, Point
+
+if TYPE_CHECKING:
+    from pipeline.language_model.model import Comparison, LanguageModel, Replacement, Spliced
 
 __all__ = ["SITES", "Comparison", "LanguageModel", "Point", "Replacement", "Spliced"]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs torch is imported when it is first asked for: a list of the sites should not take seconds."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    from pipeline.language_model import model
+
+    return getattr(model, name)

@@ -12,37 +12,18 @@ from torch import Tensor
 from cache.errors import SaeError
 from pipeline import devices
 from pipeline.language_model.files import RANDOM, find_model, slug
+from pipeline.language_model.sites import SITES, Point
 
 if TYPE_CHECKING:
     from pipeline.language_model.bridge import Hook, Hooked
     from pipeline.language_model.loading import Loaded
 
-SITES = {
-    "resid_pre": "the residual stream before a layer",
-    "resid_mid": "the residual stream between attention and MLP",
-    "resid_post": "the residual stream after a layer",
-    "attn_out": "what attention adds to the residual stream",
-    "attn_z": "the outputs of the attention heads side by side, before they are projected",
-    "mlp_in": "what the MLP reads: after the second norm, gain and bias included",
-    "mlp_post": "the MLP's hidden units after the activation function (times the gate where there is one)",
-    "mlp_out": "what the MLP adds to the residual stream",
-}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Logits are made for this many (row, token) pairs at a time: below the 32 MiB where the CPU allocator slows down,
 # and large enough to fill a GPU.
 _LOGITS_AT_ONCE = {"cpu": 2**23 - 1, "cuda": 2**27}
 
 Replacement = Callable[..., Tensor]
-
-
-class Point(NamedTuple):
-    """One place in the model: a site of a layer, counted from 0."""
-
-    layer: int
-    site: str
-
-    def __str__(self) -> str:
-        return f"{self.layer}.{self.site}"
 
 
 class Spliced(NamedTuple):
