@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -31,6 +31,7 @@ from cache.tokens import TokenStore
 from configs.base import Amount, Distinct, Settings
 from pipeline.cluster import Cluster, connected
 from pipeline.language_model import SITES, LanguageModel, Point
+from pipeline.matching import matches
 from pipeline.progress import Progress
 from pipeline.rows import RowRule, RowsOf
 from pipeline.windows import Arrays, Origin, Passes, Task, Work, expect_lease, harvest_window
@@ -58,6 +59,9 @@ class HarvestConfig(Settings):
     rows: RowRule = RowRule()
     batch_tokens: int = Field(4096, ge=1, description="tokens in one forward pass, at most")
     dtype: str = Field("float32", description="precision of the forward pass: float32 or bfloat16")
+    tokenizer: Literal["checked", "unchecked"] = Field(
+        "checked", description="checked: tokens of another tokenizer than the model's are refused; unchecked: taken"
+    )
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def harvest(
         model.check(point)
     jobs, plans = [], []
     for tokens in token_stores:  # all planned before the first is run: what cannot be done is said at once
-        check_tokens(model, tokens)
+        check_tokens(config, model, tokens, progress, offline=offline)
         wanted = config.tokens if tokens.split == "train" else config.validation_tokens
         jobs.append(_Job(config, model, tokens, points, root, progress, wait, device, offline))
         plans.append(jobs[-1].plan(wanted, timed=dry_run))
@@ -119,13 +123,19 @@ def harvest(
     return HarvestResult(plans, stores)
 
 
-def check_tokens(model: LanguageModel, tokens: TokenStore) -> None:
-    """Raise SaeError unless the model can read the token store."""
+def check_tokens(
+    config: HarvestConfig, model: LanguageModel, tokens: TokenStore, progress: Progress, *, offline: bool = False
+) -> None:
+    """Raise SaeError unless the token store is one for the model: made with its tokenizer, as far as can be known."""
     if tokens.context_length > model.context_length:
         raise SaeError(
             f"--context {tokens.context_length}: {model.name} reads at most {model.context_length} tokens; "
             "tokenize again with a smaller --context"
         )
+    if config.tokenizer == "checked":
+        if matches(tokens, config.model, revision=model.revision, offline=offline):
+            return
+        progress.note(f"{tokens.key}: nothing says what tokenizer {model.name} has, so only their sizes were compared")
     if not tokens.n_vocab <= model.n_vocab <= tokens.n_vocab + VOCABULARY_PADDING:
         raise SaeError(
             f"--tokens-from {tokens.key}: its tokenizer has {tokens.n_vocab:,} tokens, {model.name} {model.n_vocab:,}; "

@@ -134,7 +134,7 @@ def test_nothing_below_a_stage_imports_one() -> None:
     [
         ("cache.loading", ("cache.loader", "cache.upkeep", "commands.looking")),  # which shows shuffle quality
         ("cache.upkeep", ("commands.looking", "commands.upkeep", "pipeline.repair")),
-        ("pipeline.text", ("pipeline.tokenize", "pipeline.repair", "pipeline.choices")),
+        ("pipeline.text", ("pipeline.tokenize", "pipeline.matching", "pipeline.repair", "pipeline.choices")),
         (
             "pipeline.training",
             ("pipeline.train", "pipeline.sweep", "pipeline.studies", "commands.runs", "commands.studies"),

@@ -100,6 +100,11 @@ class LanguageModel:
             "dtype": str(self._bridge.dtype).removeprefix("torch."),
         }
 
+    @property
+    def revision(self) -> str | None:
+        """The commit of a hub's model; None for others."""
+        return self._loaded.revision
+
     def width(self, point: Point) -> int:
         """Width of the activations at a point. Raises SaeError where the model has no such point."""
         self.check(point)

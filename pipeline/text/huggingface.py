@@ -69,6 +69,13 @@ class HuggingFaceTokenizer:
             tokens[i] = added[i].content.encode() if i in added else write(token)
         return tokens
 
+    @property
+    def special(self) -> frozenset[int]:
+        whole = json.loads(self._backend.to_str())
+        unknown = whole["model"].get("unk_token"), whole["model"].get("unk_id")
+        ids = {token["id"] for token in whole["added_tokens"] if token["special"]}
+        return frozenset({*ids, self._ids.get(unknown[0], unknown[1])} - {None})
+
     def recipe(self) -> dict[str, Any]:
         return {"name": self.slug, "digest": self._content}
 
@@ -88,6 +95,13 @@ def from_folder(option: str, folder: Path, slug: str) -> HuggingFaceTokenizer:
         backend = checked(option, said_of_file)
         ends = _ends(option, folder, backend)
     return HuggingFaceTokenizer(backend, slug, ends)
+
+
+def from_file(option: str, folder: Path) -> HuggingFaceTokenizer:
+    """The tokenizer of a folder's tokenizer.json to compare with, whatever begins its texts."""
+    return HuggingFaceTokenizer(
+        checked(option, foreign_json(folder / TOKENIZER, option) or {}), folder.name, Ends(0, False, None)
+    )
 
 
 def hub_folder(option: str, name: str, *, revision: str | None = None, offline: bool = False) -> Path:

@@ -58,6 +58,11 @@ class Tokenizer(Protocol):
         """The token that ends texts."""
         ...
 
+    @property
+    def special(self) -> frozenset[int]:
+        """Ids that no text stands for: marks, and the one for what is unknown."""
+        ...
+
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Ids (uint32, one array a text); nothing is added and special tokens in a text are ordinary text."""
         ...
@@ -105,6 +110,7 @@ class TiktokenTokenizer:
         self.n_vocab: int = encoding.n_vocab
         self.begin: int = encoding.encode_single_token(_END_OF_TEXT)
         self.end: int | None = self.begin
+        self.special = frozenset({self.begin})
         self.has_begin = True  # GPT-2's texts start with what ends the one before
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
