@@ -331,6 +331,15 @@ MEANING = {
 
 
 def evaluation(result: dict[str, Any], title: str) -> None:
-    """The figures of an evaluation, each with what it means."""
-    rows = [[name, short(result[name]), help] for name, help in MEANING.items() if name in result]
-    table(title, ["figure", "value", "what it is"], rows, prose=True)
+    """The figures of an evaluation, each with what it means; beside them those over the rows that training kept."""
+    kept = result.get("kept")
+    sides = [result] if kept is None else [result, kept]
+    rows = [
+        [name, *(short(side[name]) if name in side else "" for side in sides), meaning]
+        for name, meaning in MEANING.items()
+        if name in result
+    ]
+    columns = ["figure", *["value", "kept"][: len(sides)], "what it is"]
+    table(title, columns, rows, prose=True)
+    if kept is not None:
+        say(f"kept: over rows of a norm up to {short(kept['largest_norm'])}, above which training left them out")

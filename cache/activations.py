@@ -253,7 +253,7 @@ class WindowBuffer:
             arrays |= {"col_mean": self.columns.mean.numpy(), "col_scale": self.columns.scale.numpy()}
         assert self._rows is not None
         arrays["rows"] = to_numpy(self._rows)
-        arrays["row_norm"] = self.norm.bfloat16().float().numpy()  # rounded, so that zstd halves the bytes
+        arrays["row_norm"] = self.norm.numpy()
         if self._scale is not None:
             arrays["row_scale"] = self._scale.numpy()
         return arrays
@@ -269,9 +269,16 @@ class WindowBuffer:
             if encoded.row_scale is not None:
                 self._scale = torch.empty(len(self.place), dtype=encoded.row_scale.dtype)
         self._rows[place] = encoded.rows.cpu()
-        self.norm[place] = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).cpu().float()
+        self.norm[place] = norms_of(rows).cpu()
         if self._scale is not None and encoded.row_scale is not None:
             self._scale[place] = encoded.row_scale.cpu()
+
+
+def norms_of(rows: Tensor) -> Tensor:
+    """float32 [...]: the norms of rows [..., d] as a store keeps them, rounded so that zstd halves their bytes."""
+    import torch
+
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).float().bfloat16().float()
 
 
 def origin(recipe: Recipe) -> Recipe:

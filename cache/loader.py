@@ -17,11 +17,9 @@ import inspect
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from typing import Any, Self, TypedDict, Unpack, final
 from weakref import WeakSet, finalize
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +29,7 @@ from cache.errors import SaeError
 from cache.identity import canonical
 from cache.loading.filling import Buffer, Filler
 from cache.loading.schedule import OPEN_CHUNKS, Batch, Place, Schedule, shares
+from cache.outliers import Outliers, largest_norm
 
 
 class Settings(TypedDict, total=False):
@@ -45,6 +44,7 @@ class Settings(TypedDict, total=False):
     rank: int  # which share of every round of world * batch rows is this loader's; default 0
     world: int  # default 1
     outliers: float | None  # leave out rows whose norm is above so many medians of norms; default None: keep all
+    largest: float | None  # leave out rows of a larger norm; default None: as `outliers` says
 
 
 class _Batches:
@@ -64,6 +64,7 @@ class _Batches:
         rank: int = 0,
         world: int = 1,
         outliers: float | None = None,
+        largest: float | None = None,
     ) -> None:
         assert batch > 0 and open_chunks > 0 and seed >= 0 and 0 <= rank < world, (batch, open_chunks, seed, rank)
         self.stores, self.batch, self.epochs = tuple(stores), batch, epochs
@@ -72,14 +73,18 @@ class _Batches:
         for store in self.stores:
             if not 0 < self.rows <= store.n_rows:
                 raise SaeError(f"{store.path}: {self.rows:,} rows asked for, {store.n_rows:,} are there; harvest more")
-        if outliers is not None and not outliers > 1:
-            raise SaeError(f"outliers = {outliers:g}: rows around the median norm must stay; try 10")
+        limits: list[float] | None = None
+        if largest is not None:
+            limits = [largest] * len(self.stores)
+        elif outliers is not None:
+            limits = [largest_norm(store, outliers) for store in self.stores]
         self._order: dict[str, Any] = {
             "rows": self.rows, "batch": batch * world, "open_chunks": open_chunks, "seed": seed,
             **({} if outliers is None else {"outliers": outliers}),
+            **({} if outliers is not None or largest is None else {"largest": largest}),
         }  # fmt: skip
         sizes = [store.chunk_rows for store in self.stores]
-        dropped = None if outliers is None else Outliers(self.stores, max(sizes), outliers)
+        dropped = None if limits is None else Outliers(self.stores, max(sizes), limits)
         self.schedule = Schedule(
             self.rows, max(sizes), batch * world, open_chunks, seed, piece=min(sizes), dropped=dropped
         )
@@ -200,30 +205,6 @@ class AlignedLoader(_Batches):
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         return self._decoded()
-
-
-class Outliers:
-    """Rows that lie far out in any of the stores: ascending row numbers, chunk by chunk of `chunk_rows` rows."""
-
-    def __init__(self, stores: Sequence[ActivationStore], chunk_rows: int, multiple: float) -> None:
-        self._stores, self._chunk_rows = stores, chunk_rows
-        self._most = [multiple * usual_norm(store) for store in stores]
-        self._rows = lru_cache(maxsize=256)(self._find)
-
-    def __call__(self, chunk: int) -> np.ndarray:
-        return self._rows(chunk)
-
-    def _find(self, chunk: int) -> np.ndarray:
-        low = chunk * self._chunk_rows
-        high = min(low + self._chunk_rows, *(store.n_rows for store in self._stores))
-        far = [store.norms(low, high) > most for store, most in zip(self._stores, self._most, strict=True)]
-        return low + np.flatnonzero(np.logical_or.reduce(far))
-
-
-def usual_norm(store: ActivationStore) -> float:
-    """Median norm of the rows of the first window (on which the columns were calibrated), rows of zeros left out."""
-    norms = store.norms(0, store.manifest.windows[0].stop)
-    return float(np.median(norms[norms > 0])) if norms.any() else 0.0
 
 
 def expect_aligned(stores: Sequence[ActivationStore]) -> None:

@@ -97,6 +97,15 @@ class Run:
         return (self.path / WEIGHTS).exists()
 
     @property
+    def largest_norm(self) -> float | None:
+        """The norm above which rows were left out; None where all were trained on.
+
+        Also None for a run with `train.outliers` of before it was recorded, which left rows out of its batches alone.
+        """
+        recorded = self.config["activations"].get("largest_norm")
+        return None if recorded is None else float(recorded)
+
+    @property
     def failure(self) -> dict[str, Any] | None:
         """`step` and `error` of a training that ended early by itself; None where none did, or it is going on again."""
         return self.read_json(FAILURE) if (self.path / FAILURE).exists() else None

@@ -10,54 +10,35 @@ Rows of no language model have no cross-entropy. Where the features are known th
 judged by how well it found those.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
-import torch
-from pydantic import Field
 from torch import Tensor
 
 from cache import catalogue
 from cache.activations import ActivationStore
 from cache.durable import write_atomic
 from cache.errors import NotFound, SaeError
-from cache.loader import Loader
 from cache.runs import EVALUATION, LATENTS, Run
 from cache.tokens import TokenStore
-from configs.base import Amount, Settings
 from pipeline import devices, trained
-from pipeline.language_model import LanguageModel, Point
-from pipeline.metrics import (
-    Downstream,
-    DownstreamScores,
-    Reconstruction,
-    ReconstructionScores,
-    Sparsity,
-    SparsityScores,
-)
+from pipeline.judging import EvalConfig, firing, judge_rows, judge_tokens, mean_row
+from pipeline.language_model import LanguageModel
+from pipeline.metrics import DownstreamScores, ReconstructionScores, SparsityScores
 from pipeline.metrics.agreement import RecoveryScores, recovery
 from pipeline.progress import Progress
-from pipeline.rows import RowRule
-from pipeline.saes import SAE
 
-
-class EvalConfig(Settings):
-    """How much to judge on."""
-
-    rows: Amount = Field("all", description="held-out rows for reconstruction and sparsity, or all")
-    tokens: Amount = Field(65_536, description="held-out tokens for cross-entropy, or all")
-    dead_rows: int = Field(262_144, ge=0, description="training rows that are searched, too, for latents that fire")
-    mean_rows: int = Field(65_536, ge=1, description="training rows whose mean is the mean ablation")
-    batch_tokens: int = Field(4096, ge=1, description="tokens in one forward pass, rows in one batch")
+__all__ = ["EvalConfig", "Evaluation", "boot", "evaluate"]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found. `spliced` is of rows of a language model, `recovery` of rows whose features are known."""
+    """What was found. `spliced` is of rows of a language model, `recovery` of rows whose features are known.
+
+    kept: the same over the rows up to the norm above which training left rows out (`largest_norm`), where it did.
+    """
 
     reconstruction: ReconstructionScores
     sparsity: SparsityScores
@@ -65,6 +46,8 @@ class Evaluation:
     recovery: RecoveryScores | None
     dead_fraction: float
     dead_rows: int
+    kept: "Evaluation | None" = None
+    largest_norm: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The figures by name, and everything else under `details`. Undefined ones are null."""
@@ -77,6 +60,7 @@ class Evaluation:
             **({} if self.spliced is None else self._downstream(self.spliced)),
             "rows": self.reconstruction.rows,
             **({} if self.spliced is None else {"tokens": self.spliced.tokens}),
+            **({} if self.kept is None else {"kept": {"largest_norm": self.largest_norm, **self.kept.as_json()}}),
             "details": {
                 "dead_rows": self.dead_rows,
                 "reconstruction": asdict(self.reconstruction),
@@ -125,22 +109,32 @@ def evaluate(
     elif model is not None:
         raise SaeError(f"--model {model}: the rows of {training.key} come from no language model; leave it out")
     sae.to(devices.device(device) if text is None else text[1].device)
-    reconstruction, sparsity = judge_rows(sae, held_out, config.rows, config.batch_tokens, progress)
-    fired = sparsity.density() > 0
-    if searched := min(config.dead_rows, training.n_rows):
-        fired |= firing(sae, training, searched, config.batch_tokens, progress) > 0
-    downstream = None
+    largest = trained.largest_norm(run, training)
+    limits = [None] if largest is None else [None, largest]
+    judged = judge_rows(sae, held_out, config.rows_of(held_out), config.batch_tokens, progress, largest)
+    searched = firing(sae, training, min(config.dead_rows, training.n_rows), config.batch_tokens, progress, largest)
+    fired = [one.sparsity.fired | more.fired for one, more in zip(judged, searched, strict=True)]
+    spliced: list[DownstreamScores | None] = [None for _ in limits]
     if text is not None:
-        mean = mean_row(training, min(config.mean_rows, training.n_rows))
-        downstream = judge_tokens(sae, text[1], text[0], held_out, mean, config, progress)
+        for i, limit in enumerate(limits):
+            mean = mean_row(training, min(config.mean_rows, training.n_rows), limit)
+            spliced[i] = judge_tokens(sae, text[1], text[0], held_out, mean, config, progress, limit)
+    every, *kept = [
+        Evaluation(
+            one.reconstruction.result(), one.sparsity.result(), down, None,
+            dead_fraction=1 - alive.double().mean().item(), dead_rows=one.sparsity.rows + more.rows,
+        )
+        for one, more, alive, down in zip(judged, searched, fired, spliced, strict=True)
+    ]  # fmt: skip
     truth = training.truth
-    result = Evaluation(
-        reconstruction.result(), sparsity.result(), downstream,
-        None if truth is None else recovery(sae.W_dec.cpu(), truth),
-        dead_fraction=1 - fired.double().mean().item(), dead_rows=reconstruction.result().rows + searched,
+    result = replace(
+        every, recovery=None if truth is None else recovery(sae.W_dec.cpu(), truth), kept=kept[0] if kept else None,
+        largest_norm=largest,
     )  # fmt: skip
     run.write_json(EVALUATION, result.as_json())
-    tensors = {"density": sparsity.density().float(), "fired": fired}
+    tensors: dict[str, Tensor] = {}
+    for name, one, alive in zip(("", "_kept"), judged, fired, strict=False):
+        tensors |= {f"density{name}": one.sparsity.density().float(), f"fired{name}": alive}
     write_atomic(run.path / LATENTS, safetensors.torch.save(tensors))
     return result
 
@@ -174,116 +168,3 @@ def _held_out(root: Path, training: ActivationStore) -> ActivationStore:
         remedy = remedy if "tokens" in training.recipe else "repeat `sae synthesize`"
         raise NotFound(f"{training.key}: no held-out rows beside it; {remedy}")
     return found
-
-
-def mean_row(store: ActivationStore, rows: int) -> Tensor:
-    """float32 [d]: the mean of a store's first rows, one chunk in memory at a time."""
-    total = torch.zeros(store.d, dtype=torch.float64)
-    for start in range(0, rows, store.chunk_rows):
-        total += store.rows(start, min(start + store.chunk_rows, rows)).sum(0, dtype=torch.float64)
-    return (total / rows).float()
-
-
-def judge_rows(
-    sae: SAE, store: ActivationStore, rows: Amount, batch: int, progress: Progress
-) -> tuple[Reconstruction, Sparsity]:
-    """Reconstruction and sparsity over a store's rows."""
-    reconstruction, sparsity = Reconstruction(), Sparsity(sae.d_sae)
-    n = store.n_rows if rows == "all" else min(rows, store.n_rows)
-
-    def judge(x: Tensor) -> None:
-        latents = sae.encode(x)
-        reconstruction.update(x, sae.decode(latents))
-        _count(sparsity, latents)
-
-    _each_batch(sae, store, n, batch, "eval rows", judge, progress)
-    return reconstruction, sparsity
-
-
-def firing(sae: SAE, store: ActivationStore, rows: int, batch: int, progress: Progress) -> Tensor:
-    """float64 [d_sae]: share of a store's first rows in which each latent fires."""
-    sparsity = Sparsity(sae.d_sae)
-    _each_batch(sae, store, rows, batch, "eval dead latents", lambda x: _count(sparsity, sae.encode(x)), progress)
-    return sparsity.density()
-
-
-def _count(sparsity: Sparsity, latents: Any) -> None:
-    if latents.entries is None:
-        sparsity.update(latents.values)
-    elif latents.values.dim() == 2:
-        sparsity.update(latents.values, latents.indices)
-    else:
-        sparsity.update(latents.values, latents.indices, rows=latents.entries.rows, batch=latents.batch)
-
-
-@torch.no_grad()
-def _each_batch(
-    sae: SAE,
-    store: ActivationStore,
-    rows: int,
-    batch: int,
-    title: str,
-    call: Callable[[Tensor], None],
-    progress: Progress,
-) -> None:
-    progress.start(title, rows, "rows")
-    try:
-        with Loader(store, batch, epochs=1, rows=rows, device=sae.W_dec.device) as loader:
-            for x in loader:
-                call(x)
-                progress.advance(len(x))
-    finally:
-        progress.finish()
-
-
-def judge_tokens(
-    sae: Callable[[Tensor], Tensor], model: LanguageModel, tokens: TokenStore, store: ActivationStore, mean: Tensor,
-    config: EvalConfig, progress: Progress,
-) -> DownstreamScores:  # fmt: skip
-    """Cross-entropy with the site of `store` replaced by `sae`'s reconstruction, by zero and by `mean` [d]."""
-    point = Point(store.recipe["layer"], store.recipe["site"])
-    rule = RowRule.model_validate(store.recipe["rows"])
-    begin = int(tokens.recipe["tokenizer"]["begin"])
-    length = tokens.context_length
-    contexts = tokens.n_contexts
-    if config.tokens != "all":
-        contexts = min(contexts, -(-config.tokens // length))
-    downstream = Downstream()
-    step = max(1, config.batch_tokens // length)
-    mean = mean.to(model.device)
-    progress.start("eval cross-entropy", contexts * length, "tokens")
-    try:
-        for start in range(0, contexts, step):
-            stop = min(start + step, contexts)
-            ids, lengths = tokens.contexts(start, stop), tokens.lengths(start, stop)
-            rows = rule.mask(ids, lengths, begin)
-            mask = torch.from_numpy(rows).to(model.device)
-            found = model.compare(
-                torch.from_numpy(ids),
-                point,
-                {
-                    "sae": _replacing(mask, sae),
-                    "zero": _replacing(mask, torch.zeros_like),
-                    "mean": _replacing(mask, lambda x: mean.to(x.dtype).expand_as(x)),
-                },
-            )
-            counted = rows[:, :-1] & (np.arange(1, length) < lengths[:, None])
-            downstream.update(found.clean, found.spliced, torch.from_numpy(counted))
-            progress.advance((stop - start) * length)
-    finally:
-        progress.finish()
-    try:
-        return downstream.result()["sae"]
-    except ValueError as error:
-        raise SaeError(f"--tokens {config.tokens}: none of their predictions counts; judge on more") from error
-
-
-def _replacing(mask: Tensor, new: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A replacement of activations [B, T, d] at the masked positions, row by row; the others stay as they are."""
-
-    def replace(value: Tensor) -> Tensor:
-        out = value.clone()
-        out[mask] = new(value[mask].float()).to(value.dtype)
-        return out
-
-    return replace

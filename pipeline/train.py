@@ -20,6 +20,7 @@ from cache.activations import ActivationStore
 from cache.errors import NotFound, SaeError
 from cache.identity import digest
 from cache.loader import Loader
+from cache.outliers import expect_kept, largest_norm
 from cache.runs import CONFIG, FAILURE, Run
 from pipeline import devices
 from pipeline.interrupts import Interrupted, interruptible
@@ -47,14 +48,15 @@ def open_run(config: TrainConfig, store: ActivationStore, root: Path, name: str 
 
     Raises SaeError where a new one exists, where there is none to resume, or where its configuration differs.
     """
-    content = {
-        "train": config.model_dump(mode="json"),
-        "activations": {"key": store.key, "rows": store.n_rows, "recipe": store.recipe},
-    }
+    activations: dict[str, Any] = {"key": store.key, "rows": store.n_rows, "recipe": store.recipe}
+    content = {"train": config.model_dump(mode="json"), "activations": activations}
     name = name or run_name(config, store)
     if not resume:
         if config.batch > store.n_rows:
             raise SaeError(f"--batch {config.batch}: {store.key} has {store.n_rows:,} rows; lower it, or harvest more")
+        if config.outliers is not None:
+            activations["largest_norm"] = largest_norm(store, config.outliers)
+            expect_kept(store, config.batch, activations["largest_norm"], "--batch")
         return Run.create(root / name, content)
     if not (root / name / CONFIG).exists():
         raise NotFound(f"--resume: no run {name} in {root}; `sae list` shows the runs, without --resume it is started")
@@ -180,10 +182,10 @@ def _begin(
     for name in STREAM:
         if len({getattr(config, name) for config in configs}) > 1:
             raise SaeError(f"train.{name}: dictionaries trained together must agree on it")
-    first, rows = configs[0], runs[0].config["activations"]["rows"]
+    first, rows, largest = configs[0], runs[0].config["activations"]["rows"], runs[0].largest_norm
     loader = Loader(
         store, share(first, ranks.world), seed=first.data_seed, rows=rows, device=device, outliers=first.outliers,
-        rank=ranks.rank, world=ranks.world,
+        largest=largest, rank=ranks.rank, world=ranks.world,
     )  # fmt: skip
     members = []
     for run, config in zip(runs, configs, strict=True):

@@ -219,6 +219,16 @@ def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch, width: int, title: 
     assert last.startswith(f"{title}: 50,000,000 of 200,000,000 tokens in")
 
 
+def test_the_table_of_an_evaluation_over_two_sets_of_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    kept = {"fvu": 0.125, "largest_norm": 321.5}
+    console.evaluation({"fvu": 0.5, "duplicates": 3, "kept": kept}, "run x")
+    lines = capsys.readouterr().out.splitlines()
+    found = {line.split()[0]: line.split() for line in lines if line}
+    assert found["figure"][1:3] == ["value", "kept"] and found["fvu"][1:3] == ["0.5", "0.125"]
+    assert found["duplicates"][1:3] == ["3", "learned"]
+    assert lines[-1] == "kept: over rows of a norm up to 321.5, above which training left them out"
+
+
 def test_the_table_of_an_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
     """Every figure with what it means; an undefined one is a dash."""
     console.evaluation(dict.fromkeys(console.MEANING, 0.25) | {"ce_recovered_zero": None}, "run x")

@@ -31,8 +31,9 @@ from cache.errors import NotFound, SaeError
 from cache.runs import EVALUATION, LATENTS, Run
 from cache.tokens import TokenStore
 from pipeline import trained
-from pipeline.evaluate import EvalConfig, evaluate, judge_tokens
+from pipeline.evaluate import EvalConfig, evaluate
 from pipeline.harvest import HarvestConfig, harvest
+from pipeline.judging import judge_tokens
 from pipeline.language_model import LanguageModel
 from pipeline.metrics import DownstreamScores
 from pipeline.progress import Silent
@@ -135,12 +136,14 @@ def counted(world: World) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def plain_logits(world: World, layer: int, site: str, new: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """Log-probabilities [contexts, T, vocabulary] of the plain model, with the rows at a site replaced."""
+def plain_logits(
+    world: World, layer: int, site: str, new: Callable[[Tensor], Tensor] | None, places: list[int] | None = None
+) -> Tensor:
+    """Log-probabilities [contexts, T, vocabulary] of the plain model, with the rows (or some) at a site replaced."""
     model = plain_model(world.model)
     block = blocks(model)[layer]
     rows = torch.zeros(world.held_out.shape, dtype=torch.bool)
-    rows.view(-1)[row_places(world.held_out, world.lengths)] = True
+    rows.view(-1)[row_places(world.held_out, world.lengths) if places is None else places] = True
 
     def replace(_module: Any, _args: Any, out: Any) -> Any:
         value = (out[0] if isinstance(out, tuple) else out).clone()
@@ -193,6 +196,26 @@ def test_cross_entropies_equal_the_plain_models(
         expected = (ce(baseline) - ce(spliced)) / (ce(baseline) - ce(clean))
         assert recovered.value == pytest.approx(expected, abs=1e-4)
     assert len({ce(clean), ce(spliced), ce(zero), ce(at_mean)}) == 4
+
+
+def test_positions_that_training_left_out_are_left_alone(gpt2: World) -> None:
+    """Those above the largest norm keep their activations, and what they predict does not count."""
+    store = gpt2.store(0, "resid_post", "validation")
+    norms, positions = store.norms(0, store.n_rows), store.positions(0, store.n_rows)
+    largest = float(np.quantile(norms, 0.7))
+    kept = {*positions[norms <= largest].tolist()}
+    assert 0 < len(kept) < len(positions)
+    found = judge_tokens(
+        bent, gpt2.booted(), gpt2.tokens(), store, torch.ones(WIDTH), CONFIG, Silent(), largest
+    )  # fmt: skip
+    places = [(c, p) for c, p in counted(gpt2) if c * CONTEXT + p in kept]
+    assert found.tokens == len(places)
+    for estimate, new in ((found.ce_clean, None), (found.ce, bent), (found.ce_zero, torch.zeros_like)):
+        chances = plain_logits(gpt2, 0, "resid_post", new, sorted(kept))
+        assert estimate is not None
+        assert estimate.value == pytest.approx(
+            float(np.mean([-chances[c, p, gpt2.held_out[c, p + 1]] for c, p in places])), abs=1e-6
+        )
 
 
 def test_what_is_left_alone_is_not_counted(gpt2: World) -> None:
@@ -427,3 +450,60 @@ def test_settings_that_make_no_sense() -> None:
         with pytest.raises(ValueError, match=next(iter(wrong))):
             EvalConfig(**wrong)
     assert VOCAB > BEGIN
+
+
+# Rows that training left out
+
+
+def left_out(world: World, folder: Path, multiple: float, **tensors: Tensor) -> Run:
+    """A finished run that left out rows above so many medians of norms."""
+    store = world.store(0, "resid_post")
+    config = TrainConfig(sae=parse({"arch": "l1", "d_sae": 2 * store.d}), steps=1, batch=64, outliers=multiple)
+    made(world, folder, 0, "resid_post", **tensors)
+    weights, described = Run(folder / "made").load_weights()
+    run = open_run(config, store, folder, "left_out", resume=False)
+    run.save_weights(weights, described)
+    return run
+
+
+def test_both_are_shown_where_training_left_rows_out(tmp_path: Path, gpt2: World) -> None:
+    """All held-out rows as ever, and beside them those that would have been trained on, counted by hand."""
+    d = gpt2.store(0, "resid_post").d
+    shrink = {"W_dec": 0.5 * torch.cat([torch.eye(d), -torch.eye(d)])}
+    run = left_out(gpt2, tmp_path, 1.1, **shrink)
+    found = judged(gpt2, run)
+    every = judged(gpt2, Run(tmp_path / "made"))
+    kept = found.pop("kept")
+    for name in PROMISED - {"details"}:
+        assert found[name] == pytest.approx(every[name], rel=1e-9), name
+    assert "kept" not in every and run.read_json(EVALUATION)["kept"] == kept
+    assert {*kept} == {*every, "largest_norm"}
+    held_out, training = gpt2.store(0, "resid_post", "validation"), gpt2.store(0, "resid_post")
+    assert kept["largest_norm"] == run.largest_norm == pytest.approx(1.1 * float(np.median(training.norms(0, 16))), 0.2)
+    rows = held_out.rows(0, held_out.n_rows)[held_out.norms(0, held_out.n_rows) <= kept["largest_norm"]].double()
+    assert 0 < kept["rows"] == len(rows) < every["rows"] and kept["tokens"] < every["tokens"]
+    spread = (rows - rows.mean(0)).square().sum()
+    assert kept["fvu"] == pytest.approx(float((rows / 2).square().sum() / spread), rel=1e-6)
+    searched = training.norms(0, CONFIG.dead_rows) <= kept["largest_norm"]
+    assert kept["details"]["dead_rows"] == len(rows) + int(searched.sum())
+    tensors = safetensors.torch.load_file(run.path / LATENTS)
+    assert {*tensors} == {"density", "fired", "density_kept", "fired_kept"}
+    assert float(tensors["density_kept"].sum()) == pytest.approx(kept["l0"], rel=1e-5)
+
+
+def test_the_norm_is_found_for_a_run_of_before_it_was_recorded(tmp_path: Path, gpt2: World) -> None:
+    run = left_out(gpt2, tmp_path, 1.1)
+    expected = judged(gpt2, run)
+    described = run.read_json("config.json")
+    del described["activations"]["largest_norm"]
+    run.write_json("config.json", described)
+    assert judged(gpt2, Run(run.path)) == expected
+
+
+def test_held_out_rows_that_are_all_left_out(tmp_path: Path, gpt2: World) -> None:
+    run = left_out(gpt2, tmp_path, 1.1)
+    described = run.read_json("config.json")
+    described["activations"]["largest_norm"] = 1e-9
+    run.write_json("config.json", described)
+    with pytest.raises(SaeError, match=r"^--rows \d+: training would have left all of them out for their norm"):
+        judged(gpt2, Run(run.path))

@@ -251,6 +251,21 @@ def test_rows_are_a_prefix(large: Stores) -> None:
         assert all(value is not None for token, value in list(around)[1:] if token != BEGIN)
 
 
+def test_rows_that_training_left_out_are_not_looked_at(small: Stores) -> None:
+    """They are no firings, and around others they stand like tokens that never became rows."""
+    tokens, store = small
+    largest = float(np.quantile(store.norms(0, store.n_rows), 0.8))
+    kept = {*store.positions(0, store.n_rows)[store.norms(0, store.n_rows) <= largest].tolist()}
+    config = FeaturesConfig(latents=tuple(range(1, D)), top=6)
+    found = find_features(Readout(), store, tokens, config, Silent(), largest=largest)
+    assert found.rows == len(kept) < store.n_rows
+    dense = Readout().encode(store.rows(0, store.n_rows)[torch.from_numpy(store.norms(0, store.n_rows) <= largest)])
+    assert [f.fired for f in found.features] == dense.fired()[1:].tolist()
+    for one in (one for feature in found.features for one in examples(feature)):
+        first = one.position - one.peak
+        assert [value is not None for value in one.activations] == [first + i in kept for i in range(len(one.tokens))]
+
+
 def test_padding_is_not_text(tmp_path: Path) -> None:
     stores = build(tmp_path, 30, lengths=True)
     lengths = stores[0].lengths(0, 30)

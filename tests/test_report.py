@@ -164,6 +164,19 @@ def test_numbers(page: Page) -> None:
     assert "<i>" in details and "1, 2.5, –, <u>" in details and "… 75 more" in details and "true" in details
 
 
+def test_figures_say_on_how_much_and_over_which_rows(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    plain = Page(report.page(report.read(run)))
+    assert plain.all("section", "part")[0][1].startswith(
+        "How good it isJudged on 4,096 rows and 65,536 predictions of docu"
+    )
+    run.write_json("eval/eval.json", {**EVALUATION, "kept": {**EVALUATION, "fvu": 0.0456, "largest_norm": 512.5}})
+    both = Page(report.page(report.read(run)))
+    assert "left out rows of a norm above 512.5" in both.all("section", "part")[0][1]
+    rows = [text for _, text in both.all("tr")]
+    assert "all rowskept" in rows[0] and any(row.startswith("FVU") and "0.12340.0456" in row for row in rows)
+
+
 def test_the_marked_token_is_the_one_that_fired(page: Page) -> None:
     found = features()
     shown = [e for f in found.features for e in [*f.top, *f.bands[0].examples]]

@@ -37,7 +37,7 @@ class Sparsity:
 
     def __init__(self, d_sae: int) -> None:
         self.d_sae = d_sae
-        self._rows = 0
+        self.rows = 0
         self._fired = torch.zeros(d_sae, dtype=torch.int64)
         self._sums = torch.zeros(4, dtype=torch.float64)  # fired, above TINY, above RELATIVE, |f|
 
@@ -70,21 +70,26 @@ class Sparsity:
         counts = [fires.sum(), (size > TINY).sum(), (fires & (size > RELATIVE * largest)).sum()]
         self._sums += torch.stack([*counts, size.sum(dtype=torch.float64)]).double().cpu()
         self._fired += fired.cpu()
-        self._rows += batch
+        self.rows += batch
+
+    @property
+    def fired(self) -> Tensor:
+        """bool [d_sae]: which latents fired in any of the rows so far."""
+        return self._fired > 0
 
     def density(self) -> Tensor:
         """float64 [d_sae]: the share of rows each latent fired in."""
         self._check()
-        return self._fired.double() / self._rows
+        return self._fired.double() / self.rows
 
     def result(self) -> SparsityScores:
         """The scores of all rows so far. Raises ValueError when there were none."""
         self._check()
-        l0, tiny, relative, l1 = (self._sums / self._rows).tolist()
+        l0, tiny, relative, l1 = (self._sums / self.rows).tolist()
         density = self.density()
         dead, dense = int((self._fired == 0).sum()), int((density > DENSE).sum())
         return SparsityScores(
-            rows=self._rows,
+            rows=self.rows,
             l0=l0,
             l0_above_tiny=tiny,
             l0_relative=relative,
@@ -92,11 +97,11 @@ class Sparsity:
             zeros=1 - l0 / self.d_sae,
             dead=dead,
             dead_share=dead / self.d_sae,
-            rare=int(((density < RARE) & (self._fired > 0)).sum()) if self._rows * RARE > 1 else None,
+            rare=int(((density < RARE) & (self._fired > 0)).sum()) if self.rows * RARE > 1 else None,
             dense=dense,
             dense_share=dense / self.d_sae,
         )
 
     def _check(self) -> None:
-        if not self._rows:
+        if not self.rows:
             raise ValueError("no rows to score")

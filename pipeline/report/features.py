@@ -71,12 +71,13 @@ class _Spot:
 
 def find_features(
     sae: Dictionary, store: ActivationStore, tokens: TokenStore, config: FeaturesConfig, progress: Progress, *,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "cpu", largest: float | None = None,
 ) -> Features:  # fmt: skip
     """Survey a store with a dictionary that lives on `device`, and describe some of its latents.
 
-    `tokens` is the token store the rows came from. Equal inputs give equal records. Raises SaeError for a latent that
-    does not exist and for a token store the rows did not come from.
+    `tokens` is the token store the rows came from. Rows above the largest norm, which training left out, are not looked
+    at: they are shown like tokens that never became rows. Equal inputs give equal records. Raises SaeError for a latent
+    that does not exist and for a token store the rows did not come from.
     """
     if store.recipe["tokens"] != tokens.recipe:
         raise SaeError(f"{tokens.key}: not the tokens {store.key} was harvested from; name the store its recipe names")
@@ -86,17 +87,17 @@ def find_features(
     seen = Survey(sae.d_sae, top=config.top, sample=config.sample, seed=config.seed)
     where = torch.device(device)
     with judging(sae):
-        survey(sae, store, tokens, rows, seen, progress, where)
+        survey(sae, store, tokens, rows, seen, progress, where, largest)
         chosen = choose(seen, config)
         described = _Describer(seen, tokens, config, list(chosen))
         spots = [spot for latent in chosen for spot in described.spots(latent)]
-        values = _values_around(sae, store, spots, progress, where)
+        values = _values_around(sae, store, spots, progress, where, largest)
     features = [described.feature(latent, group, *values) for latent, group in chosen.items()]
     vocabulary = tokens.vocabulary()
     return Features(
         store=store.key,
         split=store.split,
-        rows=rows,
+        rows=seen.rows,
         d_sae=sae.d_sae,
         live=len(seen.live),
         begin=int(tokens.recipe["tokenizer"]["begin"]),
@@ -209,7 +210,12 @@ def _contexts(tokens: TokenStore, wanted: set[int]) -> dict[int, tuple[np.ndarra
 
 
 def _values_around(
-    sae: Dictionary, store: ActivationStore, spots: Sequence[_Spot], progress: Progress, device: torch.device
+    sae: Dictionary,
+    store: ActivationStore,
+    spots: Sequence[_Spot],
+    progress: Progress,
+    device: torch.device,
+    largest: float | None,
 ) -> tuple[dict[tuple[int, int], float], set[int]]:
     """The values of the spots' latents on every token around them, by (latent, place), and the places that have a row.
 
@@ -225,6 +231,8 @@ def _values_around(
         for window in store.manifest.windows:
             position = store.positions(window.start, window.stop)
             index = np.flatnonzero(np.isin(position, wanted))
+            if largest is not None and len(index):
+                index = index[store.norms(window.start, window.stop)[index] <= largest]
             there.update(position[index].tolist())
             for rows in np.split(index, np.flatnonzero(np.diff(index // store.chunk_rows)) + 1):
                 for at in range(0, len(rows), BATCH_ROWS):

@@ -46,15 +46,42 @@ def scores_html(values: dict[str, Any], latents: int, vocabulary: int | None) ->
     added = _difference(values, "ce_spliced", "ce_clean")
     cards += _card("Loss recovered", values, "ce_recovered_mean", f"against mean ablation; splicing adds {added}")
     cards += _card("Dead latents", values, "dead_fraction", _dead_window(values))
+    details = values.get("details")
+    more = f"<details><summary>Details of the evaluation</summary>{tree(details)}</details>" if details else ""
+    about = f"<p>Judged on {_amount(values)}documents the dictionary was never trained on.{_about_kept(values)}</p>"
+    return f'{about}<div class="cards">{cards}</div>{_losses(values, vocabulary)}{_table(values)}{more}'
+
+
+def _amount(values: dict[str, Any]) -> str:
+    """How much an evaluation was judged on, as a beginning of "documents ..."."""
+    named = {"rows": "rows", "tokens": "predictions"}
+    there = [f"{values[key]:,} {name}" for key, name in named.items() if values.get(key) is not None]
+    return f"{' and '.join(there)} of " if there else ""
+
+
+def _about_kept(values: dict[str, Any]) -> str:
+    kept = values.get("kept")
+    if kept is None:
+        return ""
+    return (
+        f" Training left out rows of a norm above {number(kept['largest_norm'])}: these figures are over all "
+        "rows, those under “kept” in the table over the rows it would not have left out."
+    )
+
+
+def _table(values: dict[str, Any]) -> str:
+    """Every figure with what it means, and beside it that over the rows training would have kept."""
+    kept = values.get("kept")
+    sides = [values] if kept is None else [values, kept]
+    head = "" if kept is None else "<tr><th></th><th>all rows</th><th>kept</th><th></th></tr>"
     rows = "".join(
-        f'<tr><th scope="row">{f.name}</th><td class="n">{_shown(values, f.key)}</td><td>{f.meaning}</td></tr>'
+        f'<tr><th scope="row">{f.name}</th>'
+        + "".join(f'<td class="n">{_shown(side, f.key)}</td>' for side in sides)
+        + f"<td>{f.meaning}</td></tr>"
         for f in FIGURES
         if f.key in values
     )
-    details = values.get("details")
-    more = f"<details><summary>Details of the evaluation</summary>{tree(details)}</details>" if details else ""
-    about = "<p>Judged on documents the dictionary was never trained on.</p>"
-    return f'{about}<div class="cards">{cards}</div>{_losses(values, vocabulary)}<table>{rows}</table>{more}'
+    return f"<table>{head}{rows}</table>"
 
 
 def _card(title: str, values: dict[str, Any], key: str, about: str) -> str:

@@ -34,6 +34,9 @@ def report(
             f"--activations {store.key}: its rows have {store.d} values, {run.name} reads {sae.d_in}; "
             "give a store of the site it was trained on"
         )
-    features = find_features(sae, store, tokens, config or FeaturesConfig(rows=262_144), progress, device=where)
+    features = find_features(
+        sae, store, tokens, config or FeaturesConfig(rows=262_144), progress, device=where,
+        largest=trained.largest_norm(run, store),
+    )  # fmt: skip
     run.write_json(FEATURES, features.model_dump(mode="json"))
     return write_report(run, run.path / REPORT)

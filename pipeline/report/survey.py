@@ -188,20 +188,22 @@ def _mix(z: np.ndarray) -> np.ndarray:
 
 def survey(
     sae: Dictionary, store: ActivationStore, tokens: TokenStore, rows: int, result: Survey,
-    progress: Progress, device: torch.device,
+    progress: Progress, device: torch.device, largest: float | None = None,
 ) -> None:  # fmt: skip
-    """Add the first `rows` rows of the store to `result`."""
+    """Add the first `rows` rows of the store to `result`, but for those above the largest norm."""
     progress.start("features: reading rows", rows, "rows")
     try:
         for start, position, document in _windows(store, tokens, rows):
             for first in range(start, start + len(position), store.chunk_rows):
                 stop = min(first + store.chunk_rows, start + len(position))
-                chunk = store.rows(first, stop)
+                chunk, inside = store.rows(first, stop), np.arange(first - start, stop - start)
+                if largest is not None:
+                    kept = store.norms(first, stop) <= largest
+                    chunk, inside = chunk[kept], inside[kept]
                 for at in range(0, len(chunk), BATCH_ROWS):
-                    part = chunk[at : at + BATCH_ROWS].to(device)
-                    where = slice(first - start + at, first - start + at + len(part))
+                    part, where = chunk[at : at + BATCH_ROWS].to(device), inside[at : at + BATCH_ROWS]
                     result.add(firings(sae, part), position[where], document[where])
-                    progress.advance(len(part))
+                progress.advance(stop - first)
     finally:
         progress.finish()
 

@@ -6,6 +6,7 @@ how many of the true features were found where those are known, are those of `ev
 """
 
 import statistics
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from cache.activations import ActivationStore
 from cache.errors import DamagedStore
 from cache.runs import EVALUATION, LATENTS, Run
 from pipeline import devices, trained
-from pipeline.evaluate import EvalConfig, firing, judge_rows
+from pipeline.judging import EvalConfig, firing, judge_rows
 from pipeline.metrics.geometry import encoder_decoder_cosine, mean_abs_cosine
 from pipeline.progress import Progress
 from pipeline.saes import SAE
@@ -32,6 +33,7 @@ Figures = dict[str, float | None]
 JUDGED = ("ce_degradation", "ce_recovered_zero", "ce_recovered_mean", "true_to_learned", "recovered")
 
 MEANING = {
+    "rows": "held-out rows judged; where training left rows out by their norm, the figures are over the others of them",
     "fvu": "share of variance left unexplained, held-out rows",
     "mse": "squared error a feature in the data's units, held-out rows",
     "l0": "latents that fire in a row",
@@ -51,44 +53,56 @@ MEANING = {
 def of_run(
     run: Run, store: ActivationStore, root: Path, config: EvalConfig, progress: Progress, device: str
 ) -> Figures:
-    """The figures of `MEANING`. Raises NotFound while training has not finished."""
-    if not (run.path / STUDY).exists():
+    """The figures of `MEANING`. Raises NotFound while training has not finished.
+
+    What is kept serves where it has every figure and was judged on no fewer rows than are asked for.
+    """
+    held_out = catalogue.sibling_of(root, store, "validation")
+    assert held_out is not None, "checked before training"
+    kept = run.read_json(STUDY) if (run.path / STUDY).exists() else {}
+    if MEANING.keys() - kept.keys() or kept["rows"] < config.rows_of(held_out):
         sae = trained.load(run).to(devices.device(device))
-        found = _of_rows(run, sae, store, root, config, progress) | _of_weights(sae)
-        run.write_json(STUDY, {**found, "train_loss": run.metrics()[-1]["loss"]})
-    kept = run.read_json(STUDY)
-    if missing := MEANING.keys() - kept.keys():
-        raise DamagedStore(f"{run.path / STUDY}: lacks {', '.join(sorted(missing))}; remove it and repeat the study")
+        kept = _of_rows(run, sae, store, held_out, config, progress) | _of_weights(sae)
+        kept["train_loss"] = run.metrics()[-1]["loss"]
+        run.write_json(STUDY, kept)
     return {name: kept[name] for name in MEANING}
 
 
 def judged(run: Run) -> Figures:
     """What `sae eval` alone can tell, by `JUDGED`; None where it does not apply."""
-    found = run.read_json(EVALUATION)
+    found = on_kept_rows(run.read_json(EVALUATION))
     clean, spliced = found.get("ce_clean"), found.get("ce_spliced")
     degradation = None if clean is None or spliced is None else spliced - clean
     return {**{name: found.get(name) for name in JUDGED}, "ce_degradation": degradation}
 
 
-def _of_rows(run: Run, sae: SAE, store: ActivationStore, root: Path, config: EvalConfig, progress: Progress) -> Figures:
+def on_kept_rows(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The figures of an evaluation over rows as the run was trained on, where it left some out."""
+    return {**evaluation, **evaluation.get("kept", {})}
+
+
+def _of_rows(
+    run: Run, sae: SAE, store: ActivationStore, held_out: ActivationStore, config: EvalConfig, progress: Progress
+) -> Figures:
+    rows, largest = config.rows_of(held_out), trained.largest_norm(run, store)
     if (run.path / EVALUATION).exists() and (run.path / LATENTS).exists():
         judged = run.read_json(EVALUATION)
-        details = judged["details"]
-        return _named(details["reconstruction"], details["sparsity"], judged["dead_fraction"], _density(run))
-    held_out = catalogue.sibling_of(root, store, "validation")
-    assert held_out is not None, "checked before training"
-    reconstruction, sparsity = judge_rows(sae, held_out, config.rows, config.batch_tokens, progress)
-    density = sparsity.density()
-    fired = density > 0
-    if searched := min(config.dead_rows, store.n_rows):
-        fired |= firing(sae, store, searched, config.batch_tokens, progress) > 0
-    dead = 1 - fired.double().mean().item()
-    return _named(vars(reconstruction.result()), vars(sparsity.result()), dead, density)
+        if judged["rows"] >= rows and (largest is None or "kept" in judged):
+            found = on_kept_rows(judged)
+            details = found["details"]
+            named = _named(details["reconstruction"], details["sparsity"], found["dead_fraction"], _density(run))
+            return {**named, "rows": judged["rows"]}
+    scores = judge_rows(sae, held_out, rows, config.batch_tokens, progress, largest)[-1]
+    searched = firing(sae, store, min(config.dead_rows, store.n_rows), config.batch_tokens, progress, largest)[-1]
+    dead = 1 - (scores.sparsity.fired | searched.fired).double().mean().item()
+    reconstruction, sparsity = asdict(scores.reconstruction.result()), asdict(scores.sparsity.result())
+    return {**_named(reconstruction, sparsity, dead, scores.sparsity.density()), "rows": rows}
 
 
 def _density(run: Run) -> Tensor:
     try:
-        return load_file(run.path / LATENTS)["density"].double()
+        found = load_file(run.path / LATENTS)
+        return found.get("density_kept", found["density"]).double()
     except (SafetensorError, KeyError) as error:
         raise DamagedStore(f"{run.path / LATENTS}: is not what was written; run `sae eval {run.name}` again") from error
 

@@ -15,6 +15,7 @@ from cache import catalogue
 from cache.activations import ActivationStore
 from cache.errors import NotFound, SaeError
 from cache.identity import Recipe, canonical
+from cache.outliers import largest_norm
 from cache.runs import Run
 from cache.tokens import TokenStore
 from pipeline import trained
@@ -54,7 +55,7 @@ def layers(
     for layer, store in sorted(stores.items()):
         config = base.model_copy(update={"seed": base.seed + SEEDS_APART * layer})
         trials += Trial({"layer": layer}, config, store).seeded(seeds)
-    norms = {layer: mean_norm(store) for layer, store in stores.items()}
+    norms = {layer: mean_norm(store, base.outliers) for layer, store in stores.items()}
     rows = [{**row, "norm": norms[row["layer"]]} for row in lab.rows(trials)]
     if site not in RESIDUAL:
         return Result("layers", LABELS, FIGURES, rows, draw, extra={"site": site})
@@ -92,9 +93,12 @@ def harvest_command(root: Path, reference: ActivationStore, layers: Sequence[int
     return " ".join([*words, f"--codec {recipe['codec']['name']}"])
 
 
-def mean_norm(store: ActivationStore) -> float:
-    """Mean norm of a store's first rows, as they were before they were encoded."""
-    return float(np.mean(store.norms(0, min(NORM_ROWS, store.n_rows)), dtype=np.float64))
+def mean_norm(store: ActivationStore, outliers: float | None = None) -> float:
+    """Mean norm of a store's first rows, as they were before they were encoded, without those training leaves out."""
+    norms = store.norms(0, min(NORM_ROWS, store.n_rows))
+    if outliers is not None:
+        norms = norms[norms <= largest_norm(store, outliers)]
+    return float(np.mean(norms, dtype=np.float64))
 
 
 def _common(recipe: Recipe) -> str:

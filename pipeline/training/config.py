@@ -42,7 +42,10 @@ class TrainConfig(Schedule):
     seed: int = Field(0, ge=0, description="seed of the initial weights and of what training draws")
     data_seed: int = Field(0, ge=0, description="seed of the order of the rows")
     outliers: float | None = Field(
-        None, gt=1, description="leave out rows whose norm is above so many medians of norms; null: keep all"
+        None,
+        gt=1,
+        description="leave out rows whose norm is above so many medians of norms, wherever training reads rows; "
+        "null: keep all",
     )
     initial_rows: int = Field(16_384, ge=1, description="rows from which the bias and the input scale are set")
     log_every: int = Field(50, ge=1, description="steps between two lines of metrics")

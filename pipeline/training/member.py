@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cache.activations import ActivationStore
 from cache.errors import SaeError
+from cache.outliers import some_rows
 from cache.runs import Run
 from pipeline.metrics.agreement import mmcs
 from pipeline.saes import (
@@ -42,7 +43,8 @@ class Diverged(SaeError):
 class Member:
     """One dictionary in training: its run, its weights, its optimiser, and how many steps it has taken.
 
-    store: where further rows come from, the first `rows` of it (what the run was promised).
+    store: where further rows come from, the first `rows` of it (what the run was promised), unless their norm is above
+        the run's largest.
     truth: the features [G, d] of rows that were made of known ones.
     """
 
@@ -62,7 +64,8 @@ class Member:
     def begin(cls, run: Run, config: TrainConfig, store: ActivationStore, rows: int, device: torch.device) -> "Member":
         """A dictionary at step 0. Raises SaeError where the store's rows allow none."""
         sae = create(config.sae, store.d, seed=config.seed).to(device)
-        sample = store.rows(0, min(config.initial_rows, rows)).to(device)
+        first = some_rows(store, 0, config.initial_rows, rows=rows, batch=config.initial_rows, largest=run.largest_norm)
+        sample = torch.cat(list(first)).to(device)
         try:
             sae.initialise(sample)
         except ValueError as error:
@@ -127,16 +130,20 @@ class Member:
             resample(self.sae, self.optimiser, self._drawn(revive.rows, generator), revive, generator)
         elif inequality(self.sae, k) > revive.threshold:
             sample = torch.cat([x for x, _ in self._drawn(self.config.initial_rows, generator)])
-            reinitialise(self.sae, self.optimiser, (sample, None), generator)
+            try:
+                reinitialise(self.sae, self.optimiser, (sample, None), generator)
+            except ValueError as error:
+                raise SaeError(f"{self.store.path}: {error}") from error
         ranks.copy(self.sae.state_dict().values())  # errors that devices round apart may have chosen other rows
 
     def _drawn(self, count: int, generator: torch.Generator) -> Iterator[tuple[Tensor, None]]:
         """So many rows of the store from a random place on (they were shuffled when written), a batch at a time."""
         count = min(count, self.rows)
         first = int(torch.randint(self.rows - count + 1, (), generator=generator))
-        for start in range(first, first + count, self.config.batch):
-            stop = min(start + self.config.batch, first + count)
-            yield self.store.rows(start, stop).to(self.sae.W_dec.device), None
+        drawn = some_rows(
+            self.store, first, count, rows=self.rows, batch=self.config.batch, largest=self.run.largest_norm
+        )
+        return ((x.to(self.sae.W_dec.device), None) for x in drawn)
 
     def _metrics(self, x: Tensor, parts: Sequence[Losses], clock: Clock, ranks: Ranks) -> dict[str, float]:
         batch = ranks.world * len(x)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from cache.activations import ActivationStore, ActivationWriter
 from cache.errors import DamagedStore, NotFound, SaeError
 from cache.runs import EVALUATION, Run
 from pipeline import trained
+from pipeline.evaluate import EvalConfig
 from pipeline.progress import Silent
 from pipeline.saes import NoRevival, Reinitialise, parse
 from pipeline.saes.coherence import jl
@@ -127,13 +129,28 @@ class TestRepeating:
         assert coefficients(BASE, store, lab, l1=(), jl=(0.5,), hybrid_jl=()).runs == [ablation.runs[2]]
         assert path.read_bytes() == kept
 
-    def test_a_run_without_its_figures_is_damaged(self, ablation: Result, store: ActivationStore, lab: Lab) -> None:
+    def test_figures_of_before_a_figure_was_added_are_found_again(
+        self, ablation: Result, store: ActivationStore, lab: Lab
+    ) -> None:
         path = lab.runs / ablation.runs[2]["run"] / figures.STUDY
         kept = path.read_text()
-        path.write_text('{"fvu": 1}')
-        with pytest.raises(DamagedStore, match=r"lacks dead_fraction.*repeat the study"):
+        older = {name: value for name, value in json.loads(kept).items() if name not in ("rows", "jl")}
+        path.write_text(json.dumps(older))
+        assert coefficients(BASE, store, lab, l1=(), jl=(0.5,), hybrid_jl=()).runs == [ablation.runs[2]]
+        assert path.read_text() == kept
+        path.write_text("{")
+        with pytest.raises(DamagedStore, match=r"study.json: is not the JSON"):
             coefficients(BASE, store, lab, l1=(), jl=(0.5,), hybrid_jl=())
         path.write_text(kept)
+
+    def test_what_was_judged_on_less_is_judged_again(self, store: ActivationStore, lab: Lab, tmp_path: Path) -> None:
+        few = replace(lab, runs=tmp_path, judging=EvalConfig(rows=64, dead_rows=0))
+        rows = [
+            coefficients(BASE, store, one, l1=(), jl=(0.5,), hybrid_jl=()).rows[0]
+            for one in (few, replace(few, judging=EvalConfig(dead_rows=0)), few)
+        ]
+        assert [row["rows"] for row in rows] == [64, 256, 256]
+        assert rows[0]["fvu"] != rows[1]["fvu"] == rows[2]["fvu"]
 
     def test_an_interrupted_study_continues_and_ends_the_same(
         self, ablation: Result, store: ActivationStore, cache: Path, tmp_path: Path
