@@ -33,6 +33,7 @@ from pipeline.sources import text_source
 from pipeline.synthesize import window_arrays
 from pipeline.synthetic import ground_truth
 from pipeline.text.encoding import Encoder
+from pipeline.text.former import identity, judge
 from pipeline.text.packing import Place as TextPlace
 from pipeline.text.tokenizers import tokenizer
 from pipeline.tokenize import Contexts, TokenizeConfig, token_recipe
@@ -185,8 +186,8 @@ class TokenMaker:
         self.store, self.origins, self.progress = store, origins, progress
         self.spec = origins.tokenizer or hints.get("tokenizer") or str(recipe["tokenizer"]["name"])
         self.tok = tokenizer(self.spec, offline=origins.offline)
-        found = {**self.tok.recipe(), "n_vocab": self.tok.n_vocab, "begin": self.tok.begin}
-        self._expect("--tokenizer", self.spec, "tokenizer", found)
+        if judge(self.tok, recipe["tokenizer"]) != "same":
+            self._expect("--tokenizer", self.spec, "tokenizer", identity(self.tok))
 
     def window(self, before: Store, window: Window, *, lost: bool) -> Made:
         recipe = self.store.recipe
@@ -201,7 +202,8 @@ class TokenMaker:
         )  # fmt: skip
         source = text_source(spec, offline=self.origins.offline, column=config.column)
         self._expect("--source", spec, "source", source.recipe())
-        assert canonical(token_recipe(config, source, self.tok, recipe["split"])) == canonical(recipe)
+        described = token_recipe(config, source, self.tok, recipe["split"])
+        assert canonical({**described, "tokenizer": recipe["tokenizer"]}) == canonical(recipe)
         self.progress.note(f"{self.store.key}: tokenizing window {window.index} again")
         windows = before.manifest.windows
         place = TextPlace(**windows[window.index - 1].notes["next"]) if window.index else TextPlace(None, 0, 0, 0, 0)

@@ -32,6 +32,7 @@ from pipeline.cluster import connected
 from pipeline.progress import Progress
 from pipeline.sources import Document, TextSource, is_validation, text_source
 from pipeline.text.encoding import ALONE_CHARACTERS, Block, Encoder
+from pipeline.text.former import begun, identity
 from pipeline.text.layout import DEFAULT, Begin, Layout, layout
 from pipeline.text.packing import Packer, Place
 from pipeline.text.pool import Pool
@@ -133,7 +134,7 @@ def token_recipe(config: TokenizeConfig, source: TextSource, tok: Tokenizer, spl
     """Everything that decides the tokens of a store."""
     return {
         "source": source.recipe(),
-        "tokenizer": {**tok.recipe(), "n_vocab": tok.n_vocab, "begin": tok.begin},
+        "tokenizer": identity(tok),
         "context_length": config.context,
         "packing": config.packing,
         **config.layout(tok).recipe(),
@@ -162,12 +163,12 @@ def tokenize_split(
 ) -> TokenStore:  # fmt: skip
     """Make or continue the store of one split."""
     slug = "-".join([source.slug, tok.slug, str(config.context), *([split] if split != "train" else [])])
-    recipe = token_recipe(config, source, tok, split)
+    recipe = begun(root, slug, token_recipe(config, source, tok, split), tok, progress)
     with TokenWriter(root, slug, recipe) as writer:
         if writer.notice:
             progress.note(writer.notice)
         if not writer.store.n_contexts and config.begin is None and split == SPLITS[0]:
-            _point_to_older(root, recipe, progress)
+            _point_to_older(root, slug, recipe, tok, progress)
         writer.write_vocabulary(tok.vocabulary())
         writer.hint(**found_at(config, source))
         target = _target(writer.store, wanted, progress)
@@ -184,10 +185,13 @@ def tokenize_split(
         return writer.store
 
 
-def _point_to_older(root: Path, recipe: Recipe, progress: Progress) -> None:
+def _point_to_older(root: Path, slug: str, recipe: Recipe, tok: Tokenizer, progress: Progress) -> None:
     """Say where the same text lies in contexts of the layout that was the default once."""
     older = {name: value for name, value in recipe.items() if name not in ("begin", "separator")}
-    if older != recipe and (found := catalogue.of_recipe(root, TokenStore, older)) is not None and found.n_contexts:
+    if older == recipe:
+        return
+    older = begun(root, slug, older, tok, progress)
+    if (found := catalogue.of_recipe(root, TokenStore, older)) is not None and found.n_contexts:
         progress.note(
             f"a new store: contexts begin with the begin token now, and not only documents as in {found.key}; "
             "--set tokenize.begin=document continues that one"

@@ -53,6 +53,8 @@ def build(option: str, folder: Path) -> Any:
     """What transformers makes of a folder, without its code and without the network."""
     import transformers
 
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it warns of configurations that say nothing of a tokenizer
     try:
         return transformers.AutoTokenizer.from_pretrained(
             str(folder.absolute()), local_files_only=True, trust_remote_code=False
@@ -61,6 +63,8 @@ def build(option: str, folder: Path) -> Any:
         raise SaeError(
             f"{option}: no tokenizer that transformers can read ({said(error)}); it needs a {TOKENIZER}"
         ) from error
+    finally:
+        transformers.logging.set_verbosity(level)
 
 
 def _check_pieces(option: str, backend: Backend, model: Path) -> None:

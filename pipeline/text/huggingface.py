@@ -49,21 +49,22 @@ class Ends(NamedTuple):
 class HuggingFaceTokenizer:
     """A backend of the `tokenizers` library and the tokens that stand around texts."""
 
-    def __init__(self, backend: Backend, slug: str, ends: Ends) -> None:
+    def __init__(self, backend: Backend, slug: str, ends: Ends, folder: Path) -> None:
         self.slug = re.sub(r"[^A-Za-z0-9._]+", "-", slug).strip("-.") or "tokenizer"
         self.begin, self.has_begin, self.end = ends
-        self._backend = plain(backend)
+        self.folder = folder
+        self.backend = plain(backend)
         self._ids: dict[str, int] = backend.get_vocab()
         self.n_vocab = max(self._ids.values()) + 1
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        found = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        found = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(one.ids, np.uint32) for one in found]
 
     def vocabulary(self) -> list[bytes]:
-        added = self._backend.get_added_tokens_decoder()
+        added = self.backend.get_added_tokens_decoder()
         tokens = [b""] * self.n_vocab
-        style = json.loads(self._backend.to_str())
+        style = json.loads(self.backend.to_str())
         write = spell(style["decoder"] or style["pre_tokenizer"])
         for token, i in self._ids.items():
             tokens[i] = added[i].content.encode() if i in added else write(token)
@@ -71,7 +72,7 @@ class HuggingFaceTokenizer:
 
     @property
     def special(self) -> frozenset[int]:
-        whole = json.loads(self._backend.to_str())
+        whole = json.loads(self.backend.to_str())
         unknown = whole["model"].get("unk_token"), whole["model"].get("unk_id")
         ids = {token["id"] for token in whole["added_tokens"] if token["special"]}
         return frozenset({*ids, self._ids.get(unknown[0], unknown[1])} - {None})
@@ -81,7 +82,7 @@ class HuggingFaceTokenizer:
 
     @cached_property
     def _content(self) -> str:
-        return function_digest(self._backend)
+        return function_digest(self.backend)
 
 
 def from_folder(option: str, folder: Path, slug: str) -> HuggingFaceTokenizer:
@@ -94,14 +95,13 @@ def from_folder(option: str, folder: Path, slug: str) -> HuggingFaceTokenizer:
     else:
         backend = checked(option, said_of_file)
         ends = _ends(option, folder, backend)
-    return HuggingFaceTokenizer(backend, slug, ends)
+    return HuggingFaceTokenizer(backend, slug, ends, folder)
 
 
 def from_file(option: str, folder: Path) -> HuggingFaceTokenizer:
     """The tokenizer of a folder's tokenizer.json to compare with, whatever begins its texts."""
-    return HuggingFaceTokenizer(
-        checked(option, foreign_json(folder / TOKENIZER, option) or {}), folder.name, Ends(0, False, None)
-    )
+    backend = checked(option, foreign_json(folder / TOKENIZER, option) or {})
+    return HuggingFaceTokenizer(backend, folder.name, Ends(0, False, None), folder)
 
 
 def hub_folder(option: str, name: str, *, revision: str | None = None, offline: bool = False) -> Path:
