@@ -3,6 +3,8 @@
 The only place that touches transformers and transformer_lens, and they are imported when a model is booted, not before.
 
 files       a name -> a folder with config.json and safetensors weights (local, embedded, or from the hub)
+config      config.json, which may come from anyone -> a configuration
+weights     safetensors files -> a model that takes all of them
 loading     the folder -> a Hugging Face model, whole or an error; random weights only on request
 wrapping    transformer_lens' bridge around it; attention and norms stay the model's own
 promises    whether a site holds what its name says, by trying

@@ -11,6 +11,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cache.errors import NotFound, SaeError
 from pipeline import embedded
@@ -20,7 +21,11 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 RANDOM = "random:"  # before a name: an untrained model of that shape
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 WANTED = (CONFIG, WEIGHTS, INDEX, "model-*-of-*.safetensors")
+
+
+_LARGEST_JSON = 2**26  # bytes
 
 
 @dataclass(frozen=True)
@@ -37,18 +42,21 @@ class ModelFiles:
         return slug(self.name)
 
     def weights(self) -> list[Path]:
-        """The weight files, complete. Raises SaeError when there are none, or only pickled ones, or a shard lacks."""
+        """The weight files, complete. Raises SaeError when there are none, or only pickled ones, or a shard lacks.
+
+        Where there is a whole file and an index as well, it is the whole one, as in transformers.
+        """
+        if (self.folder / WEIGHTS).is_file():
+            return [self.folder / WEIGHTS]
         index = self.folder / INDEX
         if index.is_file():
             shards = sorted({self.folder / shard for shard in _read_index(index, self.name)})
             if missing := [shard.name for shard in shards if not shard.is_file()]:
-                raise SaeError(f"--model {self.name}: {missing[0]} is missing; {self._remedy()}")
+                raise SaeError(f"--model {self.name}: {shown(missing[0])} is missing; {self._remedy()}")
             return shards
-        if (self.folder / WEIGHTS).is_file():
-            return [self.folder / WEIGHTS]
-        if next(self.folder.glob("*.bin"), None) is not None:
+        if any(path.suffix in PICKLES for path in self.folder.iterdir()):
             raise SaeError(
-                f"--model {self.name}: only pickled weights (.bin), which are never opened; "
+                f"--model {self.name}: only pickled weights ({', '.join(PICKLES)}), which are never opened; "
                 "save the model again with save_pretrained, which writes model.safetensors"
             )
         raise SaeError(f"--model {self.name}: no {WEIGHTS} in it; {self._remedy()}")
@@ -75,7 +83,32 @@ def slug(name: str) -> str:
 
 def one_line(error: BaseException) -> str:
     """The beginning of what an error says, in one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return shown(" ".join(str(error).split()), 300) or type(error).__name__
+
+
+def shown(text: str, most: int = 100) -> str:
+    """The beginning of a text that a stranger may have written, fit for a terminal."""
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= most else text[:most] + "..."
+
+
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """A JSON object of a model's folder. Raises SaeError for anything else, or for keys that are there twice."""
+
+    def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("a key is there twice")
+        return found
+
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise ValueError("it is too large")
+        found = json.loads(path.read_text("utf-8"), object_pairs_hook=object_of)
+        if not isinstance(found, dict):
+            raise ValueError("it is not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise SaeError(f"--model {name}: {path.name} is not understood: {one_line(error)}; save it again") from error
+    return found
 
 
 def find_model(name: str, *, revision: str | None = None, offline: bool = False) -> ModelFiles:
@@ -117,10 +150,9 @@ def _from_hub(name: str, revision: str | None, offline: bool) -> ModelFiles:
 
 def _read_index(index: Path, name: str) -> list[str]:
     """File names of the shards. Names with folders in them are refused."""
-    try:
-        shards = list(json.loads(index.read_text("utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise SaeError(f"--model {name}: {INDEX} is not a list of weight files; save the model again") from None
-    if any(not isinstance(shard, str) or Path(shard).name != shard for shard in shards):
-        raise SaeError(f"--model {name}: {INDEX} names files outside its folder; save the model again")
-    return shards
+    shards = read_json(index, name).get("weight_map")
+    if not shards or not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise SaeError(f"--model {name}: {INDEX} is not a list of weight files; save the model again")
+    if any(Path(shard).name != shard or not shard.endswith(".safetensors") for shard in shards.values()):
+        raise SaeError(f"--model {name}: {INDEX} names files outside its folder, or no safetensors; save it again")
+    return list(shards.values())

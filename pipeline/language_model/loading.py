@@ -2,19 +2,18 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GPT2Config
-from transformers.utils import logging
+from transformers import AutoModelForCausalLM, GPT2Config
 
-from cache.errors import NotFound, SaeError
-from pipeline.language_model.files import CONFIG, RANDOM, ModelFiles, one_line, slug
+from cache.errors import NotFound
+from pipeline.language_model.config import read_config
+from pipeline.language_model.files import CONFIG, RANDOM, ModelFiles, slug
+from pipeline.language_model.weights import fill, outline, quiet, stored
 
 RANDOM_SEED = 0
 GPT2_SHAPES = {  # width, layers, heads
@@ -43,36 +42,10 @@ def load(files: ModelFiles, dtype: torch.dtype) -> Loaded:
 
 
 def _from_files(files: ModelFiles, dtype: torch.dtype) -> Any:
-    """The model in a folder. transformers fills what is missing with random numbers and a report: here an error."""
-    files.weights()
-    config = _config(files.folder, files.name)
-    try:
-        with _quiet():
-            model, found = AutoModelForCausalLM.from_pretrained(
-                files.folder, config=config, dtype=dtype, use_safetensors=True, local_files_only=True,
-                ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False,
-            )  # fmt: skip
-    except SafetensorError as error:
-        raise SaeError(f"--model {files.name}: its weights are damaged ({error}); fetch or save them again") from None
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise SaeError(f"--model {files.name}: cannot be loaded: {one_line(error)}") from error
-    for key, what in (("missing_keys", "missing"), ("mismatched_keys", f"of another shape than {CONFIG} says")):
-        if wrong := sorted(str(weight[0] if isinstance(weight, tuple) else weight) for weight in found[key]):
-            raise SaeError(
-                f"--model {files.name}: {len(wrong)} weights are {what} ({wrong[0]} and on); save the whole model again"
-            )
-    return model
-
-
-def _config(folder: Path, name: str) -> Any:
-    try:
-        # code in the folder is never run: left unsaid, transformers would stop and ask on the terminal
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise SaeError(f"--model {name}: {CONFIG} is not understood: {one_line(error)}") from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise SaeError(f"--model {name}: a {config.model_type} is not a causal language model; give one such as gpt2")
-    return config
+    """The model in a folder, of which its configuration and its weight files alone are opened."""
+    config = read_config(files.folder, files.name)
+    with stored(files.weights(), files.name) as tensors:
+        return fill(outline(config, files.name, dtype, tensors), tensors, files.name, dtype)
 
 
 def load_random(shape: str, dtype: torch.dtype) -> Loaded:
@@ -88,8 +61,9 @@ def load_random(shape: str, dtype: torch.dtype) -> Loaded:
         if not (folder / CONFIG).is_file():
             raise NotFound(f"--model {RANDOM}{shape}: give {', '.join(GPT2_SHAPES)}, or a folder with a {CONFIG}")
         name = slug(folder.resolve().name)
-        config = _config(folder, name)
-    with _quiet(), torch.random.fork_rng(devices=[]):
+        config = read_config(folder, name)
+    outline(config, RANDOM + name, dtype)
+    with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     digest = _digest(model.state_dict())
@@ -103,17 +77,3 @@ def _digest(weights: dict[str, torch.Tensor]) -> str:
         whole.update(name.encode())
         whole.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
     return whole.hexdigest()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from reporting and drawing on the terminal: what it finds wrong is raised instead."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
