@@ -22,17 +22,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from cache import scratch
 from cache.arrays import ArraySpec
 from cache.codecs import Codec, Columns, Encoded, calibrate, codec_from_recipe, from_numpy, to_numpy
 from cache.errors import DamagedStore, SaeError
 from cache.identity import Recipe, canonical
-from cache.manifest import Windows
+from cache.manifest import Window, Windows
 from cache.parsing import inner, is_plain_name, shown, text, whole
 from cache.store import Store
 from cache.tokens import TokenStore, expect_split
 from cache.writer import Writer
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 CHUNK_ROWS = 16_384
@@ -204,6 +206,12 @@ class ActivationWriter(Writer):
         columns = self.store.columns if self.store.n_rows else None
         return WindowBuffer(self.store, len(self.store.manifest.windows), rows, columns)
 
+    def commit(self, window: Window) -> Window:
+        """As for every store; what was kept of the window on the way there is needed no more."""
+        window = super().commit(window)
+        scratch.remove(self.path, window.index)
+        return window
+
 
 class WindowBuffer:
     """One window in the making: rows arrive in token order and land at their permuted place.
@@ -239,6 +247,37 @@ class WindowBuffer:
         else:
             self._encode(rows, from_numpy(place), self.columns)
 
+    def made(self, start: int, stop: int) -> list[np.ndarray]:
+        """What rows [start, stop) in token order have become, for `take` to take up: as they are stored, with norms
+        (and scales); or in float32 where they wait for their columns."""
+        import torch
+
+        assert start < stop <= self.filled
+        if self.columns is None:
+            return [torch.cat(self._waiting)[start:stop].cpu().numpy()]
+        place = from_numpy(self.place[start:stop])
+        kept = [self._rows, self.norm] + ([] if self._scale is None else [self._scale])
+        return [to_numpy(values[place]) for values in kept if values is not None]
+
+    def shapes(self, rows: int) -> list[scratch.Shape]:
+        """Types and axes of what `made` says of so many rows."""
+        specs = self.store.arrays
+        if self.columns is None:
+            return [("<f4", (rows, self.store.d))]
+        stored = ["rows", "row_norm"] + (["row_scale"] if self.store.codec.has_row_scale else [])
+        return [(specs[name].dtype, (rows, *specs[name].row_shape)) for name in stored]
+
+    def take(self, made: list[np.ndarray], positions: np.ndarray, device: torch.device) -> None:
+        """The next rows in token order, as `made` gave them; the model that computes the others is on `device`."""
+        rows, *beside = map(from_numpy, made)
+        place = self.place[self.filled : self.filled + len(positions)]
+        self.position[place] = positions
+        self.filled += len(positions)
+        if self.columns is None:
+            self._waiting.append(rows.to(device))
+        else:
+            self._put(Encoded(rows, beside[1] if len(beside) > 1 else None), beside[0], from_numpy(place))
+
     def arrays(self) -> dict[str, np.ndarray]:
         """The window's arrays as they are stored, all rows present."""
         import torch
@@ -259,17 +298,20 @@ class WindowBuffer:
         return arrays
 
     def _encode(self, rows: Tensor, place: Tensor, columns: Columns) -> None:
-        import torch
-
         on_device = Columns(columns.mean.to(rows.device), columns.scale.to(rows.device))
         rows = rows.float()
         encoded = self.store.codec.encode(rows, on_device)
+        self._put(encoded, norms_of(rows).cpu(), place)
+
+    def _put(self, encoded: Encoded, norm: Tensor, place: Tensor) -> None:
+        import torch
+
         if self._rows is None:
             self._rows = torch.empty((len(self.place), self.store.d), dtype=encoded.rows.dtype)
             if encoded.row_scale is not None:
                 self._scale = torch.empty(len(self.place), dtype=encoded.row_scale.dtype)
         self._rows[place] = encoded.rows.cpu()
-        self.norm[place] = norms_of(rows).cpu()
+        self.norm[place] = norm
         if self._scale is not None and encoded.row_scale is not None:
             self._scale[place] = encoded.row_scale.cpu()
 

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from cache import scratch
 from cache.durable import read
 from cache.head import RECIPE
 from cache.identity import Recipe, digest
@@ -31,10 +32,12 @@ def is_chunk(name: str) -> bool:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file is one that was being written, or a lease of workers."""
+    """Whether a file is one that was being written, a lease of workers, or rows kept of an unfinished window."""
     folder, slash, file = name.rpartition("/")
     whole = final_name(file)
-    return LEASE.fullmatch(name) is not None or (whole is not None and _is_whole(f"{folder}{slash}{whole}"))
+    if LEASE.fullmatch(name) or scratch.NAME.fullmatch(name):
+        return True
+    return whole is not None and (_is_whole(f"{folder}{slash}{whole}") or scratch.NAME.fullmatch(whole) is not None)
 
 
 def group_recipe(path: Path) -> tuple[str, Recipe] | None:

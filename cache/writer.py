@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from cache import manifest, removal
+from cache import manifest, removal, scratch
 from cache.arrays import ArraySpec
 from cache.contents import is_chunk, is_own, is_temporary
 from cache.durable import checksum, expect_no_link, read, write_in
@@ -73,7 +73,7 @@ class Writer:
                 # a store that never had a row would only be in the way; where the folder is another one by now, holds
                 # what is not ours, or the disk refuses this as well, it stays
                 with suppress(SaeError):
-                    if not Manifest.read(self.path).rows:
+                    if not Manifest.read(self.path).rows and not scratch.kept(self.path):
                         removal.remove(self.path, is_own, self._lock)
         finally:
             self._lock.__exit__(kind, error, trace)
@@ -122,10 +122,15 @@ class Writer:
                 done.result()
 
     def _heal(self) -> None:
-        """Remove what a crash left half done: temporary files, chunks no manifest line lists, stale metadata."""
+        """Remove what a crash left half done: temporary files, chunks no manifest line lists, stale metadata.
+
+        What is kept of a window that is not committed yet stays: whoever computes it takes it up.
+        """
         listed = set(self.store.committed_files())
+        coming = None if self.store.closed else len(self.store.manifest.windows)
         for name in listing(self.path):
-            if is_temporary(name) or (is_chunk(name) and name not in listed):
+            wanted = scratch.is_wanted(name, coming)
+            if (is_temporary(name) and not wanted) or (is_chunk(name) and name not in listed):
                 expect_no_link(self.path, name)
                 (self.path / name).unlink()
         self._published()

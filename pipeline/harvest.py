@@ -21,8 +21,10 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
+from cache import scratch
 from cache.activations import WINDOWS, ActivationStore, ActivationWriter
 from cache.codecs import codec, codec_recipe
+from cache.contents import is_temporary
 from cache.durable import PARTIAL, write_atomic
 from cache.errors import SaeError
 from cache.identity import Recipe, canonical
@@ -30,6 +32,8 @@ from cache.places import listing
 from cache.tokens import TokenStore
 from configs.base import Amount, Distinct, Settings
 from pipeline.cluster import Cluster, connected
+from pipeline.interrupts import interruptible, telling
+from pipeline.keeping import Keeper, rows_kept
 from pipeline.language_model import SITES, LanguageModel, Point
 from pipeline.matching import matches
 from pipeline.progress import Progress
@@ -234,11 +238,11 @@ class _Job:
                 writer.request(max(plan.rows, writer.store.requested))
                 writer.hint(model=found_at(self.config.model))
             tasks = self._tasks(plan, writers)
-            done = min(w.store.n_rows for w in writers.values())
-            self.progress.start(f"harvest {plan.split}", plan.rows, "rows", done=done)
+            stack.enter_context(telling(lambda: self._safe(plan, writers)))
+            self._start(plan, self._committed(writers))
             try:
                 if cluster is None:
-                    self._alone(tasks, writers)
+                    self._alone(plan, tasks, writers)
                 else:
                     self._together(cluster, tasks, writers)
             finally:
@@ -259,7 +263,20 @@ class _Job:
             tasks.append(Task(window, min(stop, plan.rows) - start, place, end, behind))
         return tasks
 
-    def _alone(self, tasks: Sequence[Task], writers: dict[Point, ActivationWriter]) -> None:
+    def _start(self, plan: Plan, done: int) -> None:
+        self.progress.start(f"harvest {plan.split}", plan.rows, "rows", done=done)
+
+    def _committed(self, writers: dict[Point, ActivationWriter]) -> int:
+        return min(writer.store.n_rows for writer in writers.values())
+
+    def _safe(self, plan: Plan, writers: dict[Point, ActivationWriter]) -> str:
+        """What an interruption leaves."""
+        there = min(len(writer.store.manifest.windows) for writer in writers.values())
+        kept = rows_kept([writer.path for writer in writers.values()], there)
+        also = f", and {kept:,} of an unfinished window are kept to go on from" if kept else ""
+        return f"{self._committed(writers):,} of {plan.rows:,} {plan.split} rows are committed{also}"
+
+    def _alone(self, plan: Plan, tasks: Sequence[Task], writers: dict[Point, ActivationWriter]) -> None:
         """Compute in this process. A window is compressed and flushed while the next one is computed."""
         passes = Passes(self.model, self.rows, self.batch)
 
@@ -267,18 +284,27 @@ class _Job:
             for point in task.points:
                 writers[point].append(arrays.pop(point), passes.notes(task))
 
-        with ThreadPoolExecutor(1) as committing:
+        def took(rows: int) -> None:
+            self.progress.finish()  # begun anew, so that its rate is that of what is computed now
+            self.progress.note(f"{rows:,} rows of an unfinished window were kept and are taken up")
+            self._start(plan, self._committed(writers) + rows)
+
+        with interruptible() as stopping, ThreadPoolExecutor(1) as committing:
+            keeper = Keeper(self.progress.note, took, stopping)
             under_way: Future[None] | None = None
-            for task in tasks:
-                if under_way is not None and task.window == 1:  # window 0 has the columns that later ones are coded by
-                    under_way.result()
-                advance = partial(self.progress.advance, window=task.window)
-                arrays = passes.compute(task, {point: writers[point].store for point in task.points}, advance)
+            try:
+                for task in tasks:
+                    if under_way is not None and task.window == 1:  # window 0 has the columns later ones are coded by
+                        under_way.result()
+                    advance = partial(self.progress.advance, window=task.window)
+                    stores = {point: writers[point].store for point in task.points}
+                    arrays = passes.compute(task, stores, advance, keeper)
+                    if under_way is not None:
+                        under_way.result()
+                    under_way = committing.submit(append, task, arrays)
+            finally:
                 if under_way is not None:
                     under_way.result()
-                under_way = committing.submit(append, task, arrays)
-            if under_way is not None:
-                under_way.result()
 
     def _together(self, cluster: Cluster, tasks: Sequence[Task], writers: dict[Point, ActivationWriter]) -> None:
         """Give the windows to workers, which write their files, and commit them here, in order.
@@ -307,7 +333,8 @@ class _Job:
 
     @contextmanager
     def _lease(self, writers: dict[Point, ActivationWriter]) -> Iterator[Path]:
-        """The file that lets workers write; then, what workers that died left half written is removed."""
+        """The file that lets workers write; then, what workers that died left half written is removed
+        (what they kept of unfinished windows is not)."""
         folders = [writer.path for writer in writers.values()]
         lease = folders[0] / f"lease-{secrets.token_hex(8)}{PARTIAL}"
         write_atomic(lease, b"while this file is here, workers may write")
@@ -317,7 +344,7 @@ class _Job:
             lease.unlink(missing_ok=True)
         for folder in folders:
             for name in listing(folder):
-                if name.endswith(PARTIAL):
+                if is_temporary(name) and not scratch.is_wanted(name, 0):
                     (folder / name).unlink(missing_ok=True)
 
     def _rows_there(self, point: Point) -> int:

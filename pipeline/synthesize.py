@@ -12,6 +12,7 @@ import numpy as np
 from cache.activations import ActivationStore, ActivationWriter, WindowBuffer
 from cache.codecs import codec, codec_recipe
 from cache.identity import Recipe
+from pipeline.interrupts import telling
 from pipeline.progress import Progress
 from pipeline.synthetic import HELD_OUT, GroundTruth, SyntheticConfig
 
@@ -65,11 +66,12 @@ def _write(truth: GroundTruth, split: str, rows: int, root: Path, progress: Prog
         left = max(0, rows - writer.store.n_rows)
         progress.note(f"{split}: {rows:,} rows; {f'{left:,} to write' if left else 'all there already'}")
         progress.start(f"synthesize {split}", rows, "rows", done=min(rows, writer.store.n_rows))
-        try:
-            while writer.store.n_rows < rows:
-                start, stop = windows.bounds(len(writer.store.manifest.windows))
-                arrays = window_arrays(truth, split, start, writer.window(stop - start), progress.advance)
-                writer.append(arrays, {})
-        finally:
-            progress.finish()
+        with telling(lambda: f"{writer.store.n_rows:,} of {rows:,} {split} rows are committed"):
+            try:
+                while writer.store.n_rows < rows:
+                    start, stop = windows.bounds(len(writer.store.manifest.windows))
+                    arrays = window_arrays(truth, split, start, writer.window(stop - start), progress.advance)
+                    writer.append(arrays, {})
+            finally:
+                progress.finish()
         return writer.store

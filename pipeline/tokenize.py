@@ -29,6 +29,7 @@ from cache.manifest import Window
 from cache.tokens import TokenStore, TokenWriter
 from configs.base import Amount, Settings
 from pipeline.cluster import connected
+from pipeline.interrupts import telling
 from pipeline.progress import Progress
 from pipeline.sources import Document, TextSource, is_validation, text_source
 from pipeline.text.encoding import ALONE_CHARACTERS, Block, Encoder
@@ -176,10 +177,11 @@ def tokenize_split(
             return writer.store
         total = None if target is None else target * config.context
         progress.start(f"tokenize {split}", total, "tokens", done=writer.store.n_tokens)
-        try:
-            _fill(config, split, target, source, tok, encoder, writer, progress)
-        finally:
-            progress.finish()
+        with telling(lambda: f"{writer.store.n_tokens:,} {split} tokens are committed"):
+            try:
+                _fill(config, split, target, source, tok, encoder, writer, progress)
+            finally:
+                progress.finish()
         if not writer.store.n_contexts:
             raise TooLittle(_too_little(config, split))
         return writer.store

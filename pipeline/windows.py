@@ -4,6 +4,8 @@ A window's batches are cut from its own contexts, as even as they can be, so its
 and `batch` alone: an interrupted, a grown, a distributed and an uninterrupted harvest write the same. The context that
 straddles two windows is computed for both.
 
+What a window's rows have become is kept on the disk while it takes long (`pipeline.keeping`).
+
 A worker process writes files of windows that only the client commits. It may do so while the client's lease exists, a
 file in the store: so it proves that it sees the client's file system, and stops when the client has gone. (The next
 writer of a store removes a lease that was left behind.)
@@ -14,7 +16,7 @@ import itertools
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,10 +27,13 @@ import torch
 from cache.activations import ActivationStore, WindowBuffer
 from cache.durable import read
 from cache.errors import SaeError
-from cache.identity import canonical
+from cache.identity import Recipe, canonical
 from cache.manifest import Window
 from cache.tokens import TokenStore
 from cache.writer import write_window
+from pipeline.cluster import versions
+from pipeline.keeping import Keeper
+from pipeline.keeping import Window as KeptWindow
 from pipeline.language_model import LanguageModel, Point
 from pipeline.rows import Place, RowRule, RowsOf
 
@@ -56,11 +61,16 @@ class Passes:
     batch: int
 
     def compute(
-        self, task: Task, stores: Mapping[Point, ActivationStore], done: Callable[[int], None]
+        self,
+        task: Task,
+        stores: Mapping[Point, ActivationStore],
+        done: Callable[[int], None],
+        keeper: Keeper | None = None,
     ) -> dict[Point, Arrays]:
         """The window's arrays for every point, as they are stored. Calls `done` with the rows of each forward pass.
 
-        Stores must hold window 0 for any later one: it calibrates their columns.
+        Stores must hold window 0 for any later one: it calibrates their columns. With a keeper, what there is of a long
+        window is kept in the stores' folders, and what was kept before is taken up.
         """
         buffers = {
             point: WindowBuffer(
@@ -68,18 +78,27 @@ class Passes:
             )
             for point in task.points
         }
-        left = task.rows
-        for start, stop in self._batches(task):
-            tokens, mask = self.rows.batch(start, stop)
-            keep = np.flatnonzero(mask)[task.start.row if start == task.start.context else 0 :][:left]
-            found = self.model.activations(torch.from_numpy(tokens), task.points)
-            index = torch.from_numpy(keep).to(self.model.device)
-            for point, buffer in buffers.items():
+        batches = self._batches(task)
+        window = None
+        if keeper is not None:
+            positions = np.concatenate([batch.positions for batch in batches])
+            folders = {point: stores[point].path for point in task.points}
+            identity = self._identity(task, len(batches))
+            ends = [batch.end for batch in batches]
+            window = KeptWindow(keeper, task.window, identity, folders, buffers, positions, ends)
+            window.take_up(self.model.device)
+        for batch in batches:
+            lacking = [point for point in task.points if buffers[point].filled < batch.end]
+            if not lacking:
+                continue
+            found = self.model.activations(torch.from_numpy(batch.tokens), lacking)
+            index = torch.from_numpy(batch.keep).to(self.model.device)
+            for point in lacking:
                 values = found.pop(point).flatten(0, 1).index_select(0, index)
-                buffer.add(values, start * tokens.shape[1] + keep)
-            left -= len(keep)
-            done(len(keep))
-        assert left == 0, (task, left)
+                buffers[point].add(values, batch.positions)
+            done(len(batch.keep))
+            if window is not None:
+                window.after_batch()
         return {point: buffer.arrays() for point, buffer in buffers.items()}
 
     def notes(self, task: Task) -> dict[str, Any]:
@@ -89,11 +108,34 @@ class Passes:
         }  # fmt: skip
         return {"next": task.end._asdict(), "made": made}
 
-    def _batches(self, task: Task) -> Iterator[tuple[int, int]]:
+    def _identity(self, task: Task, batches: int) -> Recipe:
+        """All that decides the bits of a window's rows beside the store's recipe, as far as can be known."""
+        span = [task.rows, *task.start, *task.end]
+        return {"span": span, "batches": batches, "made": self.notes(task)["made"], "versions": versions()}
+
+    def _batches(self, task: Task) -> list["Batch"]:
         first, last = task.start.context, task.end.context + (task.end.row > 0)
         parts = -(-(last - first) // self.batch)
         bounds = [first + (last - first) * i // parts for i in range(parts + 1)]
-        return itertools.pairwise(bounds)
+        batches: list[Batch] = []
+        rows = 0
+        for start, stop in itertools.pairwise(bounds):
+            tokens, mask = self.rows.batch(start, stop)
+            keep = np.flatnonzero(mask)[task.start.row if start == first else 0 :][: task.rows - rows]
+            rows += len(keep)
+            batches.append(Batch(tokens, keep, start * tokens.shape[1] + keep, rows))
+        assert rows == task.rows, (rows, task)
+        return batches
+
+
+class Batch(NamedTuple):
+    """Contexts of one forward pass: tokens [n, T], which of the n * T become rows, the positions of these, and how many
+    rows of the window there are after it."""
+
+    tokens: np.ndarray
+    keep: np.ndarray
+    positions: np.ndarray
+    end: int
 
 
 @dataclass(frozen=True)
@@ -132,7 +174,8 @@ def harvest_window(work: Work, task: Task) -> dict[Point, Window]:
         torch.set_num_threads(work.threads or _threads())
         passes = Passes(_model(work.origin), RowsOf(TokenStore(work.tokens), work.rule), work.batch)
         stores = {point: ActivationStore(paths[point]) for point in task.points}
-        arrays = passes.compute(task, stores, lambda _: expect_lease(work.lease))
+        keeper = Keeper(note=lambda _: None, took=lambda _: None)
+        arrays = passes.compute(task, stores, lambda _: expect_lease(work.lease), keeper)
     return {p: write_window(stores[p], task.window, arrays.pop(p), passes.notes(task)) for p in task.points}
 
 

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import sae
+from killing import Killed
 from small_cluster import Dying, small_cluster
 from small_models import CONTEXT, made_up, save_model, small_stages, token_store
 from small_stores import files
 
 from cache.errors import SaeError
 from cache.tokens import TokenStore
-from pipeline import cluster, windows
+from pipeline import cluster, keeping, windows
 from pipeline import tokenize as tokenize_stage
 from pipeline.harvest import HarvestConfig, HarvestResult, harvest
 from pipeline.language_model import LanguageModel
@@ -95,6 +96,30 @@ def test_a_harvest_by_workers_equals_one_alone(tmp_path: Path, gpt2: Path, sched
     assert any("2 workers; dashboard: " in line for line in notes.lines)
     assert everything(together) == everything(alone)
     assert len(everything(alone)) == 8
+
+
+def test_workers_take_up_what_was_kept_of_a_window(
+    tmp_path: Path, gpt2: Path, scheduler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By this process, killed at its eighth batch: the files are those of a harvest that nobody interrupted."""
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    run(gpt2, alone, token_store(alone, made_up(30)))
+    tokens = token_store(together, made_up(30))
+    activate, calls = LanguageModel.activations, itertools.count()
+
+    def killed(*args: Any) -> Any:
+        if next(calls) == 7:
+            raise Killed
+        return activate(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keeping, "EVERY", 0.0)
+        patch.setattr(LanguageModel, "activations", killed)
+        with pytest.raises(Killed):
+            run(gpt2, together, tokens)
+    assert len(list(together.rglob("under-way-*"))) >= 4
+    run(gpt2, together, tokens, scheduler=scheduler)
+    assert everything(together) == everything(alone) and not list(together.rglob("under-way-*"))
 
 
 @pytest.mark.slow

@@ -195,11 +195,6 @@ def test_rows_of_two_models_and_two_precisions_align(tmp_path: Path, models: dic
     assert other.positions(0, 32).tobytes() != stores[0].positions(0, 32).tobytes()
 
 
-def test_a_site_asked_for_twice_is_one_store(tmp_path: Path, gpt2: Path) -> None:
-    tokens = token_store(tmp_path, made_up(8))
-    assert len(run(gpt2, tmp_path, tokens, layer=[1, 0, 1], site=["mlp_out", "mlp_out"]).stores["train"]) == 2
-
-
 def test_the_stores_name_says_what_it_is(tmp_path: Path, gpt2: Path) -> None:
     validation = token_store(tmp_path, made_up(8, seed=2), split="validation")
     result = run(gpt2, tmp_path, token_store(tmp_path, made_up(8)), validation, codec="int8")
