@@ -257,7 +257,7 @@ def test_fewer_tokens_than_are_there_change_nothing(tmp_path: Path, gpt2: Path) 
     notes = Notes()
     assert one(run(gpt2, tmp_path, tokens, tokens=100, progress=notes)).closed
     assert everything(tmp_path) == before
-    assert "all there already" in notes.lines[0]
+    assert any("all there already" in line for line in notes.lines)
 
 
 def test_a_token_store_that_ends_without_more_tokens_closes_the_harvest(tmp_path: Path, gpt2: Path) -> None:
@@ -476,7 +476,7 @@ def test_a_dry_run_writes_nothing_and_says_the_truth(tmp_path: Path, gpt2: Path)
     (plan,) = planned.plans
     assert plan.rows == len(row_places(made_up(70))) and plan.rows_to_do == 2 * plan.rows
     assert plan.forward_tokens == 70 * CONTEXT and plan.seconds is not None and plan.seconds > 0
-    assert notes.lines[0].startswith(f"train: {plan.rows:,} rows of 1.mlp_out, 1.resid_pre, about 0.1 MB; ")
+    assert notes.lines[-1].startswith(f"train: {plan.rows:,} rows of 1.mlp_out, 1.resid_pre, about 0.1 MB; ")
     stores = run(gpt2, tmp_path, tokens, **settings).stores["train"]
     assert plan.stored_bytes == pytest.approx(sum(s.manifest.stored_bytes for s in stores), rel=0.5)
     again = run(gpt2, tmp_path, tokens, dry_run=True, **settings).plans[0]
