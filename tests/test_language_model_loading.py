@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cache.errors import SaeError
-from pipeline.language_model import LanguageModel, Point
+from pipeline.language_model import LanguageModel, Point, weights
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 
@@ -55,9 +55,9 @@ def configure(folder: Path, **settings: Any) -> None:
 
 
 def change(folder: Path, by: Callable[[dict[str, Tensor]], object]) -> None:
-    weights = load_file(folder / WEIGHTS)
-    by(weights)
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    tensors = load_file(folder / WEIGHTS)
+    by(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 # What the model does not take, and what it lacks
@@ -71,27 +71,27 @@ def test_layers_beyond_those_of_the_configuration(llama: Path) -> None:
 
 
 def test_biases_that_the_configuration_turns_off(llama: Path) -> None:
-    change(llama, lambda weights: weights.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(16)}))
+    change(llama, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(16)}))
     refused(llama, r"1 weight is in the files and not in the model .* \(model.layers.0.self_attn.q_proj.bias\)")
     configure(llama, attention_bias=True)
     refused(llama, r"7 weights are missing from the files \(model.layers.0.self_attn.k_proj.bias, ")
 
 
 def test_a_weight_no_model_of_the_kind_has(gpt2: Path) -> None:
-    change(gpt2, lambda weights: weights.update({"transformer.h.0.attn.gate\n\x1b[31m": torch.ones(3)}))
+    change(gpt2, lambda tensors: tensors.update({"transformer.h.0.attn.gate\n\x1b[31m": torch.ones(3)}))
     refused(gpt2, r"1 weight is in the files and not in the model .*gate\?\?\[31m")
 
 
 def test_scales_of_a_quantization_that_the_configuration_lost(llama: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
-    change(llama, lambda weights: weights.update({name + "_scale_inv": torch.ones(1)}))
+    change(llama, lambda tensors: tensors.update({name + "_scale_inv": torch.ones(1)}))
     refused(llama, "1 weight is in the files and not in the model .*_scale_inv")
 
 
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.int8, torch.uint8, torch.bool])
 def test_weights_that_mean_nothing_without_scales(llama: Path, kind: torch.dtype) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
-    change(llama, lambda weights: weights.update({name: weights[name].to(kind)}))
+    change(llama, lambda tensors: tensors.update({name: tensors[name].to(kind)}))
     refused(llama, rf"{name} is stored as \w+: quantized weights are not supported")
 
 
@@ -105,32 +105,49 @@ def test_buffers_of_older_versions_are_no_weights(saved: dict[str, Path], gpt2: 
     expected = values(saved["gpt2"])
     for prefix in ("transformer.", ""):
         masks = {f"{prefix}h.0.attn.bias": mask, f"{prefix}h.0.attn.masked_bias": torch.tensor(-1e4)}
-        change(gpt2, lambda weights, masks=masks: weights.update(masks))
+        change(gpt2, lambda tensors, masks=masks: tensors.update(masks))
         assert torch.equal(values(gpt2), expected)
 
 
+def test_names_of_buffers_and_names_like_them() -> None:
+    def is_buffer(name: str, *shape: int) -> bool:
+        return weights.Tensor(None, shape, "F32").is_buffer(name)
+
+    for name in (
+        "h.0.attn.bias",
+        "gpt_neox.layers.0.attention.bias",
+        "h.0.attn.attention.bias",
+        "h.0.attn.causal_mask",
+    ):
+        assert is_buffer(name, 1, 1, 32, 32) and not is_buffer(name, 16)
+    for name in ("layers.0.attention.rotary_emb.inv_freq", "model.embed_positions.weights", "model.decoder.version"):
+        assert is_buffer(name, 8)
+    for name in ("h.0.attn.c_attn.bias", "h.0.mlp.bias", "layers.0.self_attn.q_proj.bias", "embed_positions.weight"):
+        assert not is_buffer(name, 1, 1, 32, 32)
+
+
 def test_rotary_tables_of_older_versions_are_no_weights(saved: dict[str, Path], llama: Path) -> None:
-    change(llama, lambda weights: weights.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}))
+    change(llama, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}))
     assert torch.equal(values(llama), values(saved["llama"]))
-    change(llama, lambda weights: weights.update({"model.layers.0.self_attn.bias": torch.ones(16)}))  # not a mask
+    change(llama, lambda tensors: tensors.update({"model.layers.0.self_attn.bias": torch.ones(16)}))  # not a mask
     refused(llama, r"\(model.layers.0.self_attn.bias\)")
 
 
 def test_a_head_is_the_embedding_only_where_the_configuration_says_so(llama: Path, gpt2: Path) -> None:
-    change(llama, lambda weights: weights.pop("lm_head.weight"))
+    change(llama, lambda tensors: tensors.pop("lm_head.weight"))
     refused(llama, r"1 weight is missing from the files \(lm_head.weight\)")
     configure(llama, tie_word_embeddings=True)
     tied = values(llama)
-    change(llama, lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"].clone()}))
+    change(llama, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
     assert torch.equal(values(llama), tied)
 
 
 def test_one_weight_in_two_files(llama: Path) -> None:
-    weights = load_file(llama / WEIGHTS)
+    tensors = load_file(llama / WEIGHTS)
     (llama / WEIGHTS).unlink()
-    names = sorted(weights)
+    names = sorted(tensors)
     for file, part in (("a.safetensors", names[:9]), ("b.safetensors", names[8:])):
-        save_file({name: weights[name] for name in part}, llama / file, metadata={"format": "pt"})
+        save_file({name: tensors[name] for name in part}, llama / file, metadata={"format": "pt"})
     index = dict.fromkeys(names[:9], "a.safetensors") | dict.fromkeys(names[9:], "b.safetensors")
     (llama / INDEX).write_text(json.dumps({"weight_map": index}))
     refused(llama, f"{names[8]} is in two weight files")

@@ -26,8 +26,9 @@ from pipeline.language_model.files import CONFIG, one_line, shown
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 # What older versions saved beside the weights, and models make for themselves: causal masks, positions, rotary tables.
 _BUFFERS = re.compile(
-    r"(^|\.)(attn|attention|self_attn|self_attention|crossattention)(\.attention)?\.(bias|masked_bias)$"
-    r"|(^|\.)position_ids$|rotary_emb\.(inv_freq|cos_cached|sin_cached)$"
+    r"(^|\.)(attn|attention|self_attn|self_attention|crossattention)(\.attention)?\.(bias|masked_bias|causal_mask)$"
+    r"|(^|\.)position_ids$|rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)embed_positions\.weights$"
+    r"|(^|\.)(en|de)coder\.version$"
 )
 _MODULES = 300_000  # parts of a model; a stack of experts in single matrices has some 60,000
 
@@ -43,7 +44,7 @@ class Tensor:
     def is_buffer(self, name: str) -> bool:
         """Whether it is something a model makes for itself (a mask is [1, 1, T, T], its bias one number)."""
         is_mask = self.shape[:-2] == (1, 1) or self.shape in ((), (1,))
-        return _BUFFERS.search(name) is not None and (is_mask or not name.endswith("bias"))
+        return _BUFFERS.search(name) is not None and (is_mask or not name.endswith(("bias", "mask")))
 
 
 @contextmanager
