@@ -24,14 +24,14 @@ from pydantic import Field
 
 from cache import catalogue
 from cache.errors import SaeError
-from cache.identity import Recipe
+from cache.identity import Recipe, canonical
 from cache.manifest import Window
 from cache.tokens import TokenStore, TokenWriter
 from configs.base import Amount, Settings
 from pipeline.cluster import connected
 from pipeline.interrupts import telling
 from pipeline.progress import Progress
-from pipeline.sources import Document, TextSource, is_validation, text_source
+from pipeline.sources import Document, Moving, TextSource, Unreachable, is_validation, text_source
 from pipeline.text.encoding import ALONE_CHARACTERS, Block, Encoder
 from pipeline.text.former import begun, identity
 from pipeline.text.layout import DEFAULT, Begin, Layout, layout
@@ -114,6 +114,8 @@ def tokenize(
     """
     source = text_source(config.source, offline=offline, column=config.column)
     tok = tokenizer(config.tokenizer, offline=offline)
+    if isinstance(source, Moving):
+        source = _settled(config, source, tok, root, progress)
     stores = {}
     with ExitStack() as stack:
         local = Pool(workers) if scheduler is None and workers > 1 else None
@@ -150,6 +152,31 @@ def token_recipe(config: TokenizeConfig, source: TextSource, tok: Tokenizer, spl
     }
 
 
+def _settled(config: TokenizeConfig, source: Moving, tok: Tokenizer, root: Path, progress: Progress) -> TextSource:
+    """A source that may have moved: as it is now, or as a store has it where that cannot be found out."""
+    older: list[tuple[TokenStore, TextSource]] = []
+    # what cannot be read is said by `sae cache ls`; it is no reason not to make another store
+    for store in catalogue.readable(root, catalogue.folders(root, TokenStore.kind))[0]:
+        assert isinstance(store, TokenStore)
+        then = source.earlier(store.recipe["source"])
+        if then is not None and canonical(token_recipe(config, then, tok, SPLITS[0])) == canonical(store.recipe):
+            older.append((store, then))
+    most = max(older, key=lambda item: item[0].n_contexts, default=None)
+    try:
+        now = token_recipe(config, source, tok, SPLITS[0])
+    except Unreachable as error:
+        if most is None:
+            raise
+        progress.note(f"{error}; going on with the text that {most[0].key} is of")
+        return most[1]
+    if most is not None and catalogue.of_recipe(root, TokenStore, now) is None:
+        progress.note(
+            f"a new store: --source {config.source} has changed since {most[0].key} ({most[0].n_tokens:,} tokens) was "
+            f"made; --source {most[1]} continues that one"
+        )
+    return source
+
+
 def found_at(config: TokenizeConfig, source: TextSource) -> dict[str, str]:
     """Where text and tokenizer are, from any folder: what `sae cache verify --repair` reads them from."""
     files = source.recipe()["source"] == "files"
@@ -165,6 +192,8 @@ def tokenize_split(
     """Make or continue the store of one split."""
     slug = "-".join([source.slug, tok.slug, str(config.context), *([split] if split != "train" else [])])
     recipe = begun(root, slug, token_recipe(config, source, tok, split), tok, progress)
+    if (there := catalogue.of_recipe(root, TokenStore, recipe)) is not None:
+        slug = there.slug  # made under another name of the same text
     with TokenWriter(root, slug, recipe) as writer:
         if writer.notice:
             progress.note(writer.notice)

@@ -16,6 +16,7 @@ from cache.errors import SaeError
 from cache.tokens import TokenStore
 from pipeline import tokenize as stage
 from pipeline.progress import Silent
+from pipeline.sources import Unreachable
 from pipeline.sources.base import Indexed
 from pipeline.text import encoding
 from pipeline.text.layout import Layout
@@ -439,3 +440,55 @@ def test_a_new_default_says_where_the_old_tokens_are(tmp_path: Path, texts: list
 def test_documents_too_short_leave_too_little(tmp_path: Path, texts: list[str]) -> None:
     with pytest.raises(SaeError, match="holds less than one context of 8 tokens in documents of at least 900; try a"):
         tokenize(config(min_tokens=900), tmp_path, Silent())
+
+
+# --- a source that moves ----------------------------------------------------------------------------------------------
+
+
+class Moved(Texts):
+    """A source of which the hub says today that it is `commit`, or nothing at all."""
+
+    def __init__(self, texts: list[str], commit: str | None, slug: str = "texts") -> None:
+        super().__init__(texts)
+        self.commit, self.slug = commit, slug
+
+    def recipe(self) -> dict[str, Any]:
+        if self.commit is None:
+            raise Unreachable("--source texts: no hub")
+        return {"source": "moved", "revision": self.commit}
+
+    def __str__(self) -> str:
+        return f"texts@{self.commit}"
+
+    def earlier(self, recipe: dict[str, Any]) -> "Moved | None":
+        return Moved(self.texts, recipe["revision"]) if recipe["source"] == "moved" else None
+
+    def open(self, state: dict[str, Any] | None = None) -> Indexed:
+        if self.commit == "unreadable":
+            raise SaeError("--source texts: cannot be opened")
+        return super().open(state)
+
+
+def test_text_that_has_moved_and_text_that_cannot_be_asked_for(
+    tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(commit: str | None, slug: str = "texts", **settings: Any) -> tuple[str, str]:
+        monkeypatch.setattr(stage, "text_source", lambda *_, **__: Moved(texts, commit, slug))
+        stores = tokenize(config(**{"tokens": 100, "validation": 0, **settings}), tmp_path, notes := Notes()).stores
+        return stores["train"].key, "\n".join(line for line in notes.lines if "rounded up" not in line)
+
+    with pytest.raises(Unreachable, match="no hub"):
+        run(None)
+    first, said = run("a")
+    assert said == ""
+    assert run("a", "another") == (first, "")  # the same text by another name
+    assert run(None) == (first, f"--source texts: no hub; going on with the text that {first} is of")
+    second, said = run("b")
+    assert second != first
+    assert said.startswith("a new store: --source fineweb has changed since " + first)
+    assert said.endswith("tokens) was made; --source texts@a continues that one")
+    assert run("b") == (second, "")
+    run("b", tokens="all")
+    assert run(None, tokens="all")[0] == second  # which has more
+    with pytest.raises(Unreachable, match="no hub"):
+        run(None, seed=9)

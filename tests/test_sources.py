@@ -5,6 +5,7 @@ import gzip
 import io
 import itertools
 import json
+import random
 import socket
 import subprocess
 import sys
@@ -23,7 +24,17 @@ from hypothesis import strategies as st
 
 from cache.errors import SaeError
 from pipeline import network
-from pipeline.sources import TextSource, formats, hub, is_validation, lines, python_library, registered, text_source
+from pipeline.sources import (
+    TextSource,
+    formats,
+    hub,
+    is_validation,
+    lines,
+    python_library,
+    registered,
+    row_groups,
+    text_source,
+)
 from pipeline.sources.base import well_formed
 from pipeline.sources.opened import File
 
@@ -536,6 +547,8 @@ class TestHub:
                 "parquet", data_files=files, split=self.split, streaming=True, cache_dir=str(tmp_path / "cache")
             ),
         )
+        monkeypatch.setattr(hub.HubSource, "_parquet", lambda self: None)
+        monkeypatch.setattr(hub.HubSource, "_reach", lambda self: None)
         return hub.HubSource("hub:org/name", "text")
 
     def test_streams_and_resumes(self, local: hub.HubSource) -> None:
@@ -568,6 +581,8 @@ class TestHub:
             raise network.hub_errors()[0]("timed out\nand more")
 
         monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", broken)
+        monkeypatch.setattr(network, "PAUSE", 0.0)
+        monkeypatch.setattr(hub.HubSource, "_reach", lambda self: None)
         with pytest.raises(SaeError, match="org/name: timed out; check the name"):
             hub.HubSource("org/name", "text").recipe()
 
@@ -581,7 +596,7 @@ class TestHub:
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
         monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
         with pytest.raises(SaeError, match=r"127\.0\.0\.1:9 cannot be reached.*--source python"):
-            text_source("fineweb", offline=False)
+            text_source("fineweb", offline=False).recipe()
 
     def test_a_network_that_swallows_everything_is_given_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
         wake = threading.Event()
@@ -614,6 +629,143 @@ class TestHub:
         assert isinstance(found, hub.HubSource)
         assert (found.repo, found.config, found.split) == ("HuggingFaceFW/fineweb", "sample-10BT", "train")
         assert found.slug == "fineweb-10BT"
+
+
+COMMIT = "0123456789012345678901234567890123456789"
+
+
+class Remote:
+    """Stands in for the hub's file system: files of a folder, and which bytes of them were asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.sent, self.opened, self.broken = folder, 0, 0, ""
+
+    def __call__(self) -> "Remote":
+        return self
+
+    def open(self, url: str, **_: Any) -> "Asked":
+        name = url.removeprefix(f"hf://datasets/org/name@{COMMIT}/")
+        if name == self.broken:
+            raise network.hub_errors()[0]("connection lost")
+        self.opened += 1
+        return Asked(self, self.folder / name)
+
+
+class Asked(io.FileIO):
+    def __init__(self, owner: Remote, path: Path) -> None:
+        super().__init__(path)
+        self._owner = owner
+
+    def read(self, size: int | None = -1) -> bytes:
+        found = super().read(-1 if size is None else size)
+        self._owner.sent += len(found)
+        return found
+
+
+class TestRowGroups:
+    """Parquet files of the hub are read by row groups, not by datasets."""
+
+    GROUP = 20
+
+    @pytest.fixture
+    def remote(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Remote:
+        import huggingface_hub
+
+        for number in range(3):
+            texts = [None if i % 7 == 3 else f"{number} {i} " + "words " * 50 for i in range(200)]
+            other = [random.Random(i).randbytes(2000) for i in range(200)]
+            table = pa.table({"other": other, "text": texts, "doc": [{"ids": [i, number]} for i in range(200)]})
+            pq.write_table(table, tmp_path / f"{number}.parquet", row_group_size=self.GROUP)
+        found = Remote(tmp_path)
+        monkeypatch.setattr(huggingface_hub, "HfFileSystem", found)
+        monkeypatch.setattr(network, "PAUSE", 0.0)
+        monkeypatch.setattr(hub.HubSource, "_reach", lambda self: None)
+        monkeypatch.setattr(
+            hub.HubSource, "_parquet", lambda self: [f"hf://datasets/org/name@{COMMIT}/{i}.parquet" for i in range(3)]
+        )
+        return found
+
+    def source(self, column: str = "text") -> hub.HubSource:
+        return hub.HubSource(f"org/name@{COMMIT}", column)
+
+    def test_all_documents_in_order_from_any_place(self, remote: Remote) -> None:
+        expected = [f"{n} {i} " + "words " * 50 for n in range(3) for i in range(200) if i % 7 != 3]
+        assert list(self.source().open()) == expected
+        assert_resumes(self.source(), places=[0, 1, 16, 17, 18, 19, 171, 172, 173, 400, 512, 513])
+
+    def test_growth_reads_what_is_new(self, remote: Remote) -> None:
+        stream = self.source().open()
+        for _ in range(500):
+            next(stream)
+        whole, remote.sent = remote.sent, 0
+        assert len(list(self.source().open(stream.state()))) == 513 - 500
+        assert 0 < remote.sent < whole / 3
+        assert whole < sum(path.stat().st_size for path in remote.folder.glob("*.parquet")) / 2  # one column of three
+
+    def test_reading_ahead_is_bounded(self, remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+        stream = self.source().open()
+        next(stream)
+        stream._pool.shutdown()  # type: ignore[attr-defined]
+        assert remote.opened <= row_groups.AHEAD_GROUPS + 2  # and the footers of two files
+        monkeypatch.setattr(row_groups, "AHEAD_BYTES", 1)
+        remote.opened = 0
+        stream = self.source().open()
+        next(stream)
+        stream._pool.shutdown()  # type: ignore[attr-defined]
+        assert remote.opened <= 3
+
+    def test_a_field_of_token_ids(self, remote: Remote) -> None:
+        ids = [one.tolist() for one in self.source("doc.ids").open() if not isinstance(one, str)]
+        assert ids == [[i, number] for number in range(3) for i in range(200)]
+
+    def test_what_is_refused(self, remote: Remote) -> None:
+        with pytest.raises(SaeError, match=r"org/name/0\.parquet: no column 'body'; it has other, text, doc\.ids"):
+            next(self.source("body").open())
+        with pytest.raises(SaeError, match="'other' holds binary, neither text nor token ids"):
+            next(self.source("other").open())
+        remote.broken = "1.parquet"
+        stream = self.source().open()
+        with pytest.raises(SaeError, match=r"org/name: stopped after 171 documents \(connection lost\); repeat"):
+            list(stream)
+        remote.broken = ""
+        assert len(list(self.source().open(stream.state()))) + stream.state()["documents"] == 513
+
+
+def test_a_place_of_datasets_is_continued_by_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stores of before hold such places."""
+    import datasets
+
+    _parquet(tmp_path / "a.parquet", TEXTS)
+    load = lambda self: datasets.load_dataset(  # noqa: E731
+        "parquet", data_files=str(tmp_path / "a.parquet"), split="train", streaming=True, cache_dir=str(tmp_path / "c")
+    )
+    monkeypatch.setattr(hub.HubSource, "_load", load)
+    monkeypatch.setattr(hub.HubSource, "_reach", lambda self: None)
+    rows = load(None)
+    list(itertools.islice(rows, 4))
+    monkeypatch.setattr(hub.HubSource, "_parquet", lambda self: pytest.fail("looked for files"))
+    state = {"place": rows.state_dict(), "documents": 4}
+    assert list(hub.HubSource(f"org/name@{COMMIT}", "text").open(state)) == TEXTS[4:]
+
+
+def test_a_data_set_of_an_earlier_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub.HubSource, "revision", "f" * 40)
+    now = hub.HubSource("org/name:conf", "text", "slug")
+    monkeypatch.undo()
+    recipe = {**hub.HubSource(f"org/name@{COMMIT}:conf", "text").recipe()}
+    then = now.earlier(recipe)
+    assert then is not None and then.recipe() == recipe and then.slug == "slug"
+    assert str(then) == f"hub:org/name@{COMMIT}:conf" and hub.HubSource(str(then), "text").recipe() == recipe
+    assert str(hub.HubSource(f"org/name@{COMMIT}::test", "text")) == f"hub:org/name@{COMMIT}::test"
+    for other in (
+        {"config": None},
+        {"split": "test"},
+        {"column": "body"},
+        {"dataset": "org/other"},
+        {"source": "files"},
+    ):
+        assert now.earlier({**recipe, **other}) is None
+    assert then.earlier({**recipe, "revision": "e" * 40}) is None  # a commit stays what it is
 
 
 class TestPython:

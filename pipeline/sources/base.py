@@ -9,7 +9,7 @@ import hashlib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -45,6 +45,19 @@ class TextSource(Protocol):
     def open(self, state: dict[str, Any] | None = None) -> DocumentStream:
         """From the beginning, or from the place `state` that a stream of the same source gave."""
         ...
+
+
+@runtime_checkable
+class Moving(TextSource, Protocol):
+    """A source whose text may change under its name. `str()` is what `--source` reads it by as it is now."""
+
+    def earlier(self, recipe: dict[str, Any]) -> TextSource | None:
+        """The source as it was when it had that recipe; None where that recipe is not an older one of this source."""
+        ...
+
+
+class Unreachable(SaeError):
+    """What a source holds cannot be found out now."""
 
 
 # resolve(spec, offline, column) -> the source, or None where `spec` is not its own; SaeError where it cannot be used.

@@ -24,13 +24,13 @@ def parquet(file: File, place: int, column: str) -> Iterator[tuple[Document, int
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(file.path) as table:
-        path = _path(file, table.schema_arrow, column)
+        path = column_path(file, table.schema_arrow, column)
         row = 0
         for group in range(table.num_row_groups):
             rows = table.metadata.row_group(group).num_rows
             if row + rows > place:
                 batches = table.iter_batches(_ROWS, row_groups=[group], columns=[".".join(path)])
-                yield from _rows(file, batches, row, place, path)
+                yield from documents_in(file, batches, row, place, path)
             row += rows
 
 
@@ -46,10 +46,10 @@ def arrow(file: File, place: int, column: str) -> Iterator[tuple[Document, int]]
         else:
             raw.seek(0)
             batches = table = ipc.open_stream(raw)
-        yield from _rows(file, batches, 0, place, _path(file, table.schema, column))
+        yield from documents_in(file, batches, 0, place, column_path(file, table.schema, column))
 
 
-def _path(file: File, schema: pyarrow.Schema, column: str) -> list[str]:
+def column_path(file: File, schema: pyarrow.Schema, column: str) -> list[str]:
     """The names that lead to a column, or to a field of a struct. SaeError where there is none, or no text in it."""
     import pyarrow
 
@@ -95,7 +95,7 @@ def _is_ids(kind: pyarrow.DataType) -> bool:
     return bool(listed and of.is_integer(kind.value_type))
 
 
-def _rows(
+def documents_in(
     file: File, batches: Iterable[pyarrow.RecordBatch], row: int, place: int, path: list[str]
 ) -> Iterator[tuple[Document, int]]:
     """Rows from number `place` on of batches whose first row is number `row`."""

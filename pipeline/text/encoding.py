@@ -25,7 +25,7 @@ from pipeline.text.tokenizers import Tokenizer, tokenizer
 PIECE_CHARACTERS = 1 << 18  # what one worker encodes at a time
 ALONE_CHARACTERS = 1 << 22  # what this process encodes first: less takes no longer than processes to start
 Team = Cluster | Pool
-AHEAD = 6  # pieces a worker that are under way or wait to be packed
+AHEAD = 4  # pieces that wait, beside two a worker
 
 
 class Block(NamedTuple):
@@ -93,7 +93,7 @@ class Encoder:
         if self._cluster is None:
             yield from (encoded(self._tokenizer, piece) for piece in pieces)
             return
-        ahead = AHEAD * self._cluster.size
+        ahead = AHEAD + 2 * self._cluster.size
         for _, (ids, ends) in self._cluster.ordered(self._call(), pieces, ahead, lambda _: "encoding text"):
             yield np.split(ids, ends[:-1])
 
