@@ -13,6 +13,7 @@ from cache.errors import SaeError
 from pipeline import network
 from pipeline.language_model.files import find_model
 from pipeline.network import Refused, snapshot
+from pipeline.sources.hub import HubSource
 from pipeline.text.tokenizers import tokenizer
 
 NAME = "someone/some-llama"
@@ -139,6 +140,25 @@ def test_a_model_that_is_gone_is_taken_from_the_cache(there: Hub, caplog: pytest
     shutil.rmtree(there.models.pop(NAME))
     assert find_model(NAME).folder == folder
     assert any("no such model" in record.message and "local cache" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (Fault("/api/", 401, headers={"X-Error-Message": "Invalid username or password."}), "has no such data set"),
+        (Fault("/api/", 403, headers={"X-Error-Code": "GatedRepo"}), "accept the terms at"),
+        (Fault("/api/", 403), "forbids it"),
+        (Fault("/api/", 500), "has a fault"),
+        (Fault("/api/", 429), "too many requests"),
+        (Fault("/api/", 200, "<html>log in</html>"), "not as a hub does"),
+        (Fault("/api/", silent=2), "does not answer within"),
+    ],
+)
+def test_data_sets_are_refused_in_the_same_words(there: Hub, fault: Fault, said: str) -> None:
+    there.faults = [fault]
+    with pytest.raises(SaeError, match=rf"^--source someone/texts: .*{said}") as caught:
+        HubSource("hub:someone/texts", "text").recipe()
+    assert str(caught.value).isprintable()
 
 
 def test_a_download_has_a_limit(there: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

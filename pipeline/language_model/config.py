@@ -47,6 +47,10 @@ def read_config(folder: Path, name: str) -> Any:
         # code in the folder is never run: left unsaid, transformers would stop and ask on the terminal
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each of hundreds of classes fails in its own way on values that are not its own
+        if "trust_remote_code" in str(error):  # which transformers would have us set
+            raise SaeError(
+                f"--model {name}: is Python code of its own, which is never run; give a model that transformers knows"
+            ) from error
         raise SaeError(f"--model {name}: {CONFIG} is not understood: {one_line(error)}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise SaeError(f"--model {name}: a {config.model_type} is not a causal language model; give one such as gpt2")
