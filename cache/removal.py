@@ -46,7 +46,7 @@ def remove(folder: Path, ours: Ours, lock: Lock) -> None:
                 os.rename(trash, folder)
                 _expect_ours(folder, ours)
             flush_folder(folder.parent)
-        _delete(trash, ours)
+        delete(trash, ours)
     except failures() as error:
         raise explained(error, folder) from error
 
@@ -74,7 +74,7 @@ def finish(parent: Path, ours: Ours) -> list[str]:
                     with Lock(folder):
                         _finish_remote(folder, trash)
             else:
-                _delete(trash, ours)
+                delete(trash, ours)
             done.append(named(trash).name)
     return done
 
@@ -142,8 +142,8 @@ def _entries(folder: Path) -> Iterator[tuple[str, bool]]:
                 yield path.relative_to(folder).as_posix(), path.is_symlink()
 
 
-def _delete(trash: Path, ours: Ours) -> None:
-    """Delete what is ours in a folder, and the folders that this leaves empty."""
+def delete(trash: Path, ours: Ours) -> None:
+    """Delete what is ours in a folder, the folders that this leaves empty, and the folder itself where it is."""
     with suppress(FileNotFoundError):  # another process is at it, too
         for base, folders, files, handle in os.fwalk(trash, topdown=False):
             inside = Path(base).relative_to(trash)

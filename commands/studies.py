@@ -282,8 +282,12 @@ def store_of(where: "Lab", name: str | None, *, any_of_the_last: bool = False) -
 
 
 def results_folder(out: Path | None, study: str) -> Path:
-    """Where the results go. Raises SaeError for a file."""
-    return folder("--out", out or Path("studies") / study)
+    """Where the results go. Raises SaeError for a file, and where they would replace what is no study's."""
+    from pipeline.studies.study import expect_results
+
+    chosen = folder("--out", out or Path("studies") / study)
+    expect_results(chosen)
+    return chosen
 
 
 def finish(result: "Result", out: Path, json: bool, lines: list[str] | None = None) -> None:

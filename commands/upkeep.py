@@ -84,7 +84,8 @@ def gc(
 ) -> None:  # fmt: skip
     """List what nothing needs, and with `--yes` remove it.
 
-    That is what crashes left (temporary files, chunks that were never committed, folders without a recipe), and stores
+    That is what crashes left (temporary files of stores and runs, chunks that were never committed, folders without a
+    recipe, halves of exports), and stores
     that no run in `--runs` was trained on, that no last command made, on which no needed store is built, and that are
     old, or were never completed and not continued for a day. A store somebody is writing is never touched. Where there
     is no folder of runs, nobody knows which stores are needed: then none is listed.
@@ -96,7 +97,7 @@ def gc(
     """
     import console
     from cache import catalogue
-    from cache.upkeep import garbage, removing
+    from cache.upkeep import garbage, loose, removing
 
     root, runs, bars = cache_root(cache), folder("--runs", runs), console.Bars()
     removing.finish(root)
@@ -105,7 +106,7 @@ def gc(
         bars.note(
             f"--runs {runs}: is not there, so which stores are needed is not known, and only remains are looked for"
         )
-    found = garbage.survey(root, used, older_than)
+    found = [*garbage.survey(root, used, older_than), *loose.survey(root, runs if runs.is_dir() else None)]
     busy = []
     freed = 0
     for one in found if yes else ():

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cache import catalogue
 from cache.activations import ActivationStore
-from cache.durable import write_atomic
+from cache.durable import write_in
 from cache.errors import NotFound, SaeError
 from cache.runs import EVALUATION, LATENTS, Run
 from cache.tokens import TokenStore
@@ -135,7 +135,7 @@ def evaluate(
     tensors: dict[str, Tensor] = {}
     for name, one, alive in zip(("", "_kept"), judged, fired, strict=False):
         tensors |= {f"density{name}": one.sparsity.density().float(), f"fired{name}": alive}
-    write_atomic(run.path / LATENTS, safetensors.torch.save(tensors))
+    write_in(run.path, LATENTS, safetensors.torch.save(tensors))
     return result
 
 

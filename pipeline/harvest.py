@@ -28,6 +28,7 @@ from cache.contents import is_temporary
 from cache.durable import PARTIAL, write_atomic
 from cache.errors import SaeError
 from cache.identity import Recipe, canonical
+from cache.locks import reading
 from cache.places import listing
 from cache.tokens import TokenStore
 from configs.base import Amount, Distinct, Settings
@@ -231,6 +232,7 @@ class _Job:
     def run(self, plan: Plan, cluster: Cluster | None) -> list[ActivationStore]:
         """Write the windows the plan still lacks."""
         with ExitStack() as stack:
+            stack.enter_context(reading(self.tokens.path))
             writers = {point: stack.enter_context(self.writer(point)) for point in self.points}
             for writer in writers.values():
                 if writer.notice:

@@ -1,15 +1,17 @@
 """Plots as files (PNG, SVG or PDF by the ending of the name), drawn without a display."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cache.durable import explained
+from cache.durable import write_atomic
 from cache.errors import SaeError
 from pipeline.compare import Row, front
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 ROOM = 15  # ratio of the ends of a logarithmic axis up to which the labels between powers of ten do not overlap
 FORMATS = (".png", ".svg", ".pdf")
@@ -51,10 +53,14 @@ def pareto(rows: Sequence[Row], path: Path) -> None:
         plain_numbers(axis)
         axis.grid(alpha=0.25)
         axis.legend(frameon=False)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise explained(error, path) from error
+    save(figure, path)
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Write a figure as the ending of the path says, whole or not at all."""
+    data = io.BytesIO()
+    figure.savefig(data, dpi=150, format=path.suffix.removeprefix("."))
+    write_atomic(path, data.getvalue())
 
 
 def plain_numbers(axis: "Axes") -> None:

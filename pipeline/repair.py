@@ -16,6 +16,7 @@ import numpy as np
 from cache import catalogue
 from cache.activations import ActivationStore, WindowBuffer
 from cache.codecs import Columns
+from cache.durable import expect_no_link
 from cache.errors import DamagedStore, NotFound, SaeError
 from cache.identity import Recipe, canonical
 from cache.manifest import Manifest, Window
@@ -71,6 +72,8 @@ def repair_all(
         if not damaged and not one.lines:
             continue
         try:
+            if one.link is not None:
+                expect_no_link(one.link)
             done.append(repair(one.store.path, damaged, lambda store: maker(store, origins, progress)))
         except SaeError as error:
             problems.append(error)

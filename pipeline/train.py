@@ -20,6 +20,7 @@ from cache.activations import ActivationStore
 from cache.errors import NotFound, SaeError
 from cache.identity import digest
 from cache.loader import Loader
+from cache.locks import reading
 from cache.outliers import expect_kept, largest_norm
 from cache.runs import CONFIG, FAILURE, Run
 from pipeline import devices
@@ -124,6 +125,7 @@ def train(
         if ranks.rank == 0:
             for run in runs:
                 stack.enter_context(run.lock())
+            stack.enter_context(reading(store.path))
         state = _begin(runs, store, where, progress, ranks)
         stack.enter_context(state.loader)
         stopping = stack.enter_context(interruptible())

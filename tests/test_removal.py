@@ -2,7 +2,11 @@
 
 import hashlib
 import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,7 @@ from command_line import done, sae
 from killing import killed_at
 from small_stores import CHUNK, N, heavy_rows, shrunk, write_activations, write_tokens
 
-from cache import catalogue
+from cache import catalogue, processes
 from cache.activations import ActivationStore, ActivationWriter
 from cache.contents import ARRAYS
 from cache.errors import Busy, SaeError
@@ -23,6 +27,7 @@ from cache.store import RECIPE
 from cache.upkeep import removing
 
 ROWS = heavy_rows(N, 6)
+PROJECT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -80,7 +85,9 @@ def expect_all_right(root: Path) -> None:
     assert write_activations(root, ROWS[:CHUNK]).n_rows == CHUNK
 
 
-@pytest.mark.parametrize("command", ["cache rm --yes synthetic", "cache gc --yes --older-than 0d"])
+@pytest.mark.parametrize(
+    "command", ["cache rm --yes synthetic", pytest.param("cache gc --yes --older-than 0d", marks=pytest.mark.slow)]
+)
 def test_a_removal_killed_at_any_step_is_completed(root: Path, command: str) -> None:
     """By the next command, whichever it is; readers see the store whole or not at all."""
     again: list[Callable[[ActivationStore], object]] = [
@@ -323,3 +330,107 @@ def test_a_run_killed_while_it_was_begun_or_discarded_is_not_in_the_way(tmp_path
         shutil.rmtree(tmp_path / "x")
     assert stop > 3
     assert os.listdir(tmp_path) == []
+
+
+# --- what is left outside of stores -----------------------------------------------------------------------------------
+
+
+def of_a_dead_process(name: str) -> str:
+    """A temporary file's name as a process that is gone would have chosen it."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        pass
+    whole, machine, rest = re.fullmatch(r"(.*)\.([0-9a-f]{8})-\d+-(.*)", processes.temporary(name)).groups()  # type: ignore[union-attr]
+    return f"{whole}.{machine}-{process.pid}-{rest}"
+
+
+def test_temporary_files_tell_whose_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = processes.temporary("a.b.json")
+    assert processes.final_name(name) == "a.b.json" and processes.left_behind(name) is False
+    assert processes.left_behind(of_a_dead_process("x")) is True
+    number = name.split("-")
+    assert processes.left_behind("-".join([number[0], number[1], "1", number[3]])) is True  # its number was used again
+    assert processes.left_behind(name.replace(number[0][-8:], "0" * 8)) is None  # another machine's
+    for other in ("thesis.partial", "a.b.partial", "x.1-2-3-4.partial", "lease-1.partial"):
+        assert processes.final_name(other) is None and processes.left_behind(other) is None
+    assert processes.final_name("config.json.77.partial") == "config.json"  # of version 0.1.0
+    assert len({processes.temporary("x") for _ in range(99)}) == 99
+
+
+def test_what_killed_processes_left_beside_stores_is_found(root: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    run = Run.create(runs / "x", {"activations": {}})
+    (run.path / "eval").mkdir()
+    (runs / "begun").mkdir()
+    (runs / "begun" / LOCK).write_bytes(b"")
+    (runs / "begun" / of_a_dead_process(CONFIG)).write_bytes(b"half")
+    left = [root / "latest.json", runs / "compare.png", run.path / "metrics.jsonl", run.path / "eval" / "eval.json"]
+    left = [path.with_name(of_a_dead_process(path.name)) for path in left] + [run.path / "config.json.9.partial"]
+    kept = [runs / "thesis.partial", run.path / "notes.9.partial", run.path / processes.temporary("cfg.json")]
+    root.mkdir()
+    for path in [*left, *kept]:
+        path.write_bytes(bytes(10))
+    os.utime(left[-1], (0, 0))
+    os.utime(kept[1], (0, 0))
+    before = tree(tmp_path)
+    answer = done("cache gc --json").json
+    assert tree(tmp_path) == before
+    assert answer["bytes"] == 10 * len(left) + 4
+    assert done("cache gc --yes --json").json["freed"] == answer["bytes"]
+    assert not any(path.exists() for path in left) and all(path.exists() for path in kept)
+    assert not (runs / "begun").exists() and (run.path / CONFIG).exists()
+    assert done("cache gc").out == "nothing to remove\n"
+
+
+EXPORTING = """
+import os, signal, sys
+sys.path[:0] = ["tests"]
+from small_stores import shrunk
+small = shrunk()
+small.__enter__()
+sys.argv = ["sae", "cache", "export", *sys.argv[1:]]
+rename = os.replace
+def killed(source, target, *more, **options):
+    if str(target).endswith(os.environ["KILL"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(source, target, *more, **options)
+os.replace = killed
+import pathlib
+pathlib.Path.replace = lambda self, target: killed(self, target)
+from cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("at", ["rows/zarr.json", "c/0/0"])
+def test_half_of_an_export_that_was_killed_is_found(root: Path, tmp_path: Path, at: str) -> None:
+    store = write_activations(root, ROWS)
+    command = [sys.executable, "-c", EXPORTING, store.key, str(tmp_path / "out" / "z")]
+    killed = subprocess.run(command, env={**os.environ, "KILL": at}, cwd=PROJECT, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    (half,) = (tmp_path / "out").iterdir()
+    (half / "thesis.tex").write_text("years")
+    assert done("cache gc --yes").out == "nothing to remove\n"
+    assert half.exists()
+    (half / "thesis.tex").unlink()
+    assert half.name in done("cache gc").out and half.exists()
+    done("cache gc --yes")
+    assert os.listdir(tmp_path / "out") == []
+    assert sorted(os.listdir(root)) == ["activations"]
+    done(f"cache export {store.key} {tmp_path}/out/z")
+    assert os.listdir(tmp_path / "out") == ["z"]
+
+
+def test_a_forged_note_of_an_export_removes_nothing(root: Path, tmp_path: Path) -> None:
+    """A cache may come from anyone."""
+    root.mkdir()
+    precious = tmp_path / of_a_dead_process("z")
+    (precious / "rows").mkdir(parents=True)
+    (precious / "zarr.json").write_text("years")
+    (precious / "rows" / "thesis").write_text("years")
+    (tmp_path / "plain").mkdir()
+    (tmp_path / of_a_dead_process("link")).symlink_to(tmp_path / "plain")
+    for where in (precious, tmp_path / "plain", "..", "", f"{tmp_path}/{of_a_dead_process('link')}", "\0"):
+        (root / of_a_dead_process("export")).write_text(str(where))
+    before = {name: what for name, what in tree(tmp_path).items() if not name.startswith("cache")}
+    done("cache gc --yes")
+    assert {name: what for name, what in tree(tmp_path).items() if not name.startswith("cache")} == before

@@ -20,7 +20,7 @@ import numpy as np
 from google_crc32c import extend as crc32c_of
 
 from cache.activations import ActivationStore
-from cache.durable import unreadable
+from cache.durable import opened, unreadable
 from cache.loading.schedule import Spans
 from cache.places import is_remote
 
@@ -229,7 +229,7 @@ def opened_file(store: ActivationStore, name: str) -> int:
     """A descriptor of a committed file of this machine. Raises DamagedStore where it is missing."""
     path = store.path / name
     try:
-        return os.open(path, os.O_RDONLY)
+        return opened(path)
     except FileNotFoundError as error:
         raise store.missing(path) from error
     except OSError as error:

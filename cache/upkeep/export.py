@@ -11,7 +11,6 @@ DEST that exists is whole. In token order a window is undone at once, so memory 
 """
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +22,14 @@ import zarr
 from torch import Tensor
 from zarr.codecs import ZstdCodec
 
+from cache import removal
 from cache.activations import ActivationStore
 from cache.codecs import Encoded, from_numpy, to_numpy
-from cache.durable import PARTIAL, explained, make_folder
+from cache.durable import explained, make_folder
 from cache.errors import SaeError
+from cache.processes import temporary
 from cache.tokens import TokenStore
+from cache.upkeep import loose
 
 Advance = Callable[[int], None]
 ORDERS = ("stored", "token")
@@ -71,16 +73,19 @@ def export(
     if rows is not None and rows < 1:
         raise SaeError(f"--rows {rows}: an export has at least one")
     n = store.n_rows if rows is None else min(rows, store.n_rows)
-    partial = destination.with_name(f"{destination.name}.{os.getpid()}{PARTIAL}")
+    partial = Path(os.path.abspath(destination.with_name(temporary(destination.name))))
     try:
         make_folder(destination.parent)
-        _write(store, partial, n, dtype, order, tokens, advance)
-        size = _flushed(partial)
-        os.rename(partial, destination)
+        with loose.noted(store.path.parent.parent, partial):
+            partial.mkdir()
+            try:
+                _write(store, partial, n, dtype, order, tokens, advance)
+                size = _flushed(partial)
+                os.rename(partial, destination)
+            finally:
+                removal.delete(partial, loose.is_of_an_export)  # gone already where all went well
     except OSError as error:
         raise explained(error, destination) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # gone already where all went well
     return Exported(destination, n, size)
 
 

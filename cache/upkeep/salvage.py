@@ -6,7 +6,7 @@ by the gap it leaves; after the last good line, by a line too many and by its fi
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from cache import catalogue
 from cache.errors import DamagedStore
 from cache.manifest import MANIFEST, Manifest, Window, end_line, lines_of, read_line, read_manifest
-from cache.places import listing
+from cache.places import is_remote, listing
 from cache.store import HINTS, REQUEST, Store
 
 THREADS = 8  # reading waits for disks and networks; checking costs 0.2 s of one core a GB
@@ -31,6 +31,7 @@ class Salvaged:
     lost: frozenset[int] = frozenset()
     lines: tuple[str, ...] = ()
     open_end: bool = False
+    link: Path | None = None  # on the way to it: nothing is written through that
 
     @cached_property
     def files(self) -> dict[str, int]:
@@ -51,6 +52,11 @@ class Finding(NamedTuple):
 
 def salvage(folder: Path) -> Salvaged:
     """What is left of the store in a folder. Raises DamagedStore where its recipe cannot be read."""
+    links = [] if is_remote(folder) else [path for path in (folder, folder.parent) if path.is_symlink()]
+    return replace(_salvage(folder), link=links[0] if links else None)
+
+
+def _salvage(folder: Path) -> Salvaged:
     path = folder / MANIFEST
     try:
         store = catalogue.opened(folder)

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from cache.durable import write_atomic
+from cache.durable import expect_file, expect_no_link, write_atomic
 from cache.errors import DamagedStore
 from cache.runs import CONFIG, EVALUATION, FEATURES, LATENTS, Run
 from pipeline.report.charts import Series, framed, line_chart, number
@@ -53,6 +53,7 @@ class Found(NamedTuple):
 
 def write_report(run: Run, out: Path) -> Path:
     """Write the report of a run to `out`. Raises DamagedStore where a file of the run is not what was written."""
+    expect_no_link(out.parent)
     write_atomic(out, page(read(run)).encode())
     return out
 
@@ -63,6 +64,7 @@ def read(run: Run) -> Found:
     density = fired = features = None
     if (path := run.path / LATENTS).exists():
         try:
+            expect_file(path)
             tensors = load_file(path)
             density, fired = tensors["density"].astype(np.float64), tensors.get("fired")
         except (SafetensorError, KeyError) as error:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cache import catalogue
 from cache.activations import ActivationStore
+from cache.durable import expect_file
 from cache.errors import DamagedStore
 from cache.runs import EVALUATION, LATENTS, Run
 from pipeline import devices, trained
@@ -101,6 +102,7 @@ def _of_rows(
 
 def _density(run: Run) -> Tensor:
     try:
+        expect_file(run.path / LATENTS)
         found = load_file(run.path / LATENTS)
         return found.get("density_kept", found["density"]).double()
     except (SafetensorError, KeyError) as error:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cache.durable import explained
-from pipeline.plots import plain_numbers
+from pipeline.plots import plain_numbers, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,10 +53,7 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
         _fill(axis, panel)
     for axis in axes[len(shown) :]:
         axis.set_axis_off()
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise explained(error, path) from error
+    save(figure, path)
 
 
 def _fill(axis: "Axes", panel: Panel) -> None:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from cache import catalogue
 from cache.activations import ActivationStore
-from cache.durable import make_folder, write_atomic
+from cache.durable import make_folder, read, write_atomic
 from cache.errors import NotFound, SaeError
 from cache.identity import canonical
 from cache.runs import EVALUATION, Run
@@ -28,6 +28,8 @@ from pipeline.saes import ARCHITECTURES, Config, parse
 from pipeline.studies import figures
 from pipeline.sweep import open_all, sweep
 from pipeline.train import TrainConfig, run_name
+
+FILES = {"table": "table.csv", "results": "results.json", "plot": "plot.png"}
 
 
 @dataclass(frozen=True)
@@ -156,8 +158,9 @@ class Result:
 
     def write(self, out: Path) -> dict[str, str]:
         """Write table.csv, results.json and plot.png into a folder; what is where."""
+        expect_results(out)
         make_folder(out)
-        paths = {"table": out / "table.csv", "results": out / "results.json", "plot": out / "plot.png"}
+        paths = {name: out / file for name, file in FILES.items()}
         write_atomic(paths["table"], as_csv(self.runs).encode())
         write_atomic(paths["results"], json.dumps(self.as_json(), indent=2, allow_nan=False).encode())
         self.draw(self.table, paths["plot"])  # last: there may be nothing to draw
@@ -166,6 +169,19 @@ class Result:
     def as_json(self) -> dict[str, Any]:
         """Everything found."""
         return {"study": self.study, "runs": self.runs, "table": self.table, "notes": self.notes, **self.extra}
+
+
+def expect_results(out: Path) -> None:
+    """Raise SaeError where results would replace files that are no study's."""
+    if not any((out / file).exists() for file in FILES.values()):
+        return
+    try:
+        said = json.loads(read(out / FILES["results"]) or b"")
+    except ValueError:
+        said = None
+    if not isinstance(said, dict) or "study" not in said:
+        there = next(file for file in FILES.values() if (out / file).exists())
+        raise SaeError(f"--out {out}: {there} there is no study's; move it away or name another folder")
 
 
 def of_equal_rows(base: TrainConfig, stores: Iterable[ActivationStore]) -> TrainConfig:
