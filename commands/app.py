@@ -18,6 +18,7 @@ from cache.errors import SaeError
 from cache.places import outage
 from commands import judging, looking, making, runs, studies
 from commands.options import CacheRoot, Device, Json, RunsRoot, Set, cache_root, folder
+from commands.words import Command
 from pipeline.interrupts import Interrupted
 
 
@@ -137,7 +138,7 @@ def misused(error: typer.TyperException) -> str:
     if isinstance(error, typer.BadParameter) and param is not None and error.message:
         problems: list[Any] = getattr(error.__cause__, "errors", list)()  # pydantic's, where it is typer that refused
         value = f"{problems[0]['input']}: " if problems else ""
-        names = [name for name in param.opts if name.startswith("--")] or [param.name]
+        names = [name for name in param.opts if name.startswith("--")] or [param.metavar or param.name]
         variable = f" (or {param.envvar})" if param.envvar else ""
         return f"{names[0]}{variable} {value}{error.message[:1].lower()}{error.message[1:]}"
     if similar := getattr(error, "possibilities", None):
@@ -151,6 +152,11 @@ def out_of_memory(error: Exception) -> bool:
     """Whether Python, torch or CUDA ran out of memory."""
     torch_says = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
     return isinstance(error, MemoryError) or torch_says
+
+
+for group in (app, looking.app, studies.app):
+    for registered in group.registered_commands:
+        registered.cls = Command
 
 
 def run() -> int:

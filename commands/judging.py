@@ -17,11 +17,10 @@ from commands.options import (
     Set,
     TrainingStore,
     cache_root,
-    count,
     folder,
     settings,
-    several,
 )
+from commands.words import count, whole
 
 
 def evaluate(
@@ -61,7 +60,7 @@ def evaluate(
 
 def report(
     run: Annotated[str | None, RunName] = None,
-    latents: Annotated[str | None, typer.Option(metavar="N,...", help="Latents to show, as 3,17,256. Default: the strongest few and a sample of the others.")] = None,
+    latents: Annotated[str | None, typer.Option(metavar="N,...", help="Latents to show, as 3,17,256 or 0-9. Default: the strongest few and a sample of the others.")] = None,
     rows: Annotated[str, count("Rows to search for contexts. Default: 262144.")] = "262144",
     activations: TrainingStore = None,
     device: Device = "auto", cache: CacheRoot = None, runs: RunsRoot = Path("runs"), json: Json = False,
@@ -80,7 +79,7 @@ def report(
     from pipeline.report.features import FeaturesConfig
     from pipeline.report.stage import report as stage
 
-    values = settings("report", FeaturesConfig, None, None, None, latents=several(latents), rows=rows)
+    values = settings("report", FeaturesConfig, None, None, None, latents=whole("--latents", latents), rows=rows)
     root, bars = cache_root(cache), console.Bars()
     found = catalogue.find_run(folder("--runs", runs), run)
     bars.note(f"run: {found.path}")

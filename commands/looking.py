@@ -10,8 +10,9 @@ import typer
 
 from cache.errors import SaeError
 from cache.places import is_remote
-from commands.options import CacheRoot, Json, StoreName, cache_root, complete_store, count
+from commands.options import CacheRoot, Json, StoreName, cache_root, complete_store
 from commands.upkeep import Yes, gc, report_damage, verify
+from commands.words import count
 
 if TYPE_CHECKING:
     from cache.upkeep.usage import Part, Usage

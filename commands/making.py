@@ -19,11 +19,10 @@ from commands.options import (
     Set,
     cache_root,
     complete_store,
-    count,
     settings,
-    several,
     unfinished,
 )
+from commands.words import count, several, whole
 
 
 def tokenize(
@@ -71,7 +70,7 @@ def tokenize(
 
 def harvest(
     model: Annotated[str | None, typer.Option(metavar="NAME", help="gpt2, any hub model transformer_lens boots, a local Hugging Face folder, or tiny (embedded). Default: gpt2.")] = None,
-    layer: Annotated[str | None, typer.Option(metavar="N,...", help="Layers, from 0: one, or several as 4,6,8. Default: 6.")] = None,
+    layer: Annotated[str | None, typer.Option(metavar="N,...", help="Layers, from 0: one, or several as 4,6,8 or 0-3. Default: 6.")] = None,
     site: Annotated[str | None, typer.Option(metavar="NAME,...", help="Sites: one, or several as resid_post,mlp_out; `sae list` explains each. Default: mlp_out.")] = None,
     codec: Annotated[str | None, typer.Option(metavar="NAME", help="int8, bfloat16, float16 or float32; with settings as int8:step=0.11. Default: int8.")] = None,
     tokens: Annotated[str | None, count("Training tokens to run. Default: all.")] = None,
@@ -105,7 +104,7 @@ def harvest(
 
     values = settings(
         "harvest", HarvestConfig, preset, config, set_,
-        model=model, layer=several(layer), site=several(site), codec=codec, tokens=tokens,
+        model=model, layer=whole("--layer", layer), site=several("--site", site), codec=codec, tokens=tokens,
     )  # fmt: skip
     together = team(workers, scheduler, 1)
     root, bars = cache_root(cache), console.Bars()

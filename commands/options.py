@@ -1,8 +1,6 @@
-"""The options that commands share, and what the command line's words mean: counts, lists, folders, settings."""
+"""The options that commands share, and what comes of them: folders, settings."""
 
-import re
 from collections.abc import Sequence
-from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,33 +11,6 @@ from cache.errors import SaeError
 if TYPE_CHECKING:
     from cache.store import Store
     from configs import Kind
-
-
-SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
-LARGEST = 10**15
-
-
-def amount(text: str) -> str:
-    """A count as people write it: 500, 300k, 10M, 1e8, 1G, or all."""
-    if text == "all":
-        return text
-    found = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?(?:e[0-9]{1,2})?)([kmgb]?)", text, re.IGNORECASE)
-    value = Decimal(re.sub("[_,]", "", found[1])) * SCALES[found[2].lower()] if found else Decimal(-1)
-    if not 0 <= value < LARGEST or value % 1:
-        raise typer.BadParameter(f"{text}: is no count; write 500, 300k, 10M, 1e8 or all")
-    return str(int(value))
-
-
-def count(help: str) -> Any:
-    """An option that takes an amount."""
-    return typer.Option(
-        parser=amount, metavar="N", show_default=False, help=f"{help} Write 500, 300k, 10M, 1e8 or all."
-    )
-
-
-def several(text: str | None) -> list[str] | None:
-    """A comma-separated list, or None where the option was not given."""
-    return None if text is None else [item.strip() for item in text.split(",")]
 
 
 def complete_preset() -> list[str]:

@@ -24,12 +24,12 @@ from commands.options import (
     cache_root,
     complete_run,
     complete_store,
-    count,
     folder,
     length_of,
     settings,
     unfinished,
 )  # fmt: skip
+from commands.words import count
 from pipeline.interrupts import remedied
 
 if TYPE_CHECKING:

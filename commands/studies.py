@@ -23,12 +23,11 @@ from commands.options import (
     Steps,
     cache_root,
     complete_store,
-    count,
     folder,
     length_of,
-    several,
     unfinished,
 )
+from commands.words import count, several, whole
 
 if TYPE_CHECKING:
     from cache.activations import ActivationStore
@@ -130,7 +129,7 @@ def rates(
     chosen = grid("--ratios", ratios, stage.RATIOS)
     if 0 in chosen:
         raise SaeError(f"--ratios {ratios}: a decoder at rate 0 learns nothing; give numbers above 0")
-    decays = several(encoder_decay) or list(stage.DECAYS)
+    decays = several("--encoder-decay", encoder_decay) or list(stage.DECAYS)
     if wrong := [decay for decay in decays if decay not in stage.DECAYS]:
         raise SaeError(f"--encoder-decay {wrong[0]}: there is no such one; use {', '.join(stage.DECAYS)}")
     known = [decay for decay in stage.DECAYS if decay in decays]
@@ -143,7 +142,7 @@ def rates(
 
 @app.command()
 def layers(
-    layers: Annotated[str, typer.Option("--layers", metavar="N,...", help="Layers, from 0, as 0,4,8; a store of each must be there.")],
+    layers: Annotated[str, typer.Option("--layers", metavar="N,...", help="Layers, from 0, as 0,4,8 or 0-3; a store of each must be there.")],
     site: Annotated[str | None, typer.Option(metavar="NAME", help="Site, as resid_post. Default: that of the store.")] = None,
     arch: Arch = None, k: ActiveLatents = None, d_sae: Latents = None, steps: Steps = None, rows: Rows = None,
     seeds: Seeds = None, activations: Store = None, no_ce: NoCe = False, out: Out = None, device: Device = "auto",
@@ -161,7 +160,7 @@ def layers(
     """
     from pipeline.studies import layers as stage
 
-    numbers = whole("--layers", layers)
+    numbers = sorted(whole("--layers", layers) or ())
     base = training(preset, config, set_, steps, rows, arch=arch, k=k, d_sae=d_sae)
     where = lab(cache, runs, preset, config, set_, no_ce, device, offline)
     folder_ = results_folder(out, "layers")
@@ -197,7 +196,7 @@ def alignment(
     from pipeline.studies import alignment as stage
     from pipeline.training.alignment import BY
 
-    chosen = several(by) or ["dec"]
+    chosen = several("--by", by) or ["dec"]
     if wrong := [what for what in chosen if what not in BY]:
         raise SaeError(f"--by {wrong[0]}: there is no such one; use {', '.join(BY)}")
     pulls = grid("--weights", weights, stage.WEIGHTS)
@@ -214,7 +213,7 @@ def grid(option: str, text: str | None, usual: tuple[float, ...]) -> tuple[float
     if text is None:
         return usual
     try:
-        found = [float(item) for item in text.split(",")]
+        found = [float(item) if item.isascii() else math.nan for item in text.split(",")]
     except ValueError:
         found = [math.nan]
     if not all(0 <= number < math.inf for number in found):
@@ -222,17 +221,6 @@ def grid(option: str, text: str | None, usual: tuple[float, ...]) -> tuple[float
     if len(set(found)) < len(found):
         raise SaeError(f"{option} {text}: a number is there twice")
     return tuple(sorted(found))
-
-
-def whole(option: str, text: str) -> list[int]:
-    """Whole numbers from 0 on, ascending. Raises SaeError for what is not such, or is there twice."""
-    items = several(text) or []
-    if not all(item.isdecimal() for item in items):
-        raise SaeError(f"{option} {text}: write whole numbers with commas between them, as 0,4,8")
-    found = sorted(int(item) for item in items)
-    if len(set(found)) < len(found):
-        raise SaeError(f"{option} {text}: a number is there twice")
-    return found
 
 
 def training(

@@ -110,7 +110,7 @@ def harvest(
         model = LanguageModel.boot(
             config.model, device=device, dtype=config.dtype, revision=config.revision, offline=offline
         )
-    points = [Point(layer, site) for layer in dict.fromkeys(config.layer) for site in dict.fromkeys(config.site)]
+    points = [Point(layer, site) for layer in config.layer for site in config.site]
     for point in points:
         model.check(point)
     jobs, plans = [], []

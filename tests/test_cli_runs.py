@@ -54,8 +54,8 @@ def test_a_sweep_and_its_comparison(cache: Path, tmp_path: Path) -> None:
         (["--sweep", "k"], "--sweep k: write it as KEY=VALUE,VALUE"),
         (["--sweep", "k=2,4", "--name", "x"], "leave out --name and --resume"),
         (["--seeds", 2, "--resume"], "leave out --name and --resume"),
-        (["--sweep", "k=2,4", "--k", 3], "does another option fix a swept key?"),
-        (["--sweep", "nothing=2,4"], "nothing: unknown key"),
+        (["--sweep", "k=2,4", "--k", 3], "--k 3: --sweep sae.k=2 says otherwise; give one of the two"),
+        (["--sweep", "nothing=2,4"], "--sweep nothing=2: these settings have no nothing"),
         (["--sweep", "arch=topk,tpok"], "tpok: there is no such one; did you mean 'topk'?"),
     ],
 )

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 import configs
 from commands.app import app
-from commands.options import amount
+from commands.words import amount
 from pipeline.evaluate import EvalConfig
 from pipeline.harvest import HarvestConfig
 from pipeline.saes import ARCHITECTURES

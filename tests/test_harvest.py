@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from killing import Killed
+from pydantic import ValidationError
 from small_models import (
     BEGIN,
     CONTEXT,
@@ -193,6 +194,12 @@ def test_rows_of_two_models_and_two_precisions_align(tmp_path: Path, models: dic
     assert len({store.positions(0, store.n_rows).tobytes() for store in stores}) == 1
     other = one(run(models["gpt2"], tmp_path, token_store(tmp_path, made_up(20, seed=1), seed=1)))
     assert other.positions(0, 32).tobytes() != stores[0].positions(0, 32).tobytes()
+
+
+@pytest.mark.parametrize("twice", [{"layer": [1, 0, 1]}, {"site": ["mlp_out", "mlp_out"]}])
+def test_a_site_asked_for_twice_is_refused(twice: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="is there twice"):
+        HarvestConfig(**twice)
 
 
 def test_the_stores_name_says_what_it_is(tmp_path: Path, gpt2: Path) -> None:
