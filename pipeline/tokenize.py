@@ -24,14 +24,15 @@ from pydantic import Field
 
 from cache import catalogue
 from cache.errors import SaeError
-from cache.identity import Recipe, canonical
+from cache.identity import Recipe
 from cache.manifest import Window
 from cache.tokens import TokenStore, TokenWriter
 from configs.base import Amount, Settings
 from pipeline.cluster import connected
 from pipeline.interrupts import telling
 from pipeline.progress import Progress
-from pipeline.sources import Document, Moving, TextSource, Unreachable, is_validation, text_source
+from pipeline.sources import Document, Moving, TextSource, is_validation, text_source
+from pipeline.text.earlier import point_to_older, settled
 from pipeline.text.encoding import ALONE_CHARACTERS, Block, Encoder
 from pipeline.text.former import begun, identity
 from pipeline.text.layout import DEFAULT, Begin, Layout, layout
@@ -115,7 +116,7 @@ def tokenize(
     source = text_source(config.source, offline=offline, column=config.column)
     tok = tokenizer(config.tokenizer, offline=offline)
     if isinstance(source, Moving):
-        source = _settled(config, source, tok, root, progress)
+        source = settled(source, lambda one: token_recipe(config, one, tok, SPLITS[0]), root, progress)
     stores = {}
     with ExitStack() as stack:
         local = Pool(workers) if scheduler is None and workers > 1 else None
@@ -152,31 +153,6 @@ def token_recipe(config: TokenizeConfig, source: TextSource, tok: Tokenizer, spl
     }
 
 
-def _settled(config: TokenizeConfig, source: Moving, tok: Tokenizer, root: Path, progress: Progress) -> TextSource:
-    """A source that may have moved: as it is now, or as a store has it where that cannot be found out."""
-    older: list[tuple[TokenStore, TextSource]] = []
-    # what cannot be read is said by `sae cache ls`; it is no reason not to make another store
-    for store in catalogue.readable(root, catalogue.folders(root, TokenStore.kind))[0]:
-        assert isinstance(store, TokenStore)
-        then = source.earlier(store.recipe["source"])
-        if then is not None and canonical(token_recipe(config, then, tok, SPLITS[0])) == canonical(store.recipe):
-            older.append((store, then))
-    most = max(older, key=lambda item: item[0].n_contexts, default=None)
-    try:
-        now = token_recipe(config, source, tok, SPLITS[0])
-    except Unreachable as error:
-        if most is None:
-            raise
-        progress.note(f"{error}; going on with the text that {most[0].key} is of")
-        return most[1]
-    if most is not None and catalogue.of_recipe(root, TokenStore, now) is None:
-        progress.note(
-            f"a new store: --source {config.source} has changed since {most[0].key} ({most[0].n_tokens:,} tokens) was "
-            f"made; --source {most[1]} continues that one"
-        )
-    return source
-
-
 def found_at(config: TokenizeConfig, source: TextSource) -> dict[str, str]:
     """Where text and tokenizer are, from any folder: what `sae cache verify --repair` reads them from."""
     files = source.recipe()["source"] == "files"
@@ -198,7 +174,7 @@ def tokenize_split(
         if writer.notice:
             progress.note(writer.notice)
         if not writer.store.n_contexts and config.begin is None and split == SPLITS[0]:
-            _point_to_older(root, slug, recipe, tok, progress)
+            point_to_older(root, slug, recipe, tok, progress)
         writer.write_vocabulary(tok.vocabulary())
         writer.hint(**found_at(config, source))
         target = _target(writer.store, wanted, progress)
@@ -214,19 +190,6 @@ def tokenize_split(
         if not writer.store.n_contexts:
             raise TooLittle(_too_little(config, split))
         return writer.store
-
-
-def _point_to_older(root: Path, slug: str, recipe: Recipe, tok: Tokenizer, progress: Progress) -> None:
-    """Say where the same text lies in contexts of the layout that was the default once."""
-    older = {name: value for name, value in recipe.items() if name not in ("begin", "separator")}
-    if older == recipe:
-        return
-    older = begun(root, slug, older, tok, progress)
-    if (found := catalogue.of_recipe(root, TokenStore, older)) is not None and found.n_contexts:
-        progress.note(
-            f"a new store: contexts begin with the begin token now, and not only documents as in {found.key}; "
-            "--set tokenize.begin=document continues that one"
-        )
 
 
 def _target(store: TokenStore, wanted: Amount, progress: Progress) -> int | None:
