@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cache import removal
+from cache.activations import ActivationStore
 from cache.durable import read, write_atomic
 from cache.errors import DamagedStore, NotFound, SaeError
 from cache.head import RECIPE, read_head
@@ -48,9 +49,7 @@ class Entry:
 
 
 def kinds() -> dict[str, type[Store]]:
-    """Every kind of store. Activation stores are imported late: they bring torch along."""
-    from cache.activations import ActivationStore
-
+    """Every kind of store."""
     return {kind.kind: kind for kind in (TokenStore, ActivationStore)}
 
 
@@ -209,9 +208,42 @@ def bytes_in(folder: Path) -> int:
 
 
 def runs(root: Path) -> list[Run]:
-    """All run folders, oldest first."""
-    found = [path / CONFIG for path in holding(root, CONFIG)]
-    return [Run(path.parent) for path in sorted(found, key=lambda path: path.stat().st_mtime)]
+    """All run folders, oldest first. Raises DamagedStore where one cannot be read."""
+    found, damage = readable_runs(root)
+    if damage:
+        raise DamagedStore(f"{damage[0]}; name the run that you mean")
+    return found
+
+
+def readable_runs(root: Path, *, all_tools: bool = False) -> tuple[list[Run], list[str]]:
+    """The run folders that can be read, oldest first, and what is wrong with the others.
+
+    A folder whose config.json says nothing of a training is another tool's, and left out unless `all_tools`.
+    """
+    found, damage = [], []
+    paths = [path / CONFIG for path in holding(root, CONFIG)]
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime):
+        try:
+            run = Run(path.parent)
+            ours = bool(run.config.keys() & {"train", "activations"})
+            if ours:
+                _ = run.settings, run.seen
+            if ours or all_tools:
+                found.append(run)
+        except SaeError as error:
+            damage.append(str(error))
+    return found, damage
+
+
+def trained_on(root: Path, run: Run, given: str | None) -> ActivationStore:
+    """The store that a run was trained on: the one `given`, else that of the recipe which the run names.
+
+    A path or a URL is only ever what the user gives, never what a run says.
+    """
+    if given is None and run.seen.key not in {path.name for path in folders(root, ActivationStore.kind)}:
+        raise NotFound(f"{run.seen.key}: {run.name} was trained on it, but it is not in {root}; say --activations")
+    name = given if given is not None else str(root / ActivationStore.kind / run.seen.key)
+    return find(root, ActivationStore, name, "--activations", "sae harvest")
 
 
 def find_run(root: Path, name: str | None) -> Run:
@@ -220,7 +252,7 @@ def find_run(root: Path, name: str | None) -> Run:
         for path in (Path(name), root / name):
             if (path / CONFIG).exists():
                 return Run(path)
-        there = ", ".join(run.name for run in runs(root)) or "nothing yet; run `sae train`"
+        there = ", ".join(run.name for run in readable_runs(root)[0]) or "nothing yet; run `sae train`"
         raise NotFound(f"{name}: no such run in {root}; there is {there}")
     finished = [run for run in runs(root) if run.finished]
     if not finished:

@@ -16,8 +16,8 @@ MOST_DIGITS = 40  # of a whole number
 MOST_LETTERS = 255  # of a name: what file systems allow
 
 
-def parse(data: bytes) -> Any:
-    """The value of a JSON text.
+def parse(data: bytes, *, nan_is_null: bool = False) -> Any:
+    """The value of a JSON text. With `nan_is_null` what Python writes of NaN and infinity is null.
 
     Raises ValueError where it is too large or too deep, not UTF-8, says a name twice, or holds what JSON has no word
     for (NaN, infinity, half a surrogate pair).
@@ -26,8 +26,8 @@ def parse(data: bytes) -> Any:
         raise ValueError(f"more than {MOST_BYTES >> 20} MiB")
     try:
         value = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant, parse_float=_finite,
-            parse_int=_bounded,
+            data.decode("utf-8"), object_pairs_hook=_once, parse_float=_finite, parse_int=_bounded,
+            parse_constant=_null if nan_is_null else _no_constant,
         )  # fmt: skip
     except RecursionError:
         raise ValueError("nested too deeply") from None
@@ -52,9 +52,9 @@ def mapping(value: Any) -> dict[str, Any]:
     return value
 
 
-def parsed_mapping(data: bytes) -> dict[str, Any]:
+def parsed_mapping(data: bytes, *, nan_is_null: bool = False) -> dict[str, Any]:
     """The object of a JSON text."""
-    return mapping(parse(data))
+    return mapping(parse(data, nan_is_null=nan_is_null))
 
 
 def field(of: dict[str, Any], name: str) -> Any:
@@ -93,6 +93,14 @@ def is_plain_name(value: str) -> bool:
     return len(value) <= MOST_LETTERS and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", value) is not None
 
 
+def figure(of: dict[str, Any], name: str) -> float | None:
+    """A number, or nothing where the figure is not defined or not there."""
+    value = of.get(name)
+    if value is not None and type(value) not in (int, float):
+        raise ValueError(f"{name} is {shown(value)}, not a number")
+    return value
+
+
 def inner(of: dict[str, Any], name: str) -> dict[str, Any]:
     """An object inside an object."""
     value = field(of, name)
@@ -113,6 +121,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"{shown(next(n for n in names if names.count(n) > 1))} is said twice")
     return found
+
+
+def _null(said: str) -> None:
+    return None
 
 
 def _no_constant(said: str) -> NoReturn:

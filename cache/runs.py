@@ -15,12 +15,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
 from cache import removal
+from cache.activations import ActivationStore
 from cache.durable import (
     append_line,
     checksum,
@@ -33,7 +35,9 @@ from cache.durable import (
     write_in,
 )
 from cache.errors import DamagedStore, NotFound, SaeError
+from cache.identity import Recipe
 from cache.locks import LOCK, Lock
+from cache.parsing import MOST_BYTES, figure, inner, name_of_file, parsed_mapping, whole
 from cache.processes import final_name
 
 if TYPE_CHECKING:  # listing runs needs no torch, and its import takes seconds
@@ -46,7 +50,20 @@ STAGED = "checkpoint.next.safetensors"
 WEIGHTS = "sae_weights.safetensors"
 WEIGHTS_CONFIG = "cfg.json"
 FAILURE = "failure.json"
+MOST_METRICS = 1 << 30  # bytes
 EVALUATION, LATENTS, FEATURES = "eval/eval.json", "eval/latents.safetensors", "eval/features.json"
+
+
+class Seen(NamedTuple):
+    """What a run was to be trained on: the first `rows` rows of a store, its key and its recipe.
+
+    largest_norm: the norm above which rows were left out, None where none were (or that was not yet recorded).
+    """
+
+    key: str
+    rows: int
+    recipe: Recipe
+    largest_norm: float | None
 
 
 class Run:
@@ -58,6 +75,20 @@ class Run:
             raise NotFound(f"{path}: is not a run folder (no {CONFIG}); `sae list` shows the runs")
         self.config: dict[str, Any] = self.read_json(CONFIG)
         self._made: bytes | None = None  # config.json, where this very object made the folder
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What training was asked for; its stage knows what that may be. Raises DamagedStore where nothing was."""
+        with _reading(self.path / CONFIG):
+            return inner(self.config, "train")
+
+    @cached_property
+    def seen(self) -> Seen:
+        """What it was asked to be trained on. Raises DamagedStore where that is nothing that can be."""
+        with _reading(self.path / CONFIG):
+            said = inner(self.config, "activations")
+            ActivationStore.expect(inner(said, "recipe"))
+            return Seen(name_of_file(said, "key"), whole(said, "rows", 1), said["recipe"], figure(said, "largest_norm"))
 
     @classmethod
     def create(cls, path: Path, config: dict[str, Any]) -> Run:
@@ -102,8 +133,7 @@ class Run:
 
         Also None for a run with `train.outliers` of before it was recorded, which left rows out of its batches alone.
         """
-        recorded = self.config["activations"].get("largest_norm")
-        return None if recorded is None else float(recorded)
+        return self.seen.largest_norm
 
     @property
     def failure(self) -> dict[str, Any] | None:
@@ -121,32 +151,52 @@ class Run:
     def read_json(self, name: str) -> dict[str, Any]:
         """A JSON file of the folder. Raises DamagedStore when it is not one."""
         path = self.path / name
-        try:
-            data = read(path)
-            if data is None:
-                raise NotFound(f"{path}: not there yet")
-            return dict(json.loads(data))
-        except SaeError:
-            raise
-        except (ValueError, TypeError) as error:
-            raise DamagedStore(f"{path}: is not the JSON that was written") from error
+        data = read(path, MOST_BYTES)
+        if data is None:
+            raise NotFound(f"{path}: not there yet")
+        with _reading(path):
+            return parsed_mapping(data)
+
+    def evaluation(self) -> dict[str, Any] | None:
+        """What `sae eval` found: figures by name (None: not defined), `details`, and the same for the rows `kept`.
+
+        None where it has not run. Raises DamagedStore where a figure is no number.
+        """
+        if not (self.path / EVALUATION).exists():
+            return None
+        found = self.read_json(EVALUATION)
+        with _reading(self.path / EVALUATION):
+            found = _figures(found)
+            return found if "kept" not in found else found | {"kept": _figures(found["kept"])}
 
     def write_json(self, name: str, content: dict[str, Any]) -> Path:
-        """Write a JSON file of the folder atomically. NaN and infinity are refused: they are not JSON."""
-        return write_in(self.path, name, json.dumps(content, indent=2, allow_nan=False).encode())
+        """Write a JSON file of the folder atomically. SaeError for NaN and infinity: they are not JSON."""
+        path = self.path / name
+        try:
+            data = json.dumps(content, indent=2, allow_nan=False).encode()
+        except ValueError as error:
+            raise SaeError(
+                f"{path}: not written, a figure is NaN or infinite; rows or weights hold numbers too large to square"
+            ) from error
+        return write_in(self.path, name, data)
 
     def log(self, entry: dict[str, Any]) -> None:
         """Append one line of metrics."""
         append_line(self.path / METRICS, json.dumps(entry), flush=False)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All whole lines of metrics. Raises DamagedStore when one is not JSON."""
+        """All whole lines of metrics: `step`, and figures by name (None: not defined there).
+
+        Raises DamagedStore, naming the line, for one that is not what was written.
+        """
         path = self.path / METRICS
-        data = read(path) or b""
-        try:
-            return [json.loads(line) for line in data[: whole_lines_end(data)].splitlines()]
-        except ValueError as error:
-            raise DamagedStore(f"{path}: a line is not the JSON that was written") from error
+        data = read(path, MOST_METRICS) or b""
+        lines = []
+        for number, text in enumerate(data[: whole_lines_end(data)].split(b"\n")[:-1], 1):
+            with _reading(path, f"line {number} "):
+                line = parsed_mapping(text, nan_is_null=True)
+                lines.append({name: figure(line, name) for name in line} | {"step": whole(line, "step")})
+        return lines
 
     def rewind_metrics(self, step: int) -> None:
         """Forget what was logged after `step`: a resumed run logs it again."""
@@ -178,8 +228,8 @@ class Run:
         expect_file(path)
         try:
             with safe_open(path, "np") as file:  # of which only the header is read
-                return int(json.loads((file.metadata() or {})["state"])["step"])
-        except (SafetensorError, KeyError, ValueError) as error:
+                return whole(_state(file.metadata() or {}), "step")
+        except (SafetensorError, ValueError) as error:
             raise DamagedStore(f"{path}: is not the file that was written ({error})") from error
 
     @property
@@ -194,7 +244,8 @@ class Run:
             raise DamagedStore(
                 f"{path}: damaged (its checksum differs); train again without --resume under another --name"
             )
-        return tensors, json.loads(header["state"])
+        with _reading(path):
+            return tensors, _state(header)
 
     def save_weights(self, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
         """Write the finished dictionary (weights last: their presence says it is finished)."""
@@ -237,6 +288,33 @@ def _is_vacant(path: Path) -> bool:
     if path.is_symlink() or (path.exists() and not path.is_dir()) or (path / CONFIG).exists():
         return False
     return not path.exists() or not removal.strangers(path, is_begun)
+
+
+@contextmanager
+def _reading(path: Path, part: str = "") -> Iterator[None]:
+    """Make of what is wrong with a file, or a part of it, the one line that names it."""
+    try:
+        yield
+    except ValueError as error:
+        raise DamagedStore(f"{path}: {part}is not what was written ({error})") from error
+
+
+def _figures(said: dict[str, Any]) -> dict[str, Any]:
+    """Figures by name, beside what holds more of them."""
+    nested = {name: inner(said, name) for name in ("details", "kept") if name in said}
+    return {name: figure(said, name) for name in said if name not in nested} | nested
+
+
+def _state(header: dict[str, str]) -> dict[str, Any]:
+    """The JSON part of a checkpoint."""
+    state = parsed_mapping(header.get("state", "").encode())
+    whole(state, "step")
+    return state
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file. Raises DamagedStore where it holds none."""
+    return _read_safetensors(path)[0]
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -18,6 +18,7 @@ from cache.errors import SaeError
 from cache.places import outage
 from commands import judging, looking, making, runs, studies
 from commands.options import CacheRoot, Device, Json, RunsRoot, Set, cache_root, folder
+from commands.upkeep import report_damage
 from commands.words import Command
 from pipeline.interrupts import Interrupted
 
@@ -98,18 +99,22 @@ def demo(
 def list_(runs: RunsRoot = Path("runs"), json: Json = False) -> None:
     """What there is to choose from: runs, architectures, codecs, sites, sources, presets.
 
+    Exit code 3 where a run cannot be read; the others are listed all the same.
+
     Example: `sae list --json`.
     """
     import console
+    from cache import catalogue
     from pipeline.choices import choices
 
-    found = choices(folder("--runs", runs))
+    there, damage = catalogue.readable_runs(folder("--runs", runs))
+    found = choices(there)
     if json:
         console.as_json(found)
-        return
-    for title, entries in found.items():
+    for title, entries in {} if json else found.items():
         rows = [[entry["name"], entry["help"]] for entry in entries] or [["none yet", f"{runs} is where they would be"]]
         console.table(title, ["name", "what it is"], rows, prose=True)
+    report_damage(damage)
 
 
 def show_version(wanted: bool) -> None:

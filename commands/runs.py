@@ -29,6 +29,7 @@ from commands.options import (
     settings,
     unfinished,
 )  # fmt: skip
+from commands.upkeep import report_damage
 from commands.words import count
 from pipeline.interrupts import remedied
 
@@ -73,9 +74,11 @@ def train(
         sae train --devices 4 --batch 16384
     """
     import console
+    from cache import catalogue
     from pipeline.sweep import acquainted, combinations, of_seeds
     from pipeline.train import TrainConfig, open_run
     from pipeline.training.alignment import BY
+    from pipeline.training.config import settings_of
 
     if align is not None and align not in BY:
         raise SaeError(f"--align {align}: there is no such one; use {', '.join(BY)}")
@@ -110,8 +113,8 @@ def train(
     if resume and (name is not None or not said):
         before = run_to_resume(runs, name)
         runs, name = before.path.parent, before.name
-        activations = activations or before.config["activations"]["key"]
-        values = values if said else TrainConfig.model_validate(before.config["train"])
+        activations = activations or str(catalogue.trained_on(root, before, None).path)
+        values = values if said else settings_of(before)
     elif name is not None and (name in ("", "..") or Path(name).name != name):
         raise SaeError(f"--name {name}: is not the name of a folder; where the folder goes is said by --runs")
     if not resume:
@@ -210,9 +213,10 @@ def compare(
     from pipeline.plots import pareto
 
     root = folder("--runs", runs)
-    chosen = (
-        [catalogue.find_run(root, name) for name in names] if names else [r for r in catalogue.runs(root) if r.finished]
-    )
+    found, damage = ([catalogue.find_run(root, name) for name in names], []) if names else catalogue.readable_runs(root)
+    chosen = found if names else [run for run in found if run.finished]
+    if not chosen:
+        report_damage(damage)
     rows = stage.compare(chosen)
     path = plot or root / "compare.png"
     pareto(rows, path)
@@ -220,6 +224,7 @@ def compare(
     if csv is not None:
         write_atomic(csv, stage.as_csv(rows).encode())
     show(rows, f"{len(chosen)} runs in {root}", json, plot=str(path))
+    report_damage(damage)
 
 
 def show(rows: list[dict[str, Any]], title: str, json: bool, **files: str) -> None:

@@ -101,8 +101,11 @@ def gc(
 
     root, runs, bars = cache_root(cache), folder("--runs", runs), console.Bars()
     removing.finish(root)
-    used = catalogue.runs(runs) if runs.is_dir() else None
-    if used is None:
+    used, damage = catalogue.readable_runs(runs, all_tools=True) if runs.is_dir() else (None, [])
+    if damage:
+        used = None
+        bars.note("a run cannot be read, so which stores are needed is not known, and only remains are looked for")
+    elif used is None:
         bars.note(
             f"--runs {runs}: is not there, so which stores are needed is not known, and only remains are looked for"
         )
@@ -117,6 +120,7 @@ def gc(
     total = sum(one.bytes for one in found)
     if json:
         console.as_json({"garbage": [one.as_json() for one in found], "bytes": total, "freed": freed, "busy": busy})
+        report_damage(damage)
         return
     if found:
         rows = [
@@ -131,6 +135,7 @@ def gc(
         console.say(f"{console.size(total)} nobody needs; --yes removes them")
     for line in busy:
         bars.note(line)
+    report_damage(damage)
 
 
 def salvaged(root: Path, store: str | None, repair: bool) -> tuple[list["Salvaged"], list[str], list["Repaired"]]:

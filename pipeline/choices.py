@@ -2,11 +2,10 @@
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import configs
-from cache import catalogue
 from cache.codecs import CODECS
 from cache.runs import Run
 from pipeline.language_model import SITES
@@ -15,10 +14,10 @@ from pipeline.sources import registered
 SAES = Path(__file__).parent / "saes"
 
 
-def choices(runs: Path) -> dict[str, list[dict[str, str]]]:
-    """Name and one line of help for every run, architecture, codec, site, source and preset."""
+def choices(runs: Sequence[Run]) -> dict[str, list[dict[str, str]]]:
+    """Name and one line of help for every run given, architecture, codec, site, source and preset."""
     return {
-        "runs": [{"name": run.name, "help": _state(run)} for run in catalogue.runs(runs)],
+        "runs": [{"name": run.name, "help": _state(run)} for run in runs],
         "architectures": [{"name": name, "help": help} for name, help in sorted(architectures().items())],
         "codecs": [{"name": name, "help": _summary(kind.__doc__)} for name, kind in CODECS.items()],
         "sites": [{"name": name, "help": help} for name, help in SITES.items()],
@@ -31,7 +30,7 @@ def _state(run: Run) -> str:
     state = "finished" if run.finished else "not finished; continue with --resume"
     if (failure := run.failure) is not None:
         state = f"diverged at step {failure['step']:,}; try a smaller --lr"
-    return f"{state}, on {run.config['activations']['key']}"
+    return f"{state}, on {run.seen.key}"
 
 
 def architectures() -> dict[str, str]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cache.errors import NotFound, SaeError
-from cache.runs import EVALUATION, Run
+from cache.runs import Run
 
 RECOVERY = ("true_to_learned", "learned_to_true", "recovered", "hungarian", "duplicates", "chance")
 HELD_OUT = ("fvu", "l0", "dead_fraction", "ce_degradation", "ce_recovered_zero", "ce_recovered_mean", *RECOVERY)
@@ -28,7 +28,7 @@ def compare(runs: Sequence[Run]) -> list[Row]:
     """
     if not runs:
         raise NotFound("sae compare: no runs; `sae train` makes one, `sae train --sweep` many")
-    settings = [_flat(run.config["train"]) | {"activations": run.config["activations"]["key"]} for run in runs]
+    settings = [_flat(run.settings) | {"activations": run.seen.key} for run in runs]
     keys = list(dict.fromkeys(key for one in settings for key in one))
     # a setting that only some architectures have is told by the architecture, unless its values differ
     differing = [key for key in keys if len({repr(one[key]) for one in settings if key in one}) > 1]
@@ -84,11 +84,11 @@ def _flat(settings: dict[str, Any], inside: str = "") -> dict[str, Any]:
 
 
 def _figures(run: Run) -> Row:
-    judged = run.read_json(EVALUATION) if (run.path / EVALUATION).exists() else {}
+    judged = run.evaluation() or {}
     trained = next(reversed(run.metrics()), None)
     if trained is None and not judged:
         raise SaeError(f"{run.path}: has no figures yet; train it first, or name the runs to compare")
     figures: Row = {name: judged.get(name) for name in HELD_OUT}
-    if "ce_spliced" in judged:
-        figures["ce_degradation"] = judged["ce_spliced"] - judged["ce_clean"]
+    spliced, clean = judged.get("ce_spliced"), judged.get("ce_clean")
+    figures["ce_degradation"] = None if spliced is None or clean is None else spliced - clean
     return figures | {f"train_{name}": (trained or {}).get(name) for name in TRAINING}

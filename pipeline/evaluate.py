@@ -94,9 +94,7 @@ def evaluate(
     where the caller has booted it already.
     """
     sae = trained.load(run)
-    training = catalogue.find(
-        root, ActivationStore, activations or run.config["activations"]["key"], "--activations", "sae harvest"
-    )
+    training = catalogue.trained_on(root, run, activations)
     if training.d != sae.d_in:
         raise SaeError(
             f"--activations {training.key}: its rows have {training.d} values, {run.name} reads {sae.d_in}; "

@@ -21,6 +21,7 @@ from configs import parsed
 from configs.base import WHOLE
 from pipeline.progress import Progress, Silent
 from pipeline.train import STREAM, TrainConfig, open_run, run_name, share, train
+from pipeline.training.config import settings_of
 from pipeline.training.member import Diverged
 from pipeline.training.parallel import Seat, Together, together, torchrun_seat
 from pipeline.training.processes import launch
@@ -122,7 +123,7 @@ def _sweep(runs: Sequence[Run], store: ActivationStore, progress: Progress, devi
     if seat is not None and processes > 1:
         raise SaeError(f"--devices {processes}: torchrun has started the processes already; leave out --devices")
     for run in runs:
-        share(TrainConfig.model_validate(run.config["train"]), processes)  # said before anything is started
+        share(settings_of(run), processes)  # said before anything is started
     task = json.dumps({"runs": [str(run.path) for run in runs], "store": str(store.path)})
     if processes > 1 and not all(run.finished for run in runs):
         launch(processes, device, _take_part, task, progress)
@@ -155,11 +156,11 @@ def _passes(runs: Sequence[Run], store: ActivationStore, progress: Progress, dev
     waiting = [run for run in runs if not run.finished]
     ranks.wait()  # so that all have looked before the first is finished
     # what is pulled together ends together: the finished ones of such a group are needed by the others
-    pulled = {_group(run) for run in waiting if run.config["train"].get("align")}
+    pulled = {_group(run) for run in waiting if settings_of(run).align is not None}
     streams: dict[tuple[object, ...], list[Run]] = {}
     for run in runs:
         if run in waiting or _group(run) in pulled:
-            streams.setdefault(tuple(run.config["train"][name] for name in STREAM), []).append(run)
+            streams.setdefault(tuple(getattr(settings_of(run), name) for name in STREAM), []).append(run)
     if len(runs) > 1:
         done = len(runs) - len(waiting)
         progress.note(f"{len(runs)} dictionaries, {done} finished before, {len(streams)} passes for the others")
@@ -175,4 +176,4 @@ def _passes(runs: Sequence[Run], store: ActivationStore, progress: Progress, dev
 
 def _group(run: Run) -> str:
     """What is the same for dictionaries that are pulled together, and for no others."""
-    return canonical({name: value for name, value in run.config["train"].items() if name != "seed"})
+    return canonical({name: value for name, value in run.settings.items() if name != "seed"})

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cache.activations import ActivationStore
 from cache.errors import NotFound, SaeError
-from cache.identity import digest
+from cache.identity import digest, readable
 from cache.loader import Loader
 from cache.locks import reading
 from cache.outliers import expect_kept, largest_norm
@@ -27,7 +27,7 @@ from pipeline import devices
 from pipeline.interrupts import Interrupted, interruptible
 from pipeline.progress import Progress
 from pipeline.saes import Clock
-from pipeline.training.config import STREAM, TrainConfig
+from pipeline.training.config import STREAM, TrainConfig, settings_of
 from pipeline.training.group import Group, grouped
 from pipeline.training.member import Diverged, Member
 from pipeline.training.ranks import Alone, Ranks
@@ -39,7 +39,7 @@ __all__ = ["STREAM", "TrainConfig", "open_run", "run_name", "share", "train"]
 
 def run_name(config: TrainConfig, store: ActivationStore) -> str:
     """The name of a configuration's run folder on a store, where none is given."""
-    point = f"{store.recipe['layer']}.{store.recipe['site']}" if "layer" in store.recipe else store.slug
+    point = f"{store.recipe['layer']}.{store.recipe['site']}" if "layer" in store.recipe else readable(store.slug)
     identity = {"train": config.model_dump(mode="json"), "activations": store.recipe}
     return f"{config.sae.arch}-{config.sae.d_sae}-{point}-{digest(identity)}"
 
@@ -63,7 +63,7 @@ def open_run(config: TrainConfig, store: ActivationStore, root: Path, name: str 
         raise NotFound(f"--resume: no run {name} in {root}; `sae list` shows the runs, without --resume it is started")
     run = Run(root / name)
     for part, given in (("train", content["train"]), ("recipe", store.recipe)):
-        saved = run.config["train"] if part == "train" else run.config["activations"]["recipe"]
+        saved = run.settings if part == "train" else run.seen.recipe
         if saved != given:
             differs = sorted(key for key in {*saved, *given} if saved.get(key) != given.get(key))
             raise SaeError(f"--resume: {run.path} was started with other settings ({', '.join(differs)}); repeat those")
@@ -180,20 +180,19 @@ def _begin(
     runs: Sequence[Run], store: ActivationStore, device: torch.device, progress: Progress, ranks: Ranks
 ) -> TrainState:
     """Fresh or restored state for the runs, which must share their stream."""
-    configs = [TrainConfig.model_validate(run.config["train"]) for run in runs]
+    configs = [settings_of(run) for run in runs]
     for name in STREAM:
         if len({getattr(config, name) for config in configs}) > 1:
             raise SaeError(f"train.{name}: dictionaries trained together must agree on it")
-    first, rows, largest = configs[0], runs[0].config["activations"]["rows"], runs[0].largest_norm
+    first, rows, largest = configs[0], runs[0].seen.rows, runs[0].largest_norm
     loader = Loader(
         store, share(first, ranks.world), seed=first.data_seed, rows=rows, device=device, outliers=first.outliers,
         largest=largest, rank=ranks.rank, world=ranks.world,
     )  # fmt: skip
     members = []
     for run, config in zip(runs, configs, strict=True):
-        seen = run.config["activations"]
-        if seen["recipe"] != store.recipe or seen["rows"] != rows:
-            raise SaeError(f"{run.path}: is for {seen['rows']:,} rows of {seen['key']}, not {rows:,} of {store.key}")
+        if run.seen.recipe != store.recipe or run.seen.rows != rows:
+            raise SaeError(f"{run.path}: is for {run.seen.rows:,} rows of {run.seen.key}, not {rows:,} of {store.key}")
         members.append(Member.begin(run, config, store, rows, device))
     for member in members:
         ranks.copy(member.sae.state_dict().values())  # to the bit, however each device rounds a mean

@@ -1,10 +1,23 @@
 """A finished run -> the dictionary it trained."""
 
+from pydantic import ValidationError
+
 from cache.activations import ActivationStore
 from cache.errors import DamagedStore
 from cache.outliers import largest_norm as multiple_of_norms
-from cache.runs import Run
-from pipeline.saes import ARCHITECTURES, SAE, parse
+from cache.runs import CONFIG, WEIGHTS, Run
+from pipeline.saes import ARCHITECTURES, SAE, Config, parse
+
+
+def dictionary_of(run: Run) -> Config:
+    """What dictionary a run trains. Raises DamagedStore, naming its file and the setting, where there is no such."""
+    try:
+        return parse(run.settings.get("sae"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(["train.sae", *map(str, first["loc"])])
+        said = first["msg"].removeprefix("Value error, ")
+        raise DamagedStore(f"{run.path / CONFIG}: {where}: {said}; train again under another --name") from error
 
 
 def load(run: Run) -> SAE:
@@ -13,17 +26,20 @@ def load(run: Run) -> SAE:
     Raises NotFound while training has not finished, DamagedStore where the weights do not fit the run's settings.
     """
     tensors, _ = run.load_weights()
-    config = parse(run.config["train"]["sae"])
+    config = dictionary_of(run)
     try:
         sae = ARCHITECTURES[config.arch].from_tensors(config, tensors)
-    except ValueError as error:
-        raise DamagedStore(f"{run.path}: the weights do not fit the run's settings: {error}") from error
+    except (ValueError, RuntimeError) as error:  # torch's, where shapes do not fit
+        said = " ".join(str(error).split())
+        raise DamagedStore(f"{run.path}: the weights do not fit the run's settings: {said}") from error
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise DamagedStore(f"{run.path / WEIGHTS}: holds weights that are no numbers")
     return sae.eval().requires_grad_(False)
 
 
 def largest_norm(run: Run, store: ActivationStore) -> float | None:
     """The norm above which a run left out rows of its store; None where all were trained on."""
-    multiple = run.config["train"].get("outliers")
+    multiple = run.settings.get("outliers")
     if run.largest_norm is not None or multiple is None:
         return run.largest_norm
     return multiple_of_norms(store, multiple)

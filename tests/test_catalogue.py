@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from small_stores import CHUNK, heavy_rows, shrunk, write_activations, write_tokens
+from small_stores import CHUNK, activation_recipe, heavy_rows, shrunk, write_activations, write_tokens
 
 from cache import catalogue
 from cache.activations import ActivationStore, ActivationWriter
@@ -220,14 +220,21 @@ def test_runs(tmp_path: Path) -> None:
         catalogue.find_run(root, None)
     with pytest.raises(NotFound, match=re.escape(f"x: no such run in {root}; there is nothing yet; run `sae train`")):
         catalogue.find_run(root, "x")
-    made = [Run.create(root / name, {}) for name in ("b", "a", "c")]
+    seen = {"key": "rows-0a1b2c3d", "rows": 5, "recipe": activation_recipe()}
+    made = [Run.create(root / name, {"train": {}, "activations": seen}) for name in ("b", "a", "c")]
     for age, run in enumerate(made):
         os.utime(run.path / "config.json", (age, age))
     for run in made[:2]:
         (run.path / "sae_weights.safetensors").write_bytes(b"")
+    (root / "another tool's").mkdir()
+    (root / "another tool's" / "config.json").write_text('{"architecture": "standard"}')
     assert [run.name for run in catalogue.runs(root)] == ["b", "a", "c"]
     assert catalogue.find_run(root, None).name == "a"
     assert catalogue.find_run(root, "c").name == "c"
     assert catalogue.find_run(tmp_path, str(root / "b")).name == "b"
     with pytest.raises(NotFound, match=r"x: no such run in .*; there is b, a, c"):
         catalogue.find_run(root, "x")
+    (made[2].path / "config.json").write_text('{"train": {}, "activations": {"key": "../x"}}')
+    assert [run.name for run in catalogue.readable_runs(root)[0]] == ["b", "a"]
+    with pytest.raises(DamagedStore, match=r"c/config\.json: is not what was written \(recipe is missing\)"):
+        catalogue.runs(root)

@@ -419,7 +419,7 @@ def without(world: World, root: Path, *patterns: str) -> World:
     [
         ("activations/*-validation-*", r"no held-out rows beside it; tokenize with a validation share, then harvest"),
         ("tokens/*-validation-*", r"the validation tokens of .* are gone; run `sae tokenize` again"),
-        ("activations/*resid_post*", r"^--activations .*: no such store in .*; there is "),
+        ("activations/*resid_post*", r"trained was trained on it, but it is not in .*; say --activations"),
     ],
 )
 def test_what_is_missing_is_named(gpt2: World, run: Run, tmp_path: Path, pattern: str, match: str) -> None:

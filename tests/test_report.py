@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from small_stores import activation_recipe
 
 from cache.errors import DamagedStore
 from cache.runs import Run
@@ -93,8 +94,8 @@ EVALUATION: dict[str, Any] = {
 
 
 def make(folder: Path, *, steps: int = 40, judged: bool = True, recipe: dict[str, Any] | None = None) -> Run:
-    tokens = {"source": {"name": "<fineweb>"}, "tokenizer": {"n_vocab": 50257}, "context_length": 128}
-    given = {"model": {"model": "gpt2"}, "layer": 6, "site": "mlp_out", "d": 16, "tokens": tokens}
+    given = activation_recipe(16) | {"model": {"model": "gpt2"}, "layer": 6}
+    given["tokens"] |= {"source": {"source": "hub", "name": "<fineweb>"}, "context_length": 128}
     run = Run.create(
         folder / "topk<&>",
         {
@@ -248,7 +249,8 @@ def test_a_run_that_was_not_judged(tmp_path: Path) -> None:
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     """Rows that come from no model, nothing logged."""
-    page = Page(write_report(make(tmp_path, steps=0, judged=False, recipe={"d": 3}), tmp_path / "a").read_text("utf-8"))
+    rows = {"source": {"source": "synthetic"}, "split": "train", "d": 3, "codec": activation_recipe()["codec"]}
+    page = Page(write_report(make(tmp_path, steps=0, judged=False, recipe=rows), tmp_path / "a").read_text("utf-8"))
     assert page.all("h1")[0][1] == "gpt2-6.mlp_out-ab12" and "21.3 for each" in page.all("p", "lede")[0][1]
     assert "No step has been logged yet." in page.all("section", "part")[1][1]
 
@@ -265,7 +267,7 @@ def test_curves_of_any_length(tmp_path: Path, steps: int) -> None:
 
 def test_nothing_defined(tmp_path: Path) -> None:
     run = make(tmp_path)
-    run.write_json("eval/eval.json", dict.fromkeys(EVALUATION))
+    run.write_json("eval/eval.json", dict.fromkeys(EVALUATION) | {"details": EVALUATION["details"]})
     save_file({"density": np.zeros(64, np.float32)}, run.path / "eval" / "latents.safetensors")
     page = Page(write_report(run, tmp_path / "a.html").read_text("utf-8"))
     assert page.all("div", "card")[0][1] == "Variance explained–FVU –"

@@ -150,20 +150,20 @@ def test_metrics(run: Run) -> None:
     assert all(json.loads(line) for line in (run.path / METRICS).read_text().splitlines())
     with open(run.path / METRICS, "a") as file:
         file.write("nonsense\n")
-    with pytest.raises(DamagedStore, match=r"metrics\.jsonl: a line is not the JSON that was written"):
+    with pytest.raises(DamagedStore, match=r"metrics\.jsonl: line 5 is not what was written \(not JSON\)"):
         run.metrics()
 
 
 def test_json_files(run: Run) -> None:
     assert run.write_json("eval/report.json", {"fvu": 0.25}) == run.path / "eval" / "report.json"
     assert run.read_json("eval/report.json") == {"fvu": 0.25}
-    with pytest.raises(ValueError, match="JSON compliant"):
+    with pytest.raises(SaeError, match="not written, a figure is NaN or infinite"):
         run.write_json("eval/report.json", {"fvu": float("nan")})
     assert run.read_json("eval/report.json") == {"fvu": 0.25}
     with pytest.raises(NotFound, match="not there yet"):
         run.read_json("eval/other.json")
     (run.path / "eval/report.json").write_text("{")
-    with pytest.raises(DamagedStore, match="is not the JSON that was written"):
+    with pytest.raises(DamagedStore, match="is not what was written"):
         run.read_json("eval/report.json")
 
 

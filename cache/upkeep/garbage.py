@@ -190,7 +190,8 @@ def _recipes(content: Any) -> Iterator[Recipe]:
 
 def _family(recipe: Recipe) -> set[str]:
     """Hashes of the stores that belong together: the recipe's, that of the other documents, and their tokens."""
-    if "split" not in recipe and "tokens" not in recipe:
+    tokens = recipe.get("tokens")
+    if "split" not in recipe and not (isinstance(tokens, dict) and "split" in tokens):
         return {digest(recipe)}
     both = [sibling(recipe, split) for split in ("train", "validation")]
     return {digest(one) for whole in both for one in (whole, whole.get("tokens", whole))} | {digest(recipe)}

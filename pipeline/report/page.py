@@ -16,17 +16,18 @@ from string import Template
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
-from cache.durable import expect_file, expect_no_link, write_atomic
+from cache.durable import expect_no_link, write_atomic
 from cache.errors import DamagedStore
-from cache.runs import CONFIG, EVALUATION, FEATURES, LATENTS, Run
+from cache.runs import CONFIG, FEATURES, LATENTS, Run, Seen, load_tensors
 from pipeline.report.charts import Series, framed, line_chart, number
 from pipeline.report.contexts import LEVELS, features_html
 from pipeline.report.examples import Features
 from pipeline.report.scores import density_html, scores_html, tree
+from pipeline.saes import Config
+from pipeline.trained import dictionary_of
 
 
 class Found(NamedTuple):
@@ -34,21 +35,13 @@ class Found(NamedTuple):
 
     name: str
     config: dict[str, Any]
+    seen: Seen
+    sae: Config
     metrics: list[dict[str, Any]]
     evaluation: dict[str, Any] | None
     density: np.ndarray | None  # float64 [d_sae]: share of held-out rows a latent fires on
     fired: np.ndarray | None  # bool [d_sae]: whether it fires anywhere, training rows included
     features: Features | None
-
-    @property
-    def recipe(self) -> dict[str, Any]:
-        """The recipe of the activations."""
-        return dict(self.config["activations"]["recipe"])
-
-    @property
-    def sae(self) -> dict[str, Any]:
-        """The dictionary's settings."""
-        return dict(self.config["train"]["sae"])
 
 
 def write_report(run: Run, out: Path) -> Path:
@@ -60,21 +53,31 @@ def write_report(run: Run, out: Path) -> Path:
 
 def read(run: Run) -> Found:
     """Everything the report shows."""
-    evaluation = run.read_json(EVALUATION) if (run.path / EVALUATION).exists() else None
-    density = fired = features = None
-    if (path := run.path / LATENTS).exists():
-        try:
-            expect_file(path)
-            tensors = load_file(path)
-            density, fired = tensors["density"].astype(np.float64), tensors.get("fired")
-        except (SafetensorError, KeyError) as error:
-            raise DamagedStore(f"{path}: is not what was written; run `sae eval {run.name}` again") from error
+    sae = dictionary_of(run)
+    density, fired = _densities(run, sae.d_sae)
+    features = None
     if (run.path / FEATURES).exists():
         try:
             features = Features.model_validate(run.read_json(FEATURES))
         except ValidationError as error:
             raise DamagedStore(f"{run.path / FEATURES}: is not what was written; find the features again") from error
-    return Found(run.name, run.config, run.metrics(), evaluation, density, fired, features)
+    return Found(run.name, run.config, run.seen, sae, run.metrics(), run.evaluation(), density, fired, features)
+
+
+def _densities(run: Run, d_sae: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """How often latents fire, and which ever do, by `sae eval`."""
+    if not (path := run.path / LATENTS).exists():
+        return None, None
+    try:
+        tensors = load_tensors(path)
+        density, fired = tensors["density"].double().numpy(), tensors.get("fired")
+        if density.shape != (d_sae,) or not ((density >= 0) & (density <= 1)).all():
+            raise ValueError(f"{d_sae} shares should be there")
+        if fired is not None and (fired.shape != (d_sae,) or fired.dtype != torch.bool):
+            raise ValueError("whether they fired should be there for each")
+    except (ValueError, KeyError) as error:
+        raise DamagedStore(f"{path}: is not what was written ({error}); run `sae eval {run.name}` again") from error
+    return density, None if fired is None else fired.numpy()
 
 
 def page(found: Found) -> str:
@@ -104,20 +107,20 @@ def page(found: Found) -> str:
 
 def _place(found: Found) -> str:
     """Where in which model the dictionary sits; the store's name for rows that come from no model."""
-    recipe = found.recipe
+    recipe = found.seen.recipe
     if "model" not in recipe or "layer" not in recipe:
-        return str(found.config["activations"]["key"])
+        return found.seen.key
     return f"{Path(str(recipe['model']['model'])).name} · layer {recipe['layer']} · {recipe['site']}"
 
 
 def _heading(found: Found) -> str:
-    sae, recipe = found.sae, found.recipe
-    width = recipe.get("d")
-    chosen = f" with k = {sae['k']}" if "k" in sae else ""
-    wider = f", {number(sae['d_sae'] / width, 3)} for each of the {width:,} dimensions it reads" if width else ""
-    text = f"A <b>{escape(str(sae['arch']))}</b> dictionary of <b>{sae['d_sae']:,} latents</b>{chosen}{wider}"
-    if found.metrics:
-        seen, there = found.metrics[-1]["rows"], found.config["activations"]["rows"]
+    sae, recipe = found.sae, found.seen.recipe
+    k, width = getattr(sae, "k", None), recipe["d"]
+    chosen = f" with k = {k}" if k is not None else ""
+    wider = f", {number(sae.d_sae / width, 3)} for each of the {width:,} dimensions it reads"
+    text = f"A <b>{escape(sae.arch)}</b> dictionary of <b>{sae.d_sae:,} latents</b>{chosen}{wider}"
+    if found.metrics and (seen := found.metrics[-1].get("rows")):
+        there = found.seen.rows
         text += f", trained on {number(seen)} rows ({number(seen / there, 3)} passes over {number(there)})"
     source = recipe.get("tokens", {}).get("source", {})
     named = source.get("name") or source.get("source")
@@ -128,8 +131,9 @@ def _heading(found: Found) -> str:
 def _scores(found: Found) -> str:
     if found.evaluation is None:
         return _missing(f"This run has not been judged yet: sae eval {found.name}")
-    vocabulary = found.recipe.get("tokens", {}).get("tokenizer", {}).get("n_vocab")
-    return scores_html(found.evaluation, found.sae["d_sae"], vocabulary)
+    tokens = found.seen.recipe.get("tokens")
+    vocabulary = None if tokens is None else tokens["tokenizer"]["n_vocab"]
+    return scores_html(found.evaluation, found.sae.d_sae, vocabulary)
 
 
 def _density(found: Found) -> str:
@@ -170,7 +174,7 @@ def _training(found: Found) -> str:
 
 
 def _spent(last: dict[str, Any]) -> str:
-    text = f"{last['step']:,} steps, {last['rows']:,} rows"
+    text = f"{last['step']:,} steps" + (f", {last['rows']:,} rows" if last.get("rows") else "")
     if seconds := last.get("seconds"):
         text += f", {seconds / 60:,.1f} minutes"
     return f"{text}."
@@ -214,7 +218,9 @@ def _latents(found: Found) -> str:
 
 def _settings(found: Found) -> str:
     train = {k: v for k, v in found.config["train"].items() if k != "sae"}
-    sides = {"Dictionary": found.sae, "Training": train, "Activations": found.config["activations"]}
+    sides = {
+        "Dictionary": found.config["train"]["sae"], "Training": train, "Activations": found.config["activations"]
+    }  # fmt: skip
     body = "".join(f"<div><h3>{title}</h3>{tree(values)}</div>" for title, values in sides.items())
     raw = escape(json.dumps(found.config, indent=2, ensure_ascii=False))
     return (

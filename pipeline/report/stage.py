@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from cache import catalogue
-from cache.activations import ActivationStore
 from cache.errors import NotFound, SaeError
 from cache.runs import FEATURES, Run
 from cache.tokens import TokenStore
@@ -21,8 +20,7 @@ def report(
 ) -> Path:  # fmt: skip
     """Find what a finished run's latents fire on and write its report. Needs no language model."""
     where = devices.device(device)
-    name = activations or run.config["activations"]["key"]
-    store = catalogue.find(root, ActivationStore, name, "--activations", "sae harvest")
+    store = catalogue.trained_on(root, run, activations)
     if "tokens" not in store.recipe:
         raise SaeError(f"{run.name}: a report shows text, and the rows of {store.key} come from none; see `sae eval`")
     tokens = catalogue.of_recipe(root, TokenStore, store.recipe["tokens"])

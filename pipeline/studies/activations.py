@@ -131,7 +131,7 @@ def apart(rows: Sequence[Row]) -> list[str]:
 
 def losses(run: Run) -> list[float]:
     """The run's logged losses, thinned to the length of a sparkline; the last one is kept."""
-    every = [entry["loss"] for entry in run.metrics()]
+    every = [entry["loss"] for entry in run.metrics() if entry.get("loss") is not None]
     if len(every) <= LENGTH:
         return every
     return [every[round((i + 1) * len(every) / LENGTH) - 1] for i in range(LENGTH)]

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cache import catalogue
 from cache.activations import ActivationStore
-from cache.durable import expect_file
 from cache.errors import DamagedStore
-from cache.runs import EVALUATION, LATENTS, Run
+from cache.parsing import figure, inner
+from cache.runs import EVALUATION, LATENTS, Run, load_tensors
 from pipeline import devices, trained
 from pipeline.judging import EvalConfig, firing, judge_rows
 from pipeline.metrics.geometry import encoder_decoder_cosine, mean_abs_cosine
@@ -64,14 +62,17 @@ def of_run(
     if MEANING.keys() - kept.keys() or kept["rows"] < config.rows_of(held_out):
         sae = trained.load(run).to(devices.device(device))
         kept = _of_rows(run, sae, store, held_out, config, progress) | _of_weights(sae)
-        kept["train_loss"] = run.metrics()[-1]["loss"]
+        kept["train_loss"] = (run.metrics() or [{}])[-1].get("loss")
         run.write_json(STUDY, kept)
-    return {name: kept[name] for name in MEANING}
+    try:
+        return {name: figure(kept, name) for name in MEANING}
+    except ValueError as error:
+        raise DamagedStore(f"{run.path / STUDY}: {error}; remove it and repeat the study") from error
 
 
 def judged(run: Run) -> Figures:
     """What `sae eval` alone can tell, by `JUDGED`; None where it does not apply."""
-    found = on_kept_rows(run.read_json(EVALUATION))
+    found = on_kept_rows(run.evaluation() or {})
     clean, spliced = found.get("ce_clean"), found.get("ce_spliced")
     degradation = None if clean is None or spliced is None else spliced - clean
     return {**{name: found.get(name) for name in JUDGED}, "ce_degradation": degradation}
@@ -87,11 +88,20 @@ def _of_rows(
 ) -> Figures:
     rows, largest = config.rows_of(held_out), trained.largest_norm(run, store)
     if (run.path / EVALUATION).exists() and (run.path / LATENTS).exists():
-        judged = run.read_json(EVALUATION)
+        judged = run.evaluation() or {}
         if judged["rows"] >= rows and (largest is None or "kept" in judged):
             found = on_kept_rows(judged)
-            details = found["details"]
-            named = _named(details["reconstruction"], details["sparsity"], found["dead_fraction"], _density(run))
+            try:
+                details = inner(found, "details")
+                named = _named(
+                    inner(details, "reconstruction"), inner(details, "sparsity"), found["dead_fraction"], _density(run)
+                )
+            except KeyError as error:
+                raise DamagedStore(
+                    f"{run.path / EVALUATION}: lacks {error}; run `sae eval {run.name}` again"
+                ) from error
+            except ValueError as error:
+                raise DamagedStore(f"{run.path / EVALUATION}: {error}; run `sae eval {run.name}` again") from error
             return {**named, "rows": judged["rows"]}
     scores = judge_rows(sae, held_out, rows, config.batch_tokens, progress, largest)[-1]
     searched = firing(sae, store, min(config.dead_rows, store.n_rows), config.batch_tokens, progress, largest)[-1]
@@ -102,10 +112,9 @@ def _of_rows(
 
 def _density(run: Run) -> Tensor:
     try:
-        expect_file(run.path / LATENTS)
-        found = load_file(run.path / LATENTS)
+        found = load_tensors(run.path / LATENTS)
         return found.get("density_kept", found["density"]).double()
-    except (SafetensorError, KeyError) as error:
+    except (DamagedStore, KeyError) as error:
         raise DamagedStore(f"{run.path / LATENTS}: is not what was written; run `sae eval {run.name}` again") from error
 
 

@@ -2,8 +2,10 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from cache.errors import DamagedStore
+from cache.runs import CONFIG, Run
 from pipeline.saes import AnyConfig, NoRevival, Reinitialise, Resample, parse
 from pipeline.training.alignment import AlignConfig
 from pipeline.training.schedules import DecoderRate, Schedule
@@ -77,3 +79,14 @@ class TrainConfig(Schedule):
         if self.decoder is None:
             return rate, rate
         return rate, self.lr * again * self.decoder.ratio * self.decoder.factor(step, total)
+
+
+def settings_of(run: Run) -> TrainConfig:
+    """How a run is trained. Raises DamagedStore, naming its file and the setting, where nothing can be."""
+    try:
+        return TrainConfig.model_validate(run.settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(["train", *map(str, first["loc"])])
+        said = first["msg"].removeprefix("Value error, ")
+        raise DamagedStore(f"{run.path / CONFIG}: {where}: {said}; train again under another --name") from error

@@ -139,7 +139,7 @@ class TestRepeating:
         assert coefficients(BASE, store, lab, l1=(), jl=(0.5,), hybrid_jl=()).runs == [ablation.runs[2]]
         assert path.read_text() == kept
         path.write_text("{")
-        with pytest.raises(DamagedStore, match=r"study.json: is not the JSON"):
+        with pytest.raises(DamagedStore, match=r"study.json: is not what was written"):
             coefficients(BASE, store, lab, l1=(), jl=(0.5,), hybrid_jl=())
         path.write_text(kept)
 
