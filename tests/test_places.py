@@ -7,7 +7,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -428,3 +429,36 @@ def test_all_stages_on_s3(s3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     answer = done("train --d-sae 64 --k 8 --batch 32 --steps 20 --json --runs", tmp_path / "runs")
     assert answer.json["step"] == 20
     assert done("cache rm --yes tiny-1.mlp_out-files-tiny-32-int8").out.startswith("removed tiny-1.mlp_out")
+
+
+@pytest.mark.parametrize("stop", range(4))
+def test_a_removal_cut_short_is_completed(stop: int, monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    """Remotely an object says that a store is none any more, whatever is left of it."""
+    root = place(f"memory://cut-short-{stop}")
+    store, other = write_tokens(root, CHUNK), write_tokens(root, CHUNK, seed=1)
+    remote, left = filesystem(root), [stop]
+
+    def stopping(call: Callable[..., object]) -> Callable[..., object]:
+        def instead(*args: object, **options: object) -> object:
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return call(*args, **options)
+
+        return instead
+
+    with monkeypatch.context() as patch:
+        for name in ("rm", "pipe_file", "rm_file"):
+            patch.setattr(remote, name, stopping(getattr(remote, name)))
+        with suppress(KeyboardInterrupt):
+            removing.remove(root, store.path)
+    before = {one.key for one in catalogue.stores(root)}
+    assert other.key in before
+    if stop < 2:  # neither the lock nor the word was written
+        assert before == {store.key, other.key}
+        return
+    (store.path / LOCK).unlink(missing_ok=True)  # as of a process that is gone
+    assert before == {other.key} and catalogue.without_recipe(root) == []
+    assert write_tokens(root, CHUNK).n_rows == CHUNK
+    assert catalogue.readable(root)[1] == [] and len(catalogue.stores(root)) == 2
+    assert not [name for name in listing(root) if "removed" in name]
