@@ -83,6 +83,8 @@ class Plan:
     forward_tokens: int
     stored_bytes: int  # of all stores when done, estimated
     seconds: float | None
+    left_out: int = 0  # rows of the tokens asked for that are not kept, since they do not fill a window
+    why: str = ""  # they are not, and what to do about it
 
 
 @dataclass(frozen=True)
@@ -120,11 +122,16 @@ def harvest(
         jobs.append(_Job(config, model, tokens, points, root, progress, wait, device, offline))
         plans.append(jobs[-1].plan(wanted, timed=dry_run))
         progress.note(describe(plans[-1]))
+        if plans[-1].left_out:
+            progress.note(f"{tokens.split}: {plans[-1].why}")
     if dry_run:
         return HarvestResult(plans, {})
     work_left = any(plan.rows_to_do for plan in plans)
     with connected(workers, scheduler, progress) if work_left else nullcontext() as cluster:
         stores = {job.tokens.split: job.run(plan, cluster) for job, plan in zip(jobs, plans, strict=True)}
+    for plan in plans:
+        if plan.left_out:
+            progress.note(f"{plan.split}: kept {plan.rows:,} rows, left out {plan.left_out:,} as said above")
     return HarvestResult(plans, stores)
 
 
@@ -212,22 +219,41 @@ class _Job:
         rows = available = self.counted.rows
         if not available:
             raise SaeError(f"{self.tokens.key}: no token of it becomes a row; see --set harvest.rows")
-        if first < self.tokens.n_contexts:
-            rows = min(available, WINDOWS.round_up(max(1, self.counted.within)))
-        if not self.tokens.closed and WINDOWS.start(WINDOWS.count(rows)) != rows:
+        asked = self.counted.within if first < self.tokens.n_contexts else available
+        if asked < available:
+            rows = min(available, WINDOWS.round_up(max(1, asked)))
+        lacking = ""
+        if not self._ends and WINDOWS.round_up(rows) != rows:
+            lacking = self._lacking(asked, WINDOWS.count(rows))
             rows = WINDOWS.start(WINDOWS.count(rows) - 1)
             if not rows:
-                raise SaeError(
-                    f"{self.tokens.key}: {available:,} rows are less than the first window of {WINDOWS.first:,}; "
-                    "run `sae tokenize` for more tokens"
-                )
-        there = [self._rows_there(point) for point in self.points]
+                raise SaeError(f"{self.tokens.key}: {lacking}")
+        there = [self._rows_there(point, rows) for point in self.points]
         widths = [self.model.width(point) for point in self.points]
         to_do = sum(max(rows - n, 0) for n in there)
         forward = int(max(rows - min(there), 0) * self.tokens.n_tokens / available)
         seconds = forward / self._tokens_per_second() if timed and to_do else None
         stored = sum(max(rows, n) * _bytes_per_row(self.config.codec, d) for n, d in zip(there, widths, strict=True))
-        return Plan(self.tokens.split, self.points, rows, to_do, forward, int(stored), seconds)
+        left_out = max(0, asked - rows)
+        why = lacking if left_out else ""
+        return Plan(self.tokens.split, self.points, rows, to_do, forward, int(stored), seconds, left_out, why)
+
+    @property
+    def _ends(self) -> bool:
+        """Whether the rows there are now are all there will ever be of this store."""
+        return self.tokens.closed or self.config.rows.last_window == "short"
+
+    def _lacking(self, rows: int, windows: int) -> str:
+        """Why the last of some rows are not kept, and what would keep them."""
+        wanted = WINDOWS.start(windows)
+        if self.config.rows != RowRule():  # which is what tokenize reckons with
+            wanted = -(-wanted * self.tokens.n_tokens // self.counted.rows)
+        option = "--tokens " if self.tokens.split == "train" else "--set tokenize.validation_tokens="
+        left = rows - WINDOWS.start(windows - 1)
+        return (
+            f"{left:,} rows do not fill their window, which ends at row {WINDOWS.start(windows):,}; `sae tokenize` "
+            f"again with {option}{wanted} to fill it, or --set harvest.rows.last_window=short to keep them as they are"
+        )
 
     def run(self, plan: Plan, cluster: Cluster | None) -> list[ActivationStore]:
         """Write the windows the plan still lacks."""
@@ -250,7 +276,7 @@ class _Job:
             finally:
                 self.progress.finish()
             for writer in writers.values():  # here, so that a store whose last window came earlier is closed, too
-                if self.tokens.closed and writer.store.n_rows == self.counted.rows and not writer.store.closed:
+                if self._ends and writer.store.n_rows == self.counted.rows and not writer.store.closed:
                     writer.close()
             return [writer.store for writer in writers.values()]
 
@@ -349,9 +375,18 @@ class _Job:
                 if is_temporary(name) and not scratch.is_wanted(name, 0):
                     (folder / name).unlink(missing_ok=True)
 
-    def _rows_there(self, point: Point) -> int:
+    def _rows_there(self, point: Point, wanted: int) -> int:
+        """Rows of a point's store. Raises SaeError where it has ended with fewer than are wanted."""
         path = self.writer(point).path
-        return ActivationStore(path).n_rows if (path / "recipe.json").exists() else 0
+        if not (path / "recipe.json").exists():
+            return 0
+        store = ActivationStore(path)
+        if store.closed and store.n_rows < wanted:
+            raise SaeError(
+                f"{store.key}: has ended, with a short window at row {store.n_rows:,}, and cannot grow to {wanted:,}; "
+                "harvest without harvest.rows.last_window=short, or remove it first (`sae cache rm`)"
+            )
+        return store.n_rows
 
     def _tokens_per_second(self) -> float:
         """Speed of the forward pass, from the second of two small batches."""

@@ -4,7 +4,7 @@ Decided by tokens and positions only, never by values, so that the rows of all s
 every window is known before anything is computed: windows may then be computed in any order, by anyone.
 """
 
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 from pydantic import AfterValidator, Field, model_validator
@@ -31,6 +31,12 @@ class RowRule(Settings):
         None, description="keep only these positions of a context, as [first, last]; last itself is left out"
     )
 
+    last_window: Literal["whole", "short"] = Field(
+        "whole",
+        description="rows that do not fill the last window: whole leaves them to a later, larger harvest; short keeps "
+        "them in a store of its own, which ends there",
+    )
+
     @model_validator(mode="after")
     def _something_is_left(self) -> Self:
         if self.positions is not None and not max(self.positions[0], self.skip_first) < self.positions[1]:
@@ -39,7 +45,11 @@ class RowRule(Settings):
 
     def recipe(self) -> dict[str, Any]:
         """The JSON form that goes into a store's recipe. What is not used is left out: it changes no row."""
-        added = {"skip_tokens": list(self.skip_tokens), "positions": self.positions and list(self.positions)}
+        added: dict[str, Any] = {
+            "skip_tokens": list(self.skip_tokens),
+            "positions": self.positions and list(self.positions),
+        }
+        added |= {"last_window": self.last_window} if self.last_window == "short" else {}
         used = {name: value for name, value in added.items() if value}
         return {"skip_first": self.skip_first, "skip_begin": self.skip_begin, **used}
 
@@ -82,11 +92,15 @@ class RowsOf:
         return tokens, self.rule.mask(tokens, self.tokens.lengths(start, stop), self.begin)
 
     def count(self, windows: Windows, contexts: int) -> "Counted":
-        """Go through all contexts once: all rows, those of the first `contexts`, and the place of every window."""
+        """Go through all contexts once: all rows, those of the first `contexts`, and the place of every window.
+
+        Where the last window may be short, there is nothing beyond the first `contexts`.
+        """
         starts, rows, within = [Place(0, 0)], 0, 0
         end = starts[0]
-        for start in range(0, self.tokens.n_contexts, SCAN_CONTEXTS):
-            stop = min(start + SCAN_CONTEXTS, self.tokens.n_contexts)
+        every = contexts if self.rule.last_window == "short" else self.tokens.n_contexts
+        for start in range(0, every, SCAN_CONTEXTS):
+            stop = min(start + SCAN_CONTEXTS, every)
             here = self.batch(start, stop)[1].sum(axis=1)
             ends = rows + np.cumsum(here)
             if start < contexts:

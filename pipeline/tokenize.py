@@ -22,7 +22,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from cache import catalogue
+from cache import activations, catalogue
 from cache.errors import SaeError
 from cache.identity import Recipe
 from cache.manifest import Window
@@ -31,6 +31,7 @@ from configs.base import Amount, Settings
 from pipeline.cluster import connected
 from pipeline.interrupts import telling
 from pipeline.progress import Progress
+from pipeline.rows import RowRule, RowsOf
 from pipeline.sources import Document, Moving, TextSource, is_validation, text_source
 from pipeline.text.earlier import point_to_older, settled
 from pipeline.text.encoding import ALONE_CHARACTERS, Block, Encoder
@@ -177,32 +178,40 @@ def tokenize_split(
             point_to_older(root, slug, recipe, tok, progress)
         writer.write_vocabulary(tok.vocabulary())
         writer.hint(**found_at(config, source))
-        target = _target(writer.store, wanted, progress)
-        if writer.store.closed or (target is not None and writer.store.n_contexts >= target):
-            return writer.store
-        total = None if target is None else target * config.context
-        progress.start(f"tokenize {split}", total, "tokens", done=writer.store.n_tokens)
-        with telling(lambda: f"{writer.store.n_tokens:,} {split} tokens are committed"):
-            try:
-                _fill(config, split, target, source, tok, encoder, writer, progress)
-            finally:
-                progress.finish()
+        while (reach := _reach(writer.store, wanted, progress)) is None or reach > writer.store.n_contexts:
+            if writer.store.closed:
+                break
+            total = None if reach is None else reach * config.context
+            progress.start(f"tokenize {split}", total, "tokens", done=writer.store.n_tokens)
+            with telling(lambda: f"{writer.store.n_tokens:,} {split} tokens are committed"):
+                try:
+                    _fill(config, split, reach, source, tok, encoder, writer, progress)
+                finally:
+                    progress.finish()
         if not writer.store.n_contexts:
             raise TooLittle(_too_little(config, split))
         return writer.store
 
 
-def _target(store: TokenStore, wanted: Amount, progress: Progress) -> int | None:
-    """Contexts to reach, rounded up to a window."""
+def _reach(store: TokenStore, wanted: Amount, progress: Progress) -> int | None:
+    """Contexts to reach: whole windows, of which a harvest, which keeps whole windows of rows, keeps as many as wanted.
+
+    Not every token becomes a row, so how many contexts that takes is known once they are there.
+    """
     if wanted == "all":
         return None
+    rows = activations.WINDOWS.round_up(wanted)
+    there = RowsOf(store, RowRule()).count(activations.WINDOWS, store.n_contexts).rows
     contexts = -(-wanted // store.context_length)
-    target = store.windows.round_up(contexts)
-    if target != contexts and not store.closed and store.n_contexts < target:
+    if there < rows and (there or not store.n_contexts):  # a context has one row less than tokens, or fewer
+        contexts = max(contexts, store.n_contexts + -(-(rows - there) // (store.context_length - 1)))
+    reach = store.windows.round_up(contexts)
+    if not store.closed and store.n_contexts < reach:
         progress.note(
-            f"{wanted:,} {store.split} tokens rounded up to {target * store.context_length:,}, a whole window"
+            f"{store.split}: {wanted:,} tokens wanted, {reach * store.context_length:,} are made: whole windows, "
+            f"of which a harvest keeps at least {rows:,} rows"
         )
-    return target
+    return reach
 
 
 def _too_little(config: TokenizeConfig, split: str) -> str:

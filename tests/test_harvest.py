@@ -445,11 +445,50 @@ def test_less_than_one_window_of_a_growing_token_store(
     windows = activations.Windows(512, 1024)
     monkeypatch.setattr(activations, "WINDOWS", windows)
     monkeypatch.setattr("pipeline.harvest.WINDOWS", windows)
-    with pytest.raises(SaeError, match=r"200 rows are less than the first window of 512; run `sae tokenize` for more"):
+    with pytest.raises(SaeError, match=r"200 rows do not fill their window, .* 512; .* --tokens 512 "):
         run(gpt2, tmp_path, token_store(tmp_path, first_rows(200), ended=False))
     assert not (tmp_path / "activations").exists()
     closed = one(run(gpt2, tmp_path, token_store(tmp_path, first_rows(200))))
     assert (closed.n_rows, closed.closed) == (200, True)
+
+
+def test_rows_that_fill_no_window_are_said_and_kept_on_request(tmp_path: Path, gpt2: Path) -> None:
+    """In a store of its own that has ended: it shares its whole windows with the other, aligns, and does not grow."""
+    tokens = token_store(tmp_path, made_up(16), ended=False)
+    available = len(row_places(made_up(16)))
+    notes = Notes()
+    usual = one(run(gpt2, tmp_path, tokens, progress=notes))
+    left = available - 128
+    assert usual.n_rows == 128 and not usual.closed and 0 < left < 128
+    assert any(f"{left} rows do not fill their window, which ends at row 256;" in line for line in notes.lines)
+    assert notes.lines[-1] == f"train: kept 128 rows, left out {left} as said above"
+    short = {"rows": {"last_window": "short"}}
+    notes = Notes()
+    stores = run(gpt2, tmp_path, tokens, progress=notes, site=["mlp_out", "resid_post"], **short).stores["train"]
+    assert all((store.n_rows, store.closed) == (available, True) for store in stores)
+    assert not any("do not fill" in line or "left out" in line for line in notes.lines)
+    assert stores[0].key != usual.key and stores[0].recipe["rows"]["last_window"] == "short"
+    assert torch.equal(stores[0].rows(0, 128), usual.rows(0, 128))
+    assert stores[0].positions(0, available).tolist() == stores[1].positions(0, available).tolist()
+    assert sorted(stores[0].positions(0, available)) == row_places(made_up(16))
+    before = everything(tmp_path)
+    assert "all there already" in "".join(noted(gpt2, tmp_path, tokens, **short))
+    grown = token_store(tmp_path, made_up(32), ended=False)
+    refused(r"has ended, with a short window at row \d+, and cannot grow to \d+; ", gpt2, tmp_path, grown, **short)
+    assert everything(tmp_path) == before
+    assert one(run(gpt2, tmp_path, grown)).n_rows == 384  # the one of whole windows does
+
+
+def test_a_short_window_of_so_many_tokens(tmp_path: Path, gpt2: Path) -> None:
+    tokens = token_store(tmp_path, made_up(32), ended=False)
+    store = one(run(gpt2, tmp_path, tokens, tokens=9 * CONTEXT, rows={"last_window": "short"}))
+    assert sorted(store.positions(0, store.n_rows)) == row_places(made_up(32)[:9]) and store.closed
+
+
+def noted(model: Path, root: Path, tokens: TokenStore, **settings: Any) -> list[str]:
+    notes = Notes()
+    run(model, root, tokens, progress=notes, **settings)
+    return notes.lines
 
 
 def first_rows(rows: int) -> np.ndarray:
@@ -549,7 +588,13 @@ def test_the_validation_tokens_are_checked_before_the_training_tokens_are_run(
     monkeypatch.setattr(activations, "WINDOWS", windows)
     monkeypatch.setattr("pipeline.harvest.WINDOWS", windows)
     validation = token_store(tmp_path, made_up(16, seed=1), split="validation", ended=False)
-    refused(r"less than the first window", gpt2, tmp_path, token_store(tmp_path, made_up(70)), validation)
+    refused(
+        r"do not fill their window, .* --set tokenize.validation_tokens=512 ",
+        gpt2,
+        tmp_path,
+        token_store(tmp_path, made_up(70)),
+        validation,
+    )
     assert not (tmp_path / "activations").exists()
 
 
