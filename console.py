@@ -204,7 +204,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, 
     lines = [list(columns), *cells]
     if prose:
         lines = list(_folded(lines, out.width))
-    if _width(lines) <= out.width:
+    if prose or _width(lines) <= out.width:  # a word of prose that is wider than the terminal stays whole
         _plain(lines, numbers)
         return
     index = [["#", *map(str, range(1, len(rows) + 1))]]

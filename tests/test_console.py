@@ -49,6 +49,12 @@ def test_a_table_on_a_terminal_never_cuts_a_name(monkeypatch: pytest.MonkeyPatch
     assert ("──" in shown) == (width > len(KEY) + 10)  # the frame is for tables that fit
 
 
+def test_a_word_of_prose_wider_than_the_terminal_stays_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    path = "/".join(["folder"] * 30)
+    console.table("runs", ["name", "what it is"], [["none yet", f"{path} is where they would be"]], prose=True)
+    assert path in capsys.readouterr().out
+
+
 def test_only_prose_folds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     words = f"{' '.join(f'word{i}' for i in range(30))} {KEY}"
     console.table("list", ["name", "what it is"], [["one", words]], prose=True)

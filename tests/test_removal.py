@@ -358,7 +358,7 @@ def test_temporary_files_tell_whose_they_are(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_killed_processes_left_beside_stores_is_found(root: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
-    run = Run.create(runs / "x", {"activations": {}})
+    run = Run.create(runs / "x", {})
     (run.path / "eval").mkdir()
     (runs / "begun").mkdir()
     (runs / "begun" / LOCK).write_bytes(b"")
