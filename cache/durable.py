@@ -97,6 +97,29 @@ def make_folder(folder: Path) -> None:
         flush_folder(folder.parent)
 
 
+def expect_writable(path: Path) -> None:
+    """Raise SaeError unless a file can be put at `path`: asked before the work whose result goes there.
+
+    A file is made and removed again where the folder is, or in the nearest folder above that is there.
+    """
+    if is_remote(path):
+        return
+    if path.is_dir():
+        raise SaeError(f"{path}: is a folder, and a file is to go there; choose another name")
+    folder = path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    probe = folder / f".sae.{os.getpid()}{PARTIAL}"
+    try:
+        with open(probe, "xb") as file:
+            file.write(b"\n")
+        probe.unlink()
+    except OSError as error:
+        with suppress(OSError):
+            probe.unlink()
+        raise explained(error, folder / path.name) from error
+
+
 def write_atomic(path: Path, data: bytes | memoryview) -> None:
     """Replace `path` by `data`, whole or not at all.
 

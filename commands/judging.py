@@ -29,12 +29,14 @@ def evaluate(
     tokens: Annotated[str | None, count("Held-out tokens to judge cross-entropy on. Default: 65536.")] = None,
     activations: TrainingStore = None,
     model: Annotated[str | None, typer.Option(metavar="NAME", help="Where the language model is now. Default: where harvest found it.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", metavar="", help="Write the figures in the place of ones that were judged on more.")] = False,
     device: Device = "auto", cache: CacheRoot = None, runs: RunsRoot = Path("runs"), offline: Offline = False,
     preset: Preset = None, config: ConfigFile = None, set_: Set = None, json: Json = False,
 ) -> None:  # fmt: skip
     """Judge a trained dictionary on held-out documents: reconstruction, cross-entropy when spliced in, dead latents.
 
-    Prints the figures with what each means, and writes them into the run folder (`eval/eval.json`). On rows of
+    Prints the figures with what each means, and writes them into the run folder (`eval/eval.json`), unless the ones
+    there were judged on more. On rows of
     `sae synthesize`, which no language model made, it says instead how many of the true features were found.
 
     Examples:
@@ -51,7 +53,10 @@ def evaluate(
     root, bars = cache_root(cache), console.Bars()
     found = catalogue.find_run(folder("--runs", runs), run)
     bars.note(f"run: {found.path}")
-    result = stage(values, found, root, bars, activations=activations, model=model, device=device, offline=offline)
+    result = stage(
+        values, found, root, bars, activations=activations, model=model, device=device, offline=offline,
+        replace_larger=replace,
+    )  # fmt: skip
     if json:
         console.as_json(result.as_json())
     else:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cache.durable import write_atomic
+from cache.durable import expect_writable, write_atomic
 from cache.errors import NotFound, SaeError
 from commands.options import (
     PLACES,
@@ -199,8 +199,8 @@ def compare(
 ) -> None:  # fmt: skip
     """Runs side by side: the settings they differ in, their figures, and L0 against FVU and cross-entropy as a plot.
 
-    Figures on held-out documents are those `sae eval` found; the ones of the last training batch have names of their
-    own (`train_fvu`).
+    Figures on held-out documents are those `sae eval` found, with the amounts they were judged on where those differ;
+    the ones of the last training batch have names of their own (`train_fvu`).
 
     Examples:
 
@@ -208,21 +208,29 @@ def compare(
         sae compare topk-8192 batchtopk-8192 --plot front.svg
         sae compare --over-seeds --csv table.csv --json
     """
+    import console
     from cache import catalogue
     from pipeline import compare as stage
-    from pipeline.plots import pareto
+    from pipeline.plots import expect_plot, pareto
 
     root = folder("--runs", runs)
     found, damage = ([catalogue.find_run(root, name) for name in names], []) if names else catalogue.readable_runs(root)
     chosen = found if names else [run for run in found if run.finished]
     if not chosen:
         report_damage(damage)
-    rows = stage.compare(chosen)
     path = plot or root / "compare.png"
+    expect_plot(path)
+    for wanted in (path, csv):
+        if wanted is not None:
+            expect_writable(wanted)
+    rows = stage.compare(chosen)
     pareto(rows, path)
+    notes = stage.notes(rows)
     rows = stage.over_seeds(rows) if over_seeds else rows
     if csv is not None:
         write_atomic(csv, stage.as_csv(rows).encode())
+    for note in notes:
+        console.Bars().note(note)
     show(rows, f"{len(chosen)} runs in {root}", json, plot=str(path))
     report_damage(damage)
 
@@ -230,11 +238,13 @@ def compare(
 def show(rows: list[dict[str, Any]], title: str, json: bool, **files: str) -> None:
     """A comparison as a table without its empty columns, or as JSON."""
     import console
+    from pipeline.compare import AMOUNTS, unlike
 
     if json:
         console.as_json({"runs": rows, **files})
         return
-    filled = [key for key in rows[0] if any(row[key] is not None for row in rows)]
+    alike = AMOUNTS.keys() - unlike(rows)
+    filled = [key for key in rows[0] if key not in alike and any(row[key] is not None for row in rows)]
     console.table(title, filled, [[row[key] for key in filled] for row in rows])
     for what, path in files.items():
         console.say(f"{what}: {path}")

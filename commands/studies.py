@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cache.durable import expect_writable
 from cache.errors import SaeError
 from commands.options import (
     ActiveLatents,
@@ -270,11 +271,14 @@ def store_of(where: "Lab", name: str | None, *, any_of_the_last: bool = False) -
 
 
 def results_folder(out: Path | None, study: str) -> Path:
-    """Where the results go. Raises SaeError for a file, and where they would replace what is no study's."""
+    """Where the results go. Raises SaeError for a file, where they would replace what is no study's, and where nothing
+    can be written.
+    """
     from pipeline.studies.study import expect_results
 
     chosen = folder("--out", out or Path("studies") / study)
     expect_results(chosen)
+    expect_writable(chosen / "results.json")
     return chosen
 
 
@@ -289,7 +293,7 @@ def finish(result: "Result", out: Path, json: bool, lines: list[str] | None = No
         console.as_json({**result.as_json(), "files": files})
         return
     several_seeds = "seeds" in result.table[0]
-    columns = [*result.labels, *(["seeds"] if several_seeds else []), *result.columns]
+    columns = [*result.labels, *(["seeds"] if several_seeds else []), *result.unlike, *result.columns]
     shown = [name for name in columns if any(row[name] is not None for row in result.table)]
     cells = [[spread(row, name) if several_seeds else row[name] for name in shown] for row in result.table]
     console.table(f"study of {result.study}, {len(result.runs)} runs", shown, cells)

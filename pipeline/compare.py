@@ -1,7 +1,8 @@
 """Run folders -> one table: what the runs differ in, what each reached, and the mean over seeds.
 
 Figures on held-out documents are those `sae eval` wrote; where it has not run they are missing, and the last training
-batch's stand in columns of their own, so that the two are never mistaken for each other.
+batch's stand in columns of their own, so that the two are never mistaken for each other. On how much each run was
+judged stands beside its figures (`AMOUNTS`), and what was not judged on the same is never averaged.
 """
 
 import csv
@@ -14,7 +15,12 @@ from cache.errors import NotFound, SaeError
 from cache.runs import Run
 
 RECOVERY = ("true_to_learned", "learned_to_true", "recovered", "hungarian", "duplicates", "chance")
-HELD_OUT = ("fvu", "l0", "dead_fraction", "ce_degradation", "ce_recovered_zero", "ce_recovered_mean", *RECOVERY)
+AMOUNTS = {"rows": "held-out rows", "tokens": "held-out predictions", "dead_rows": "rows searched for dead latents"}
+KEPT = ("fvu", "l0", "dead_fraction")  # over the rows that training kept, where it left some out: kept_fvu, ...
+HELD_OUT = (
+    "fvu", "l0", "dead_fraction", "ce_degradation", "ce_recovered_zero", "ce_recovered_mean", *RECOVERY,
+    *(f"kept_{name}" for name in KEPT),
+)  # fmt: skip
 TRAINING = ("fvu", "l0", "dead", "agreement", "recovery", "seconds_per_step", "megabytes")
 FIGURES = (*HELD_OUT, *(f"train_{name}" for name in TRAINING))
 
@@ -40,7 +46,10 @@ def compare(runs: Sequence[Run]) -> list[Row]:
 
 
 def over_seeds(rows: Sequence[Row], figures: Sequence[str] = FIGURES) -> list[Row]:
-    """Rows that differ in nothing but the seed as one: number of seeds, mean and standard deviation of each figure."""
+    """Rows that differ in nothing but the seed as one: number of seeds, mean and standard deviation of each figure.
+
+    Rows that were not judged on the same stay apart.
+    """
     groups: dict[str, list[Row]] = {}
     for row in rows:
         kept = {key: value for key, value in row.items() if key not in ("run", "seed", *figures)}
@@ -88,7 +97,34 @@ def _figures(run: Run) -> Row:
     trained = next(reversed(run.metrics()), None)
     if trained is None and not judged:
         raise SaeError(f"{run.path}: has no figures yet; train it first, or name the runs to compare")
-    figures: Row = {name: judged.get(name) for name in HELD_OUT}
+    details = judged.get("details") or {}
+    figures: Row = {"rows": judged.get("rows"), "tokens": judged.get("tokens"), "dead_rows": details.get("dead_rows")}
+    figures |= {name: judged.get(name) for name in HELD_OUT}
+    figures |= {f"kept_{name}": (judged.get("kept") or {}).get(name) for name in KEPT}
     spliced, clean = judged.get("ce_spliced"), judged.get("ce_clean")
     figures["ce_degradation"] = None if spliced is None or clean is None else spliced - clean
     return figures | {f"train_{name}": (trained or {}).get(name) for name in TRAINING}
+
+
+def unlike(rows: Sequence[Row]) -> list[str]:
+    """Of `AMOUNTS`, what the rows that were judged at all were not judged on alike."""
+    return [name for name in AMOUNTS if len({row[name] for row in rows if row.get(name) is not None}) > 1]
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What to know before reading the figures: amounts that differ, runs that were not judged. A line each."""
+    said = []
+    for name in unlike(rows):
+        found = sorted({row[name] for row in rows if row[name] is not None})
+        said.append(
+            f"judged on {found[0]:,} to {found[-1]:,} {AMOUNTS[name]}: compare only what is alike, or judge them alike "
+            "with `sae eval`"
+        )
+    if missing := [row["run"] for row in rows if row["rows"] is None]:
+        said.append(f"not judged on held-out rows: {named(missing)}; `sae eval RUN` does")
+    return said
+
+
+def named(names: Sequence[str], most: int = 4) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from cache import catalogue
 from cache.activations import ActivationStore
-from cache.durable import write_in
-from cache.errors import NotFound, SaeError
+from cache.durable import expect_no_link, expect_writable, write_in
+from cache.errors import DamagedStore, NotFound, SaeError
 from cache.runs import EVALUATION, LATENTS, Run
 from cache.tokens import TokenStore
 from pipeline import devices, trained
@@ -30,7 +30,7 @@ from pipeline.metrics import DownstreamScores, ReconstructionScores, SparsitySco
 from pipeline.metrics.agreement import RecoveryScores, recovery
 from pipeline.progress import Progress
 
-__all__ = ["EvalConfig", "Evaluation", "boot", "evaluate"]
+__all__ = ["EvalConfig", "Evaluation", "boot", "evaluate", "missing"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Evaluation:
     dead_rows: int
     kept: "Evaluation | None" = None
     largest_norm: float | None = None
+    held_out: str | None = None  # the store of the rows
 
     def as_json(self) -> dict[str, Any]:
         """The figures by name, and everything else under `details`. Undefined ones are null."""
@@ -66,6 +67,7 @@ class Evaluation:
                 "reconstruction": asdict(self.reconstruction),
                 "sparsity": asdict(self.sparsity),
                 **({} if self.spliced is None else {"downstream": asdict(self.spliced)}),
+                **({} if self.held_out is None else {"held_out": self.held_out}),
             },
         }
 
@@ -86,13 +88,17 @@ class Evaluation:
 def evaluate(
     config: EvalConfig, run: Run, root: Path, progress: Progress, *,
     activations: str | None = None, model: str | None = None, device: str = "auto", offline: bool = False,
-    language_model: LanguageModel | None = None,
+    language_model: LanguageModel | None = None, replace_larger: bool = False,
 ) -> Evaluation:  # fmt: skip
     """Judge a finished run and write `eval/eval.json` and `eval/latents.safetensors` into its folder.
 
     `model` says where the language model is, if not where the harvest found it; `language_model` is that model itself,
-    where the caller has booted it already.
+    where the caller has booted it already. An evaluation that is there and was judged on more stays, unless
+    `replace_larger`.
     """
+    for name in (EVALUATION, LATENTS):
+        expect_no_link(run.path, name)
+        expect_writable(run.path / name)
     sae = trained.load(run)
     training = catalogue.trained_on(root, run, activations)
     if training.d != sae.d_in:
@@ -127,14 +133,71 @@ def evaluate(
     truth = training.truth
     result = replace(
         every, recovery=None if truth is None else recovery(sae.W_dec.cpu(), truth), kept=kept[0] if kept else None,
-        largest_norm=largest,
+        largest_norm=largest, held_out=held_out.key,
     )  # fmt: skip
-    run.write_json(EVALUATION, result.as_json())
+    found = result.as_json()
+    if not replace_larger and (less := _less(run, found)):
+        progress.note(f"{run.path / EVALUATION}: stays, {less}; --replace puts this one in its place")
+        return result
+    run.write_json(EVALUATION, found)
     tensors: dict[str, Tensor] = {}
     for name, one, alive in zip(("", "_kept"), judged, fired, strict=False):
         tensors |= {f"density{name}": one.sparsity.density().float(), f"fired{name}": alive}
     write_in(run.path, LATENTS, safetensors.torch.save(tensors))
     return result
+
+
+AMOUNTS = {"rows": "rows", "tokens": "predictions", "dead_rows": "rows searched for latents that fire"}
+
+
+def amounts(evaluation: dict[str, Any]) -> dict[str, int | None]:
+    """What an evaluation was judged on, by `AMOUNTS`; None where it does not apply."""
+    found = {**evaluation, "dead_rows": (evaluation.get("details") or {}).get("dead_rows")}
+    return {name: value if isinstance(value := found.get(name), int) else None for name in AMOUNTS}
+
+
+def _less(run: Run, found: dict[str, Any]) -> str:
+    """In what an evaluation is less than the one that is there already; empty where it is not."""
+    try:
+        before = run.evaluation() or {}
+    except DamagedStore:
+        return ""
+    mine, its = amounts(found), amounts(before)
+    less = [
+        f"it is over {there:,} {unit}, this one over {here:,}"
+        for name, unit in AMOUNTS.items()
+        if (there := its[name]) is not None and there > (here := mine[name] or 0)
+    ]
+    key, other = found["details"]["held_out"], (before.get("details") or {}).get("held_out")
+    if other is not None and other != key:
+        less.append(f"it is of {other}, this one of {key}")
+    return " and ".join(less)
+
+
+def missing(
+    run: Run, config: EvalConfig, store: ActivationStore, held_out: ActivationStore, root: Path
+) -> EvalConfig | None:
+    """What to evaluate a run on so that it was judged on no less than is asked for; None where it was.
+
+    On no less than it was judged on before, either.
+    """
+    found = run.evaluation()
+    if found is None:
+        return config
+    judged, wanted = amounts(found), config.rows_of(held_out)
+    rows = judged["rows"] or 0
+    more: dict[str, Any] = {"rows": max(rows, wanted)}
+    more["dead_rows"] = max((judged["dead_rows"] or 0) - rows, config.dead_rows)
+    enough = rows >= wanted and ("kept" in found or trained.largest_norm(run, store) is None)
+    tokens = None
+    if "tokens" in held_out.recipe:
+        tokens = catalogue.of_recipe(root, TokenStore, held_out.recipe["tokens"])
+    if tokens is not None:
+        downstream = (found.get("details") or {}).get("downstream") or {}
+        contexts, asked = int(downstream.get("contexts", 0)), config.contexts_of(tokens)
+        more["tokens"] = max(contexts, asked) * tokens.context_length
+        enough = enough and contexts >= asked
+    return None if enough else config.model_copy(update=more)
 
 
 def _tokens(root: Path, training: ActivationStore, held_out: ActivationStore) -> TokenStore:

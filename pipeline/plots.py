@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cache.durable import write_atomic
 from cache.errors import SaeError
-from pipeline.compare import Row, front
+from pipeline.compare import Row, front, named
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,21 +15,28 @@ if TYPE_CHECKING:
 
 ROOM = 15  # ratio of the ends of a logarithmic axis up to which the labels between powers of ten do not overlap
 FORMATS = (".png", ".svg", ".pdf")
-AXES = (  # a panel each: what is on y, where x is L0
-    ("fvu", "l0", "FVU, held-out rows"),
-    ("ce_degradation", "l0", "cross-entropy added when spliced in, nats a token"),
-    ("train_fvu", "train_l0", "FVU, last training batch"),
+AXES = (  # a panel each: what is on y, where x is L0; and what both were judged on
+    ("fvu", "l0", "FVU, held-out rows", ("rows",)),
+    ("ce_degradation", "l0", "cross-entropy added when spliced in, nats a token", ("rows", "tokens")),
+    ("train_fvu", "train_l0", "FVU, last training batch", ()),
 )
+
+
+def expect_plot(path: Path) -> None:
+    """Raise SaeError for a name whose ending is no format."""
+    if path.suffix not in FORMATS:
+        raise SaeError(f"--plot {path}: the ending says the format; use {', '.join(FORMATS)}")
 
 
 def pareto(rows: Sequence[Row], path: Path) -> None:
     """L0 against FVU and against cross-entropy degradation, a colour an architecture, its best runs joined.
 
-    Panels without two figures a run are left out; without held-out figures the last training batch's are shown. Raises
-    SaeError for a name whose ending is no format, and where there is nothing to plot.
+    Joined are those judged on the most; what was judged on less is hollow, and the legend says on how much. Panels
+    without two figures a run are left out; without held-out figures the last training batch's are shown. Runs without
+    a place in the plot are named below it. Raises SaeError for a name whose ending is no format, and where there is
+    nothing to plot.
     """
-    if path.suffix not in FORMATS:
-        raise SaeError(f"--plot {path}: the ending says the format; use {', '.join(FORMATS)}")
+    expect_plot(path)
     panels = [axes for axes in AXES if any(_point(row, *axes[:2]) for row in rows)]
     panels = panels[:-1] if len(panels) > 1 and panels[-1] == AXES[-1] else panels
     if not panels:
@@ -40,19 +47,10 @@ def pareto(rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(5.6 * len(panels), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     kinds = list(dict.fromkeys(str(row["sae.arch"]) for row in rows))
-    for axis, (y_name, x_name, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for index, kind in enumerate(kinds):
-            of_kind = [_point(row, y_name, x_name) for row in rows if row["sae.arch"] == kind]
-            points = [point for point in of_kind if point is not None]
-            if not points:
-                continue
-            colour = f"C{index % 10}"
-            axis.plot(*zip(*points, strict=True), "o", color=colour, alpha=0.75, label=kind)
-            axis.plot(*zip(*front(points), strict=True), "-", color=colour, linewidth=1.2)
-        axis.set(xlabel="L0", title=title, xscale="log")
-        plain_numbers(axis)
-        axis.grid(alpha=0.25)
-        axis.legend(frameon=False)
+    for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _fill(axis, panel, rows, kinds)
+    if below := absent(rows, panels):
+        figure.supxlabel(below, fontsize="small")
     save(figure, path)
 
 
@@ -61,6 +59,44 @@ def save(figure: "Figure", path: Path) -> None:
     data = io.BytesIO()
     figure.savefig(data, dpi=150, format=path.suffix.removeprefix("."))
     write_atomic(path, data.getvalue())
+
+
+def _fill(axis: "Axes", panel: tuple[str, str, str, tuple[str, ...]], rows: Sequence[Row], kinds: list[str]) -> None:
+    y_name, x_name, title, amounts = panel
+    points: dict[tuple[tuple[int, ...], str], list[tuple[float, float]]] = {}
+    for row in rows:
+        if (point := _point(row, y_name, x_name)) is not None:
+            points.setdefault((tuple(row.get(name) or 0 for name in amounts), str(row["sae.arch"])), []).append(point)
+    most = max(amount for amount, _ in points)
+    alike = all(amount == most for amount, _ in points)
+    for (amount, kind), group in sorted(points.items(), key=lambda one: (kinds.index(one[0][1]), one[0][0])):
+        colour, full = f"C{kinds.index(kind) % 10}", amount == most
+        on = " and ".join(f"{n:,} {name}" for n, name in zip(amount, amounts, strict=True))
+        axis.plot(
+            *zip(*group, strict=True), "o", color=colour, alpha=0.75, fillstyle="full" if full else "none",
+            label=kind if alike else f"{kind}, on {on}",
+        )  # fmt: skip
+        if full:
+            axis.plot(*zip(*front(group), strict=True), "-", color=colour, linewidth=1.2)
+    axis.set(xlabel="L0", title=title, xscale="log")
+    plain_numbers(axis)
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False)
+
+
+def absent(rows: Sequence[Row], panels: Sequence[tuple[str, str, str, tuple[str, ...]]]) -> str:
+    """Which runs have no point in a panel that is drawn, and why; empty where all have."""
+    held_out = any(amounts for *_, amounts in panels)
+    unjudged, silent = [], []
+    for row in rows:
+        if "run" not in row:  # a mean over several
+            continue
+        if held_out and row["rows"] is None:
+            unjudged.append(str(row["run"]))
+        elif not any(_point(row, *panel[:2]) for panel in panels):
+            silent.append(str(row["run"]))
+    said = [("not judged", unjudged), ("L0 of 0", silent)]
+    return "; ".join(f"{why}: {named(names)}" for why, names in said if names)
 
 
 def plain_numbers(axis: "Axes") -> None:

@@ -177,11 +177,6 @@ class GroundTruth:
         return np.random.PCG64(int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little"))
 
 
-def truth_of(recipe: Recipe) -> Tensor | None:
-    """The true features [G, d] of the rows of an activation store, float32 of length 1; None where none are known."""
-    return None if "source" not in recipe else ground_truth(recipe).features
-
-
 def ground_truth(recipe: Recipe) -> GroundTruth:
     """What the rows of a synthetic store are made from. Raises SaeError where this version knows no such source."""
     source = recipe["source"]

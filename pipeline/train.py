@@ -232,6 +232,6 @@ def _metadata(recipe: dict[str, Any]) -> dict[str, Any]:
         "hook_name": recipe["hook"],
         "context_size": recipe["tokens"]["context_length"],
         "prepend_bos": False,
-        "dataset_path": recipe["tokens"]["source"].get("name"),
+        "dataset_path": recipe["tokens"]["source"].get("dataset"),  # of the hub; other sources have none
         "model_from_pretrained_kwargs": {},
     }

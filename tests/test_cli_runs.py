@@ -1,5 +1,6 @@
 """`sae train --sweep` and `sae compare` as they are typed."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,6 +75,43 @@ def test_a_sweep_of_which_one_diverges_finishes_the_others(cache: Path, tmp_path
     assert len(answer.json["runs"]) == 2
     listed = {run["name"]: run["help"] for run in done("list", "--runs", tmp_path, "--json").json["runs"]}
     assert sorted(help.split()[0] for help in listed.values()) == ["diverged", "diverged", "finished,", "finished,"]
+
+
+def judge(run: Path, rows: int) -> None:
+    """What `sae eval` would leave."""
+    (run / "eval").mkdir(exist_ok=True)
+    found = {"fvu": 0.25, "l0": 2.5, "dead_fraction": 0.0, "rows": rows, "details": {"dead_rows": rows}}
+    (run / "eval" / "eval.json").write_text(json.dumps(found))
+
+
+def test_what_was_judged_on_how_much_is_said(cache: Path, tmp_path: Path) -> None:
+    command, rest = typed(train(cache, tmp_path, "--sweep", "k=2,4", "--seeds", 2, "--json"))
+    first, second, third, last = [tmp_path / row["run"] for row in done(command, *rest).json["runs"]]
+    for run, rows in ((first, 1008), (second, 1008), (third, 64_488)):
+        judge(run, rows)
+    table = done("compare", "--runs", tmp_path)
+    assert "judged on 1,008 to 64,488 held-out rows: compare only what is alike" in table.err
+    assert f"not judged on held-out rows: {last.name}; `sae eval RUN` does" in table.err
+    assert "64,488" in table.out and last.name in table.out
+    merged = done("compare", "--runs", tmp_path, "--over-seeds", "--json").json["runs"]
+    assert [(row["sae.k"], row["rows"], row["seeds"], row["fvu"]) for row in merged] == [
+        (2, 1008, 2, 0.25), (4, 64_488, 1, 0.25), (4, None, 1, None),
+    ]  # fmt: skip
+    judge(third, 1008)
+    alike = done("compare", first.name, second.name, third.name, "--runs", tmp_path)
+    assert "judged" not in alike.err and "dead_rows" not in alike.out
+
+
+@pytest.mark.parametrize("words", [["--plot", "taken/front.png"], ["--csv", "taken/a.csv"], ["--csv", "runs"]])
+def test_comparing_looks_first_whether_it_can_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("a file")
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr("pipeline.compare.compare", lambda *_: pytest.fail("it went to work"))
+    answer = sae("compare", *words)
+    assert answer.code == 2 and ("cannot write here" in answer.complaint or "is a folder" in answer.complaint)
 
 
 def test_comparing_nothing_says_what_to_run(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_stores import some
 
-from cache.durable import append_line, checksum, whole_lines_end, write_atomic
+from cache.durable import append_line, checksum, expect_writable, whole_lines_end, write_atomic
 from cache.errors import SaeError
 
 
@@ -118,3 +118,22 @@ def test_whole_lines_end_after_the_last_newline(data: bytes) -> None:
     end = whole_lines_end(data)
     assert b"\n" not in data[end:]
     assert end == 0 or data[end - 1 : end] == b"\n"
+
+
+def test_what_can_be_written_is_asked_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing stays of the question, also where the folder is yet to be made."""
+    expect_writable(tmp_path / "a" / "b" / "file.json")
+    expect_writable(tmp_path / "file.json")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SaeError, match="is a folder, and a file is to go there"):
+        expect_writable(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(SaeError, match="file: cannot write here"):
+        expect_writable(tmp_path / "file" / "b" / "c")
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cache.durable.open", refuse, raising=False)
+    with pytest.raises(SaeError, match="no space left on the disk"):
+        expect_writable(tmp_path / "c")

@@ -344,7 +344,7 @@ def run(gpt2: World, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.mark.parametrize(("rows", "dead_rows"), [("all", 0), ("all", 64), (100, 10**9), (10**9, 64)])
 def test_rows_are_judged_as_brute_force_does(gpt2: World, run: Run, rows: Any, dead_rows: int) -> None:
-    found = judged(gpt2, run, EvalConfig(rows=rows, dead_rows=dead_rows, batch_tokens=96))
+    found = judged(gpt2, run, EvalConfig(rows=rows, dead_rows=dead_rows, batch_tokens=96), replace_larger=True)
     held_out, training = gpt2.store(0, "resid_post", "validation"), gpt2.store(0, "resid_post")
     sae = trained.load(run)
     x = held_out.rows(0, held_out.n_rows if rows == "all" else min(rows, held_out.n_rows))
@@ -371,7 +371,7 @@ def test_the_results_are_what_was_promised(gpt2: World, run: Run) -> None:
     assert json.loads((run.path / EVALUATION).read_text()) == found
     assert found["rows"] == len(row_places(gpt2.held_out, gpt2.lengths)) and found["tokens"] == len(counted(gpt2))
     assert all(isinstance(found[name], float | int) for name in PROMISED - {"details"})
-    assert found["details"].keys() == {"dead_rows", "reconstruction", "sparsity", "downstream"}
+    assert found["details"].keys() == {"dead_rows", "reconstruction", "sparsity", "downstream", "held_out"}
     down = found["details"]["downstream"]
     assert down.keys() == set(DownstreamScores.__dataclass_fields__)
     assert down["ce_clean"]["low"] <= found["ce_clean"] <= down["ce_clean"]["high"]
@@ -507,3 +507,56 @@ def test_held_out_rows_that_are_all_left_out(tmp_path: Path, gpt2: World) -> Non
     run.write_json("config.json", described)
     with pytest.raises(SaeError, match=r"^--rows \d+: training would have left all of them out for their norm"):
         judged(gpt2, Run(run.path))
+
+
+# What is there already
+
+
+class Told(Silent):
+    """Keeps the notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
+
+
+def test_an_evaluation_on_less_leaves_one_on_more(tmp_path: Path, gpt2: World) -> None:
+    """It is returned and said, not written; one on as much or more, or on request, is."""
+    run = made(gpt2, tmp_path, 0, "resid_post")
+    full, told = judged(gpt2, run), Told()
+
+    def again(config: EvalConfig, **options: Any) -> tuple[dict[str, Any], dict[str, Any], bytes]:
+        found = evaluate(config, run, gpt2.root, told, **options).as_json()
+        return found, run.read_json(EVALUATION), (run.path / LATENTS).read_bytes()
+
+    latents = (run.path / LATENTS).read_bytes()
+    for less, unit in (
+        ({"tokens": 3 * CONTEXT}, "predictions"),
+        ({"rows": 50}, "rows"),
+        ({"dead_rows": 0}, "searched"),
+    ):
+        found, there, kept = again(CONFIG.model_copy(update=less))
+        assert found != full and there == full and kept == latents
+        assert unit in told.notes[-1] and told.notes[-1].endswith("; --replace puts this one in its place")
+    assert again(CONFIG)[1] == full and len(told.notes) == 3
+    found, there, _ = again(CONFIG.model_copy(update={"rows": 50}), replace_larger=True)
+    assert found == there != full and there["rows"] == 50
+    assert again(CONFIG)[1] == full and len(told.notes) == 3
+    there["details"]["held_out"] = "another-store"
+    run.write_json(EVALUATION, {**there, "rows": 1, "tokens": 1})
+    again(CONFIG)
+    assert "it is of another-store, this one of" in told.notes[-1]
+    run.write_json(EVALUATION, {})  # nothing to lose
+    assert again(CONFIG)[1] == full
+
+
+def test_it_looks_first_whether_it_can_write(
+    tmp_path: Path, gpt2: World, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    run = made(gpt2, tmp_path, 0, "resid_post")
+    (run.path / "eval").write_text("a file")
+    monkeypatch.setattr(LanguageModel, "boot", lambda *_, **__: pytest.fail("it went to work"))
+    with pytest.raises(SaeError, match=r"eval: cannot write here"):
+        judged(gpt2, run)

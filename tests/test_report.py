@@ -95,7 +95,7 @@ EVALUATION: dict[str, Any] = {
 
 def make(folder: Path, *, steps: int = 40, judged: bool = True, recipe: dict[str, Any] | None = None) -> Run:
     given = activation_recipe(16) | {"model": {"model": "gpt2"}, "layer": 6}
-    given["tokens"] |= {"source": {"source": "hub", "name": "<fineweb>"}, "context_length": 128}
+    given["tokens"] |= {"source": {"source": "hub", "dataset": "<fineweb>"}, "context_length": 128}
     run = Run.create(
         folder / "topk<&>",
         {
@@ -163,6 +163,21 @@ def test_numbers(page: Page) -> None:
     assert "16 never do (3 of them do on training rows)" in about
     details = page.all("details")[0][1]
     assert "<i>" in details and "1, 2.5, –, <u>" in details and "… 75 more" in details and "true" in details
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ({"source": "hub", "dataset": "HuggingFaceFW/fineweb"}, "HuggingFaceFW/fineweb"),
+        ({"source": "files", "files": [{"name": f"{n}.txt"} for n in "abcde"]}, "a.txt, b.txt, c.txt and 2 more"),
+        ({"source": "python"}, "python"),
+    ],
+)
+def test_where_the_text_came_from(tmp_path: Path, source: dict[str, Any], said: str) -> None:
+    recipe = activation_recipe(16)
+    recipe["tokens"] = {**recipe["tokens"], "source": source}
+    shown = Page(report.page(report.read(make(tmp_path, recipe=recipe))))
+    assert shown.all("p", "lede")[0][1].endswith(f", from the text of {said}.")
 
 
 def test_figures_say_on_how_much_and_over_which_rows(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from cache.manifest import Windows
 from cache.runs import Run
 from configs import resolve
 from pipeline.compare import as_csv, compare, front, over_seeds
-from pipeline.plots import pareto
+from pipeline.plots import AXES, absent, pareto
 from pipeline.progress import Silent
 from pipeline.sweep import combinations, of_seeds, open_all, sweep
 from pipeline.train import TrainConfig, open_run, train
@@ -176,11 +176,25 @@ class TestCompare:
     def test_what_cannot_be_plotted_is_said(self, runs: list[Run], tmp_path: Path) -> None:
         with pytest.raises(SaeError, match=r"front.txt.*\.png"):
             pareto(compare(runs), tmp_path / "front.txt")
+        (tmp_path / "file").touch()
         with pytest.raises(SaeError, match="cannot write here"):
-            pareto(compare(runs), tmp_path / "nowhere" / "front.png")
+            pareto(compare(runs), tmp_path / "file" / "front.png")
         nothing = [{**row, "train_l0": None} for row in compare(runs)]
         with pytest.raises(SaeError, match="no run has both"):
             pareto(nothing, tmp_path / "front.png")
+
+    def test_unlike_amounts_are_marked_and_absent_runs_named(self, runs: list[Run], tmp_path: Path) -> None:
+        base = [{**row, "l0": 2.0 + i, "fvu": 0.5 / (i + 1)} for i, row in enumerate(compare(runs))]
+        rows = [{**row, "rows": 64 if i < 2 else 1000} for i, row in enumerate(base)]
+        rows[3] |= {"rows": None, "fvu": None, "l0": None}
+        texts = []
+        for shown in (rows, [{**row, "rows": 64} for row in base]):
+            pareto(shown, tmp_path / "front.svg")
+            texts.append((tmp_path / "front.svg").read_text())
+        assert "topk, on 64 rows" in texts[0] and "topk, on 1,000 rows" in texts[0]
+        assert f"not judged: {runs[3].name}" in texts[0]
+        assert "rows -->" not in texts[1].replace("held-out rows -->", "") and "not judged" not in texts[1]
+        assert absent([{**rows[0], "l0": 0.0}], [AXES[0]]) == f"L0 of 0: {runs[0].name}"
 
     def test_no_runs_is_said(self) -> None:
         with pytest.raises(NotFound, match="no runs"):

@@ -36,7 +36,7 @@ from pipeline.repair import Origins, repair_all
 from pipeline.saes import create
 from pipeline.saes.topk import TopKConfig
 from pipeline.synthesize import synthesize, synthetic_recipe
-from pipeline.synthetic import HELD_OUT, GroundTruth, Groups, Independent, SyntheticConfig, ground_truth, truth_of
+from pipeline.synthetic import HELD_OUT, GroundTruth, Groups, Independent, SyntheticConfig, ground_truth
 
 SMALL = SyntheticConfig(d=12, features=31, presence=Groups(groups=4, active=3, decay=0.8), rows=1, validation_rows=1)
 IID = SMALL.model_copy(update={"presence": Independent(probability=0.15)})
@@ -218,9 +218,8 @@ def test_a_source_of_another_version(tmp_path: Path) -> None:
 
 
 def test_the_truth_of_a_recipe() -> None:
-    truth = truth_of(json.loads(json.dumps(synthetic_recipe(NOISY, "validation"))))
-    assert truth is not None and torch.equal(truth, GroundTruth(SMALL).features)
-    assert truth_of({"tokens": {"split": "train"}, "model": {}}) is None
+    truth = ground_truth(json.loads(json.dumps(synthetic_recipe(NOISY, "validation")))).features
+    assert torch.equal(truth, GroundTruth(SMALL).features)
     used = {"groups": SMALL, "iid": IID}
     for mode, config in used.items():  # settings of the other mode are no part of what names a store
         assert synthetic_recipe(config, "train")["source"]["presence"].keys() - {"mode"} == (

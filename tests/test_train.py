@@ -932,3 +932,34 @@ def test_too_few_rows_that_are_kept_for_a_batch(tmp_path: Path, far: ActivationS
     with pytest.raises(SaeError, match=r"--batch 4096: train.outliers leaves 4,055 of the 4,096 rows of planted"):
         open_run(settings(batch=ROWS, outliers=10.0), far, tmp_path, "x", resume=False)
     assert not list(tmp_path.iterdir())
+
+
+# Where rows come from
+
+
+def test_rows_of_any_source_are_trained_on(tmp_path: Path) -> None:
+    """Whether true features are known is told by the store, not by what its source is called."""
+    recipe = {
+        name: value for name, value in activation_recipe(D, "float32").items() if name in ("d", "codec")
+    } | {"source": {"source": "csv", "file": "eeg.csv"}, "split": "train"}  # fmt: skip
+    with ActivationWriter(tmp_path, "eeg", recipe) as writer:
+        extend(writer, planted_rows(512), ended=True)
+    (run,) = go(settings(steps=4), writer.store, tmp_path / "runs")
+    assert run.finished and "recovery" not in run.metrics()[-1]
+    assert run.read_json("cfg.json")["metadata"]["dataset_path"] == "csv"
+
+
+@pytest.mark.parametrize(
+    ("source", "path"),
+    [
+        ({"source": "hub", "dataset": "HuggingFaceFW/fineweb", "revision": "ab12"}, "HuggingFaceFW/fineweb"),
+        ({"source": "python", "python": "3.12.1"}, None),
+    ],
+)
+def test_the_data_set_is_that_of_the_hub(tmp_path: Path, source: dict[str, Any], path: str | None) -> None:
+    recipe = activation_recipe(D, "float32")
+    recipe["tokens"] = {**recipe["tokens"], "source": source}
+    with ActivationWriter(tmp_path, "text", recipe) as writer:
+        extend(writer, planted_rows(512), ended=True)
+    (run,) = go(settings(steps=2), writer.store, tmp_path / "runs")
+    assert run.read_json("cfg.json")["metadata"]["dataset_path"] == path

@@ -29,6 +29,8 @@ from pipeline.report.scores import density_html, scores_html, tree
 from pipeline.saes import Config
 from pipeline.trained import dictionary_of
 
+MOST_FILES = 3  # named in the first sentence
+
 
 class Found(NamedTuple):
     """What a run folder holds; None for what is not there yet."""
@@ -122,10 +124,17 @@ def _heading(found: Found) -> str:
     if found.metrics and (seen := found.metrics[-1].get("rows")):
         there = found.seen.rows
         text += f", trained on {number(seen)} rows ({number(seen / there, 3)} passes over {number(there)})"
-    source = recipe.get("tokens", {}).get("source", {})
-    named = source.get("name") or source.get("source")
-    text += f", from the text of <b>{escape(str(named))}</b>." if named else "."
+    named = _text(recipe.get("tokens", {}).get("source", {}))
+    text += f", from the text of <b>{escape(named)}</b>." if named else "."
     return f'<p class="eyebrow">Sparse dictionary report</p><h1>{escape(_place(found))}</h1><p class="lede">{text}</p>'
+
+
+def _text(source: dict[str, Any]) -> str:
+    """What a source of text is called: a data set, the names of files, or how it was asked for."""
+    if source.get("source") == "files":
+        names = [str(file["name"]) for file in source["files"]]
+        return ", ".join(names[:MOST_FILES]) + (f" and {len(names) - MOST_FILES:,} more" if names[MOST_FILES:] else "")
+    return str(source.get("dataset") or source.get("source") or "")
 
 
 def _scores(found: Found) -> str:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from cache import catalogue
+from cache.durable import expect_no_link, expect_writable
 from cache.errors import NotFound, SaeError
 from cache.runs import FEATURES, Run
 from cache.tokens import TokenStore
@@ -19,6 +20,9 @@ def report(
     config: FeaturesConfig | None = None, activations: str | None = None, device: str = "auto",
 ) -> Path:  # fmt: skip
     """Find what a finished run's latents fire on and write its report. Needs no language model."""
+    for name in (FEATURES, REPORT):
+        expect_no_link(run.path, name)
+        expect_writable(run.path / name)
     where = devices.device(device)
     store = catalogue.trained_on(root, run, activations)
     if "tokens" not in store.recipe:

@@ -24,7 +24,6 @@ from pipeline.studies.plots import Panel
 from pipeline.studies.plots import draw as draw_panels
 from pipeline.studies.study import Lab, Result, Trial
 from pipeline.sweep import acquainted
-from pipeline.synthetic import truth_of
 from pipeline.train import TrainConfig
 from pipeline.training.alignment import AlignConfig, By
 
@@ -56,7 +55,7 @@ def alignment(
         group = [config.model_copy(update={"seed": base.seed + i}) for i in range(seeds)]
         trials += [Trial({"by": what, "weight": weight}, one, store) for one in acquainted(group)]
     rows = lab.rows(trials)
-    latents = compare(rows, lab.runs, truth_of(store.recipe))
+    latents = compare(rows, lab.runs, store.truth)
     d, d_sae = store.d, base.sae.d_sae
     by_chance = chance(d_sae, d_sae, d)
     for row in rows:

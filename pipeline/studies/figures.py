@@ -71,11 +71,11 @@ def of_run(
 
 
 def judged(run: Run) -> Figures:
-    """What `sae eval` alone can tell, by `JUDGED`; None where it does not apply."""
+    """What `sae eval` alone can tell, by `JUDGED`, and on how many `tokens`; None where it does not apply."""
     found = on_kept_rows(run.evaluation() or {})
     clean, spliced = found.get("ce_clean"), found.get("ce_spliced")
     degradation = None if clean is None or spliced is None else spliced - clean
-    return {**{name: found.get(name) for name in JUDGED}, "ce_degradation": degradation}
+    return {**{name: found.get(name) for name in (*JUDGED, "tokens")}, "ce_degradation": degradation}
 
 
 def on_kept_rows(evaluation: dict[str, Any]) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from cache.activations import ActivationStore
 from cache.durable import make_folder, read, write_atomic
 from cache.errors import NotFound, SaeError
 from cache.identity import canonical
-from cache.runs import EVALUATION, Run
+from cache.runs import Run
 from cache.tokens import TokenStore
 from pipeline.compare import Row, as_csv, over_seeds
-from pipeline.evaluate import EvalConfig, boot, evaluate
+from pipeline.evaluate import EvalConfig, boot, evaluate, missing
 from pipeline.language_model import LanguageModel
 from pipeline.progress import Progress
 from pipeline.saes import ARCHITECTURES, Config, parse
@@ -93,13 +93,15 @@ class Lab:
 
     def _judge(self, run: Run, store: ActivationStore, whole: bool) -> figures.Figures:
         """Every figure of a finished run; only what is missing is computed."""
-        if whole and not (run.path / EVALUATION).exists():
+        held_out = catalogue.sibling_of(self.root, store, "validation")
+        assert held_out is not None, "checked before training"
+        if whole and (judging := missing(run, self.judging, store, held_out, self.root)) is not None:
             evaluate(
-                self.judging, run, self.root, self.progress, activations=str(store.path), device=self.device,
+                judging, run, self.root, self.progress, activations=str(store.path), device=self.device,
                 language_model=self._model(store) if _is_text(store) else None,
             )  # fmt: skip
         found = figures.of_run(run, store, self.root, self.judging, self.progress, self.device)
-        return {**found, **(figures.judged(run) if whole else dict.fromkeys(figures.JUDGED))}
+        return {**found, **(figures.judged(run) if whole else dict.fromkeys((*figures.JUDGED, "tokens")))}
 
     def _model(self, store: ActivationStore) -> LanguageModel:
         name = canonical(store.recipe["model"])
@@ -146,8 +148,13 @@ class Result:
     @property
     def runs(self) -> list[Row]:
         """A row a run: its name, labels, seed and the study's figures."""
-        kept = ("run", *self.labels, "seed", *self.columns)
+        kept = ("run", *self.labels, "seed", *self.unlike, *self.columns)
         return [{key: row[key] for key in kept} for row in self.rows]
+
+    @property
+    def unlike(self) -> tuple[str, ...]:
+        """What tells on how much runs were judged, where it was not on the same: `rows`, `tokens`."""
+        return tuple(name for name in ("rows", "tokens") if len({row.get(name) for row in self.rows}) > 1)
 
     @property
     def table(self) -> list[Row]:

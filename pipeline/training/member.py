@@ -28,7 +28,6 @@ from pipeline.saes import (
     reinitialise,
     resample,
 )
-from pipeline.synthetic import truth_of
 from pipeline.training.config import TrainConfig
 from pipeline.training.ranks import Ranks, expect_same
 
@@ -75,7 +74,7 @@ class Member:
             for inside in (False, True)
         )
         optimiser = torch.optim.Adam([encoder, decoder], lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-        truth = truth_of(store.recipe)
+        truth = store.truth
         return cls(run, config, sae, optimiser, store, rows, None if truth is None else truth.to(device))
 
     def losses(self, part: Tensor, clock: Clock) -> Losses:

@@ -14,7 +14,7 @@ from pipeline.progress import Silent
 from pipeline.studies.alignment import alignment, correlation, nearest, panels
 from pipeline.studies.study import Lab
 from pipeline.synthesize import synthesize
-from pipeline.synthetic import Groups, SyntheticConfig, truth_of
+from pipeline.synthetic import Groups, SyntheticConfig, ground_truth
 
 PLANTED = SyntheticConfig(
     d=12, features=24, presence=Groups(groups=4, active=3), rows=1024, validation_rows=256, codec="float32"
@@ -58,8 +58,7 @@ def test_a_group_for_every_weight(store: ActivationStore, lab: Lab, tmp_path: Pa
 def test_latents_agree_on_what_is_true(store: ActivationStore, lab: Lab) -> None:
     base = BASE.model_copy(update={"steps": 200, "checkpoint_every": 100})
     result = alignment(base, store, lab, weights=(0.0,), seeds=3)
-    truth = truth_of(store.recipe)
-    assert truth is not None
+    truth = ground_truth(store.recipe).features
     tables = [trained.load(Run(lab.runs / row["run"])).W_dec.detach() for row in result.runs]
 
     def closest(a: Tensor, others: Tensor) -> list[float]:
