@@ -14,12 +14,11 @@ import os
 import stat
 from contextlib import suppress
 from pathlib import Path
-from typing import cast
 
 import google_crc32c
 
 from cache.errors import DamagedStore, SaeError
-from cache.places import failures, filesystem, filesystem_path, is_remote, reason
+from cache.places import failures, fetched, filesystem, filesystem_path, is_remote, reason
 from cache.processes import PARTIAL, temporary
 
 __all__ = [
@@ -39,8 +38,8 @@ def read(path: Path, most: int | None = None) -> bytes | None:
     most: bytes that are asked for; one more is read where there are more, so that a caller notices.
     """
     try:
-        if is_remote(path):  # one request; `read_bytes` makes two, between which the object may be replaced
-            return cast(bytes, filesystem(path).cat_file(filesystem_path(path)))
+        if is_remote(path):
+            return fetched(path, None if most is None else most + 1)
         with open(opened(path), "rb") as file:
             return file.read(-1 if most is None else most + 1)
     except FileNotFoundError:

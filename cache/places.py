@@ -16,6 +16,7 @@ from cache.errors import SaeError
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z][A-Za-z0-9+.-]*)*://")
 S3 = ("s3", "s3a")
+NO_SUCH_RANGE = re.compile(r"InvalidRange|range.* not satisfiable", re.IGNORECASE)
 # the first request of a command: a wrong endpoint is said within seconds, later ones outlast a short outage
 QUICK = {"config_kwargs": {"retries": {"max_attempts": 1}, "connect_timeout": 5, "read_timeout": 5}}
 
@@ -69,6 +70,19 @@ def filesystem(path: Path) -> Any:
 def filesystem_path(path: Path) -> str:
     """A remote place as its filesystem names it."""
     return str(path.path)  # type: ignore[attr-defined]
+
+
+def fetched(path: Path, most: int | None = None) -> bytes:
+    """The bytes of a remote file (`most` of them where given), by one request whatever is there.
+
+    Raises FileNotFoundError, or one of `failures`.
+    """
+    try:  # the range is why S3 is not asked for the size first; between two requests the object may be replaced
+        return cast(bytes, filesystem(path).cat_file(filesystem_path(path), start=0, end=most))
+    except failures() as error:
+        if NO_SUCH_RANGE.search(f"{error} {error.__cause__}"):  # every file but an empty one has a byte 0
+            return b""
+        raise
 
 
 def listing(folder: Path) -> dict[str, int]:

@@ -168,6 +168,61 @@ def test_a_log_is_appended_to(remote: Path) -> None:
     assert read(remote / "nothing") is None
 
 
+@pytest.fixture
+def requests(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kinds of the requests that are made to S3 from here on."""
+    from aiobotocore.client import AioBaseClient
+
+    made: list[str] = []
+    call = AioBaseClient._make_api_call
+
+    async def noted(self: AioBaseClient, kind: str, *args: object) -> object:
+        made.append(kind)
+        return await call(self, kind, *args)
+
+    monkeypatch.setattr(AioBaseClient, "_make_api_call", noted)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("data", "most", "found"),
+    [
+        (b"0123456789", None, b"0123456789"), (b"0123456789", 10, b"0123456789"), (b"0123456789", 4, b"01234"),
+        (b"", None, b""), (b"", 10, b""), (None, None, None), (None, 10, None),
+    ],
+)  # fmt: skip
+def test_a_read_is_one_request(
+    s3: Path, requests: list[str], data: bytes | None, most: int | None, found: bytes | None
+) -> None:
+    """Whole or in part, empty or missing; and no more is read than is asked for, but the byte that tells of more."""
+    if data is not None:
+        write_atomic(s3 / "file", data)
+    requests.clear()
+    assert read(s3 / "file", most) == found
+    assert requests == ["GetObject"]
+
+
+def test_a_chunk_is_one_request(s3: Path, requests: list[str]) -> None:
+    """And so is each of the small files that are read when a store is opened."""
+    store = write_activations(s3, heavy_rows(N, 3))
+    requests.clear()
+    store = ActivationStore(store.path)
+    growing = [array for array in store.arrays.values() if array.grows]
+    assert requests == ["GetObject"] * (len(growing) + len([RECIPE, MANIFEST, "zarr.json"]))
+    for array in ("rows", "position"):
+        requests.clear()
+        store.chunk(array, 1)
+        assert requests == ["GetObject"]
+    requests.clear()
+    assert sum(len(batch) for batch in Loader(store, 16, epochs=1, open_chunks=4)) > N - 16
+    files = store.n_chunks * (2 if store.codec.has_row_scale else 1) + len(["col_mean", "col_scale"])
+    assert requests == ["GetObject"] * files
+    empty = store.path / "rows/c/1/0"
+    write_atomic(empty, b"")
+    with pytest.raises(DamagedStore, match=r"rows/c/1/0: damaged \(its checksum differs\)"):
+        store.chunk("rows", 1)
+
+
 # --- locks ----------------------------------------------------------------------------------------------------------
 
 
