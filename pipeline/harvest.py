@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -116,18 +116,20 @@ def harvest(
     for point in points:
         model.check(point)
     jobs, plans = [], []
-    for tokens in token_stores:  # all planned before the first is run: what cannot be done is said at once
-        check_tokens(config, model, tokens, progress, offline=offline)
-        wanted = config.tokens if tokens.split == "train" else config.validation_tokens
-        jobs.append(_Job(config, model, tokens, points, root, progress, wait, device, offline))
-        plans.append(jobs[-1].plan(wanted, timed=dry_run))
-        progress.note(describe(plans[-1]))
-        if plans[-1].left_out:
-            progress.note(f"{tokens.split}: {plans[-1].why}")
-    if dry_run:
-        return HarvestResult(plans, {})
-    work_left = any(plan.rows_to_do for plan in plans)
-    with connected(workers, scheduler, progress) if work_left else nullcontext() as cluster:
+    with ExitStack() as stack:
+        for tokens in token_stores:  # all planned before the first is run: what cannot be done is said at once
+            stack.enter_context(reading(tokens.path))
+            check_tokens(config, model, tokens, progress, offline=offline)
+            wanted = config.tokens if tokens.split == "train" else config.validation_tokens
+            jobs.append(_Job(config, model, tokens, points, root, progress, wait, device, offline))
+            plans.append(jobs[-1].plan(wanted, timed=dry_run))
+            progress.note(describe(plans[-1]))
+            if plans[-1].left_out:
+                progress.note(f"{tokens.split}: {plans[-1].why}")
+        if dry_run:
+            return HarvestResult(plans, {})
+        work_left = any(plan.rows_to_do for plan in plans)
+        cluster = stack.enter_context(connected(workers, scheduler, progress)) if work_left else None
         stores = {job.tokens.split: job.run(plan, cluster) for job, plan in zip(jobs, plans, strict=True)}
     for plan in plans:
         if plan.left_out:
@@ -258,7 +260,6 @@ class _Job:
     def run(self, plan: Plan, cluster: Cluster | None) -> list[ActivationStore]:
         """Write the windows the plan still lacks."""
         with ExitStack() as stack:
-            stack.enter_context(reading(self.tokens.path))
             writers = {point: stack.enter_context(self.writer(point)) for point in self.points}
             for writer in writers.values():
                 if writer.notice:

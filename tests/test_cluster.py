@@ -20,8 +20,9 @@ from small_cluster import Dying, small_cluster
 from small_models import CONTEXT, made_up, save_model, small_stages, token_store
 from small_stores import files
 
-from cache.errors import SaeError
-from cache.tokens import TokenStore
+from cache.errors import Busy, SaeError
+from cache.tokens import SPLITS, TokenStore
+from cache.upkeep import removing
 from pipeline import cluster, keeping, windows
 from pipeline import tokenize as tokenize_stage
 from pipeline.harvest import HarvestConfig, HarvestResult, harvest
@@ -96,6 +97,25 @@ def test_a_harvest_by_workers_equals_one_alone(tmp_path: Path, gpt2: Path, sched
     assert any("2 workers; dashboard: " in line for line in notes.lines)
     assert everything(together) == everything(alone)
     assert len(everything(alone)) == 8
+
+
+def test_tokens_that_workers_read_are_not_removed(tmp_path: Path, gpt2: Path, scheduler: str) -> None:
+    """Those of the second split, too, while the first is computed."""
+    tokens = [token_store(tmp_path, made_up(20, seed=seed), split=SPLITS[seed]) for seed in (0, 1)]
+
+    class Removing(Notes):
+        tries = 0
+
+        def advance(self, n: int, **_: object) -> None:
+            for store in tokens:
+                with pytest.raises(Busy, match=r"another process is reading it|a living process is writing"):
+                    removing.remove(tmp_path, store.path)
+                self.tries += 1
+
+    progress = Removing()
+    result = run(gpt2, tmp_path, *tokens, progress=progress, scheduler=scheduler)
+    assert progress.tries >= 4 and all(store.closed for stores in result.stores.values() for store in stores)
+    removing.remove(tmp_path, tokens[0].path)
 
 
 def test_workers_take_up_what_was_kept_of_a_window(

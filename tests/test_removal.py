@@ -219,9 +219,11 @@ def test_a_file_that_comes_at_the_last_moment_is_kept(root: Path, monkeypatch: p
 
 def test_what_is_being_read_is_not_removed(root: Path) -> None:
     tokens, rows = write_tokens(root, N), write_activations(root, ROWS[:CHUNK])
+    kept = write_tokens(root, N, split="validation")
     with ActivationWriter(root, rows.slug, rows.recipe):
-        answer = sae("cache rm --yes", tokens.key)
-        assert answer.code == 2 and f"is writing {rows.key} from it" in answer.complaint
+        for one in (tokens, kept):
+            answer = sae("cache rm --yes", one.key)
+            assert answer.code == 2 and f"is writing {rows.key} from it" in answer.complaint
     with reading(rows.path), reading(tokens.path):
         assert "is reading it; wait for it" in sae("cache rm --yes", rows.key).complaint
         assert len(done("cache gc --yes --older-than 0d --json").json["busy"]) == 2

@@ -13,7 +13,7 @@ from cache.identity import digest
 from cache.locks import Lock, held
 from cache.manifest import MANIFEST, read_line
 from cache.places import is_remote, place
-from cache.tokens import TokenStore
+from cache.tokens import SPLITS, TokenStore, sibling
 
 
 def finish(root: Path) -> list[str]:
@@ -90,13 +90,15 @@ def _is_store(path: Path) -> bool:
 
 
 def _harvest_reading(root: Path, path: Path) -> Path | None:
-    """A store that a living process is writing from the tokens in `path`."""
+    """A store that a living process is writing from the tokens in `path`, or is about to: it harvests both splits."""
     if path.parent.name != TokenStore.kind:
         return None
     for folder in catalogue.folders(root, "activations"):
         if held(folder):
             with suppress(SaeError):  # damaged: nobody can go on writing it
                 recipe = read_head(folder).recipe
-                if "tokens" in recipe and path.name.endswith(digest(recipe["tokens"])):
+                if "tokens" in recipe and path.name.endswith(
+                    tuple(digest(sibling(recipe["tokens"], split)) for split in SPLITS)
+                ):
                     return folder
     return None
