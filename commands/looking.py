@@ -10,7 +10,7 @@ import typer
 
 from cache.errors import SaeError
 from cache.places import is_remote
-from commands.options import CacheRoot, Json, StoreName, cache_root, complete_store
+from commands.options import CacheRoot, Json, StoreName, cache_root, complete_store, folder
 from commands.upkeep import Yes, gc, report_damage, verify
 from commands.words import count
 
@@ -163,7 +163,7 @@ def export(
     from cache.tokens import TokenStore
     from cache.upkeep import export as writing
 
-    root, bars = cache_root(cache), console.Bars()
+    root, bars, destination = cache_root(cache), console.Bars(), folder("DEST", destination)
     found = catalogue.any_store(root, store)
     if not isinstance(found, ActivationStore):
         raise SaeError(f"{store}: holds {found.kind}, not activations; `sae cache ls` lists the stores")
@@ -177,11 +177,11 @@ def export(
                 f"--with-tokens: the tokens of {found.key} are not in {root}; leave it out, or tokenize again"
             )
     n = found.n_rows if rows == "all" else min(int(rows), found.n_rows)
+    if rows != "all" and int(rows) > n:
+        bars.note(f"--rows {int(rows):,}: {found.key} has {n:,}, all of which are written")
     bars.start("export", n, "rows")
     try:
-        made = writing.export(
-            found, destination.expanduser(), bars.advance, dtype=dtype, rows=n, order=order, tokens=tokens
-        )
+        made = writing.export(found, destination, bars.advance, dtype=dtype, rows=n, order=order, tokens=tokens)
     finally:
         bars.finish()
     if json:

@@ -30,6 +30,45 @@ def complete_run(context: typer.Context) -> list[str]:
     return sorted(path.parent.name for path in Path(context.params.get("runs") or "runs").glob("*/config.json"))
 
 
+FILES = frozenset(  # endings that promise a file of some format, and so neither a folder nor a table of ours
+    [
+        ".arrow",
+        ".bin",
+        ".bz2",
+        ".csv",
+        ".feather",
+        ".gz",
+        ".h5",
+        ".hdf5",
+        ".html",
+        ".json",
+        ".jsonl",
+        ".log",
+        ".npy",
+        ".npz",
+        ".parquet",
+        ".pdf",
+        ".pickle",
+        ".pkl",
+        ".png",
+        ".pt",
+        ".pth",
+        ".safetensors",
+        ".sqlite",
+        ".svg",
+        ".tar",
+        ".tgz",
+        ".tsv",
+        ".txt",
+        ".xlsx",
+        ".xz",
+        ".yaml",
+        ".yml",
+        ".zip",
+        ".zst",
+    ]
+)
+
 # One option a line: this is the manual.
 # fmt: off
 SETTINGS, PLACES = "Settings", "Where"
@@ -46,7 +85,7 @@ Arch = Annotated[str | None, typer.Option(metavar="NAME", help="Architecture; `s
 ActiveLatents = Annotated[int | None, typer.Option("--k", metavar="N", help="Active latents a row, for architectures that fix it. Default: 32.")]
 Latents = Annotated[int | None, typer.Option(metavar="N", help="Latents. Default: 8192.")]
 Steps = Annotated[int | None, typer.Option(metavar="N", help="Steps. Default: one pass over the store.")]
-Seeds = Annotated[int | None, typer.Option(metavar="N", min=1, help="Train each with N seeds.")]
+Seeds = Annotated[int | None, typer.Option(metavar="N", min=1, max=10_000, help="Train each with N seeds.")]
 RunName = typer.Argument(metavar="RUN", autocompletion=complete_run, show_default=False, help="Run folder or its name. Default: the newest finished run.")
 StoreName = Annotated[str, typer.Argument(metavar="STORE", autocompletion=complete_store, help="Key, the beginning of a key, or a path.")]
 TrainingStore = Annotated[str | None, typer.Option(metavar="STORE", autocompletion=complete_store, help="Activations it was trained on: key, beginning of a key, or path. Default: those the run names.")]
@@ -71,7 +110,16 @@ def folder(option: str, path: Path) -> Path:
     path = path.expanduser()
     if path.exists() and not path.is_dir():
         raise SaeError(f"{option} {path}: is a file, not a folder; name another")
+    if not path.exists() and path.suffix.lower() in FILES:
+        raise SaeError(f"{option} {path}: would be a folder, and {path.suffix} is the name of a file; name another")
     return path
+
+
+def as_csv_file(option: str, path: Path) -> Path:
+    """A file for a table. Raises SaeError where its name promises another format."""
+    if path.suffix.lower() in FILES and path.suffix.lower() != ".csv":
+        raise SaeError(f"{option} {path}: is written as CSV, not as {path.suffix}; name a .csv file")
+    return path.expanduser()
 
 
 def length_of(steps: int | None, rows: str | None) -> tuple[list[str], dict[str, Any]]:

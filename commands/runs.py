@@ -21,6 +21,7 @@ from commands.options import (
     Seeds,
     Set,
     Steps,
+    as_csv_file,
     cache_root,
     complete_run,
     complete_store,
@@ -214,6 +215,8 @@ def compare(
     from pipeline.plots import expect_plot, pareto
 
     root = folder("--runs", runs)
+    csv = None if csv is None else as_csv_file("--csv", csv)
+    names = list(dict.fromkeys(names or ()))
     found, damage = ([catalogue.find_run(root, name) for name in names], []) if names else catalogue.readable_runs(root)
     chosen = found if names else [run for run in found if run.finished]
     if not chosen:

@@ -1,6 +1,6 @@
 """`sae study`: questions that take many dictionaries, a command each. Every one leaves a table, a plot and JSON."""
 
-import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +28,7 @@ from commands.options import (
     length_of,
     unfinished,
 )
-from commands.words import count, several, whole
+from commands.words import count, grid, several, whole
 
 if TYPE_CHECKING:
     from cache.activations import ActivationStore
@@ -74,7 +74,7 @@ def coefficients(
         "jl": grid("--jl", jl, stage.JL_GRID),
         "hybrid_jl": grid("--hybrid-jl", hybrid_jl, stage.HYBRID_JL),
     }
-    base = training(preset, config, set_, steps, rows)
+    base = training(preset, config, set_, steps, rows, itself=stage.ITSELF, of=stage.ARCHITECTURES)
     where = lab(cache, runs, preset, config, set_, no_ce, device, offline)
     folder_ = results_folder(out, "coefficients")
     store = store_of(where, activations)
@@ -101,7 +101,7 @@ def activation_functions(
     import console
     from pipeline.studies import activations as stage
 
-    base = training(preset, config, set_, steps, rows)
+    base = training(preset, config, set_, steps, rows, of=[kind.arch for kind in stage.KINDS.values()])
     where = lab(cache, runs, preset, config, set_, no_ce, device, offline)
     folder_ = results_folder(out, "activations")
     store = store_of(where, activations)
@@ -134,7 +134,7 @@ def rates(
     if wrong := [decay for decay in decays if decay not in stage.DECAYS]:
         raise SaeError(f"--encoder-decay {wrong[0]}: there is no such one; use {', '.join(stage.DECAYS)}")
     known = [decay for decay in stage.DECAYS if decay in decays]
-    base = training(preset, config, set_, steps, rows, arch=arch, k=k, d_sae=d_sae)
+    base = training(preset, config, set_, steps, rows, itself=stage.ITSELF, arch=arch, k=k, d_sae=d_sae)
     where = lab(cache, runs, preset, config, set_, no_ce, device, offline)
     folder_ = results_folder(out, "rates")
     store = store_of(where, activations)
@@ -201,7 +201,7 @@ def alignment(
     if wrong := [what for what in chosen if what not in BY]:
         raise SaeError(f"--by {wrong[0]}: there is no such one; use {', '.join(BY)}")
     pulls = grid("--weights", weights, stage.WEIGHTS)
-    base = training(preset, config, set_, steps, rows, arch=arch, k=k, d_sae=d_sae)
+    base = training(preset, config, set_, steps, rows, itself=stage.ITSELF, arch=arch, k=k, d_sae=d_sae)
     where = lab(cache, runs, preset, config, set_, no_ce, device, offline)
     folder_ = results_folder(out, "alignment")
     known = [what for what in BY if what in chosen]
@@ -209,27 +209,17 @@ def alignment(
     finish(stage.alignment(base, store, where, by=known, weights=pulls, seeds=seeds or 3), folder_, json)
 
 
-def grid(option: str, text: str | None, usual: tuple[float, ...]) -> tuple[float, ...]:
-    """Numbers from 0 on, ascending. Raises SaeError for what is not such, or is there twice."""
-    if text is None:
-        return usual
-    try:
-        found = [float(item) if item.isascii() else math.nan for item in text.split(",")]
-    except ValueError:
-        found = [math.nan]
-    if not all(0 <= number < math.inf for number in found):
-        raise SaeError(f"{option} {text}: write numbers from 0 on with commas between them, as 0.01,0.1,1")
-    if len(set(found)) < len(found):
-        raise SaeError(f"{option} {text}: a number is there twice")
-    return tuple(sorted(found))
-
-
 def training(
     preset: str | None, file: Path | None, overrides: list[str] | None, steps: int | None, rows: str | None,
-    **sae: Any,
+    *, itself: Sequence[str] = (), of: Sequence[str] = (), **sae: Any,
 ) -> "TrainConfig":  # fmt: skip
-    """What all dictionaries of a study have in common. sae: what options say of the dictionary."""
-    from configs import SECTIONS, resolve
+    """What all dictionaries of a study have in common.
+
+    itself: settings that the study decides. of: the architectures it trains, where it chooses them. sae: what options
+    say of the dictionary. Raises SaeError for a `--set` that would come to nothing.
+    """
+    from configs import SECTIONS, resolve, settings_of
+    from pipeline.saes import Config
     from pipeline.train import TrainConfig
 
     for item in overrides or ():
@@ -237,7 +227,18 @@ def training(
             raise SaeError(f"--set {item}: `sae study` reads train.* and eval.*; give this one to `sae {section}`")
     freed, length = length_of(steps, rows)
     flags = {"sae": sae, **length}
-    return resolve("train", TrainConfig, preset=preset, file=file, overrides=overrides or (), flags=flags, freed=freed)
+    base = resolve("train", TrainConfig, preset=preset, file=file, overrides=overrides or (), flags=flags, freed=freed)
+    for item in overrides or ():
+        for key in settings_of(item, "train"):
+            if any(f"{key}.".startswith(f"{one}.") for one in itself):
+                raise SaeError(f"--set {item}: this study decides {key} itself; its options say how")
+            stage, _, name = key.partition(".")
+            shared = {*Config.model_fields, *(["k"] if "topk" in of else [])} - {"arch"}
+            if of and stage == "sae" and name not in shared and base.sae.arch not in of:
+                raise SaeError(
+                    f"--set {item}: this study trains {', '.join(of)}; say of which, as train.sae.arch={of[0]}"
+                )
+    return base
 
 
 def lab(

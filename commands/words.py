@@ -1,5 +1,6 @@
 """What the words of a command line mean: counts, lists, numbers; and what is no word at all."""
 
+import math
 import os
 import re
 from decimal import Decimal
@@ -100,6 +101,21 @@ def whole(option: str, text: str | None) -> list[int] | None:
             raise SaeError(f"{option} {text}: that is more than {MOST:,} numbers; name fewer")
         found += range(first, last + 1)
     return None if text is None else _distinct(option, text, found)
+
+
+def grid(option: str, text: str | None, usual: tuple[float, ...]) -> tuple[float, ...]:
+    """Numbers from 0 on, ascending. Raises SaeError for what is not such, or is there twice."""
+    if text is None:
+        return usual
+    try:
+        found = [float(item) if item.isascii() else math.nan for item in text.split(",")]
+    except ValueError:
+        found = [math.nan]
+    if not all(0 <= number < math.inf for number in found):
+        raise SaeError(f"{option} {text}: write numbers from 0 on with commas between them, as 0.01,0.1,1")
+    if len(set(found)) < len(found):
+        raise SaeError(f"{option} {text}: a number is there twice")
+    return tuple(sorted(found))
 
 
 def _distinct(option: str, text: str, items: list[Any]) -> list[Any]:

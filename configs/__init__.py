@@ -17,7 +17,7 @@ from configs.layers import Layer, Said, command_line, joined, leaves
 from configs.problems import Origins, explained
 from configs.reading import SECTIONS, nested, parsed
 
-__all__ = ["SECTIONS", "parsed", "presets", "resolve"]
+__all__ = ["SECTIONS", "parsed", "presets", "resolve", "settings_of"]
 
 FOLDER = Path(__file__).parent
 NAMES: dict[tuple[str, ...], str] = {("align", "by"): "align"}  # options that are not called as their setting
@@ -63,6 +63,11 @@ def resolve(
     except ValidationError as error:
         typed = {path: one.option for one in options for path, _ in leaves(one.values)}
         raise SaeError(explained(settings, error, Origins(section, layers, typed))) from error
+
+
+def settings_of(item: str, section: str) -> list[str]:
+    """The settings of a section that one `section.key=value` says something of: ["sae.k"]."""
+    return [".".join(path) for path, _ in leaves(reading.override(item).get(section) or {})]
 
 
 def _preset(name: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ Rows of no language model have no cross-entropy. Where the features are known th
 judged by how well it found those.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,8 @@ def evaluate(
         text = _tokens(root, training, held_out), language_model or boot(training, model, device, offline)
     elif model is not None:
         raise SaeError(f"--model {model}: the rows of {training.key} come from no language model; leave it out")
+    for line in _not_so_many(config, held_out, None if text is None else text[0]):
+        progress.note(line)
     sae.to(devices.device(device) if text is None else text[1].device)
     largest = trained.largest_norm(run, training)
     limits = [None] if largest is None else [None, largest]
@@ -198,6 +201,18 @@ def missing(
         more["tokens"] = max(contexts, asked) * tokens.context_length
         enough = enough and contexts >= asked
     return None if enough else config.model_copy(update=more)
+
+
+def _not_so_many(config: EvalConfig, held_out: ActivationStore, tokens: TokenStore | None) -> Iterator[str]:
+    """What to say where more was asked for than there is to judge on."""
+    if config.rows != "all" and config.rows > held_out.n_rows:
+        yield f"--rows {config.rows:,}: {held_out.key} has {held_out.n_rows:,}, all of which are judged"
+    if "tokens" not in config.model_fields_set:
+        return
+    if tokens is None:
+        yield f"--tokens {config.tokens}: the rows of {held_out.key} come from no language model, so none are judged"
+    elif config.tokens != "all" and config.tokens > tokens.n_tokens:
+        yield f"--tokens {config.tokens:,}: {tokens.key} has {tokens.n_tokens:,}, all of which are judged"
 
 
 def _tokens(root: Path, training: ActivationStore, held_out: ActivationStore) -> TokenStore:

@@ -132,6 +132,8 @@ def tokenize(
                 if split == "train":
                     raise
                 progress.note(f"no validation store: {error}")
+    if config.validation == 0:
+        progress.note("no validation store: --validation 0 keeps no documents, so what is trained cannot be judged")
     return TokenizeResult(stores)
 
 

@@ -187,6 +187,9 @@ WRONG = [
     ("harvest --model 'a b'", "--model a b: neither a folder nor a hub name"),
     (f"{HARVEST} --layer 14", "--layer 14: model has layers 0 to 1"),
     (f"{HARVEST} --layer 1,-1", "--layer -1: is no whole number from 0 on, and no range; write 4,6 or 0-3"),
+    (f"{HARVEST} --layer 6,6", "--layer 6,6: 6 is there twice"),
+    (f"{HARVEST} --layer 0-3", "--layer 2: model has layers 0 to 1"),
+    (f"{HARVEST} --layer 1-0", "--layer 1-0: goes down; write 0-1"),
     (f"{HARVEST} --layer x", "--layer x: is no whole number from 0 on"),
     (f"{HARVEST} --site everywhere", "--site everywhere: the sites are resid_pre, resid_mid, resid_post"),
     (f"{HARVEST} --codec int4", "--codec int4: no such codec; there are int8, bfloat16, float16, float32"),
@@ -219,7 +222,26 @@ WRONG = [
     ("train --resume --name one --lr 3", "was started with other settings (batch, "),
     ("train --resume", "--resume: no unfinished run in"),
     ("demo --device gpu", "--device gpu: not usable here (no such device)"),
+    (f"{TRAIN} --steps 7 --set train.rows=50", "steps = 7 and rows = 50: give one of them"),
+    ("train --steps 7 --set train.steps=8", "--steps 7: --set train.steps=8 says otherwise; give one of the two"),
+    ("train --rows all --set train.rows=8", "--rows all: --set train.rows=8 says otherwise; give one of the two"),
+    ("train --lr inf", "--lr inf: input should be a finite number"),
+    ("train --lr nan", "--lr nan: input should be a finite number"),
+    ("train --lr 1e308", "--lr 1e+308: input should be 0, or between 1e-30 and 1e+30"),
+    ("train --seed 9223372036854775808", "--seed 9223372036854775808: input should fit into 64 bits"),
+    ("train --d-sae 99999999999999999999999", "--d-sae 99999999999999999999999: input should fit into 64 bits"),
+    ("train --seeds 2 --seed 9223372036854775807", "--seeds 2: from seed 9223372036854775807 on they do not fit"),
+    ("train --arch l1 --set train.sae.nonsense=3", "train.sae.nonsense: unknown key"),
+    ("train --arch l1 --sweep sae.nonsense=3,4", "--sweep sae.nonsense=3: these settings have no nonsense"),
+    ("train --sweep arch=topk,l1 --sweep k=2,4", "--sweep sae.k=2: arch l1 has no k; it is of batchtopk, "),
+    ("train --sweep arch=topk,l1 --arch l1", "--arch l1: --sweep sae.arch=topk says otherwise; give one of the two"),
     # looking
+    ("eval one --rows 10 --set eval.rows=5", "--rows 10: --set eval.rows=5 says otherwise; give one of the two"),
+    ("report one --latents 3,3", "--latents 3,3: 3 is there twice"),
+    ("report one --latents 0-24", "the dictionary has latents 0 to 23"),
+    ("compare one --csv t.npy", "--csv t.npy: is written as CSV, not as .npy; name a .csv file"),
+    ("cache export {rows} x.npy", "DEST x.npy: would be a folder, and .npy is the name of a file; name another"),
+    ("list --runs x.json", "--runs x.json: would be a folder, and .json is the name of a file"),
     ("eval nothing", "nothing: no such run in"),
     ("eval one --rows 0", "--rows 0: input should be greater than or equal to 1; or input should be 'all'"),
     ("eval one --activations nothing", "--activations nothing: no such store in"),
@@ -306,6 +328,19 @@ def test_no_document_for_the_validation(copy: Path) -> None:
     answer = done(TOKENIZE, "--validation", "1e-9", "--json")
     assert "no validation store: the documents of --source text.txt that fell to it (1e-09 of all)" in answer.err
     assert len(answer.json["stores"]) == 1
+
+
+def test_more_than_there_is_is_said(copy: Path) -> None:
+    """Before it is judged or written; and that without validation documents nothing can be."""
+    answer = done("eval one --rows 1G --tokens 99999999999")
+    assert re.search(r"--rows 1,000,000,000: \S+ has [0-9,]+, all of which are judged", answer.err)
+    assert re.search(r"--tokens 99,999,999,999: \S+ has [0-9,]+, all of which are judged", answer.err)
+    assert "all of which" not in done("eval one --rows 100").err
+    key = store_of(copy, "model-1").name
+    answer = done(f"cache export {key} x.zarr --rows 1G")
+    assert re.search(r"--rows 1,000,000,000: \S+ has [0-9,]+, all of which are written", answer.err)
+    answer = done(TOKENIZE, "--validation", "0")
+    assert "no validation store: --validation 0 keeps no documents, so what is trained cannot be judged" in answer.err
 
 
 def test_the_four_commands_and_what_they_say(world: Path) -> None:

@@ -102,7 +102,7 @@ def typed(name: str, param: typer.core.TyperOption, word: str) -> str:
     return " ".join([name, *(f"{one} {value}" for one, value in needed), option, f"'{word}'"])
 
 
-@pytest.mark.parametrize("word", ["", " ", "\t"])
+@pytest.mark.parametrize("word", ["", " "])
 @pytest.mark.parametrize(("name", "param"), OPTIONS)
 def test_an_empty_word_is_nothing_that_could_be_meant(name: str, param: typer.core.TyperOption, word: str) -> None:
     """Every option and argument of every command."""
@@ -114,7 +114,7 @@ def test_an_empty_word_is_nothing_that_could_be_meant(name: str, param: typer.co
 WHOLE = [case for case in OPTIONS if case.values[1].type_descriptor.annotation is int]  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("word", ["0-5", "00-5", "1.0", "1e3", "٣", "x", "1,2", "--", "0x10", "nan"])
+@pytest.mark.parametrize("word", ["0-5", "1.0", "٣", "1,2"])
 @pytest.mark.parametrize(("name", "param"), WHOLE)
 def test_what_is_no_whole_number(name: str, param: typer.core.TyperOption, word: str) -> None:
     """pydantic, which reads them, takes 0-5 for -5 and 1.0 for 1."""

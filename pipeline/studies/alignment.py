@@ -36,6 +36,7 @@ TITLES = {
     "ce_degradation": "cross-entropy added, nats a token", "agreement_truth_r": "r of agreement and truth",
 }  # fmt: skip
 SMALLEST = 0.1  # of the smallest weight: where none stands on a logarithmic axis
+ITSELF = ("align.by", "align.weight", "align.seeds")  # settings that the study decides
 
 
 def alignment(

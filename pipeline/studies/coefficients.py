@@ -26,6 +26,11 @@ WARMUP = 0.05  # share of the training
 
 LABELS = ("paradigm", "l1_coefficient", "jl_coefficient")
 COLUMNS = ("fvu", "l0", "dead_fraction", "jl", *JUDGED)
+ARCHITECTURES = ("l1", "jl", "hybrid")
+ITSELF = tuple(
+    f"sae.{name}"
+    for name in ("penalty", "coefficient", "warmup", "jl_coefficient", "jl_start", "jl_warmup", "reduction")
+)  # settings that the grids and the common convention decide
 
 
 def coefficients(

@@ -27,6 +27,7 @@ TITLES = {
     "fvu": "FVU, held-out rows", "l0": "L0", "dead_fraction": "share of latents dead",
     "encoder_decoder_cosine": "cosine of encoder and decoder", "ce_degradation": "cross-entropy added, nats a token",
 }  # fmt: skip
+ITSELF = ("decoder", "decay", "shape")  # settings that the study decides
 
 
 def rates(
