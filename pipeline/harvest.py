@@ -30,6 +30,7 @@ from cache.errors import SaeError
 from cache.identity import Recipe, canonical
 from cache.locks import reading
 from cache.places import listing
+from cache.space import expect_room, folder_size, on_disk
 from cache.tokens import TokenStore
 from configs.base import Amount, Distinct, Settings
 from pipeline.cluster import Cluster, connected
@@ -85,6 +86,7 @@ class Plan:
     seconds: float | None
     left_out: int = 0  # rows of the tokens asked for that are not kept, since they do not fill a window
     why: str = ""  # they are not, and what to do about it
+    new_bytes: int = 0  # of stored_bytes, those still to be written
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ def harvest(
                 progress.note(f"{tokens.split}: {plans[-1].why}")
         if dry_run:
             return HarvestResult(plans, {})
+        expect_room(root, sum(plan.new_bytes for plan in plans), "what harvest would add")
         work_left = any(plan.rows_to_do for plan in plans)
         cluster = stack.enter_context(connected(workers, scheduler, progress)) if work_left else None
         stores = {job.tokens.split: job.run(plan, cluster) for job, plan in zip(jobs, plans, strict=True)}
@@ -231,14 +234,26 @@ class _Job:
             if not rows:
                 raise SaeError(f"{self.tokens.key}: {lacking}")
         there = [self._rows_there(point, rows) for point in self.points]
-        widths = [self.model.width(point) for point in self.points]
         to_do = sum(max(rows - n, 0) for n in there)
         forward = int(max(rows - min(there), 0) * self.tokens.n_tokens / available)
         seconds = forward / self._tokens_per_second() if timed and to_do else None
-        stored = sum(max(rows, n) * _bytes_per_row(self.config.codec, d) for n, d in zip(there, widths, strict=True))
+        folder = folder_size(self.root)
+        recipes = [activation_recipe(self.config, self.model, point, self.tokens) for point in self.points]
+        stored = [  # of each store when done, and as it is
+            [on_disk(ActivationStore.specs(recipe), recipe, size, folder) for size in (max(rows, n), n)]
+            for recipe, n in zip(recipes, there, strict=True)
+        ]
+        total, new = sum(done for done, _ in stored), sum(done - before for done, before in stored)
+        packed = [{**recipe, "codec": {**recipe["codec"], "zstd": 1}} for recipe in recipes]
+        smaller = sum(on_disk(ActivationStore.specs(recipe), recipe, rows, folder) for recipe in packed)
+        if to_do and total > 2 * smaller:
+            self.progress.note(
+                f"{self.tokens.split}: chunks are padded to their whole size, and so small a store is padding for the "
+                f"most part; with --codec {codec(self.config.codec).name}:zstd=1 about {smaller / 1e6:,.1f} MB"
+            )
         left_out = max(0, asked - rows)
         why = lacking if left_out else ""
-        return Plan(self.tokens.split, self.points, rows, to_do, forward, int(stored), seconds, left_out, why)
+        return Plan(self.tokens.split, self.points, rows, to_do, forward, total, seconds, left_out, why, new)
 
     @property
     def _ends(self) -> bool:
@@ -398,11 +413,3 @@ class _Job:
         for activations in self.model.activations(tokens, self.points).values():
             activations.flatten()[0].item()  # waits for the device
         return tokens.numel() / (time.perf_counter() - begun)
-
-
-def _bytes_per_row(text: str, d: int) -> float:
-    """Stored size of a row, estimated: measured for int8 with zstd, exact for the others."""
-    value = codec(text)
-    if value.name == "int8":
-        return d * (0.72 if value.zstd else 1.0) + 6
-    return d * {"bfloat16": 2, "float16": 2, "float32": 4}[value.name] * (0.9 if value.zstd else 1.0) + 4

@@ -12,6 +12,7 @@ import numpy as np
 from cache.activations import ActivationStore, ActivationWriter, WindowBuffer
 from cache.codecs import codec, codec_recipe
 from cache.identity import Recipe
+from cache.space import expect_room, on_disk
 from pipeline.interrupts import telling
 from pipeline.progress import Progress
 from pipeline.synthetic import HELD_OUT, GroundTruth, SyntheticConfig
@@ -65,6 +66,10 @@ def _write(truth: GroundTruth, split: str, rows: int, root: Path, progress: Prog
         writer.request(max(rows, writer.store.requested))
         left = max(0, rows - writer.store.n_rows)
         progress.note(f"{split}: {rows:,} rows; {f'{left:,} to write' if left else 'all there already'}")
+        if left:
+            specs, recipe = list(writer.store.arrays.values()), writer.store.recipe
+            there = on_disk(specs, recipe, writer.store.n_rows)
+            expect_room(root, on_disk(specs, recipe, rows) - there, f"what synthesize would add ({split})")
         progress.start(f"synthesize {split}", rows, "rows", done=min(rows, writer.store.n_rows))
         with telling(lambda: f"{writer.store.n_rows:,} of {rows:,} {split} rows are committed"):
             try:

@@ -26,6 +26,7 @@ from cache import activations, catalogue
 from cache.errors import SaeError
 from cache.identity import Recipe
 from cache.manifest import Window
+from cache.space import expect_room
 from cache.tokens import TokenStore, TokenWriter
 from configs.base import Amount, Settings
 from pipeline.cluster import connected
@@ -44,6 +45,7 @@ from pipeline.text.tokenizers import Tokenizer, tokenizer
 BLOCK_DOCUMENTS = 4096
 BLOCK_CHARACTERS = 1 << 25
 SPLITS = ("train", "validation")
+ZSTD_LEAVES = 0.85  # of the bytes of tokens of text, measured; documents and lengths hardly add to them
 
 
 class TooLittle(SaeError):
@@ -184,6 +186,9 @@ def tokenize_split(
             if writer.store.closed:
                 break
             total = None if reach is None else reach * config.context
+            if total is not None:
+                size = ZSTD_LEAVES * np.dtype(writer.store.arrays["tokens"].dtype).itemsize
+                expect_room(root, (total - writer.store.n_tokens) * size, f"what tokenize would add ({split})")
             progress.start(f"tokenize {split}", total, "tokens", done=writer.store.n_tokens)
             with telling(lambda: f"{writer.store.n_tokens:,} {split} tokens are committed"):
                 try:

@@ -23,6 +23,7 @@ from cache.loader import Loader
 from cache.locks import reading
 from cache.outliers import expect_kept, largest_norm
 from cache.runs import CONFIG, FAILURE, Run
+from cache.space import expect_room
 from pipeline import devices
 from pipeline.interrupts import Interrupted, interruptible
 from pipeline.progress import Progress
@@ -196,6 +197,8 @@ def _begin(
         members.append(Member.begin(run, config, store, rows, device))
     for member in members:
         ranks.copy(member.sae.state_dict().values())  # to the bit, however each device rounds a mean
+    if any(not run.has_checkpoint for run in runs) and ranks.rank == 0:
+        expect_room(runs[0].path, sum(member.on_disk() for member in members), "what training writes")
     state = TrainState(grouped(members), loader, first.total_steps(rows))
     state.restore(ranks)
     if ranks.rank == 0:

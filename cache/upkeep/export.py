@@ -28,6 +28,7 @@ from cache.codecs import Encoded, from_numpy, to_numpy
 from cache.durable import explained, make_folder
 from cache.errors import SaeError
 from cache.processes import temporary
+from cache.space import expect_room, plain_on_disk
 from cache.tokens import TokenStore
 from cache.upkeep import loose
 
@@ -73,6 +74,7 @@ def export(
     if rows is not None and rows < 1:
         raise SaeError(f"--rows {rows}: an export has at least one")
     n = store.n_rows if rows is None else min(rows, store.n_rows)
+    expect_room(destination.parent, plain_on_disk(n, store.d, DTYPES[dtype].itemsize), "the export")
     partial = Path(os.path.abspath(destination.with_name(temporary(destination.name))))
     try:
         make_folder(destination.parent)

@@ -119,6 +119,12 @@ class Member:
         spent, self._spent, steps, self._steps = self._spent, 0.0, self._steps, 0
         return {"seconds_per_step": round(spent / max(1, steps), 6), "megabytes": round(held / 1e6, 3)}
 
+    def on_disk(self) -> int:
+        """Bytes of its run folder: two checkpoints, while one takes the place of the other, and the dictionary."""
+        weights = sum(value.nbytes for value in self.sae.state_dict().values())
+        moments = 2 * sum(parameter.nbytes for parameter in self.sae.parameters())
+        return 2 * (weights + moments) + weights
+
     def _revive(self, total: int, ranks: Ranks) -> None:
         """What the settings do about dead latents between steps."""
         revive, k = self.config.revive, getattr(self.config.sae, "k", 0)
