@@ -22,6 +22,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from cache.printable import printable
+
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -62,7 +64,7 @@ class Bars:
         self.worked = False
 
     def start(self, title: str, total: int | None, unit: str, done: int = 0) -> None:
-        self._title, self._unit, self._total = title, unit, total
+        self._title, self._unit, self._total = printable(title), unit, total
         self._done = self._begun_at = done
         self._begun = self._counted = self._said = time.monotonic()
         self._beside = {}
@@ -70,16 +72,16 @@ class Bars:
             return
         self._bar = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(12),
-            TextColumn("{task.fields[amount]}"),
+            TextColumn("{task.fields[amount]}", markup=False),
             Told(lambda: f"{self._rate()}/s" if self._new else ""),
             Told(self._clock, "progress.remaining"),
-            TextColumn("[dim]{task.fields[extra]}"),
+            TextColumn("{task.fields[extra]}", style="dim", markup=False),
             console=err,
             transient=True,
         )
-        name = title if len(title) <= TITLE else f"{title[: TITLE - 1]}…"
+        name = self._title if len(self._title) <= TITLE else f"{self._title[: TITLE - 1]}…"
         self._task = self._bar.add_task(name, total=total, completed=done, unit=unit, amount="", extra="")
         self._bar.start()
 
@@ -87,7 +89,7 @@ class Bars:
         self._done += n
         self._counted = time.monotonic()
         self.worked = self.worked or n > 0
-        self._beside |= {name: f"{name} {short(value)}" for name, value in fields.items()}
+        self._beside |= {name: printable(f"{name} {short(value)}") for name, value in fields.items()}
         extra = list(self._beside.values())
         if self._bar is not None and self._task is not None:
             figure = size if self._unit == BYTES else short
@@ -98,9 +100,7 @@ class Bars:
             self._said = self._counted
             left = [] if self._left is None else [f"{self._left:,.0f} s left"]
             shown = ["  ".join(extra)] if extra else []
-            err.print(
-                f"{self._title}: {', '.join([self._amount(), f'{self._rate()}/s', *left, *shown])}", soft_wrap=True
-            )
+            self.note(f"{self._title}: {', '.join([self._amount(), f'{self._rate()}/s', *left, *shown])}")
 
     def finish(self) -> None:
         if self._bar is not None:
@@ -110,10 +110,10 @@ class Bars:
             return  # nothing to do, or an error before the first step, which says enough by itself
         self._counted = time.monotonic()
         took = self._counted - self._begun
-        err.print(f"{self._title}: {self._amount()} in {took:,.1f} s ({self._rate()}/s)", soft_wrap=True)
+        self.note(f"{self._title}: {self._amount()} in {took:,.1f} s ({self._rate()}/s)")
 
     def note(self, line: str) -> None:
-        err.print(Text(line), soft_wrap=True)
+        err.print(Text(printable(line)), soft_wrap=True)
 
     @property
     def _new(self) -> int:
@@ -189,11 +189,14 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, 
     do not fit side by side, the rows are numbered, and the columns follow in as many blocks as it takes. With `prose`
     the last column is folded between its words instead.
     """
-    cells = [[cell if isinstance(cell, str) else short(cell) for cell in row] for row in rows]
+    columns = [printable(column) for column in columns]
+    cells = [[printable(_said(cell)) for cell in row] for row in rows]
     numbers = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(columns))]
-    grid = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    grid = Table(
+        title=Text(printable(title)), title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     for column, right in zip(columns, numbers, strict=True):
-        grid.add_column(column, justify="right" if right else "left", no_wrap=True)
+        grid.add_column(Text(column), justify="right" if right else "left", no_wrap=True)
     for row in cells:
         grid.add_row(*map(Text, row))
     fits = out.measure(grid, options=out.options.update(width=100_000)).maximum <= out.width
@@ -249,6 +252,13 @@ def _blocks(lines: Sequence[Sequence[str]], width: int) -> Iterator[list[int]]:
         yield block
 
 
+def _said(cell: Any) -> str:
+    """A cell as text."""
+    if isinstance(cell, list | tuple | dict):
+        return json.dumps(cell)
+    return cell if isinstance(cell, str) else short(cell)
+
+
 def _is_number(cell: Any) -> bool:
     return isinstance(cell, int | float) and not isinstance(cell, bool)
 
@@ -278,12 +288,12 @@ def _finite(value: Any) -> Any:
 
 def say(line: str) -> None:
     """One line of result on stdout."""
-    out.print(Text(line), soft_wrap=True)
+    out.print(Text(printable(line)), soft_wrap=True)
 
 
 def agreed(question: str) -> bool:
     """Whether the answer on stdin is yes. Asked on stderr; no answer is a no."""
-    err.print(Text(f"{question} [y/N] "), end="", soft_wrap=True)
+    err.print(Text(f"{printable(question)} [y/N] "), end="", soft_wrap=True)
     answer = sys.stdin.readline()
     if not answer.endswith("\n"):  # nobody ended the line
         err.print()
@@ -292,7 +302,7 @@ def agreed(question: str) -> bool:
 
 def complain(line: str) -> None:
     """The one line an error is."""
-    text = " ".join(f"sae: error: {line}".splitlines())
+    text = printable(" ".join(f"sae: error: {line}".splitlines()))
     err.print(Text(text, style="bold red" if err.is_terminal else ""), soft_wrap=True)
 
 

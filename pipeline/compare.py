@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cache.errors import NotFound, SaeError
+from cache.printable import printable
 from cache.runs import Run
 
 RECOVERY = ("true_to_learned", "learned_to_true", "recovered", "hungarian", "duplicates", "chance")
@@ -22,6 +23,7 @@ HELD_OUT = (
     *(f"kept_{name}" for name in KEPT),
 )  # fmt: skip
 TRAINING = ("fvu", "l0", "dead", "agreement", "recovery", "seconds_per_step", "megabytes")
+FORMULA = tuple("=+-@＝＋－＠")
 FIGURES = (*HELD_OUT, *(f"train_{name}" for name in TRAINING))
 
 Row = dict[str, Any]
@@ -76,12 +78,20 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return best
 
 
+def cell(value: Any) -> Any:
+    """A value as a cell of CSV. Text that a spreadsheet would compute is marked as text; numbers stay numbers."""
+    if value is None or isinstance(value, int | float):
+        return value
+    text = printable(str(value))
+    return f"'{text}" if text.lstrip().startswith(FORMULA) else text
+
+
 def as_csv(rows: Sequence[Row]) -> str:
     """Comma-separated values with a header; None is empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer.writerow({name: cell(name) for name in writer.fieldnames})
+    writer.writerows([{name: cell(value) for name, value in row.items()} for row in rows])
     return text.getvalue()
 
 

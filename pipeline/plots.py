@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from cache.durable import write_atomic
 from cache.errors import SaeError
+from cache.printable import printable
 from pipeline.compare import Row, front, named
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROOM = 15  # ratio of the ends of a logarithmic axis up to which the labels between powers of ten do not overlap
+MOST_LETTERS, MOST_LINE = 40, 400  # of a label, of a line below
 FORMATS = (".png", ".svg", ".pdf")
 AXES = (  # a panel each: what is on y, where x is L0; and what both were judged on
     ("fvu", "l0", "FVU, held-out rows", ("rows",)),
@@ -50,7 +52,7 @@ def pareto(rows: Sequence[Row], path: Path) -> None:
     for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _fill(axis, panel, rows, kinds)
     if below := absent(rows, panels):
-        figure.supxlabel(below, fontsize="small")
+        figure.supxlabel("\n".join(plain_text(line, MOST_LINE) for line in below.split("\n")), fontsize="small")
     save(figure, path)
 
 
@@ -74,7 +76,7 @@ def _fill(axis: "Axes", panel: tuple[str, str, str, tuple[str, ...]], rows: Sequ
         on = " and ".join(f"{n:,} {name}" for n, name in zip(amount, amounts, strict=True))
         axis.plot(
             *zip(*group, strict=True), "o", color=colour, alpha=0.75, fillstyle="full" if full else "none",
-            label=kind if alike else f"{kind}, on {on}",
+            label=plain_text(kind) if alike else f"{plain_text(kind)}, on {on}",
         )  # fmt: skip
         if full:
             axis.plot(*zip(*front(group), strict=True), "-", color=colour, linewidth=1.2)
@@ -82,6 +84,11 @@ def _fill(axis: "Axes", panel: tuple[str, str, str, tuple[str, ...]], rows: Sequ
     plain_numbers(axis)
     axis.grid(alpha=0.25)
     axis.legend(frameon=False)
+
+
+def plain_text(said: str, most: int = MOST_LETTERS) -> str:
+    """A label that stays as it is: no formula, nothing hidden, of a length there is room for."""
+    return printable(said)[:most].replace("\\", "/").replace("$", r"\$")
 
 
 def absent(rows: Sequence[Row], panels: Sequence[tuple[str, str, str, tuple[str, ...]]]) -> str:

@@ -88,7 +88,7 @@ def test_there_is_something_to_look_at() -> None:
 ARROWS: dict[str, tuple[tuple[str, ...], set[str] | None]] = {
     "cache": (("cache",), {"numpy", "numcodecs", "google_crc32c", "safetensors", "torch", "upath", "zarr"}),
     "configs": (("configs", "cache.errors"), {"pydantic", "yaml"}),
-    "console": ((), {"rich"}),
+    "console": (("cache.printable",), {"rich"}),
     "pipeline.saes": (("pipeline.saes", "configs.base"), {"torch", "pydantic"}),
     "pipeline.metrics": (("pipeline.metrics",), {"torch", "numpy", "scipy"}),
     "pipeline.sources": (("pipeline.sources", "pipeline.network", "cache.errors"), None),

@@ -7,8 +7,9 @@ script may want to show on hovering is in `data-hover`: [x, text] pairs.
 import json
 import math
 from collections.abc import Sequence
-from html import escape
 from typing import NamedTuple
+
+from pipeline.report.escaping import escape
 
 MOST_POINTS = 240  # a line has no more: longer ones show the mean of each stretch in a band from its least to its most
 LOG_RATIO = 6.0  # a chart of positive values is logarithmic from this ratio of largest to smallest on

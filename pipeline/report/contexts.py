@@ -8,10 +8,10 @@ import codecs
 import math
 import unicodedata
 from collections.abc import Iterator, Sequence
-from html import escape
 from itertools import pairwise
 
 from pipeline.report.charts import number, percent, sparkline, steady, superscript
+from pipeline.report.escaping import escape
 from pipeline.report.examples import Example, Feature, Features
 
 LEVELS = 8  # shades; classes a1 ... a8 of the style sheet

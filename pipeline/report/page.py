@@ -9,7 +9,6 @@ import base64
 import hashlib
 import json
 import math
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -24,6 +23,7 @@ from cache.errors import DamagedStore
 from cache.runs import CONFIG, FEATURES, LATENTS, Run, Seen, load_tensors
 from pipeline.report.charts import Series, framed, line_chart, number
 from pipeline.report.contexts import LEVELS, features_html
+from pipeline.report.escaping import escape
 from pipeline.report.examples import Features
 from pipeline.report.scores import density_html, scores_html, tree
 from pipeline.saes import Config

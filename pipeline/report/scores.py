@@ -2,12 +2,12 @@
 
 import json
 import math
-from html import escape
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pipeline.report.charts import framed, histogram, ladder, number, percent
+from pipeline.report.escaping import escape
 
 BINS_PER_DECADE = 6
 MOST_ITEMS = 24  # of a list in the details; the JSON file has them all

@@ -1,0 +1,10 @@
+"""Text of others as HTML."""
+
+import html
+
+from cache.printable import printable
+
+
+def escape(text: str) -> str:
+    """HTML of a text, for the inside of an element or of an attribute in quotes. Lines stay lines."""
+    return html.escape("\n".join(map(printable, text.split("\n"))))
