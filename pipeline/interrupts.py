@@ -35,15 +35,17 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def interrupts_raised() -> Iterator[None]:
-    """Let each of the signals raise Interrupted at once, wherever the main thread is."""
+def interrupts_raised() -> Iterator[list[int]]:
+    """Let each of the signals raise Interrupted at once, wherever the main thread is. A list of those that have."""
+    raised: list[int] = []
 
     def end(number: int, frame: object) -> None:
         _let_go_of_lost_terminal()
+        raised.append(number)
         raise Interrupted(number)
 
     with _handled(end):
-        yield
+        yield raised
 
 
 @contextmanager

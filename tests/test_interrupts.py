@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import cli
+from commands import app
 from pipeline.interrupts import (
     SIGNALS,
     Interrupted,
@@ -129,6 +131,20 @@ def test_while_modules_are_imported(module: str, number: signal.Signals, tmp_pat
     which = "" if number == signal.SIGINT else f" ({number.name})"
     assert found.returncode == 128 + number and found.stdout == ""
     assert found.stderr == f"sae: error: interrupted{which}; repeat the command\n"
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_while_the_command_line_is_read(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where typer takes whatever comes for Ctrl-C."""
+    monkeypatch.setattr(app.Commands, "make_context", lambda *_, **__: signal.raise_signal(number))
+    monkeypatch.setattr(sys, "argv", ["sae", "list"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    which = "" if number == signal.SIGINT else f" ({number.name})"
+    assert left.value.code == 128 + number
+    assert capsys.readouterr().err == f"sae: error: interrupted{which}; repeat the command\n"
 
 
 ON_A_TERMINAL = """
