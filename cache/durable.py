@@ -79,9 +79,22 @@ def expect_no_link(folder: Path, name: str = "") -> None:
             raise SaeError(f"{way}: is a link, and nothing is written through links; put what it leads to in its place")
 
 
+def flush_file(path: Path) -> None:
+    """Make what was written to a file, and the file itself, survive a power cut."""
+    try:
+        _flush(path)
+        flush_folder(path.parent)
+    except OSError as error:
+        raise explained(error, path) from error
+
+
 def flush_folder(folder: Path) -> None:
     """Make renames and creations inside a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+    _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -8,37 +8,39 @@ checkpoint.next...        the one that will replace it, once those of all dictio
 cfg.json                  \\ the dictionary, in the layout SAELens opens; written when training ends
 sae_weights.safetensors   /
 eval/                     what `sae eval` found (eval.json, latents.safetensors), and `sae report` (features.json)
+
+Every file is checked when it is read. JSON and tensors carry a checksum of their own (`cache.sealed`, `cache.tensors`);
+the checkpoint has that of the metrics logged before it, and the weights have that of cfg.json, which is SAELens' own.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-from safetensors import SafetensorError, safe_open
 
 from cache import removal
 from cache.activations import ActivationStore
 from cache.durable import (
     append_line,
     checksum,
-    expect_file,
     expect_no_link,
+    flush_file,
     move,
     read,
-    unreadable,
     whole_lines_end,
     write_in,
 )
 from cache.errors import DamagedStore, NotFound, SaeError
 from cache.identity import Recipe
 from cache.locks import LOCK, Lock
-from cache.parsing import MOST_BYTES, figure, inner, name_of_file, parsed_mapping, whole
+from cache.parsing import MOST_BYTES, figure, inner, name_of_file, parsed_mapping, text, whole
 from cache.processes import final_name
+from cache.sealed import sealed, unsealed
+from cache.tensors import read_header, read_tensors, write_tensors
 
 if TYPE_CHECKING:  # listing runs needs no torch, and its import takes seconds
     from torch import Tensor
@@ -73,7 +75,18 @@ class Run:
         self.path = path
         if not (path / CONFIG).exists():
             raise NotFound(f"{path}: is not a run folder (no {CONFIG}); `sae list` shows the runs")
-        self.config: dict[str, Any] = self.read_json(CONFIG)
+        self.sealed = True  # whether its files carry checksums: those of version 0.1.0 do not
+        try:
+            self.config, self.sealed = unsealed(self._bytes(CONFIG))
+            if not self.sealed and "train" in self.config and self.config.keys() != {"train", "activations"}:
+                raise ValueError("its checksum is missing")
+        except ValueError as error:
+            if isinstance(error, SaeError):
+                raise
+            raise DamagedStore(
+                f"{path / CONFIG}: is not what was written ({error}); a run keeps the settings it began with: put them "
+                "back, and train others as a run of their own"
+            ) from error
         self._made: bytes | None = None  # config.json, where this very object made the folder
 
     @cached_property
@@ -98,7 +111,7 @@ class Run:
             cure = "continue it with --resume or choose" if (path / CONFIG).exists() else "choose"
             raise SaeError(f"--name {path.name}: {path} {what}; {cure} another --name")
         removal.finish(path.parent, is_begun)
-        data = json.dumps(config, indent=2).encode()
+        data = sealed(config)
         with Lock(path):  # of two at once, one begins it
             if not _is_vacant(path):
                 raise SaeError(f"--name {path.name}: {path} exists; continue it with --resume or choose another --name")
@@ -149,13 +162,19 @@ class Run:
         return Lock(self.path)
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """A JSON file of the folder. Raises DamagedStore when it is not one."""
-        path = self.path / name
-        data = read(path, MOST_BYTES)
+        """A JSON file of the folder. Raises DamagedStore when it is not what was written."""
+        data = self._bytes(name)
+        with _reading(self.path / name):
+            content, checked = unsealed(data)
+            if self.sealed and not checked:
+                raise ValueError("its checksum is missing")
+            return content
+
+    def _bytes(self, name: str) -> bytes:
+        data = read(self.path / name, MOST_BYTES)
         if data is None:
-            raise NotFound(f"{path}: not there yet")
-        with _reading(path):
-            return parsed_mapping(data)
+            raise NotFound(f"{self.path / name}: not there yet")
+        return data
 
     def evaluation(self) -> dict[str, Any] | None:
         """What `sae eval` found: figures by name (None: not defined), `details`, and the same for the rows `kept`.
@@ -173,7 +192,7 @@ class Run:
         """Write a JSON file of the folder atomically. SaeError for NaN and infinity: they are not JSON."""
         path = self.path / name
         try:
-            data = json.dumps(content, indent=2, allow_nan=False).encode()
+            data = sealed(content)
         except ValueError as error:
             raise SaeError(
                 f"{path}: not written, a figure is NaN or infinite; rows or weights hold numbers too large to square"
@@ -190,30 +209,54 @@ class Run:
         Raises DamagedStore, naming the line, for one that is not what was written.
         """
         path = self.path / METRICS
+        known = self._known_metrics()  # first: a living trainer writes it last
         data = read(path, MOST_METRICS) or b""
+        if known is not None and _said_of(data[: known["bytes"]]) != known:
+            raise DamagedStore(f"{path}: damaged (its checksum differs up to byte {known['bytes']:,})")
         lines = []
-        for number, text in enumerate(data[: whole_lines_end(data)].split(b"\n")[:-1], 1):
+        for number, line in enumerate(data[: whole_lines_end(data)].split(b"\n")[:-1], 1):
             with _reading(path, f"line {number} "):
-                line = parsed_mapping(text, nan_is_null=True)
-                lines.append({name: figure(line, name) for name in line} | {"step": whole(line, "step")})
+                said = parsed_mapping(line, nan_is_null=True)
+                lines.append({name: figure(said, name) for name in said} | {"step": whole(said, "step")})
         return lines
 
     def rewind_metrics(self, step: int) -> None:
-        """Forget what was logged after `step`: a resumed run logs it again."""
-        kept = [json.dumps(entry) + "\n" for entry in self.metrics() if entry["step"] <= step]
-        write_in(self.path, METRICS, "".join(kept).encode())
+        """Forget what was logged after `step`, that of the checkpoint or 0: a resumed run logs it again."""
+        known = self._known_metrics() if self.has_checkpoint else _said_of(b"")
+        if known is None:  # a checkpoint of version 0.1.0
+            kept = [json.dumps(entry) + "\n" for entry in self.metrics() if entry["step"] <= step]
+            write_in(self.path, METRICS, "".join(kept).encode())
+            return
+        if self.has_checkpoint:
+            self.metrics()  # which checks them
+        write_in(self.path, METRICS, (read(self.path / METRICS, MOST_METRICS) or b"")[: known["bytes"]])
+
+    def _known_metrics(self) -> dict[str, Any] | None:
+        """Size and checksum of the metrics that the checkpoint follows; None where it says none, or there is none."""
+        path = self.path / CHECKPOINT
+        if not path.exists():
+            return None
+        with _reading(path):
+            header = read_header(path)
+            if "metrics" not in header:
+                return None
+            said = parsed_mapping(header["metrics"].encode())
+            return {"bytes": whole(said, "bytes"), "crc32c": text(said, "crc32c")}
+
+    def _flushed_metrics(self) -> str:
+        """Put on the disk what was logged, so that no checkpoint is there before it; its size and checksum."""
+        data = read(self.path / METRICS, MOST_METRICS) or b""
+        if data:
+            flush_file(self.path / METRICS)
+        return json.dumps(_said_of(data[: whole_lines_end(data)]))
 
     def stage_checkpoint(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Write what `publish_checkpoint` makes the checkpoint. `state["step"]` says how far training was."""
-        import safetensors.torch
-
-        flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        text = json.dumps(state)
-        header = {"state": text, "crc32c": _checksum(flat, text)}
         for path in self.path.iterdir():
             if final_name(path.name) == STAGED:  # left by a process killed while it wrote
                 path.unlink()
-        write_in(self.path, STAGED, safetensors.torch.save(flat, metadata=header))
+        header = {"state": json.dumps(state), "metrics": self._flushed_metrics()}
+        write_tensors(self.path, STAGED, tensors, header)
 
     def publish_checkpoint(self) -> None:
         """Put the staged checkpoint in the place of the last one, whole or not at all."""
@@ -225,12 +268,8 @@ class Run:
         path = self.path / (STAGED if staged else CHECKPOINT)
         if not path.exists():
             return -1
-        expect_file(path)
-        try:
-            with safe_open(path, "np") as file:  # of which only the header is read
-                return whole(_state(file.metadata() or {}), "step")
-        except (SafetensorError, ValueError) as error:
-            raise DamagedStore(f"{path}: is not the file that was written ({error})") from error
+        with _reading(path):
+            return whole(_state(read_header(path)), "step")
 
     @property
     def has_checkpoint(self) -> bool:
@@ -239,21 +278,18 @@ class Run:
     def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors and the JSON state of the last checkpoint. Raises DamagedStore when a byte differs."""
         path = self.path / CHECKPOINT
-        tensors, header = _read_safetensors(path)
-        if header.get("crc32c") != _checksum(tensors, header.get("state", "")):
-            raise DamagedStore(
-                f"{path}: damaged (its checksum differs); train again without --resume under another --name"
-            )
+        try:
+            tensors, header = read_tensors(path)
+        except DamagedStore as error:
+            raise DamagedStore(f"{error}; train again without --resume under another --name") from error
         with _reading(path):
             return tensors, _state(header)
 
     def save_weights(self, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
         """Write the finished dictionary (weights last: their presence says it is finished)."""
-        import safetensors.torch
-
-        self.write_json(WEIGHTS_CONFIG, config)
-        flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        write_in(self.path, WEIGHTS, safetensors.torch.save(flat, metadata={"crc32c": _checksum(flat)}))
+        data = json.dumps(config, indent=2, allow_nan=False).encode()
+        write_in(self.path, WEIGHTS_CONFIG, data)
+        write_tensors(self.path, WEIGHTS, tensors, beside=data)
 
     def load_weights(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and cfg.json of the finished dictionary. Raises NotFound while training has not ended."""
@@ -261,10 +297,39 @@ class Run:
             raise NotFound(
                 f"{self.path}: training has not finished; continue it with `sae train --resume --name {self.name}`"
             )
-        tensors, header = _read_safetensors(self.path / WEIGHTS)
-        if header.get("crc32c") not in (None, _checksum(tensors)):
-            raise DamagedStore(f"{self.path / WEIGHTS}: damaged (its checksum differs)")
-        return tensors, self.read_json(WEIGHTS_CONFIG)
+        data = self._bytes(WEIGHTS_CONFIG)
+        try:
+            tensors, _ = read_tensors(self.path / WEIGHTS, sealed=self.sealed, beside=data if self.sealed else b"")
+        except DamagedStore as error:
+            raise DamagedStore(f"{error}, or {WEIGHTS_CONFIG} beside it is not what was written") from error
+        with _reading(self.path / WEIGHTS_CONFIG):
+            return tensors, parsed_mapping(data)
+
+    def save_latents(self, tensors: dict[str, Tensor]) -> None:
+        """Write what `sae eval` found of each latent."""
+        write_tensors(self.path, LATENTS, tensors)
+
+    def load_latents(self) -> dict[str, Tensor] | None:
+        """What `save_latents` wrote; None where there is nothing. Raises DamagedStore when a byte differs."""
+        path = self.path / LATENTS
+        return read_tensors(path, sealed=self.sealed)[0] if path.exists() else None
+
+    def check(self) -> list[str]:
+        """What is wrong with the files of the folder, read from the first byte to the last, a line each."""
+        written = (self.path / "eval").glob("*.json")
+        readings: list[Callable[[], object]] = [
+            self.metrics, self.evaluation, self.load_latents, lambda: self.failure,
+            *(partial(self.read_json, path.relative_to(self.path).as_posix()) for path in sorted(written)),
+            *([self.load_checkpoint] if self.has_checkpoint else []),
+            *([self.load_weights] if self.finished else []),
+        ]  # fmt: skip
+        damage = []
+        for reading in readings:
+            try:
+                reading()
+            except DamagedStore as error:
+                damage.append(str(error))
+        return list(dict.fromkeys(damage))
 
 
 @contextmanager
@@ -312,31 +377,5 @@ def _state(header: dict[str, str]) -> dict[str, Any]:
     return state
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file. Raises DamagedStore where it holds none."""
-    return _read_safetensors(path)[0]
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    expect_file(path)
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise NotFound(f"{path}: not there") from error
-    except SafetensorError as error:
-        raise DamagedStore(f"{path}: is not the file that was written ({error})") from error
-    except OSError as error:
-        raise unreadable(error, path) from error
-
-
-def _checksum(tensors: dict[str, Tensor], text: str = "") -> str:
-    """crc32c over all that a file says: every tensor's name, type, shape and bytes, and the text beside them."""
-    import torch
-
-    parts = [text]
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        data = checksum(tensor.flatten().view(torch.uint8).numpy().data)
-        parts.append(f"{name} {tensor.dtype} {list(tensor.shape)} {data}")
-    return checksum("\n".join(parts).encode())
+def _said_of(data: bytes) -> dict[str, Any]:
+    return {"bytes": len(data), "crc32c": checksum(data)}

@@ -15,12 +15,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor
 
 from cache import catalogue
 from cache.activations import ActivationStore
-from cache.durable import expect_no_link, expect_writable, write_in
+from cache.durable import expect_no_link, expect_writable
 from cache.errors import DamagedStore, NotFound, SaeError
 from cache.runs import EVALUATION, LATENTS, Run
 from cache.tokens import TokenStore
@@ -146,7 +145,7 @@ def evaluate(
     tensors: dict[str, Tensor] = {}
     for name, one, alive in zip(("", "_kept"), judged, fired, strict=False):
         tensors |= {f"density{name}": one.sparsity.density().float(), f"fired{name}": alive}
-    write_in(run.path, LATENTS, safetensors.torch.save(tensors))
+    run.save_latents(tensors)
     return result
 
 

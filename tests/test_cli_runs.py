@@ -1,6 +1,5 @@
 """`sae train --sweep` and `sae compare` as they are typed."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from small_stores import shrunk, write_activations
 
 from cache import activations
 from cache.manifest import Windows
+from cache.runs import Run
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +79,8 @@ def test_a_sweep_of_which_one_diverges_finishes_the_others(cache: Path, tmp_path
 
 def judge(run: Path, rows: int) -> None:
     """What `sae eval` would leave."""
-    (run / "eval").mkdir(exist_ok=True)
     found = {"fvu": 0.25, "l0": 2.5, "dead_fraction": 0.0, "rows": rows, "details": {"dead_rows": rows}}
-    (run / "eval" / "eval.json").write_text(json.dumps(found))
+    Run(run).write_json("eval/eval.json", found)
 
 
 def test_what_was_judged_on_how_much_is_said(cache: Path, tmp_path: Path) -> None:

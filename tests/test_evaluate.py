@@ -368,7 +368,7 @@ def test_rows_are_judged_as_brute_force_does(gpt2: World, run: Run, rows: Any, d
 def test_the_results_are_what_was_promised(gpt2: World, run: Run) -> None:
     found = judged(gpt2, run)
     assert found.keys() == PROMISED
-    assert json.loads((run.path / EVALUATION).read_text()) == found
+    assert run.read_json(EVALUATION) == found
     assert found["rows"] == len(row_places(gpt2.held_out, gpt2.lengths)) and found["tokens"] == len(counted(gpt2))
     assert all(isinstance(found[name], float | int) for name in PROMISED - {"details"})
     assert found["details"].keys() == {"dead_rows", "reconstruction", "sparsity", "downstream", "held_out"}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+import torch
 from small_stores import activation_recipe
 
 from cache.errors import DamagedStore
@@ -119,7 +119,7 @@ def make(folder: Path, *, steps: int = 40, judged: bool = True, recipe: dict[str
         density[:16] = 0
         fired = density > 0
         fired[:3] = True
-        save_file({"density": density, "fired": fired}, run.path / "eval" / "latents.safetensors")
+        run.save_latents({"density": torch.from_numpy(density), "fired": torch.from_numpy(fired)})
     return run
 
 
@@ -283,7 +283,7 @@ def test_curves_of_any_length(tmp_path: Path, steps: int) -> None:
 def test_nothing_defined(tmp_path: Path) -> None:
     run = make(tmp_path)
     run.write_json("eval/eval.json", dict.fromkeys(EVALUATION) | {"details": EVALUATION["details"]})
-    save_file({"density": np.zeros(64, np.float32)}, run.path / "eval" / "latents.safetensors")
+    run.save_latents({"density": torch.zeros(64)})
     page = Page(write_report(run, tmp_path / "a.html").read_text("utf-8"))
     assert page.all("div", "card")[0][1] == "Variance explained–FVU –"
     assert len(page.all("rect", "apart")) == 1

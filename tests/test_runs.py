@@ -2,23 +2,25 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from cache.durable import PARTIAL
 from cache.errors import Busy, DamagedStore, NotFound, SaeError
-from cache.runs import CHECKPOINT, METRICS, STAGED, WEIGHTS, WEIGHTS_CONFIG, Run
+from cache.runs import CHECKPOINT, EVALUATION, LATENTS, METRICS, STAGED, WEIGHTS, WEIGHTS_CONFIG, Run
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    return Run.create(tmp_path / "first", {"sae": {"arch": "topk"}, "activations": {"key": "a"}})
+    return Run.create(tmp_path / "first", {"train": {"sae": {"arch": "topk"}, "lr": 0.1}, "activations": {"key": "a"}})
 
 
 def tensors() -> dict[str, Tensor]:
@@ -70,7 +72,7 @@ def test_any_flipped_bit_of_a_checkpoint_is_noticed(run: Run) -> None:
     for place in range(len(data)):
         bit = (7 * place) % 8 if place > 8 else 0
         path.write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
-        with pytest.raises(DamagedStore, match=r"checkpoint\.safetensors: (damaged|is not the file)"):
+        with pytest.raises(DamagedStore, match=r"checkpoint\.safetensors: (damaged|is not)"):
             run.load_checkpoint()
     for length in (0, 1, 8, 100, len(data) - 1):
         path.write_bytes(data[:length])
@@ -105,7 +107,7 @@ def test_a_failed_checkpoint_leaves_the_one_before(run: Run, monkeypatch: pytest
 
 
 def test_a_run_is_made_once(run: Run, tmp_path: Path) -> None:
-    assert (run.name, run.finished, run.config["sae"]["arch"]) == ("first", False, "topk")
+    assert (run.name, run.finished, run.settings["sae"]["arch"]) == ("first", False, "topk")
     with pytest.raises(SaeError, match=r"--name first: .*first exists; continue it with --resume or choose another"):
         Run.create(run.path, {})
     with pytest.raises(NotFound, match=r"is not a run folder \(no config.json\); `sae list` shows the runs"):
@@ -128,12 +130,46 @@ def test_the_finished_dictionary(run: Run) -> None:
         run.load_weights()
 
 
-def test_weights_of_another_program_are_read(run: Run) -> None:
-    """SAELens writes no checksum."""
-    safetensors = pytest.importorskip("safetensors.torch")
-    run.write_json(WEIGHTS_CONFIG, {"d_in": 3})
-    safetensors.save_file({"W_dec": torch.ones(2, 3)}, run.path / WEIGHTS)
-    assert torch.equal(run.load_weights()[0]["W_dec"], torch.ones(2, 3))
+def test_folders_of_before_there_were_checksums_are_read(run: Run) -> None:
+    """And of no others a file without one."""
+    (run.path / WEIGHTS_CONFIG).write_text(json.dumps({"d_in": 3}))
+    safetensors.torch.save_file({"W_dec": torch.ones(2, 3)}, run.path / WEIGHTS)
+    with pytest.raises(DamagedStore, match=r"sae_weights\.safetensors: damaged"):
+        run.load_weights()
+    (run.path / "eval").mkdir()
+    (run.path / EVALUATION).write_text('{"fvu": 0.5}')
+    with pytest.raises(DamagedStore, match=r"eval\.json: is not what was written \(its checksum is missing\)"):
+        run.evaluation()
+    (run.path / "config.json").write_text(json.dumps(run.config))
+    older = Run(run.path)
+    assert torch.equal(older.load_weights()[0]["W_dec"], torch.ones(2, 3))
+    assert older.evaluation() == {"fvu": 0.5}
+    assert older.check() == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "cfg.json", METRICS, EVALUATION, LATENTS])
+def test_any_flipped_bit_is_noticed(run: Run, name: str) -> None:
+    run.log({"step": 1, "loss": 0.5})
+    save(run, {"W": torch.zeros(2)}, {"step": 1})
+    run.save_weights({"W_dec": torch.ones(2, 3)}, {"architecture": "topk", "metadata": {"x": 1.5}})
+    run.write_json(EVALUATION, {"fvu": 0.25, "details": {"rows": 3}})
+    run.save_latents({"density": torch.rand(3), "fired": torch.ones(3).bool()})
+    assert run.check() == []
+    path = run.path / name
+    data = path.read_bytes()
+    for place in range(len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
+        with pytest.raises(DamagedStore, match=re.escape(Path(name).name)):
+            raise DamagedStore("; ".join(Run(run.path).check()))
+    path.write_bytes(data)
+    assert Run(run.path).check() == []
+
+
+def test_an_edited_config_is_refused(run: Run) -> None:
+    path = run.path / "config.json"
+    path.write_text(path.read_text().replace('"lr": 0.1', '"lr": 0.2'))
+    with pytest.raises(DamagedStore, match=r"its checksum differs\); a run keeps the settings it began with"):
+        Run(run.path)
 
 
 def test_metrics(run: Run) -> None:
@@ -143,14 +179,17 @@ def test_metrics(run: Run) -> None:
     with open(run.path / METRICS, "a") as file:
         file.write('{"step": 50, "lo')  # killed while logging
     assert [entry["step"] for entry in run.metrics()] == [0, 10, 20, 30, 40]
-    run.rewind_metrics(20)
-    run.log({"step": 30, "loss": 0.5})
-    assert [entry["step"] for entry in run.metrics()] == [0, 10, 20, 30]
+    save(run, {}, {"step": 40})
+    run.log({"step": 50, "loss": 0.5})
+    run.log({"step": 60, "loss": 0.5})
+    run.rewind_metrics(40)
+    assert [entry["step"] for entry in run.metrics()] == [0, 10, 20, 30, 40]
+    run.log({"step": 50, "loss": 0.5})
     assert run.metrics()[1]["loss"] == 1 / 11
     assert all(json.loads(line) for line in (run.path / METRICS).read_text().splitlines())
     with open(run.path / METRICS, "a") as file:
         file.write("nonsense\n")
-    with pytest.raises(DamagedStore, match=r"metrics\.jsonl: line 5 is not what was written \(not JSON\)"):
+    with pytest.raises(DamagedStore, match=r"metrics\.jsonl: line 7 is not what was written \(not JSON\)"):
         run.metrics()
 
 

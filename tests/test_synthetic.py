@@ -332,7 +332,7 @@ def test_from_synthesis_to_comparison(home: Path) -> None:
     names = ["true_to_learned", "learned_to_true", "recovered", "hungarian", "duplicates", "chance"]
     assert set(names) <= judged.keys() and not any(name.startswith(("ce_", "kl", "tokens")) for name in judged)
     assert judged["chance"] == chance(24, 24, 16) < judged["true_to_learned"] <= 1
-    assert judged["rows"] == 16_384 and judged == json.loads((home / "runs/first/eval/eval.json").read_text())
+    assert judged["rows"] == 16_384 and judged == Run(home / "runs/first").read_json("eval/eval.json")
     table = done("eval first").out
     assert all(re.search(rf"^{name} ", table, re.MULTILINE) for name in ("fvu", "l0", *names))
     assert "ce_clean" not in table

@@ -27,6 +27,7 @@ from cache.errors import Busy, DamagedStore, NotFound, SaeError
 from cache.loader import Loader
 from cache.manifest import Windows
 from cache.runs import CHECKPOINT, FAILURE, METRICS, WEIGHTS, Run
+from cache.sealed import sealed
 from pipeline import trained
 from pipeline.interrupts import Interrupted
 from pipeline.progress import Silent
@@ -290,7 +291,8 @@ def test_dictionaries_that_were_promised_different_rows(tmp_path: Path, store: A
     runs = [open_run(settings(), store, tmp_path, str(i), resume=False) for i in range(2)]
     content = json.loads((runs[1].path / "config.json").read_text())
     content["activations"]["rows"] = ROWS // 2
-    (runs[1].path / "config.json").write_text(json.dumps(content))
+    del content["crc"]
+    (runs[1].path / "config.json").write_bytes(sealed(content))
     with pytest.raises(SaeError, match=r"1: is for 2,048 rows of planted-\w+, not 4,096 of planted-"):
         train([runs[0], Run(runs[1].path)], store, Silent(), device="cpu")
 
@@ -830,8 +832,8 @@ def test_the_files_are_what_saelens_opens(tmp_path: Path, store: ActivationStore
 
 def test_a_dictionary_that_does_not_fit_its_settings(tmp_path: Path, store: ActivationStore) -> None:
     (run,) = go(settings(steps=2), store, tmp_path)
-    tensors = safetensors.torch.load_file(run.path / WEIGHTS)
-    (run.path / WEIGHTS).write_bytes(safetensors.torch.save({**tensors, "threshold": torch.zeros(D_SAE)}))
+    tensors, cfg = run.load_weights()
+    run.save_weights({**tensors, "threshold": torch.zeros(D_SAE)}, cfg)
     with pytest.raises(DamagedStore, match=r"do not fit the run's settings: .*threshold"):
         trained.load(run)
     data = bytearray(safetensors.torch.save(tensors))
@@ -946,7 +948,7 @@ def test_rows_of_any_source_are_trained_on(tmp_path: Path) -> None:
         extend(writer, planted_rows(512), ended=True)
     (run,) = go(settings(steps=4), writer.store, tmp_path / "runs")
     assert run.finished and "recovery" not in run.metrics()[-1]
-    assert run.read_json("cfg.json")["metadata"]["dataset_path"] == "csv"
+    assert run.load_weights()[1]["metadata"]["dataset_path"] == "csv"
 
 
 @pytest.mark.parametrize(
@@ -962,4 +964,4 @@ def test_the_data_set_is_that_of_the_hub(tmp_path: Path, source: dict[str, Any],
     with ActivationWriter(tmp_path, "text", recipe) as writer:
         extend(writer, planted_rows(512), ended=True)
     (run,) = go(settings(steps=2), writer.store, tmp_path / "runs")
-    assert run.read_json("cfg.json")["metadata"]["dataset_path"] == path
+    assert run.load_weights()[1]["metadata"]["dataset_path"] == path

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from cache.durable import expect_no_link, write_atomic
 from cache.errors import DamagedStore
-from cache.runs import CONFIG, FEATURES, LATENTS, Run, Seen, load_tensors
+from cache.runs import CONFIG, FEATURES, LATENTS, Run, Seen
 from pipeline.report.charts import Series, framed, line_chart, number
 from pipeline.report.contexts import LEVELS, features_html
 from pipeline.report.escaping import escape
@@ -68,17 +68,18 @@ def read(run: Run) -> Found:
 
 def _densities(run: Run, d_sae: int) -> tuple[np.ndarray | None, np.ndarray | None]:
     """How often latents fire, and which ever do, by `sae eval`."""
-    if not (path := run.path / LATENTS).exists():
+    if (tensors := run.load_latents()) is None:
         return None, None
     try:
-        tensors = load_tensors(path)
         density, fired = tensors["density"].double().numpy(), tensors.get("fired")
         if density.shape != (d_sae,) or not ((density >= 0) & (density <= 1)).all():
             raise ValueError(f"{d_sae} shares should be there")
         if fired is not None and (fired.shape != (d_sae,) or fired.dtype != torch.bool):
             raise ValueError("whether they fired should be there for each")
     except (ValueError, KeyError) as error:
-        raise DamagedStore(f"{path}: is not what was written ({error}); run `sae eval {run.name}` again") from error
+        raise DamagedStore(
+            f"{run.path / LATENTS}: is not what was written ({error}); run `sae eval {run.name}` again"
+        ) from error
     return density, None if fired is None else fired.numpy()
 
 

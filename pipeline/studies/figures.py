@@ -17,7 +17,7 @@ from cache import catalogue
 from cache.activations import ActivationStore
 from cache.errors import DamagedStore
 from cache.parsing import figure, inner
-from cache.runs import EVALUATION, LATENTS, Run, load_tensors
+from cache.runs import EVALUATION, LATENTS, Run
 from pipeline import devices, trained
 from pipeline.judging import EvalConfig, firing, judge_rows
 from pipeline.metrics.geometry import encoder_decoder_cosine, mean_abs_cosine
@@ -112,7 +112,7 @@ def _of_rows(
 
 def _density(run: Run) -> Tensor:
     try:
-        found = load_tensors(run.path / LATENTS)
+        found = run.load_latents() or {}
         return found.get("density_kept", found["density"]).double()
     except (DamagedStore, KeyError) as error:
         raise DamagedStore(f"{run.path / LATENTS}: is not what was written; run `sae eval {run.name}` again") from error
