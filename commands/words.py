@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from cache.errors import SaeError
+from cache.printable import printable
 
 SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
 LARGEST = 10**15
@@ -44,7 +45,7 @@ class Command(TyperCommand):
         if times > 1 and not param.multiple and words:
             if (param.metavar or "").endswith(LIST):
                 raise typer.BadParameter("is there twice; give it once, with commas: 4,6", ctx=ctx, param=param)
-            typer.echo(f"{max(param.opts, key=len)}: is there {times} times; {words[-1]} counts", err=True)
+            typer.echo(f"{max(param.opts, key=len)}: is there {times} times; {printable(words[-1])} counts", err=True)
         if param.type_descriptor.annotation is int:
             for word in words:
                 if not re.fullmatch(r"[-+]?[0-9][0-9_]*", word):

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from cache.errors import NotFound, SaeError
+from cache.printable import printable
 from cache.tokens import TokenStore
 from pipeline import embedded
 from pipeline.language_model.files import RANDOM
 from pipeline.network import offline_wanted
 from pipeline.text import huggingface
-from pipeline.text.foreign import printable
 from pipeline.text.tokenizers import Tokenizer, tokenizer
 
 SAMPLE = 1 << 16  # tokens of a store that are encoded again

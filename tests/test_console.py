@@ -245,3 +245,48 @@ def test_the_table_of_an_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(meaning in text for meaning in console.MEANING.values())
     assert max(map(len, lines)) <= 80
     assert "-" in next(line for line in lines if line.startswith("ce_recovered_zero")).split()
+
+
+STEERING = {  # what a name may hold that steers a terminal, hides from the eye or is markup: how it is shown
+    "\x1b[2J\x1b]0;owned\x07": r"\x1b[2J\x1b]0;owned\x07",
+    "\x9b31m\x90\x9c": r"\x9b31m\x90\x9c",
+    "a\rb\bc\x00\x7f": r"a\rb\x08c\x00\x7f",
+    "\u202egnp.exe\u2066\u200f": r"\u202egnp.exe\u2066\u200f",
+    "zero\u200bwidth\ufeff\U000e0041": r"zero\u200bwidth\ufeff\U000e0041",
+    "half \udc1b": r"half \udc1b",
+    "[/red] [bold]x[/bold] [link=file:///x]y": "[/red] [bold]x[/bold] [link=file:///x]y",
+    ":warning: naïve 日本語 e\u0301": ":warning: naïve 日本語 e\u0301",
+}
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("name", STEERING, ids=range(len(STEERING)))
+def test_nothing_that_is_shown_steers_the_terminal(monkeypatch: pytest.MonkeyPatch, terminal: bool, name: str) -> None:
+    """In tables, outlines, notes, errors, questions and bars; markup is shown as it is written."""
+    seen = io.StringIO()
+    for stream in ("out", "err"):
+        drawn = Console(file=seen, force_terminal=terminal, width=200, highlight=False, color_system=None)
+        monkeypatch.setattr(console, stream, drawn)
+    monkeypatch.setattr("sys.stdin", io.StringIO("no\n"))
+    console.table(name, [name, "n"], [[name, 1]])
+    console.table(name, [name, "n"], [[name, name]], prose=True)
+    console.outline({name: {name: name, "list": [name, 1]}, "empty": {}})
+    console.say(name)
+    console.complain(name)
+    assert not console.agreed(name)
+    bars = console.Bars()
+    bars.note(name)
+    bars.start(name, 2, "rows")
+    bars.advance(1, **{name: name})
+    bars.finish()
+    shown = plain(seen.getvalue()).replace("\n", "")
+    if not terminal:
+        assert seen.getvalue().count(STEERING[name]) == 16 - ("\r" in name)  # the lines of an error are one
+    assert not {c for c in shown if not c.isprintable()} - ({"\r"} if terminal else set())
+
+
+def test_json_holds_no_control_character(capsys: pytest.CaptureFixture[str]) -> None:
+    console.as_json({name: [name] for name in STEERING})
+    printed = capsys.readouterr().out
+    assert printed.isascii() and all(c.isprintable() or c == "\n" for c in printed)
+    assert json.loads(printed) == {name: [name] for name in STEERING}

@@ -13,6 +13,7 @@ import torch
 from small_stores import activation_recipe
 
 from cache.errors import DamagedStore
+from cache.printable import printable
 from cache.runs import Run
 from pipeline.report import page as report
 from pipeline.report.charts import MOST_POINTS, Scale, Series, histogram, ladder, line_chart, number, steady
@@ -218,6 +219,48 @@ def test_untrusted_text_stays_text(text: str, page: Page) -> None:
     assert all(nasty in "".join(t for _, t in page.all("article")) for nasty in NASTY)
     assert "<fineweb>" in page.all("p", "lede")[0][1] and page.all("title")[0][1].endswith("topk<&>")
     assert "\u202e" not in text and "U+202E" in text
+
+
+FOREIGN = "</script><!--<script>\"'onerror=x\x1b[2J\x00\x9b\u2028\u202e&lt;${body}"
+
+
+def foreign(value: Any) -> Any:
+    """JSON with FOREIGN in the place of every text and at the end of every name."""
+    if isinstance(value, dict):
+        return {f"{name}{FOREIGN}": foreign(inner) for name, inner in value.items()}
+    return (
+        [foreign(inner) for inner in value] if isinstance(value, list) else FOREIGN if isinstance(value, str) else value
+    )
+
+
+def test_every_text_of_a_run_stays_text(tmp_path: Path) -> None:
+    """Its name, its settings and their names, what it was trained on, metrics, figures, features."""
+    found = report.read(make(tmp_path))
+    recipe = found.seen.recipe
+    assert found.evaluation is not None and found.features is not None
+    found = found._replace(
+        name=FOREIGN,
+        config={"train": foreign(found.config["train"]), "activations": foreign(recipe)} | {"more": foreign(recipe)},
+        seen=found.seen._replace(
+            key=FOREIGN,
+            recipe={**recipe, "model": {"model": FOREIGN}, "site": FOREIGN}
+            | {"tokens": {**recipe["tokens"], "source": {"source": "hub", "dataset": FOREIGN}}},
+        ),
+        metrics=[{**line, FOREIGN: 0.5, f"loss_{FOREIGN}": 0.25} for line in found.metrics],
+        evaluation={**found.evaluation, "details": foreign(found.evaluation["details"])},
+        features=found.features.model_copy(update={"store": FOREIGN, "split": FOREIGN}),
+    )
+    found.config["train"]["sae"] = found.config["train"].pop(f"sae{FOREIGN}")
+    text = report.page(found)
+    page = Page(text)
+    assert text.count("<script") == text.count("</script") == 1 and "<!--" not in text
+    assert not [name for _, a in page.elements for name in a if name.startswith("on")]
+    assert not {c for c in text if not c.isprintable()} - {"\n"}
+    shown = printable(FOREIGN)
+    assert shown in page.all("title")[0][1] and shown in page.all("footer")[0][1]
+    assert all(shown in text for _, text in [*page.all("figcaption")[1:2], *page.all("dl", "tree")])
+    hover = [json.loads(str(a["data-hover"])) for a, _ in page.all("svg") if "data-hover" in a]
+    assert any(FOREIGN in label for points in hover for _, label in points)
 
 
 def test_nothing_is_requested(text: str, page: Page) -> None:

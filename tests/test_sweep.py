@@ -14,6 +14,7 @@ from cache.activations import ActivationStore
 from cache.errors import NotFound, SaeError
 from cache.loader import Loader
 from cache.manifest import Windows
+from cache.printable import printable
 from cache.runs import Run
 from configs import resolve
 from pipeline.compare import as_csv, compare, front, over_seeds
@@ -167,6 +168,22 @@ class TestCompare:
         read = list(csv.DictReader(io.StringIO(as_csv(rows))))
         assert [row["run"] for row in read] == [run.name for run in runs]
         assert float(read[0]["train_fvu"]) == rows[0]["train_fvu"] and read[0]["fvu"] == ""
+
+    def test_the_csv_holds_no_formulas(self) -> None:
+        """Numbers stay what they are, also negative ones; a text that would be computed begins with an apostrophe."""
+        formulas = ["=1+1", "+1", "-1", "@SUM(A1)", "＝1+1", '=HYPERLINK("x","y")']
+        steering = ["\t=1", "\r=1", "\n=1", "x\r=1", "\x1b[2J", "\ufeffx"]
+        others = ["a=1", " plain", "'quoted", "", "topk", -1.5, 2, -3, True, None, [1, -2]]
+        rows = [{"run": cell, "=setting": cell} for cell in [*formulas, *steering, *others]]
+        header, *lines = csv.reader(io.StringIO(as_csv(rows), newline=""))
+        assert header == ["run", "'=setting"]
+        texts = ["'" + cell for cell in formulas] + [printable(cell) for cell in steering]
+        assert lines == [[cell, cell] for cell in [*texts, *("" if c is None else str(c) for c in others)]]
+
+    def test_names_are_no_formulas_of_a_plot(self, runs: list[Run], tmp_path: Path) -> None:
+        rows = [{**row, "sae.arch": r"$\frac$", "run": r"\$x$_{$", "rows": None} for row in compare(runs)]
+        pareto([*rows, {**rows[0], "train_l0": 0.0}], tmp_path / "front.png")
+        assert (tmp_path / "front.png").stat().st_size > 1000
 
     @pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
     def test_the_plot_is_drawn(self, runs: list[Run], tmp_path: Path, ending: str) -> None:

@@ -6,6 +6,7 @@ space, decoders are compared by MMCS, to be read beside what random directions s
 dictionaries that start alike stay somewhat alike, whatever the layers have in common.
 """
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def harvest_command(root: Path, reference: ActivationStore, layers: Sequence[int
     """What to type for stores like the reference, of other layers."""
     recipe = reference.recipe
     model = reference.hints.get("model", recipe["model"]["model"])
-    words = ["sae harvest", f"--model {model}", f"--layer {','.join(map(str, layers))}", f"--site {site}"]
+    words = ["sae harvest", f"--model {shlex.quote(model)}", f"--layer {','.join(map(str, layers))}", f"--site {site}"]
     tokens = catalogue.of_recipe(root, TokenStore, recipe["tokens"])
     if tokens is not None:
         words.append(f"--tokens-from {tokens.key}")

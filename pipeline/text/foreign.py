@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import SaeError
+from cache.printable import printable
 
 MOST_BYTES = 1 << 28  # the largest tokenizers in use take some 40 MB
 
@@ -55,11 +56,6 @@ def said(error: BaseException) -> str:
     """What an error says, in one line of printable characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return printable(text[:200])
-
-
-def printable(text: str) -> str:
-    """A stranger's text with whatever would steer a terminal written as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -22,8 +22,9 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 
 from cache.errors import SaeError
+from cache.printable import printable
 from pipeline.network import Refused, snapshot
-from pipeline.text.foreign import foreign_json, printable, said
+from pipeline.text.foreign import foreign_json, said
 from pipeline.text.spelling import digest, spell
 
 TOKENIZER = "tokenizer.json"
