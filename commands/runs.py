@@ -1,5 +1,6 @@
 """The commands that make and compare run folders: `sae train`, `sae compare`."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
     from cache.runs import Run
     from console import Bars
     from pipeline.train import TrainConfig
+
+
+LONGEST = 200  # bytes in the name of a run: files in it and locks beside it have longer ones
 
 
 def train(
@@ -98,6 +102,7 @@ def train(
         if resume or name is not None:
             raise SaeError("--sweep: names its runs itself and continues what is there; leave out --name and --resume")
         every = [configured(axes) for axes in combinations(sweep or [])]
+        say_rows(every, bars)
         train_every(
             every if seeds is None else of_seeds(every, seeds),
             activations_of(root, activations, bars),
@@ -109,6 +114,7 @@ def train(
         )
         return
     values = configured({})
+    say_rows([values], bars)
     options = [preset, config, set_ or None, arch, k, d_sae, lr, batch, steps, rows, seed, align]
     said = any(option is not None for option in options)
     if resume and (name is not None or not said):
@@ -116,12 +122,28 @@ def train(
         runs, name = before.path.parent, before.name
         activations = activations or str(catalogue.trained_on(root, before, None).path)
         values = values if said else settings_of(before)
-    elif name is not None and (name in ("", "..") or Path(name).name != name):
-        raise SaeError(f"--name {name}: is not the name of a folder; where the folder goes is said by --runs")
+    elif name is not None:
+        expect_name(name)
     if not resume:
         acquainted([values])  # one that is to agree with others has none here
     store = activations_of(root, activations, bars)
     train_one(open_run(values, store, runs, name, resume=resume), store, bars, device, devices, json)
+
+
+def expect_name(name: str) -> None:
+    """Raise SaeError where a run's folder cannot, or should not, be called so."""
+    if name == ".." or Path(name).name != name:
+        raise SaeError(f"--name {name}: is not the name of a folder; where the folder goes is said by --runs")
+    if not name.isprintable() or name != name.strip() or len(name.encode()) > LONGEST:
+        raise SaeError(f"--name {name!r}: take a name of at most {LONGEST} letters, no blanks around them")
+
+
+def say_rows(every: "Iterable[TrainConfig]", bars: "Bars") -> None:
+    """Say how many rows are seen where what was asked for is no whole number of batches."""
+    for rows, batch in dict.fromkeys((one.rows, one.batch) for one in every if one.rows is not None):
+        steps = max(1, rows // batch)
+        if steps * batch != rows:
+            bars.note(f"rows {rows:,}: steps see {batch:,} each, so {steps * batch:,} are seen in {steps:,}")
 
 
 def activations_of(root: Path, name: str | None, bars: "Bars") -> "ActivationStore":

@@ -21,7 +21,7 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", metavar="", help="Remove witho
 
 def span(text: str) -> float:
     """A length of time in seconds: 12h, 30d, 2w."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([hdw])", text)
+    found = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]+)?)([hdw])", text)
     if found is None:
         raise typer.BadParameter(f"{text}: is no length of time; write 12h, 30d or 2w")
     return float(found[1]) * SPANS[found[2]]

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 WHOLE = 2**63  # whole numbers are smaller: they go into files and generators of random numbers
+MOST = 10**9  # of what makes one side of a table in memory: two of them have a size that can be counted
 REAL = 1e30  # so are others, and the inverses of small ones: float32 ends at 3e38
 Item = TypeVar("Item")
 Amount = Annotated[int, Field(ge=1)] | Literal["all"]

@@ -23,7 +23,7 @@ from torch.nn.functional import embedding_bag
 
 from cache.errors import SaeError
 from cache.identity import Recipe
-from configs.base import Settings
+from configs.base import MOST, Settings
 
 GENERATOR = 1  # part of the recipe: raised when the same settings give other rows
 HELD_OUT = 1 << 52  # the first sample that is never trained on; counts on the command line end far below
@@ -85,8 +85,8 @@ class Independent(Settings):
 class SyntheticConfig(Settings):
     """Which rows with known features to make, and how to store them."""
 
-    d: int = Field(256, ge=1, description="width of a row")
-    features: int = Field(512, ge=1, description="true features: random directions of length 1")
+    d: int = Field(256, ge=1, le=MOST, description="width of a row")
+    features: int = Field(512, ge=1, le=MOST, description="true features: random directions of length 1")
     presence: Annotated[Groups | Independent, Field(discriminator="mode")] = Groups()
     noise: float = Field(0.0, ge=0, le=1e6, description="standard deviation of Gaussian noise added to each value")
     seed: int = Field(0, ge=0, description="of the features and the samples")

@@ -28,7 +28,7 @@ from cache.identity import Recipe
 from cache.manifest import Window
 from cache.space import expect_room
 from cache.tokens import TokenStore, TokenWriter
-from configs.base import Amount, Settings
+from configs.base import MOST, Amount, Settings
 from pipeline.cluster import connected
 from pipeline.interrupts import telling
 from pipeline.progress import Progress
@@ -69,7 +69,7 @@ class TokenizeConfig(Settings):
         "gpt2",
         description="a tiktoken encoding (gpt2, cl100k_base, ...), tiny, a Hugging Face folder, or hf:org/name",
     )
-    context: int = Field(128, ge=2, description="tokens in a context")
+    context: int = Field(128, ge=2, le=MOST, description="tokens in a context")
     tokens: Amount = Field(
         10_000_000, description="training tokens wanted, rounded up to a window; all for all there are"
     )

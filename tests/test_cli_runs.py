@@ -11,6 +11,9 @@ from small_stores import shrunk, write_activations
 from cache import activations
 from cache.manifest import Windows
 from cache.runs import Run
+from commands.runs import say_rows
+from console import Bars
+from pipeline.train import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +119,12 @@ def test_comparing_looks_first_whether_it_can_write(
 def test_comparing_nothing_says_what_to_run(tmp_path: Path) -> None:
     answer = sae("compare", "--runs", tmp_path)
     assert answer.code == 2 and "sae train" in answer.complaint
+
+
+@pytest.mark.parametrize(("rows", "said"), [(100, "rows 100: steps see 64 each, so 64 are seen in 1"), (128, None)])
+def test_rows_that_are_no_whole_number_of_batches_are_said(rows: int, said: str | None) -> None:
+    notes: list[str] = []
+    bars = Bars()
+    bars.note = notes.append  # type: ignore[method-assign]
+    say_rows([TrainConfig(rows=rows, batch=64), TrainConfig(rows=rows, batch=64, seed=1), TrainConfig()], bars)
+    assert notes == ([] if said is None else [said])
