@@ -7,6 +7,7 @@ A store's rows are exactly what its manifest lists; a torn last line (a crash wh
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,24 @@ class Window:
     def line(self) -> str:
         files = {name: [size, crc] for name, (size, crc) in sorted(self.files.items())}
         return _sealed({"window": self.index, "rows": [self.start, self.stop], "files": files, "notes": self.notes})
+
+
+def place_after(window: Window, parts: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Where the source of the store in a folder stood after a window, by its notes: the named parts of a place.
+
+    Raises DamagedStore where the notes are not its maker's.
+    """
+    said = window.notes.get("next")
+    if not isinstance(said, dict) or said.keys() != set(parts) or not all(map(_is_place, said.values())):
+        raise DamagedStore(
+            f"{folder / MANIFEST}: line {window.index + 1} does not say where the next window starts; remove the store "
+            "and make it again"
+        )
+    return said
+
+
+def _is_place(part: Any) -> bool:
+    return part is None or isinstance(part, dict) or (type(part) is int and part >= 0)
 
 
 @dataclass(frozen=True)

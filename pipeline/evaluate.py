@@ -23,7 +23,7 @@ from cache.durable import expect_no_link, expect_writable
 from cache.errors import DamagedStore, NotFound, SaeError
 from cache.runs import EVALUATION, LATENTS, Run
 from cache.tokens import TokenStore
-from pipeline import devices, trained
+from pipeline import devices, hints, trained
 from pipeline.judging import EvalConfig, firing, judge_rows, judge_tokens, mean_row
 from pipeline.language_model import LanguageModel
 from pipeline.metrics import DownstreamScores, ReconstructionScores, SparsityScores
@@ -224,15 +224,12 @@ def _tokens(root: Path, training: ActivationStore, held_out: ActivationStore) ->
 
 def boot(store: ActivationStore, model: str | None, device: str, offline: bool) -> LanguageModel:
     """The language model a store was harvested from. Raises SaeError when what is found has other weights."""
+    name = hints.model_of(store, model, offline)
     wanted = store.recipe["model"]
-    name = model or store.hints.get("model", wanted["model"])
     found = LanguageModel.boot(name, device=device, dtype=wanted["dtype"], revision=wanted["revision"], offline=offline)
     differs = [key for key, value in found.recipe().items() if key != "model" and wanted[key] != value]
     if differs:
-        raise SaeError(
-            f"--model {name}: its {', '.join(differs)} differ from those {store.key} was harvested with; "
-            "give that model, or harvest again"
-        )
+        raise hints.other_model(store, name, differs)
     return found
 
 

@@ -23,7 +23,7 @@ from configs.base import Amount, Settings
 from pipeline.language_model import LanguageModel, Point
 from pipeline.metrics import Downstream, DownstreamScores, Reconstruction, Sparsity
 from pipeline.progress import Progress
-from pipeline.rows import RowRule
+from pipeline.rows import rule_of
 from pipeline.saes import SAE
 
 
@@ -147,7 +147,7 @@ def judge_tokens(
     With a largest norm, positions above it keep their own activations, and what they predict does not count.
     """
     point = Point(store.recipe["layer"], store.recipe["site"])
-    rule = RowRule.model_validate(store.recipe["rows"])
+    rule = rule_of(store)
     begin = int(tokens.recipe["tokenizer"]["begin"])
     length = tokens.context_length
     contexts = config.contexts_of(tokens)

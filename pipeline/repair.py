@@ -18,18 +18,19 @@ from cache.activations import ActivationStore, WindowBuffer
 from cache.codecs import Columns
 from cache.durable import expect_no_link
 from cache.errors import DamagedStore, NotFound, SaeError
+from cache.head import RECIPE
 from cache.identity import Recipe, canonical
-from cache.manifest import Manifest, Window
+from cache.manifest import Manifest, Window, place_after
 from cache.store import Store
 from cache.tokens import VOCABULARY, TokenStore, vocabulary_bytes
 from cache.upkeep.repair import Made, Maker, Repaired, repair
 from cache.upkeep.salvage import Finding, Salvaged
-from pipeline import evaluate
+from pipeline import evaluate, hints
 from pipeline.harvest import HarvestConfig
 from pipeline.language_model import LanguageModel, Point
 from pipeline.progress import Progress
 from pipeline.rows import Place as RowPlace
-from pipeline.rows import RowRule, RowsOf
+from pipeline.rows import RowsOf, rule_of
 from pipeline.sources import text_source
 from pipeline.synthesize import window_arrays
 from pipeline.synthetic import ground_truth
@@ -102,7 +103,7 @@ class ActivationMaker:
             )
         self.store, self.progress = store, progress
         self.point = Point(int(store.recipe["layer"]), str(store.recipe["site"]))
-        self.rows = RowsOf(tokens, RowRule(**store.recipe["rows"]))
+        self.rows = RowsOf(tokens, rule_of(store))
         self.model = origins.model_of(store)
 
     def window(self, before: Store, window: Window, *, lost: bool) -> Made:
@@ -124,9 +125,12 @@ class ActivationMaker:
     def _task(self, before: ActivationStore, window: Window, lost: bool) -> Task:
         """Where a window starts and ends is in the lines around it; where its own is lost, the tokens are counted."""
         index, windows = window.index, before.manifest.windows
-        start = RowPlace(**windows[index - 1].notes["next"]) if index else RowPlace(0, 0)
+        start = (
+            RowPlace(**place_after(windows[index - 1], RowPlace._fields, self.store.path)) if index else RowPlace(0, 0)
+        )
         if not lost:
-            return Task(index, window.stop - window.start, start, RowPlace(**window.notes["next"]), (self.point,))
+            end = RowPlace(**place_after(window, RowPlace._fields, self.store.path))
+            return Task(index, window.stop - window.start, start, end, (self.point,))
         counted = self.rows.count(before.windows, self.rows.tokens.n_contexts)
         ends = [*counted.starts[index + 1 :], RowPlace(self.rows.tokens.n_contexts, 0)]
         rows = min(window.stop, counted.rows) - window.start
@@ -137,10 +141,14 @@ class ActivationMaker:
             )
         return Task(index, rows, start, ends[0], (self.point,))
 
+    def _place(self, after: Window) -> RowPlace:
+        return RowPlace(**place_after(after, RowPlace._fields, self.store.path))
+
     def _contexts(self, window: Window) -> int:
         """Contexts in a forward pass when a window was made (where its line is lost: when one near it was)."""
         near = sorted(self.store.manifest.windows, key=lambda other: abs(other.index - window.index))
-        known = [int(one.notes["made"]["contexts"]) for one in near if "made" in one.notes]
+        made = [one.notes["made"] for one in near if isinstance(one.notes.get("made"), dict)]
+        known = [contexts for one in made if type(contexts := one.get("contexts")) is int and contexts > 0]
         usual = int(HarvestConfig.model_fields["batch_tokens"].default) // self.rows.tokens.context_length
         return known[0] if known else max(1, usual)
 
@@ -185,31 +193,30 @@ class TokenMaker:
     """Contexts of a store from its text and its tokenizer."""
 
     def __init__(self, store: TokenStore, origins: Origins, progress: Progress) -> None:
-        recipe, hints = store.recipe, store.hints
+        recipe = store.recipe
         self.store, self.origins, self.progress = store, origins, progress
-        self.spec = origins.tokenizer or hints.get("tokenizer") or str(recipe["tokenizer"]["name"])
+        self.spec = hints.tokenizer_of(store, origins.tokenizer)
         self.tok = tokenizer(self.spec, offline=origins.offline)
         if judge(self.tok, recipe["tokenizer"]) != "same":
             self._expect("--tokenizer", self.spec, "tokenizer", identity(self.tok))
 
     def window(self, before: Store, window: Window, *, lost: bool) -> Made:
         recipe = self.store.recipe
-        spec = self.origins.source or _named(recipe["source"]) or self.store.hints.get("source")
-        if spec is None:
-            raise SaeError(f"{self.store.path}: where its text is now is not known; say it with --source")
-        config = TokenizeConfig(
-            source=spec, column=recipe["source"].get("column", "text"), tokenizer=self.spec,
-            context=recipe["context_length"], validation=recipe["validation"], packing=recipe["packing"],
-            begin=recipe.get("begin", "document"), separator=recipe.get("separator"),
-            min_tokens=recipe.get("min_tokens", 0), seed=recipe["shuffle"]["seed"],
-        )  # fmt: skip
+        spec = hints.source_of(self.store, self.origins.source)
+        config = self._config(spec)
         source = text_source(spec, offline=self.origins.offline, column=config.column)
         self._expect("--source", spec, "source", source.recipe())
         described = token_recipe(config, source, self.tok, recipe["split"])
-        assert canonical({**described, "tokenizer": recipe["tokenizer"]}) == canonical(recipe)
+        if canonical({**described, "tokenizer": recipe["tokenizer"]}) != canonical(recipe):
+            raise DamagedStore(f"{self.store.path / RECIPE}: is no recipe of text; remove the store and make it again")
         self.progress.note(f"{self.store.key}: tokenizing window {window.index} again")
         windows = before.manifest.windows
-        place = TextPlace(**windows[window.index - 1].notes["next"]) if window.index else TextPlace(None, 0, 0, 0, 0)
+        start = TextPlace(None, 0, 0, 0, 0)
+        place = (
+            TextPlace(**place_after(windows[window.index - 1], TextPlace._fields, self.store.path))
+            if window.index
+            else start
+        )
         encoder = Encoder(self.spec, self.tok, offline=self.origins.offline)
         made = Contexts(config, recipe["split"], source, self.tok, encoder, place).take(window.stop - window.start)
         if made is None:
@@ -217,6 +224,19 @@ class TokenMaker:
                 f"--source {spec}: ends before window {window.index} of {self.store.key}; give the whole text"
             )
         return Made(made[0], {"next": made[1]._asdict()})
+
+    def _config(self, spec: str) -> TokenizeConfig:
+        """The settings that the recipe says."""
+        recipe = self.store.recipe
+        try:
+            return TokenizeConfig(
+                source=spec, column=recipe["source"].get("column", "text"), tokenizer=self.spec,
+                context=recipe["context_length"], validation=recipe["validation"], packing=recipe["packing"],
+                begin=recipe.get("begin", "document"), separator=recipe.get("separator"),
+                min_tokens=recipe.get("min_tokens", 0), seed=recipe["shuffle"]["seed"],
+            )  # fmt: skip
+        except (ValueError, KeyError, TypeError) as error:  # pydantic's is a ValueError
+            raise DamagedStore(f"{self.store.path / RECIPE}: is no recipe of text; remove the store") from error
 
     def file(self, name: str) -> bytes:
         assert name == VOCABULARY
@@ -231,10 +251,3 @@ class TokenMaker:
                 f"{option} {spec}: is not what {self.store.key} was made from ({differs} differ), so nothing was "
                 f"repaired; give that with {option}, or remove the store (`sae cache rm`) and make it again"
             )
-
-
-def _named(source: Recipe) -> str | None:
-    """The name of a source that says by itself where it is: the commit of a hub's data set; None for files."""
-    if source["source"] == "hub":
-        return f"hub:{source['dataset']}@{source['revision']}:{source['config'] or ''}:{source['split']}"
-    return "python" if source["source"] == "python" else None

@@ -7,9 +7,11 @@ every window is known before anything is computed: windows may then be computed 
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from cache.errors import SaeError
+from cache.activations import ActivationStore
+from cache.errors import DamagedStore, SaeError
+from cache.head import RECIPE
 from cache.manifest import Windows
 from cache.tokens import TokenStore
 from configs.base import Settings
@@ -65,6 +67,14 @@ class RowRule(Settings):
         if self.skip_tokens:
             kept &= ~np.isin(tokens, self.skip_tokens)
         return kept
+
+
+def rule_of(store: ActivationStore) -> RowRule:
+    """The rule by which the rows of a store were chosen. Raises DamagedStore where its recipe says none."""
+    try:
+        return RowRule.model_validate(store.recipe["rows"])
+    except ValidationError as error:
+        raise DamagedStore(f"{store.path / RECIPE}: rows: no rule of ours; remove the store") from error
 
 
 class Place(NamedTuple):

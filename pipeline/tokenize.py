@@ -25,7 +25,7 @@ from pydantic import Field
 from cache import activations, catalogue
 from cache.errors import SaeError
 from cache.identity import Recipe
-from cache.manifest import Window
+from cache.manifest import Window, place_after
 from cache.space import expect_room
 from cache.tokens import TokenStore, TokenWriter
 from configs.base import MOST, Amount, Settings
@@ -238,7 +238,7 @@ def _fill(
 ) -> None:  # fmt: skip
     """Pack and commit windows until the target or the source's end."""
     windows = writer.store.manifest.windows
-    place = Place(**windows[-1].notes["next"]) if windows else Place(None, 0, 0, 0, 0)
+    place = Place(**place_after(windows[-1], Place._fields, writer.store.path)) if windows else Place(None, 0, 0, 0, 0)
     writer.request(target if target is not None else 1 << 62)
     stream = Contexts(config, split, source, tok, encoder, place)
     number, contexts = len(windows), writer.store.n_contexts

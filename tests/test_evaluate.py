@@ -28,7 +28,9 @@ from torch import Tensor
 from cache import catalogue
 from cache.activations import ActivationStore
 from cache.errors import NotFound, SaeError
+from cache.notes import write_note
 from cache.runs import EVALUATION, LATENTS, Run
+from cache.store import HINTS
 from cache.tokens import TokenStore
 from pipeline import trained
 from pipeline.evaluate import EvalConfig, evaluate
@@ -403,6 +405,28 @@ def test_a_model_of_other_weights_is_refused(gpt2: World, run: Run, tmp_path: Pa
     assert judged(gpt2, run, model=str(moved)) == judged(gpt2, run)
     with pytest.raises(NotFound, match="no such folder"):
         judged(gpt2, run, model=str(tmp_path / "nowhere" / "at" / "all"))
+
+
+def test_a_strangers_hint_loads_nothing(gpt2: World, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hint leads to a folder of this machine, and what is there is compared before any of it is loaded."""
+    world = without(gpt2, tmp_path / "cache")
+    store = catalogue.find(world.root, ActivationStore, str(world.root / "activations" / run.seen.key), "", "")
+    other = save_model("gpt2", tmp_path / "gpt2", seed=8)
+    loaded = []
+    monkeypatch.setattr(LanguageModel, "boot", lambda name, **_: loaded.append(name))
+    for hint, says in (
+        (str(other), r"^--model .*gpt2: its weights differ from those"),
+        ("owner/model", r"hints\.json: names the model owner/model; where that is right, repeat with --model"),
+        ("https://example.org/model", r"hints\.json: names the model https:"),
+        ("s3://bucket/model", r"hints\.json: names the model s3:"),
+        ("random:/etc", r"hints\.json: names the model random:/etc"),
+        ("../gpt2", r"hints\.json: names the model \.\./gpt2"),
+        ("/dev/null", r"hints\.json: the model is said to be at /dev/null, which is no folder; say --model"),
+    ):
+        write_note(store.path / HINTS, {"model": hint})
+        with pytest.raises(SaeError, match=says):
+            evaluate(EvalConfig(), run, world.root, Silent())
+    assert loaded == []
 
 
 def without(world: World, root: Path, *patterns: str) -> World:

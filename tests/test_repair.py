@@ -25,6 +25,7 @@ from cache.errors import SaeError
 from cache.head import RECIPE
 from cache.locks import Lock
 from cache.manifest import MANIFEST, Manifest, Window, read_line
+from cache.notes import write_note
 from cache.tokens import VOCABULARY
 from cache.upkeep import salvage
 from commands import upkeep
@@ -389,8 +390,14 @@ def test_the_tokens_are_gone(home: Path) -> None:
 def test_the_model_has_moved(home: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = store_of(home, "activations", "int8")
     (store / "rows/c/1/0").unlink()
-    (store / "hints.json").write_text('{"model": "nowhere/model"}')
-    assert "--model nowhere/model: " in sae("cache verify --repair --offline").complaint
+    hints = store / "hints.json"
+    for where, says in (
+        ("nowhere/model", f"{hints}: names the model nowhere/model; where that is right, repeat with --model and that"),
+        ("https://nowhere/model", f"{hints}: names the model https://nowhere/model; where that is right, repeat with"),
+        ("/nowhere", f"{hints}: the model is said to be at /nowhere, which is no folder; say --model"),
+    ):
+        write_note(hints, {"model": where})  # as a stranger would
+        assert sae("cache verify --repair").complaint.startswith(says)
     torch.manual_seed(2)
     shape = GPT2Config(vocab_size=4096, n_embd=16, n_layer=2, n_head=2, n_positions=32)
     GPT2LMHeadModel(shape).save_pretrained(home / "other" / "model")

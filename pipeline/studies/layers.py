@@ -87,11 +87,11 @@ def harvest_command(root: Path, reference: ActivationStore, layers: Sequence[int
     """What to type for stores like the reference, of other layers."""
     recipe = reference.recipe
     model = reference.hints.get("model", recipe["model"]["model"])
-    words = ["sae harvest", f"--model {shlex.quote(model)}", f"--layer {','.join(map(str, layers))}", f"--site {site}"]
+    words = ["sae", "harvest", "--model", model, "--layer", ",".join(map(str, layers)), "--site", site]
     tokens = catalogue.of_recipe(root, TokenStore, recipe["tokens"])
     if tokens is not None:
-        words.append(f"--tokens-from {tokens.key}")
-    return " ".join([*words, f"--codec {recipe['codec']['name']}"])
+        words += ["--tokens-from", tokens.key]
+    return shlex.join([*words, "--codec", recipe["codec"]["name"]])
 
 
 def mean_norm(store: ActivationStore, outliers: float | None = None) -> float:
