@@ -52,13 +52,18 @@ def parsed(arguments: list[str]) -> dict[str, Any]:
     return dict(context.params)
 
 
+def blocks(text: str) -> list[str]:
+    """A page's shell blocks, with their fences."""
+    found = re.finditer(r"^```(\w+)\n.*?^```", text, re.MULTILINE | re.DOTALL)
+    return [block[0] for block in found if block[1] in SHELLS]
+
+
 def shell_lines(text: str) -> Iterator[str]:
     """The commands in a page's shell blocks: the lines after a prompt where there are prompts, else all."""
-    for language, block in re.findall(r"^```(\w+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        if language in SHELLS:
-            lines = block.replace("\\\n", " ").splitlines()
-            prompted = [line[2:] for line in lines if line.startswith("$ ")]
-            yield from prompted or lines
+    for block in blocks(text):
+        lines = block.replace("\\\n", " ").splitlines()[1:-1]
+        prompted = [line[2:] for line in lines if line.startswith("$ ")]
+        yield from prompted or lines
 
 
 def typed(text: str, program: str) -> list[list[str]]:
