@@ -12,6 +12,7 @@ from commands.options import CacheRoot, Device, Json, Offline, RunsRoot, cache_r
 if TYPE_CHECKING:
     from cache.upkeep.repair import Repaired
     from cache.upkeep.salvage import Salvaged
+    from console import Bars
 
 REMEDY = "; `sae cache verify --repair` makes it again, `sae cache rm` removes the store"
 SPANS = {"h": 3600.0, "d": 86_400.0, "w": 7 * 86_400.0}
@@ -33,14 +34,15 @@ def verify(
     model: Annotated[str | None, typer.Option(metavar="NAME", help="Where the language model is now. Default: where harvest found it.")] = None,
     source: Annotated[str | None, typer.Option(metavar="SOURCE", help="Where the text is now. Default: where tokenize found it.")] = None,
     tokenizer: Annotated[str | None, typer.Option(metavar="NAME", help="Where the tokenizer is now. Default: where tokenize found it.")] = None,
-    device: Device = "auto", cache: CacheRoot = None, offline: Offline = False, json: Json = False,
+    device: Device = "auto", cache: CacheRoot = None, runs: RunsRoot = Path("runs"), offline: Offline = False,
+    json: Json = False,
 ) -> None:  # fmt: skip
-    """Check every file of a store against its checksum. Exit code 3 where something is damaged.
+    """Check every file of a store against its checksum, and without STORE those of the runs. Exit code 3 for damage.
 
     With `--repair` exactly the damaged windows are made again, from the same tokens by the same model (or from the same
     text), and only the damaged files are written; on the same kind of machine they are what they were, byte for byte.
     A store is lost where both recipe.json and zarr.json are damaged, which say what it is, or where what it was made from
-    is gone.
+    is gone. A run cannot be made again: it is trained anew under another name.
 
     Examples:
 
@@ -52,12 +54,14 @@ def verify(
     from cache.upkeep import salvage
 
     root, bars = cache_root(cache), console.Bars()
+    runs = folder("--runs", runs)
     found, hopeless, done = salvaged(root, store, repair)
     bars.start("verify", sum(sum(one.files.values()) for one in found), console.BYTES)
     try:
         findings = salvage.verify(found, bars.advance)
     finally:
         bars.finish()
+    checked, broken = check_runs(runs, bars) if store is None else ([], [])
     lines = [line for one in found for line in one.lines]
     damage = [*hopeless, *lines, *(finding.says for finding in findings)]
     problems: list[SaeError] = [DamagedStore(line) for line in damage]
@@ -68,14 +72,36 @@ def verify(
         mended, problems = repair_all(found, findings, origins, bars)
         done += mended
         problems = [DamagedStore(line) for line in hopeless] + problems
+    problems += [DamagedStore(line) for line in broken]
     for one in done:
         bars.note(str(one))
     if json:
-        result = {"stores": [one.store.key for one in found], "damage": damage}
+        result = {"stores": [one.store.key for one in found], "runs": checked, "damage": damage + broken}
         console.as_json(result | ({"repaired": [one.as_json() for one in done]} if repair else {}))
     elif not problems:
-        console.say(f"{len(found)} store{'s' if len(found) != 1 else ''}, every byte as committed")
+        looked_at = [counted(len(found), "store"), *([counted(len(checked), "run")] if checked else [])]
+        console.say(f"{' and '.join(looked_at)}, every byte as committed")
     report(problems)
+
+
+def check_runs(root: Path, bars: "Bars") -> tuple[list[str], list[str]]:
+    """Names of the runs below a folder whose files were read from end to end, and what is wrong with them."""
+    from cache import catalogue
+
+    found, damage = catalogue.readable_runs(root)
+    bars.start("verify runs", len(found), "runs")
+    for run in found:
+        damage += run.check()
+        bars.advance(1)
+    bars.finish()
+    if older := [run.name for run in found if not run.sealed]:
+        bars.note(f"settings and figures have no checksum in runs of version 0.1.0: {', '.join(older)}")
+    return [run.name for run in found], damage
+
+
+def counted(n: int, what: str) -> str:
+    """`1 store`, `2 stores`."""
+    return f"{n} {what}{'s' if n != 1 else ''}"
 
 
 def gc(

@@ -69,7 +69,10 @@ def preset(path: Path) -> dict[str, Any]:
 
 
 def file(path: Path) -> dict[str, Any]:
-    """The sections of a user's file. Raises SaeError naming what is wrong with it."""
+    """The sections of a user's file, or of the config.json of a run, which is repeated so.
+
+    Raises SaeError naming what is wrong with it.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -80,6 +83,8 @@ def file(path: Path) -> dict[str, Any]:
         content = parsed(text)
     except ValueError as error:
         raise SaeError(f"--config {path}: is not YAML ({error})") from error
+    if isinstance(content, dict) and content.keys() >= {"train", "activations"}:
+        content = {"train": content["train"]}
     return _sections(content, str(path))
 
 

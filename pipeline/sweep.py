@@ -12,15 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cache import catalogue
 from cache.activations import ActivationStore
 from cache.errors import NotFound, SaeError
 from cache.identity import canonical
 from cache.places import place
-from cache.runs import CONFIG, Run, discarding
+from cache.runs import Run, discarding
 from configs import parsed
 from configs.base import WHOLE
 from pipeline.progress import Progress, Silent
-from pipeline.train import STREAM, TrainConfig, open_run, run_name, share, train
+from pipeline.train import STREAM, TrainConfig, begun, on_rows, open_run, run_name, share, train
 from pipeline.training.config import settings_of
 from pipeline.training.member import Diverged
 from pipeline.training.parallel import Seat, Together, together, torchrun_seat
@@ -93,15 +94,23 @@ def acquainted(configs: Sequence[TrainConfig]) -> list[TrainConfig]:
 
 
 def open_all(configs: Sequence[TrainConfig], store: ActivationStore, root: Path) -> list[Run]:
-    """The run folder of each configuration, begun or taken up. Raises SaeError where two configurations are one."""
+    """The run folder of each configuration, begun or taken up. Raises SaeError where two configurations are one.
+
+    Where some were interrupted and the store has grown since, all are trained on as many rows as those.
+    """
+    there = catalogue.readable_runs(root)[0]
     configs = acquainted(configs)
-    names = [run_name(config, store) for config in configs]
-    if len(set(names)) < len(names):
+    waiting = [run.seen.rows for config in configs for run in begun(config, store, there) if not run.finished]
+    if waiting:
+        configs = [one.model_copy(update={"store_rows": one.store_rows or max(waiting)}) for one in configs]
+    configs = [on_rows(config, store) for config in configs]
+    if len({run_name(config, store) for config in configs}) < len(configs):
         raise SaeError("--sweep: two of the combinations are the same settings; does another option fix a swept key?")
     runs: list[Run] = []
     with discarding(runs):
-        for config, name in zip(configs, names, strict=True):
-            runs.append(open_run(config, store, root, name, resume=(root / name / CONFIG).exists()))
+        for config in configs:
+            known = begun(config, store, there)
+            runs.append(known[0] if known else open_run(config, store, root, None, resume=False))
     return runs
 
 

@@ -5,6 +5,7 @@ is in the checkpoint: weights, optimiser, dead counters, loader position; a resu
 stopped, bit for bit on CPU.
 """
 
+import re
 import signal
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cache import catalogue
 from cache.activations import ActivationStore
 from cache.errors import NotFound, SaeError
 from cache.identity import digest, readable
@@ -35,14 +37,53 @@ from pipeline.training.ranks import Alone, Ranks
 
 SHOWN = ("loss", "fvu", "l0", "dead", "agreement", "recovery")  # beside the progress bar
 
-__all__ = ["STREAM", "TrainConfig", "open_run", "run_name", "share", "train"]
+__all__ = ["STREAM", "TrainConfig", "begun", "on_rows", "open_run", "run_name", "share", "train"]
 
 
 def run_name(config: TrainConfig, store: ActivationStore) -> str:
-    """The name of a configuration's run folder on a store, where none is given."""
+    """The name of a configuration's run folder on a store, where none is given: what usually varies, and a hash of all.
+
+    The number of rows is part of it: on a store that has grown the same settings are another run.
+    """
+    config = on_rows(config, store)
     point = f"{store.recipe['layer']}.{store.recipe['site']}" if "layer" in store.recipe else readable(store.slug)
+    sparsity = [
+        f"{letter}{_short(getattr(config.sae, name))}"
+        for letter, name in (("k", "k"), ("c", "coefficient"), ("jl", "jl_coefficient"))
+        if hasattr(config.sae, name)
+    ]
     identity = {"train": config.model_dump(mode="json"), "activations": store.recipe}
-    return f"{config.sae.arch}-{config.sae.d_sae}-{point}-{digest(identity)}"
+    parts = [config.sae.arch, str(config.sae.d_sae), *sparsity, f"lr{_short(config.lr)}", f"s{config.seed}", point]
+    return "-".join([*parts, digest(identity)])
+
+
+def _short(value: float) -> str:
+    """A number as one types it: 0.001, 3e-5."""
+    return re.sub(r"e([+-])0?", lambda sign: "e-" if sign[1] == "-" else "e", f"{value:g}")
+
+
+def on_rows(config: TrainConfig, store: ActivationStore) -> TrainConfig:
+    """The configuration with the number of rows that it means on a store as it is now: all, where it says none.
+
+    Raises SaeError where it wants more than there are.
+    """
+    rows = config.store_rows or store.n_rows
+    if rows > store.n_rows:
+        raise SaeError(f"train.store_rows = {rows}: {store.key} has {store.n_rows:,} rows; lower it, or harvest more")
+    return config.model_copy(update={"store_rows": rows})
+
+
+def begun(config: TrainConfig, store: ActivationStore, runs: Sequence[Run]) -> list[Run]:
+    """The runs that have a configuration and a store; where it says no number of rows, with any."""
+    return [run for run in runs if run.seen.recipe == store.recipe and not _differing(run, config)]
+
+
+def _differing(run: Run, config: TrainConfig) -> list[str]:
+    """The settings in which a run differs from a configuration."""
+    saved, given = settings_of(run).model_dump(mode="json"), config.model_dump(mode="json")
+    saved["store_rows"] = run.seen.rows  # in version 0.1.0 it was said there alone
+    given["store_rows"] = given["store_rows"] or run.seen.rows
+    return sorted(name for name in saved if saved[name] != given[name])
 
 
 def open_run(config: TrainConfig, store: ActivationStore, root: Path, name: str | None, *, resume: bool) -> Run:
@@ -50,24 +91,40 @@ def open_run(config: TrainConfig, store: ActivationStore, root: Path, name: str 
 
     Raises SaeError where a new one exists, where there is none to resume, or where its configuration differs.
     """
-    activations: dict[str, Any] = {"key": store.key, "rows": store.n_rows, "recipe": store.recipe}
+    if resume:
+        return _continued(config, store, root, name)
+    config = on_rows(config, store)
+    rows = config.store_rows
+    assert rows is not None
+    if config.batch > rows:
+        raise SaeError(f"--batch {config.batch}: {store.key} has {rows:,} rows; lower it, or harvest more")
+    activations: dict[str, Any] = {"key": store.key, "rows": rows, "recipe": store.recipe}
+    if config.outliers is not None:
+        activations["largest_norm"] = largest_norm(store, config.outliers)
+        expect_kept(store, config.batch, activations["largest_norm"], "--batch")
     content = {"train": config.model_dump(mode="json"), "activations": activations}
-    name = name or run_name(config, store)
-    if not resume:
-        if config.batch > store.n_rows:
-            raise SaeError(f"--batch {config.batch}: {store.key} has {store.n_rows:,} rows; lower it, or harvest more")
-        if config.outliers is not None:
-            activations["largest_norm"] = largest_norm(store, config.outliers)
-            expect_kept(store, config.batch, activations["largest_norm"], "--batch")
-        return Run.create(root / name, content)
+    return Run.create(root / (name or run_name(config, store)), content)
+
+
+def _continued(config: TrainConfig, store: ActivationStore, root: Path, name: str | None) -> Run:
+    if name is None:
+        found = begun(config, store, catalogue.readable_runs(root)[0])
+        waiting = [run for run in found if not run.finished] or found
+        if not waiting:
+            raise NotFound(
+                f"--resume: no run {run_name(config, store)} in {root}; `sae list` shows the runs, without --resume it "
+                "is started"
+            )
+        if len(waiting) > 1:
+            raise SaeError(f"--resume: which one? Give --name: {', '.join(run.name for run in waiting)}")
+        return waiting[0]
     if not (root / name / CONFIG).exists():
         raise NotFound(f"--resume: no run {name} in {root}; `sae list` shows the runs, without --resume it is started")
     run = Run(root / name)
-    for part, given in (("train", content["train"]), ("recipe", store.recipe)):
-        saved = run.settings if part == "train" else run.seen.recipe
-        if saved != given:
-            differs = sorted(key for key in {*saved, *given} if saved.get(key) != given.get(key))
-            raise SaeError(f"--resume: {run.path} was started with other settings ({', '.join(differs)}); repeat those")
+    saved, given = run.seen.recipe, store.recipe
+    differs = sorted(key for key in {*saved, *given} if saved.get(key) != given.get(key)) or _differing(run, config)
+    if differs:
+        raise SaeError(f"--resume: {run.path} was started with other settings ({', '.join(differs)}); repeat those")
     return run
 
 

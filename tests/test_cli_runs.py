@@ -104,6 +104,25 @@ def test_what_was_judged_on_how_much_is_said(cache: Path, tmp_path: Path) -> Non
     assert "judged" not in alike.err and "dead_rows" not in alike.out
 
 
+def test_verify_reads_runs_as_well(cache: Path, tmp_path: Path) -> None:
+    command, rest = typed(train(cache, tmp_path, "--name", "first", "--json"))
+    done(command, *rest)
+    judge(tmp_path / "first", 64)
+    look = ("cache verify", "--cache", cache, "--runs", tmp_path)
+    stores = len(done("cache ls", "--cache", cache, "--json").json)
+    assert done(*look).out == f"{stores} store{'s' if stores > 1 else ''} and 1 run, every byte as committed\n"
+    assert done(*look, "--json").json["runs"] == ["first"]
+    for name, change in (("config.json", b'"batch": 64'), ("eval/eval.json", b"0.25"), ("metrics.jsonl", b'"loss": ')):
+        path = tmp_path / "first" / name
+        data = path.read_bytes()
+        assert change in data
+        path.write_bytes(data.replace(change, change[:-1] + b"9", 1))
+        answer = sae(*look)
+        assert answer.code == 3 and name in answer.complaint, answer
+        path.write_bytes(data)
+    done(*look)
+
+
 @pytest.mark.parametrize("words", [["--plot", "taken/front.png"], ["--csv", "taken/a.csv"], ["--csv", "runs"]])
 def test_comparing_looks_first_whether_it_can_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]

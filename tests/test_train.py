@@ -32,7 +32,9 @@ from pipeline import trained
 from pipeline.interrupts import Interrupted
 from pipeline.progress import Silent
 from pipeline.saes import ARCHITECTURES, SAE, create, parse
+from pipeline.sweep import open_all
 from pipeline.train import TrainConfig, open_run, share, train
+from pipeline.training.config import settings_of
 from pipeline.training.member import Diverged
 
 D, TRUE, ACTIVE, D_SAE = 16, 24, 3, 32  # width, true features, of which active in a row, latents
@@ -70,11 +72,13 @@ def planted_rows(n: int, seed: int = 0) -> Tensor:
     return 7 * (strength @ true_features()) + 5
 
 
-def planted_store(root: Path, rows: Tensor | None = None, codec: str = "int8", seed: int = 0) -> ActivationStore:
+def planted_store(
+    root: Path, rows: Tensor | None = None, codec: str = "int8", seed: int = 0, *, ended: bool = True
+) -> ActivationStore:
     rows = planted_rows(ROWS) if rows is None else rows
     recipe = {**activation_recipe(rows.shape[1], codec, seed=seed), "hook": "blocks.1.hook_mlp_out"}
     with ActivationWriter(root, "planted", recipe) as writer:
-        extend(writer, rows, ended=True)
+        extend(writer, rows, ended=ended)
         return writer.store
 
 
@@ -542,9 +546,33 @@ def test_a_name_of_its_own(tmp_path: Path, store: ActivationStore) -> None:
     names = [
         open_run(c, store, tmp_path, None, resume=False).name for c in (settings(), settings(L1), settings(seed=1))
     ]
-    assert names[0].startswith("topk-32-1.mlp_out-") and names[1].startswith("l1-32-1.mlp_out-")
+    assert names[0].startswith("topk-32-k4-lr0.003-s0-1.mlp_out-") and names[1].startswith(
+        "l1-32-c0.5-lr0.003-s0-1.mlp_out-"
+    )
     assert len(set(names)) == 3
     assert open_run(settings(), store, tmp_path, None, resume=True).name == names[0]
+
+
+def test_the_number_of_rows_is_part_of_a_run(tmp_path: Path) -> None:
+    """On a store that has grown the same settings are another run; one that was interrupted goes on with its rows."""
+    rows = planted_rows(2048)
+    small = planted_store(tmp_path, rows[:1024], ended=False)
+    first = open_run(settings(), small, tmp_path, None, resume=False)
+    waiting = open_run(settings(seed=1), small, tmp_path, None, resume=False)
+    (first.path / WEIGHTS).write_bytes(b"")  # finished
+    grown = planted_store(tmp_path, rows)
+    assert (first.seen.rows, grown.n_rows) == (1024, 2048)
+    again = open_run(settings(), grown, tmp_path, None, resume=False)
+    assert again.name != first.name and again.seen.rows == again.settings["store_rows"] == 2048
+    assert open_run(settings(seed=1), grown, tmp_path, None, resume=True).name == waiting.name
+    repeated = open_run(settings_of(first), grown, tmp_path, "repeated", resume=False)
+    assert (repeated.seen.rows, repeated.settings) == (1024, first.settings)
+    swept = open_all([settings(seed=seed) for seed in (1, 2)], grown, tmp_path)
+    assert swept[0].name == waiting.name and [run.seen.rows for run in swept] == [1024, 1024]
+    with pytest.raises(
+        SaeError, match=r"train.store_rows = 4096: planted-\S+ has 2,048 rows; lower it, or harvest more"
+    ):
+        open_run(settings(store_rows=4096), grown, tmp_path, None, resume=False)
 
 
 def test_resume_refuses_other_settings_and_names_them(tmp_path: Path, store: ActivationStore) -> None:

@@ -77,7 +77,7 @@ class Lab:
             configs = {run_name(trial.config, store): trial.config for trial in together}
             opened = open_all(list(configs.values()), store, self.runs)
             sweep(opened, store, self.progress, device=self.device)
-            runs |= {run.name: run for run in opened}
+            runs |= dict(zip(configs, opened, strict=True))
         return [runs[run_name(trial.config, trial.store)] for trial in trials]
 
     def rows(self, trials: Sequence[Trial], *, whole: bool = True) -> list[Row]:

@@ -41,6 +41,9 @@ class TrainConfig(Schedule):
     rows: Annotated[int | None, BeforeValidator(lambda rows: None if rows == "all" else rows)] = Field(
         None, ge=1, description="rows to see, instead of steps; all, or null: the store's, once"
     )
+    store_rows: int | None = Field(
+        None, ge=1, description="train on the first so many rows of the store; null: on all it has when the run begins"
+    )
     seed: int = Field(0, ge=0, description="seed of the initial weights and of what training draws")
     data_seed: int = Field(0, ge=0, description="seed of the order of the rows")
     outliers: float | None = Field(

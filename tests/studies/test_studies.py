@@ -132,10 +132,10 @@ class TestRepeating:
     def test_figures_of_before_a_figure_was_added_are_found_again(
         self, ablation: Result, store: ActivationStore, lab: Lab
     ) -> None:
-        path = lab.runs / ablation.runs[2]["run"] / figures.STUDY
-        kept = path.read_text()
-        older = {name: value for name, value in json.loads(kept).items() if name not in ("rows", "jl")}
-        path.write_text(json.dumps(older))
+        run = Run(lab.runs / ablation.runs[2]["run"])
+        path = run.path / figures.STUDY
+        kept, figures_of = path.read_text(), run.read_json(figures.STUDY)
+        run.write_json(figures.STUDY, {k: v for k, v in figures_of.items() if k not in ("rows", "jl")})
         assert coefficients(BASE, store, lab, l1=(), jl=(0.5,), hybrid_jl=()).runs == [ablation.runs[2]]
         assert path.read_text() == kept
         path.write_text("{")
