@@ -1,5 +1,7 @@
 """Damage of every kind to every kind of file: verify names it, repair mends it, and every byte is what it was."""
 
+import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -29,7 +31,8 @@ from cache.notes import write_note
 from cache.tokens import VOCABULARY
 from cache.upkeep import salvage
 from commands import upkeep
-from pipeline.language_model import LanguageModel
+from pipeline import network
+from pipeline.language_model import LanguageModel, loading
 from pipeline.progress import Silent
 from pipeline.repair import Origins, repair_all
 from pipeline.windows import Passes
@@ -406,6 +409,58 @@ def test_the_model_has_moved(home: Path, made: Path, monkeypatch: pytest.MonkeyP
     assert answer.complaint.startswith("--model other/model: its weights differ from those")
     done("cache verify --repair --model model")
     assert everything(home) == everything(made)
+
+
+@pytest.mark.parametrize(
+    "model", ["other", "s3://bucket/model", "memory://model", "file:///model", "http://host/model", "org/model", "gpt2",
+              "random:other", "/nowhere", "~root", "tiny"],
+)  # fmt: skip
+def test_a_model_that_hints_name_is_only_taken_for_what_the_recipe_pins(
+    home: Path, made: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    """Nothing is loaded and no host is asked; files of the right digest are taken, wherever they are."""
+    store = store_of(home, "activations", "int8")
+    (store / "rows/c/1/0").unlink()
+    shutil.copytree(home / "model", home / "other")
+    config = json.loads((home / "other" / "config.json").read_text())
+    (home / "other" / "config.json").write_text(json.dumps(config | {"model_name": "another"}))
+    write_note(store / "hints.json", {"model": str(home / "other") if model == "other" else model})
+    before = everything(home)
+    with monkeypatch.context() as patch:
+        patch.setattr(network, "reachable", lambda *_: pytest.fail("the network was asked"))
+        patch.setattr(loading, "_from_files", lambda *_: pytest.fail("a model was loaded"))
+        answer = sae("cache verify --repair")
+    assert answer.code == 2 and "--model" in answer.complaint, answer.err
+    assert everything(home) == before
+    shutil.copytree(home / "model", home / "moved")
+    write_note(store / "hints.json", {"model": str(home / "moved")})
+    done("cache verify --repair")
+    assert (store / "rows/c/1/0").read_bytes() == (store_of(made, "activations", "int8") / "rows/c/1/0").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "hints",
+    [{"tokenizer": name} for name in ("hf:org/model", "/dev", "s3://bucket", "gpt2", "tiny\\..", "folder")]
+    + [{"source": name} for name in ("s3://bucket/a.txt", "memory://a.txt", "http://h/a.txt", "org/texts", "fineweb",
+                                     "text.txt", "hub:org/texts", "/dev/zero", "pipe.txt")],
+    ids=str,
+)  # fmt: skip
+def test_texts_and_tokenizers_that_hints_name_are_no_urls_and_no_pipes(
+    home: Path, monkeypatch: pytest.MonkeyPatch, hints: dict[str, str]
+) -> None:
+    store = store_of(home, "tokens")
+    (store / "tokens/c/1/0").unlink()
+    os.mkfifo(home / "pipe.txt")
+    (home / "folder").mkdir()
+    (home / "folder" / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    hints = {name: str(home / said) if said in ("pipe.txt", "folder") else said for name, said in hints.items()}
+    write_note(store / "hints.json", {"tokenizer": "tiny", **hints})
+    before = everything(home)
+    monkeypatch.setattr(network, "reachable", lambda *_: pytest.fail("the network was asked"))
+    monkeypatch.setattr(network, "snapshot", lambda *_, **__: pytest.fail("the hub was asked"))
+    answer = sae("cache verify --repair")
+    assert answer.code == 2 and everything(home) == before, answer.err
+    assert all(f"--{option}" in answer.complaint for option in hints), answer.complaint
 
 
 def test_the_text_has_changed(home: Path, made: Path) -> None:

@@ -122,8 +122,10 @@ def _found(spec: str, path: Path) -> list[File] | None:
         if not files:
             raise SaeError(f"--source {spec}: no {_KINDS} files in this folder")
         return files
-    if path.exists():
+    if path.is_file():
         return [File(path.name, path)]
+    if path.exists():  # it would be waited for, and it is read more than once
+        raise SaeError(f"--source {spec}: is no regular file; put its text into one")
     if re.search(r"[*?\[]", spec):
         return _matching(spec)
     if kind(File(path.name, path)) is not None or spec.startswith((".", "/", "~")) or "\\" in spec:
