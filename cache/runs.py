@@ -289,7 +289,7 @@ class Run:
         """Write the finished dictionary (weights last: their presence says it is finished)."""
         data = json.dumps(config, indent=2, allow_nan=False).encode()
         write_in(self.path, WEIGHTS_CONFIG, data)
-        write_tensors(self.path, WEIGHTS, tensors, beside=data)
+        write_tensors(self.path, WEIGHTS, tensors, beside=data if self.sealed else b"")  # as the folder was begun
 
     def load_weights(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and cfg.json of the finished dictionary. Raises NotFound while training has not ended."""
@@ -297,6 +297,8 @@ class Run:
             raise NotFound(
                 f"{self.path}: training has not finished; continue it with `sae train --resume --name {self.name}`"
             )
+        if not (self.path / WEIGHTS_CONFIG).exists():
+            raise DamagedStore(f"{self.path / WEIGHTS_CONFIG}: missing, though training has finished")
         data = self._bytes(WEIGHTS_CONFIG)
         try:
             tensors, _ = read_tensors(self.path / WEIGHTS, sealed=self.sealed, beside=data if self.sealed else b"")
@@ -327,7 +329,7 @@ class Run:
         for reading in readings:
             try:
                 reading()
-            except DamagedStore as error:
+            except SaeError as error:
                 damage.append(str(error))
         return list(dict.fromkeys(damage))
 

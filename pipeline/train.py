@@ -291,7 +291,7 @@ def _metadata(recipe: dict[str, Any]) -> dict[str, Any]:
         "model_name": recipe["model"]["model"],
         "hook_name": recipe["hook"],
         "context_size": recipe["tokens"]["context_length"],
-        "prepend_bos": False,
+        "prepend_bos": recipe["tokens"].get("begin") == "context",
         "dataset_path": recipe["tokens"]["source"].get("dataset"),  # of the hub; other sources have none
         "model_from_pretrained_kwargs": {},
     }

@@ -145,6 +145,10 @@ def test_folders_of_before_there_were_checksums_are_read(run: Run) -> None:
     assert torch.equal(older.load_weights()[0]["W_dec"], torch.ones(2, 3))
     assert older.evaluation() == {"fvu": 0.5}
     assert older.check() == []
+    older.save_weights({"W_dec": torch.zeros(2, 3)}, {"d_in": 3})  # one that was continued
+    assert torch.equal(Run(run.path).load_weights()[0]["W_dec"], torch.zeros(2, 3))
+    (run.path / WEIGHTS_CONFIG).unlink()
+    assert older.check() == [f"{run.path / WEIGHTS_CONFIG}: missing, though training has finished"]
 
 
 @pytest.mark.parametrize("name", ["config.json", "cfg.json", METRICS, EVALUATION, LATENTS])

@@ -986,10 +986,13 @@ def test_rows_of_any_source_are_trained_on(tmp_path: Path) -> None:
         ({"source": "python", "python": "3.12.1"}, None),
     ],
 )
-def test_the_data_set_is_that_of_the_hub(tmp_path: Path, source: dict[str, Any], path: str | None) -> None:
+def test_the_text_of_a_dictionary_is_told(tmp_path: Path, source: dict[str, Any], path: str | None) -> None:
+    """Its data set, and whether its contexts began with the begin token; stores of before say nothing of that."""
+    begin = {"begin": "context"} if path is None else {}
     recipe = activation_recipe(D, "float32")
-    recipe["tokens"] = {**recipe["tokens"], "source": source}
+    recipe["tokens"] = {**recipe["tokens"], "source": source, **begin}
     with ActivationWriter(tmp_path, "text", recipe) as writer:
         extend(writer, planted_rows(512), ended=True)
     (run,) = go(settings(steps=2), writer.store, tmp_path / "runs")
-    assert run.load_weights()[1]["metadata"]["dataset_path"] == path
+    told = run.load_weights()[1]["metadata"]
+    assert (told["dataset_path"], told["prepend_bos"]) == (path, bool(begin))
