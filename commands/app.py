@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 from cache.errors import SaeError
 from cache.places import outage
 from commands import judging, looking, making, runs, studies
-from commands.options import CacheRoot, Device, Json, RunsRoot, Set, cache_root, folder
+from commands.options import CacheRoot, Device, Json, RunsRoot, Set, Threads, cache_root, folder
 from commands.upkeep import report_damage
 from commands.words import Command
 from pipeline.interrupts import Interrupted
@@ -69,7 +69,7 @@ app.command()(runs.compare)
 @app.command()
 def demo(
     workers: Annotated[int, typer.Option(metavar="N", min=1, show_default=False, help="Processes that encode text. Default: 1.")] = 1,
-    device: Device = "auto", cache: CacheRoot = None, runs: RunsRoot = Path("runs"), set_: Set = None, json: Json = False,
+    device: Device = "auto", threads: Threads = None, cache: CacheRoot = None, runs: RunsRoot = Path("runs"), set_: Set = None, json: Json = False,
 ) -> None:  # fmt: skip
     """All four stages and a report on the embedded default: real text, a small real model, no network, two minutes.
 
@@ -81,11 +81,15 @@ def demo(
         sae demo --set train.steps=4000 --json
     """
     import console
-    from pipeline import devices
-    from pipeline.demo import demo as stage
+    from pipeline.progress import said_if_slow
+
+    root, bars = cache_root(cache), console.Bars()
+    with said_if_slow(bars, "loading torch"):
+        from pipeline import devices
+        from pipeline.demo import demo as stage
 
     devices.device(device)
-    root, bars = cache_root(cache), console.Bars()
+    devices.take_threads(threads, bars.note)
     result = stage(root, folder("--runs", runs), bars, overrides=set_ or [], device=device, workers=workers)
     if json:
         console.as_json(result)

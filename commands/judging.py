@@ -15,6 +15,7 @@ from commands.options import (
     RunName,
     RunsRoot,
     Set,
+    Threads,
     TrainingStore,
     cache_root,
     folder,
@@ -30,7 +31,7 @@ def evaluate(
     activations: TrainingStore = None,
     model: Annotated[str | None, typer.Option(metavar="NAME", help="Where the language model is now. Default: where harvest found it.")] = None,
     replace: Annotated[bool, typer.Option("--replace", metavar="", help="Write the figures in the place of ones that were judged on more.")] = False,
-    device: Device = "auto", cache: CacheRoot = None, runs: RunsRoot = Path("runs"), offline: Offline = False,
+    device: Device = "auto", threads: Threads = None, cache: CacheRoot = None, runs: RunsRoot = Path("runs"), offline: Offline = False,
     preset: Preset = None, config: ConfigFile = None, set_: Set = None, json: Json = False,
 ) -> None:  # fmt: skip
     """Judge a trained dictionary on held-out documents: reconstruction, cross-entropy when spliced in, dead latents.
@@ -46,13 +47,18 @@ def evaluate(
     """
     import console
     from cache import catalogue
-    from pipeline.evaluate import EvalConfig
-    from pipeline.evaluate import evaluate as stage
+    from pipeline.progress import said_if_slow
 
-    values = settings("eval", EvalConfig, preset, config, set_, rows=rows, tokens=tokens)
     root, bars = cache_root(cache), console.Bars()
     found = catalogue.find_run(folder("--runs", runs), run)
+    with said_if_slow(bars, "loading torch"):
+        from pipeline import devices
+        from pipeline.evaluate import EvalConfig
+        from pipeline.evaluate import evaluate as stage
+
+    values = settings("eval", EvalConfig, preset, config, set_, rows=rows, tokens=tokens)
     bars.note(f"run: {found.path}")
+    devices.take_threads(threads, bars.note)
     result = stage(
         values, found, root, bars, activations=activations, model=model, device=device, offline=offline,
         replace_larger=replace,
@@ -68,7 +74,7 @@ def report(
     latents: Annotated[str | None, typer.Option(metavar="N,...", help="Latents to show, as 3,17,256 or 0-9. Default: the strongest few and a sample of the others.")] = None,
     rows: Annotated[str, count("Rows to search for contexts. Default: 262144.")] = "262144",
     activations: TrainingStore = None,
-    device: Device = "auto", cache: CacheRoot = None, runs: RunsRoot = Path("runs"), json: Json = False,
+    device: Device = "auto", threads: Threads = None, cache: CacheRoot = None, runs: RunsRoot = Path("runs"), json: Json = False,
 ) -> None:  # fmt: skip
     """Write a page to look at: losses, densities, cross-entropies and the text that latents fire on. One HTML file.
 
@@ -81,13 +87,18 @@ def report(
     """
     import console
     from cache import catalogue
-    from pipeline.report.features import FeaturesConfig
-    from pipeline.report.stage import report as stage
+    from pipeline.progress import said_if_slow
 
-    values = settings("report", FeaturesConfig, None, None, None, latents=whole("--latents", latents), rows=rows)
     root, bars = cache_root(cache), console.Bars()
     found = catalogue.find_run(folder("--runs", runs), run)
+    with said_if_slow(bars, "loading torch"):
+        from pipeline import devices
+        from pipeline.report.features import FeaturesConfig
+        from pipeline.report.stage import report as stage
+
+    values = settings("report", FeaturesConfig, None, None, None, latents=whole("--latents", latents), rows=rows)
     bars.note(f"run: {found.path}")
+    devices.take_threads(threads, bars.note)
     path = stage(found, root, bars, config=values, activations=activations, device=device)
     if json:
         console.as_json({"run": str(found.path), "report": str(path)})

@@ -161,10 +161,11 @@ def export(
     from cache import catalogue
     from cache.activations import ActivationStore
     from cache.tokens import TokenStore
-    from cache.upkeep import export as writing
 
     root, bars, destination = cache_root(cache), console.Bars(), folder("DEST", destination)
-    found = catalogue.any_store(root, store)
+    found = catalogue.any_store(root, store)  # before the seconds that torch takes
+    from cache.upkeep import export as writing
+
     if not isinstance(found, ActivationStore):
         raise SaeError(f"{store}: holds {found.kind}, not activations; `sae cache ls` lists the stores")
     tokens = None

@@ -17,6 +17,7 @@ from commands.options import (
     Preset,
     Scheduler,
     Set,
+    Threads,
     cache_root,
     complete_store,
     settings,
@@ -79,7 +80,7 @@ def harvest(
     wait: Annotated[bool, typer.Option("--wait", metavar="", help="Wait where another process is writing the same store.")] = False,
     workers: Annotated[int | None, typer.Option(metavar="N", min=1, help="Processes that run the model, each with a copy of it and its share of the cores. Default: 1, this one alone.")] = None,
     scheduler: Scheduler = None,
-    device: Device = "auto", cache: CacheRoot = None, offline: Offline = False, preset: Preset = None,
+    device: Device = "auto", threads: Threads = None, cache: CacheRoot = None, offline: Offline = False, preset: Preset = None,
     config: ConfigFile = None, set_: Set = None, json: Json = False,
 ) -> None:  # fmt: skip
     """Run the model over a token store and keep its activations: one pass, one store for each layer and site.
@@ -99,15 +100,21 @@ def harvest(
     import console
     from cache import catalogue
     from cache.tokens import TokenStore
-    from pipeline.harvest import HarvestConfig
-    from pipeline.harvest import harvest as stage
+    from pipeline.progress import said_if_slow
+
+    root, bars, together = cache_root(cache), console.Bars(), team(workers, scheduler, 1)
+    if tokens_from is not None:  # before the seconds that torch takes
+        catalogue.find(root, TokenStore, tokens_from, "--tokens-from", "sae tokenize")
+    with said_if_slow(bars, "loading torch"):
+        from pipeline import devices
+        from pipeline.harvest import HarvestConfig
+        from pipeline.harvest import harvest as stage
 
     values = settings(
         "harvest", HarvestConfig, preset, config, set_,
         model=model, layer=whole("--layer", layer), site=several("--site", site), codec=codec, tokens=tokens,
     )  # fmt: skip
-    together = team(workers, scheduler, 1)
-    root, bars = cache_root(cache), console.Bars()
+    devices.take_threads(threads, bars.note)
     train = catalogue.find(root, TokenStore, tokens_from, "--tokens-from", "sae tokenize")
     validation = catalogue.sibling_of(root, train, "validation")
     bars.note(f"tokens: {train.key}{unfinished(train)}")

@@ -77,6 +77,7 @@ Preset = Annotated[str | None, typer.Option(metavar="NAME", rich_help_panel=SETT
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", rich_help_panel=SETTINGS, help="YAML file with a section a stage, on top of the preset; `configs/gpt2.yaml` shows every key.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", rich_help_panel=SETTINGS, help="One setting, as in `--set train.lr=3e-4`, on top of the file. Repeatable.")]
 Device = Annotated[str, typer.Option(metavar="NAME", rich_help_panel=PLACES, show_default=False, help="cpu, cuda, cuda:1, ... Default: auto, a GPU where there is one.")]
+Threads = Annotated[int | None, typer.Option(metavar="N", min=1, envvar="SAE_THREADS", rich_help_panel=PLACES, help="Threads that compute on the CPU, shared by `--workers` and `--devices`. Default: the cores that nothing else keeps busy; resumed training takes as many as before.")]
 CacheRoot = Annotated[str | None, typer.Option("--cache", metavar="DIR", envvar="SAE_CACHE", rich_help_panel=PLACES, help="Folder of the cache, or a URL as s3://bucket/prefix. Default: the platform's (on Linux `~/.cache/sae`).")]
 RunsRoot = Annotated[Path, typer.Option("--runs", metavar="DIR", envvar="SAE_RUNS", rich_help_panel=PLACES, show_default=False, help="Folder of the runs. Default: `runs`, here.")]
 Offline = Annotated[bool, typer.Option("--offline", metavar="", envvar="SAE_OFFLINE", rich_help_panel=PLACES, help="Never touch the network.")]

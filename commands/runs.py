@@ -22,6 +22,7 @@ from commands.options import (
     Seeds,
     Set,
     Steps,
+    Threads,
     as_csv_file,
     cache_root,
     complete_run,
@@ -61,7 +62,7 @@ def train(
     seeds: Seeds = None,
     align: Annotated[str | None, typer.Option(metavar="WHAT", help="Pull the dictionaries of `--seeds` towards each other: by decoder rows (dec), activations (hid) or reconstructions (x_hat).")] = None,
     devices: Annotated[int, typer.Option(metavar="N", min=1, rich_help_panel=PLACES, show_default=False, help="Processes that share every batch, a GPU each (or cores: `--device cpu`). Default: 1. Several machines: `torchrun -m cli train`.")] = 1,
-    device: Device = "auto", cache: CacheRoot = None, runs: RunsRoot = Path("runs"), preset: Preset = None,
+    device: Device = "auto", threads: Threads = None, cache: CacheRoot = None, runs: RunsRoot = Path("runs"), preset: Preset = None,
     config: ConfigFile = None, set_: Set = None, json: Json = False,
 ) -> None:  # fmt: skip
     """Train a sparse autoencoder on a store of activations; no language model is loaded.
@@ -80,11 +81,21 @@ def train(
     """
     import console
     from cache import catalogue
-    from pipeline.sweep import acquainted, combinations, of_seeds
-    from pipeline.train import TrainConfig, open_run
-    from pipeline.training.alignment import BY
-    from pipeline.training.config import settings_of
+    from pipeline.progress import said_if_slow
 
+    root, runs, bars = cache_root(cache), folder("--runs", runs), console.Bars()
+    if activations is not None:  # these names before the seconds that torch takes
+        store_named(root, activations)
+    if resume and name is not None:
+        run_to_resume(runs, name)
+    with said_if_slow(bars, "loading torch"):
+        from pipeline.devices import take_threads
+        from pipeline.sweep import acquainted, combinations, of_seeds
+        from pipeline.train import TrainConfig, open_run
+        from pipeline.training.alignment import BY
+        from pipeline.training.config import settings_of
+
+    take_threads(threads, bars.note)
     if align is not None and align not in BY:
         raise SaeError(f"--align {align}: there is no such one; use {', '.join(BY)}")
     if took_part(device):
@@ -97,7 +108,6 @@ def train(
             sae={"arch": arch, "k": k, "d_sae": d_sae}, lr=lr, batch=batch, **length, seed=seed, align={"by": align},
         )  # fmt: skip
 
-    root, runs, bars = cache_root(cache), folder("--runs", runs), console.Bars()
     if sweep is not None or seeds is not None:
         if resume or name is not None:
             raise SaeError("--sweep: names its runs itself and continues what is there; leave out --name and --resume")
@@ -148,12 +158,17 @@ def say_rows(every: "Iterable[TrainConfig]", bars: "Bars") -> None:
 
 def activations_of(root: Path, name: str | None, bars: "Bars") -> "ActivationStore":
     """The store to train on, said on stderr."""
+    store = store_named(root, name)
+    bars.note(f"activations: {store.key}{unfinished(store)}")
+    return store
+
+
+def store_named(root: Path, name: str | None) -> "ActivationStore":
+    """The store that `--activations` names; without a name, what the last harvest made."""
     from cache import catalogue
     from cache.activations import ActivationStore
 
-    store = catalogue.find(root, ActivationStore, name, "--activations", "sae harvest")
-    bars.note(f"activations: {store.key}{unfinished(store)}")
-    return store
+    return catalogue.find(root, ActivationStore, name, "--activations", "sae harvest")
 
 
 def took_part(device: str) -> bool:

@@ -22,6 +22,7 @@ from commands.options import (
     Seeds,
     Set,
     Steps,
+    Threads,
     cache_root,
     complete_store,
     folder,
@@ -56,7 +57,7 @@ def coefficients(
     jl: Annotated[str | None, typer.Option("--jl", metavar="X,...", help="Johnson-Lindenstrauss coefficients. Default: 0.05,0.15,0.5,1.5,5.")] = None,
     hybrid_jl: Annotated[str | None, typer.Option("--hybrid-jl", metavar="X,...", help="Johnson-Lindenstrauss coefficients of the hybrid, each beside every L1 one. Default: 0.5.")] = None,
     d_sae: Latents = None, steps: Steps = None, rows: Rows = None, seeds: Seeds = None, activations: Store = None,
-    no_ce: NoCe = False, out: Out = None, device: Device = "auto", cache: CacheRoot = None,
+    no_ce: NoCe = False, out: Out = None, device: Device = "auto", threads: Threads = None, cache: CacheRoot = None,
     runs: RunsRoot = Path("runs"), offline: Offline = False, preset: Preset = None, config: ConfigFile = None,
     set_: Set = None, json: Json = False,
 ) -> None:  # fmt: skip
@@ -75,7 +76,7 @@ def coefficients(
         "hybrid_jl": grid("--hybrid-jl", hybrid_jl, stage.HYBRID_JL),
     }
     base = training(preset, config, set_, steps, rows, itself=stage.ITSELF, of=stage.ARCHITECTURES)
-    where = lab(cache, runs, preset, config, set_, no_ce, device, offline)
+    where = lab(cache, runs, preset, config, set_, no_ce, device, threads, offline)
     folder_ = results_folder(out, "coefficients")
     store = store_of(where, activations)
     finish(stage.coefficients(base, store, where, **grids, d_sae=d_sae, seeds=seeds or 1), folder_, json)
@@ -85,7 +86,7 @@ def coefficients(
 def activation_functions(
     match_l0: Annotated[bool, typer.Option("--match-l0", metavar="", help="Give the penalised ones the coefficients with which L0 is k, found by training.")] = False,
     k: ActiveLatents = None, d_sae: Latents = None, steps: Steps = None, rows: Rows = None, seeds: Seeds = None,
-    activations: Store = None, no_ce: NoCe = False, out: Out = None, device: Device = "auto",
+    activations: Store = None, no_ce: NoCe = False, out: Out = None, device: Device = "auto", threads: Threads = None,
     cache: CacheRoot = None, runs: RunsRoot = Path("runs"), offline: Offline = False, preset: Preset = None,
     config: ConfigFile = None, set_: Set = None, json: Json = False,
 ) -> None:  # fmt: skip
@@ -102,7 +103,7 @@ def activation_functions(
     from pipeline.studies import activations as stage
 
     base = training(preset, config, set_, steps, rows, of=[kind.arch for kind in stage.KINDS.values()])
-    where = lab(cache, runs, preset, config, set_, no_ce, device, offline)
+    where = lab(cache, runs, preset, config, set_, no_ce, device, threads, offline)
     folder_ = results_folder(out, "activations")
     store = store_of(where, activations)
     result = stage.activations(base, store, where, k=k, d_sae=d_sae, match_l0=match_l0, seeds=seeds or 1)
@@ -114,7 +115,7 @@ def rates(
     ratios: Annotated[str | None, typer.Option("--ratios", metavar="X,...", help="Learning rates of the decoder over the encoder's. Default: 1,2,4,8.")] = None,
     encoder_decay: Annotated[str | None, typer.Option("--encoder-decay", metavar="NAME,...", help="How the encoder's learning rate falls: none, cosine, or both. Default: none,cosine.")] = None,
     arch: Arch = None, k: ActiveLatents = None, d_sae: Latents = None, steps: Steps = None, rows: Rows = None,
-    seeds: Seeds = None, activations: Store = None, no_ce: NoCe = False, out: Out = None, device: Device = "auto",
+    seeds: Seeds = None, activations: Store = None, no_ce: NoCe = False, out: Out = None, device: Device = "auto", threads: Threads = None,
     cache: CacheRoot = None, runs: RunsRoot = Path("runs"), offline: Offline = False, preset: Preset = None,
     config: ConfigFile = None, set_: Set = None, json: Json = False,
 ) -> None:  # fmt: skip
@@ -135,7 +136,7 @@ def rates(
         raise SaeError(f"--encoder-decay {wrong[0]}: there is no such one; use {', '.join(stage.DECAYS)}")
     known = [decay for decay in stage.DECAYS if decay in decays]
     base = training(preset, config, set_, steps, rows, itself=stage.ITSELF, arch=arch, k=k, d_sae=d_sae)
-    where = lab(cache, runs, preset, config, set_, no_ce, device, offline)
+    where = lab(cache, runs, preset, config, set_, no_ce, device, threads, offline)
     folder_ = results_folder(out, "rates")
     store = store_of(where, activations)
     finish(stage.rates(base, store, where, ratios=chosen, decays=known, seeds=seeds or 1), folder_, json)
@@ -146,7 +147,7 @@ def layers(
     layers: Annotated[str, typer.Option("--layers", metavar="N,...", help="Layers, from 0, as 0,4,8 or 0-3; a store of each must be there.")],
     site: Annotated[str | None, typer.Option(metavar="NAME", help="Site, as resid_post. Default: that of the store.")] = None,
     arch: Arch = None, k: ActiveLatents = None, d_sae: Latents = None, steps: Steps = None, rows: Rows = None,
-    seeds: Seeds = None, activations: Store = None, no_ce: NoCe = False, out: Out = None, device: Device = "auto",
+    seeds: Seeds = None, activations: Store = None, no_ce: NoCe = False, out: Out = None, device: Device = "auto", threads: Threads = None,
     cache: CacheRoot = None, runs: RunsRoot = Path("runs"), offline: Offline = False, preset: Preset = None,
     config: ConfigFile = None, set_: Set = None, json: Json = False,
 ) -> None:  # fmt: skip
@@ -163,7 +164,7 @@ def layers(
 
     numbers = sorted(whole("--layers", layers) or ())
     base = training(preset, config, set_, steps, rows, arch=arch, k=k, d_sae=d_sae)
-    where = lab(cache, runs, preset, config, set_, no_ce, device, offline)
+    where = lab(cache, runs, preset, config, set_, no_ce, device, threads, offline)
     folder_ = results_folder(out, "layers")
     reference = store_of(where, activations, any_of_the_last=True)
     if "tokens" not in reference.recipe:
@@ -180,7 +181,7 @@ def alignment(
     weights: Annotated[str | None, typer.Option("--weights", metavar="X,...", help="Weights of the pull; 0 is none. Default: 0,0.01,0.1,1.")] = None,
     arch: Arch = None, k: ActiveLatents = None, d_sae: Latents = None, steps: Steps = None, rows: Rows = None,
     seeds: Seeds = None,
-    activations: Store = None, no_ce: NoCe = False, out: Out = None, device: Device = "auto",
+    activations: Store = None, no_ce: NoCe = False, out: Out = None, device: Device = "auto", threads: Threads = None,
     cache: CacheRoot = None, runs: RunsRoot = Path("runs"), offline: Offline = False, preset: Preset = None,
     config: ConfigFile = None, set_: Set = None, json: Json = False,
 ) -> None:  # fmt: skip
@@ -202,7 +203,7 @@ def alignment(
         raise SaeError(f"--by {wrong[0]}: there is no such one; use {', '.join(BY)}")
     pulls = grid("--weights", weights, stage.WEIGHTS)
     base = training(preset, config, set_, steps, rows, itself=stage.ITSELF, arch=arch, k=k, d_sae=d_sae)
-    where = lab(cache, runs, preset, config, set_, no_ce, device, offline)
+    where = lab(cache, runs, preset, config, set_, no_ce, device, threads, offline)
     folder_ = results_folder(out, "alignment")
     known = [what for what in BY if what in chosen]
     store = store_of(where, activations)
@@ -243,7 +244,7 @@ def training(
 
 def lab(
     cache: str | None, runs: Path, preset: str | None, file: Path | None, overrides: list[str] | None, no_ce: bool,
-    device: str, offline: bool,
+    device: str, threads: int | None, offline: bool,
 ) -> "Lab":  # fmt: skip
     """Where the study is carried out, from the options that say so."""
     import console
@@ -254,9 +255,9 @@ def lab(
 
     devices.device(device)
     judging = resolve("eval", EvalConfig, preset=preset, file=file, overrides=overrides or ())
-    return Lab(
-        cache_root(cache), folder("--runs", runs), console.Bars(), judging, not no_ce, device=device, offline=offline
-    )
+    bars = console.Bars()
+    devices.take_threads(threads, bars.note)
+    return Lab(cache_root(cache), folder("--runs", runs), bars, judging, not no_ce, device=device, offline=offline)
 
 
 def store_of(where: "Lab", name: str | None, *, any_of_the_last: bool = False) -> "ActivationStore":

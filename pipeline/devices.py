@@ -1,8 +1,14 @@
-"""Where tensors live: `--device` by name."""
+"""Where tensors live and how many threads compute: `--device` and `--threads`."""
+
+import os
+from collections.abc import Callable
 
 import torch
 
 from cache.errors import SaeError
+from pipeline import cores
+
+_said = False  # whether the number of threads is the user's word, which a checkpoint's does not change
 
 
 def device(name: str) -> torch.device:
@@ -22,3 +28,41 @@ def device(name: str) -> torch.device:
         first = str(error).partition("\n")[0]
         raise SaeError(f"--device {name}: not usable here ({first[:200]}); try auto or cpu") from None
     return found
+
+
+def take_threads(said: int | None, note: Callable[[str], None]) -> None:
+    """Compute with so many threads on the CPU from now on; None: as many as there are cores free, which is noted where
+    it is not all.
+
+    OMP_NUM_THREADS, where it is set, has had its say. Raises SaeError for more than there are cores.
+    """
+    global _said
+    _said = said is not None
+    there = cores.usable()
+    if said is not None:
+        if said > there:
+            raise SaeError(f"--threads {said}: this process may use {there} core{'s' if there > 1 else ''}; give fewer")
+        torch.set_num_threads(said)
+    elif not os.environ.get("OMP_NUM_THREADS"):
+        free = cores.free()
+        torch.set_num_threads(free)
+        if free < there:
+            note(f"threads: {free} of {there}, the other cores are busy; --threads N says otherwise")
+
+
+def take_threads_again(before: int) -> None:
+    """Compute with as many threads as before, which rounds sums as before, unless the user has said how many."""
+    if not _said and 1 <= before <= cores.usable():
+        torch.set_num_threads(before)
+
+
+def threads_of_each(processes: int) -> tuple[int, bool]:
+    """For `take_share` in each of so many new processes of this machine: its threads, and whether the user said so."""
+    return max(1, torch.get_num_threads() // processes), _said
+
+
+def take_share(share: tuple[int, bool]) -> None:
+    """Take what `threads_of_each` gave this new process."""
+    global _said
+    threads, _said = share
+    torch.set_num_threads(threads)

@@ -28,7 +28,7 @@ from pipeline.judging import EvalConfig, firing, judge_rows, judge_tokens, mean_
 from pipeline.language_model import LanguageModel
 from pipeline.metrics import DownstreamScores, ReconstructionScores, SparsityScores
 from pipeline.metrics.agreement import RecoveryScores, recovery
-from pipeline.progress import Progress
+from pipeline.progress import Progress, said_if_slow
 
 __all__ = ["EvalConfig", "Evaluation", "boot", "evaluate", "missing"]
 
@@ -109,7 +109,9 @@ def evaluate(
     held_out = _held_out(root, training)
     text: tuple[TokenStore, LanguageModel] | None = None
     if "tokens" in training.recipe:
-        text = _tokens(root, training, held_out), language_model or boot(training, model, device, offline)
+        tokens = _tokens(root, training, held_out)
+        with said_if_slow(progress, f"loading {training.recipe['model']['model']}"):
+            text = tokens, language_model or boot(training, model, device, offline)
     elif model is not None:
         raise SaeError(f"--model {model}: the rows of {training.key} come from no language model; leave it out")
     for line in _not_so_many(config, held_out, None if text is None else text[0]):

@@ -38,7 +38,7 @@ from pipeline.interrupts import interruptible, telling
 from pipeline.keeping import Keeper, rows_kept
 from pipeline.language_model import SITES, LanguageModel, Point
 from pipeline.matching import matches
-from pipeline.progress import Progress
+from pipeline.progress import Progress, said_if_slow
 from pipeline.rows import RowRule, RowsOf
 from pipeline.windows import Arrays, Origin, Passes, Task, Work, expect_lease, harvest_window
 
@@ -111,9 +111,10 @@ def harvest(
     if unknown := [site for site in config.site if site not in SITES]:
         raise SaeError(f"--site {unknown[0]}: the sites are {', '.join(SITES)}")
     if model is None:
-        model = LanguageModel.boot(
-            config.model, device=device, dtype=config.dtype, revision=config.revision, offline=offline
-        )
+        with said_if_slow(progress, f"loading {config.model}"):
+            model = LanguageModel.boot(
+                config.model, device=device, dtype=config.dtype, revision=config.revision, offline=offline
+            )
     points = [Point(layer, site) for layer in config.layer for site in config.site]
     for point in points:
         model.check(point)

@@ -1,6 +1,11 @@
 """How a stage tells the world where it is, without knowing who listens. Library code never prints."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
+
+PATIENCE = 1.0  # seconds that something may take without a word
 
 
 class Progress(Protocol):
@@ -29,3 +34,15 @@ class Silent:
     def finish(self) -> None: ...
 
     def note(self, line: str) -> None: ...
+
+
+@contextmanager
+def said_if_slow(progress: Progress, what: str) -> Iterator[None]:
+    """Say what is being done, once, where it takes longer than a second: what has no steps to count."""
+    timer = threading.Timer(PATIENCE, progress.note, [f"{what} ..."])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

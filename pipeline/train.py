@@ -257,7 +257,10 @@ def _begin(
     if any(not run.has_checkpoint for run in runs) and ranks.rank == 0:
         expect_room(runs[0].path, sum(member.on_disk() for member in members), "what training writes")
     state = TrainState(grouped(members), loader, first.total_steps(rows))
+    threads = torch.get_num_threads()
     state.restore(ranks)
+    if torch.get_num_threads() != threads:
+        progress.note(f"threads: {torch.get_num_threads()}, as before; --threads N says otherwise")
     if ranks.rank == 0:
         for run in runs:
             run.clear_failure()

@@ -10,6 +10,8 @@ HEAVY = ("torch", "transformers", "transformer_lens", "datasets", "matplotlib", 
 LOOKING = (
     "--version", "cache ls", "cache du", "cache verify", "cache gc", "cache inspect nothing", "cache rm nothing --yes",
     "compare nothing", "train --lr fast", "train --nonsense", "list", "list --json",
+    "eval nothing", "report nothing", "train --activations nothing", "train --resume --name nothing",
+    "harvest --tokens-from nothing", "cache export nothing x",
 )  # fmt: skip
 
 

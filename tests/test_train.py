@@ -28,7 +28,7 @@ from cache.loader import Loader
 from cache.manifest import Windows
 from cache.runs import CHECKPOINT, FAILURE, METRICS, WEIGHTS, Run
 from cache.sealed import sealed
-from pipeline import trained
+from pipeline import cores, trained
 from pipeline.interrupts import Interrupted
 from pipeline.progress import Silent
 from pipeline.saes import ARCHITECTURES, SAE, create, parse
@@ -410,6 +410,31 @@ def test_killed_after_a_step_and_resumed(
     with pytest.raises(Killed):
         go(PAIR, store, tmp_path, progress=At(step, die))
     assert not different(go(PAIR, store, tmp_path, resume=True), uninterrupted)
+
+
+def test_resumed_training_computes_with_the_threads_of_before(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another number rounds sums differently. An older checkpoint, which says none, goes on with what there is."""
+    monkeypatch.setattr(cores, "usable", lambda: 8)
+    stopping = At(12, lambda: signal.raise_signal(signal.SIGINT))
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(Interrupted):
+            go(PAIR[0], store, tmp_path, progress=stopping)
+        torch.set_num_threads(1)
+        resumed = At(-1, lambda: None)
+        (run,) = go(PAIR[0], store, tmp_path, resume=True, progress=resumed)
+        assert torch.get_num_threads() == run.load_checkpoint()[1]["threads"] == 3
+        assert resumed.lines[0] == "threads: 3, as before; --threads N says otherwise"
+        tensors, state = run.load_checkpoint()
+        run.stage_checkpoint(tensors, {name: value for name, value in state.items() if name != "threads"})
+        run.publish_checkpoint()
+        torch.set_num_threads(1)
+        go(PAIR[0], store, tmp_path, resume=True)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_killed_at_every_write_and_resumed(tmp_path_factory: pytest.TempPathFactory, store: ActivationStore) -> None:

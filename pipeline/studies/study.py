@@ -23,7 +23,7 @@ from cache.tokens import TokenStore
 from pipeline.compare import Row, as_csv, over_seeds
 from pipeline.evaluate import EvalConfig, boot, evaluate, missing
 from pipeline.language_model import LanguageModel
-from pipeline.progress import Progress
+from pipeline.progress import Progress, said_if_slow
 from pipeline.saes import ARCHITECTURES, Config, parse
 from pipeline.studies import figures
 from pipeline.sweep import open_all, sweep
@@ -106,7 +106,8 @@ class Lab:
     def _model(self, store: ActivationStore) -> LanguageModel:
         name = canonical(store.recipe["model"])
         if name not in self._models:
-            self._models[name] = boot(store, None, self.device, self.offline)
+            with said_if_slow(self.progress, f"loading {name}"):
+                self._models[name] = boot(store, None, self.device, self.offline)
         return self._models[name]
 
     def _expect_judgeable(self, store: ActivationStore) -> None:

@@ -16,6 +16,7 @@ from cache.activations import ActivationStore
 from cache.errors import SaeError
 from cache.outliers import some_rows
 from cache.runs import Run
+from pipeline import devices
 from pipeline.metrics.agreement import mmcs
 from pipeline.saes import (
     SAE,
@@ -183,7 +184,8 @@ class Member:
                 f"{self.run.path}: the weights are no numbers any more at step {self.done}; try a smaller --lr"
             )
         if ranks.rank == 0:
-            self.run.stage_checkpoint(tensors | shared, {"step": self.done, "loader": loader})
+            threads = torch.get_num_threads() * ranks.world
+            self.run.stage_checkpoint(tensors | shared, {"step": self.done, "loader": loader, "threads": threads})
 
     def restore(self, ranks: Ranks) -> tuple[dict[str, Tensor], dict[str, int]] | None:
         """Take up the checkpoint: its tensors, and the loader's state. None where there is none yet."""
@@ -192,6 +194,8 @@ class Member:
         if self.run.has_checkpoint:
             tensors, state = self.run.load_checkpoint()
             self._take(tensors)
+            if isinstance(before := state.get("threads"), int):  # older ones do not say
+                devices.take_threads_again(before // ranks.world)
         self.done = state["step"]
         expect_same({"the steps done": torch.tensor(self.done)}, ranks, str(self.run.path))
         expect_same(self._tensors(), ranks, f"{self.run.path}: step {self.done}")

@@ -22,9 +22,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cache.errors import SaeError
+from pipeline import devices
 from pipeline.interrupts import Interrupted, interruptible, interrupts_withheld
 from pipeline.training.parallel import LostRank, Seat, seats, together
 
@@ -36,11 +35,11 @@ DONE = "done"
 class Child:
     """One of the processes. `failure` is what it raised, once it has ended so; `ended` whether it has."""
 
-    def __init__(self, seat: Seat, work: Callable[..., None], args: Sequence[Any]) -> None:
+    def __init__(self, seat: Seat, share: tuple[int, bool], work: Callable[..., None], args: Sequence[Any]) -> None:
         spawning = get_context("spawn")
         self.seat = seat
         self.link, theirs = spawning.Pipe()
-        self.process: BaseProcess = spawning.Process(target=_child, args=(seat, theirs, work, args), daemon=True)
+        self.process: BaseProcess = spawning.Process(target=_child, args=(seat, share, theirs, work, args), daemon=True)
         self.process.start()
         theirs.close()
         self.ended = False
@@ -95,13 +94,13 @@ def launch(processes: int, device: str, work: Callable[..., None], *args: Any) -
     Raises what one of them raised, Interrupted where they stopped because they were told to, SaeError where one was
     killed or there are too few devices. None is left over, whatever happens.
     """
-    devices = seats(processes, device)
+    seated, share = seats(processes, device), devices.threads_of_each(processes)
     children: list[Child] = []
     with tempfile.TemporaryDirectory(prefix="sae-") as folder, interruptible() as stopping:
         try:
             with interrupts_withheld():
-                for rank, its in enumerate(devices):
-                    children.append(Child(Seat(rank, processes, its, Path(folder)), work, args))
+                for rank, its in enumerate(seated):
+                    children.append(Child(Seat(rank, processes, its, Path(folder)), share, work, args))
             _watch(children, stopping)
         finally:
             for child in children:
@@ -132,13 +131,14 @@ def _watch(children: Sequence[Child], stopping: Sequence[int]) -> None:
         raise Interrupted(stopping[0], failure.safe) if isinstance(failure, Interrupted) and stopping else failure
 
 
-def _child(seat: Seat, link: connection.Connection, work: Callable[..., None], args: Sequence[Any]) -> None:
+def _child(
+    seat: Seat, share: tuple[int, bool], link: connection.Connection, work: Callable[..., None], args: Sequence[Any]
+) -> None:
     """What a child does: take its seat, work, and say how it went."""
     stop = threading.Event()
     threading.Thread(target=_obey, args=(link, stop), daemon=True).start()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // seat.world))
+    devices.take_share(share)
     try:
         with together(seat, stop) as ranks:
             work(ranks, seat.device, *args)
