@@ -1,6 +1,7 @@
 """The report of a run: whole, well-formed, self-contained, and safe whatever the text says."""
 
 import html
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -408,3 +409,21 @@ def test_charts_of_odd_data() -> None:
     page = Page(ladder([("a", 1.0, ""), ("b", 2.0, "+1")], label="l", reference=("r", 3.0)))
     widths = [float(str(a["width"])) for a, _ in page.all("rect")]
     assert widths[1] == pytest.approx(2 * widths[0], abs=0.2)
+
+
+def test_charts_of_numbers_out_of_any_sense() -> None:
+    """Metrics of strangers may be any numbers: those no axis could reckon with are drawn at its ends, or as zero."""
+    sizes = (1.7976931348623157e308, -1.7976931348623157e308, 5e-324, 1e39, -1e39, 1e-300, 0.0, 1.0, -1.0)
+    for first, second, third in itertools.product(sizes, repeat=3):
+        for points in ([(1.0, first), (2.0, second), (3.0, third)], [(abs(first), 1.0), (abs(first), second)]):
+            drawn = line_chart([Series("x", points)], label="l", x_label="step", ratios=third > 0)
+            assert not re.search(r'"[^"]*\b(nan|inf)\b[^"]*"', drawn)
+    for value in sizes:
+        assert "nan" not in ladder([("a", value, ""), ("b", -value, "")], label="l", reference=("r", 0.0))
+
+
+def test_a_share_smaller_than_any_row_is_none(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    run.save_latents({"density": torch.full((64,), 5e-324, dtype=torch.float64)})
+    with pytest.raises(DamagedStore, match="latents"):
+        write_report(run, tmp_path / "a.html")

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from pipeline.report.escaping import escape
 
 MOST_POINTS = 240  # a line has no more: longer ones show the mean of each stretch in a band from its least to its most
+LARGEST = 1e30  # a value beyond it is drawn there; the inverse of it is drawn as zero
 LOG_RATIO = 6.0  # a chart of positive values is logarithmic from this ratio of largest to smallest on
 LEFT, TOP, RIGHT, BOTTOM = 54.0, 12.0, 14.0, 30.0
 
@@ -90,6 +91,7 @@ def line_chart(
     series: Sequence[Series], *, label: str, x_label: str, ratios: bool = False, width: int = 540, height: int = 240
 ) -> str:
     """Lines over a shared x axis. With `ratios`, logarithmic where the values are positive and span a wide range."""
+    series = [Series(s.name, [(_drawn(x), _drawn(y)) for x, y in s.points]) for s in series]
     thinned = [Series(s.name, _thin(s.points)) for s in series]
     values = [y for s in series for _, y in s.points]
     positive = [y for y in values if y > 0]
@@ -97,7 +99,7 @@ def line_chart(
     log = ratios and min(values) >= 0 and len(positive) > 0.5 * len(values)
     log = log and max(positive) / min(positive) > LOG_RATIO
     xs = [x for s in series for x, _ in s.points]
-    x = Scale(min(xs), max(max(xs), min(xs) + 1), LEFT, width - RIGHT, False)
+    x = Scale(min(xs), _above(min(xs), max(xs)), LEFT, width - RIGHT, False)
     y = _y_scale(positive if log else values, height, log)
     body = _axes(x, y, x_label, width, height)
     for i, s in enumerate(series):
@@ -146,7 +148,8 @@ def ladder(
     rungs: Sequence[tuple[str, float, str]], *, label: str, reference: tuple[str, float] | None = None, width: int = 640
 ) -> str:
     """Horizontal bars from 0: (name, value, remark), and a dashed line at a reference value."""
-    high = max([value for _, value, _ in rungs] + ([reference[1]] if reference else [])) * 1.02
+    rungs = [(name, _drawn(value), remark) for name, value, remark in rungs]
+    high = _above(0.0, max([value for _, value, _ in rungs] + ([reference[1]] if reference else [])) * 1.02)
     x = Scale(0, high, 112, width - 130, False)
     height = 34 * len(rungs) + (26 if reference else 4)
     body = ""
@@ -174,7 +177,17 @@ def _y_scale(values: Sequence[float], height: float, log: bool) -> Scale:
     if log:
         return Scale(low / 1.1, high * 1.1, height - BOTTOM, TOP, True)
     low = min(low, 0.0)  # counts and shares are read against zero
-    return Scale(low, high + 0.06 * (high - low) if high > low else low + 1, height - BOTTOM, TOP, False)
+    return Scale(low, high + 0.06 * (high - low) if high > low else _above(low, low), height - BOTTOM, TOP, False)
+
+
+def _drawn(value: float) -> float:
+    """A value where a chart has a place for it: of a size that one can reckon with, or zero."""
+    return 0.0 if abs(value) < 1 / LARGEST else min(max(value, -LARGEST), LARGEST)
+
+
+def _above(low: float, high: float) -> float:
+    """The end of an axis from `low` to `high`, where it has a length."""
+    return max(high, low + max(1.0, 1e-3 * abs(low)))
 
 
 def _stretches(points: Sequence[tuple[float, float]]) -> list[Sequence[tuple[float, float]]]:

@@ -29,6 +29,7 @@ from pipeline.report.scores import density_html, scores_html, tree
 from pipeline.saes import Config
 from pipeline.trained import dictionary_of
 
+LEAST_SHARE = 1e-19  # of the rows of a store that a latent fires on, where it does at all
 MOST_FILES = 3  # named in the first sentence
 
 
@@ -72,7 +73,8 @@ def _densities(run: Run, d_sae: int) -> tuple[np.ndarray | None, np.ndarray | No
         return None, None
     try:
         density, fired = tensors["density"].double().numpy(), tensors.get("fired")
-        if density.shape != (d_sae,) or not ((density >= 0) & (density <= 1)).all():
+        shares = (density == 0) | ((density >= LEAST_SHARE) & (density <= 1))
+        if density.shape != (d_sae,) or not shares.all():
             raise ValueError(f"{d_sae} shares should be there")
         if fired is not None and (fired.shape != (d_sae,) or fired.dtype != torch.bool):
             raise ValueError("whether they fired should be there for each")
