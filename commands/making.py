@@ -65,7 +65,9 @@ def tokenize(
     result = stage(values, root, bars, workers=together, scheduler=scheduler, offline=offline)
     catalogue.remember(root, "tokens", [result.stores["train"].key])
     if not bars.worked:
-        bars.note("nothing to do: the tokens asked for were there already")
+        enough = values.tokens == "all" or result.stores["train"].n_tokens >= values.tokens
+        there = "the tokens asked for were" if enough else "all that the source has was"
+        bars.note(f"nothing to do: {there} there already")
     show_stores(list(result.stores.values()), json, "tokens", lambda store: store.n_tokens)
 
 

@@ -3,7 +3,7 @@
 Some settings are of several classes, told apart by a tag: a dictionary by `arch`. The highest layer that names a tag
 chooses the class. What lower layers say is laid on it whatever the order in which it was said, and what the class has
 not is refused when it is validated. One exception: a preset that names another tag says nothing of the one chosen but
-what both have, as far as that is not the other's default.
+what both have, of the same type, as far as that is not the other's default.
 """
 
 from collections.abc import Iterator, Sequence
@@ -47,7 +47,11 @@ def joined(layers: Sequence[Layer], models: Sequence[type[BaseModel]]) -> dict[s
         plain = [i for i, layer in enumerate(said) if not isinstance(layer.values, dict)]
         mappings = said[plain[-1] + 1 :] if plain else said
         inner = [kind for one in models if key in one.model_fields for kind in inner_models(one, key)]
-        found[key] = joined(mappings, inner) if mappings else said[-1].values
+        tag = tag_of(inner)
+        if plain and tag is not None and not any(tag in layer.values for layer in mappings):
+            found[key] = said[plain[-1]].values  # no class can be chosen: refused when it is validated
+        else:
+            found[key] = joined(mappings, inner) if mappings else said[-1].values
     return found
 
 
@@ -63,7 +67,8 @@ def _of_chosen(layer: Layer, tag: str, chosen: Any, models: Sequence[type[BaseMo
         values = {
             key: value
             for key, value in values.items()
-            if key in old and key in new and value != old[key].get_default(call_default_factory=True)
+            if key in old and key in new and old[key].annotation == new[key].annotation
+            if value != old[key].get_default(call_default_factory=True)
         }
     return layer._replace(values=values)
 

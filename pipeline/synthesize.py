@@ -62,8 +62,10 @@ def _write(truth: GroundTruth, split: str, rows: int, root: Path, progress: Prog
         if writer.notice:
             progress.note(writer.notice)
         windows = writer.store.windows
-        rows = windows.round_up(rows)
+        asked, rows = rows, windows.round_up(rows)
         writer.request(max(rows, writer.store.requested))
+        if asked < rows:
+            progress.note(f"{split}: {asked:,} rows wanted, {rows:,} are made: whole windows")
         left = max(0, rows - writer.store.n_rows)
         progress.note(f"{split}: {rows:,} rows; {f'{left:,} to write' if left else 'all there already'}")
         if left:

@@ -197,6 +197,11 @@ def tokenize_split(
                     progress.finish()
         if not writer.store.n_contexts:
             raise TooLittle(_too_little(config, split))
+        if wanted != "all" and writer.store.n_tokens < wanted:
+            progress.note(
+                f"{split}: {wanted:,} tokens wanted, {writer.store.n_tokens:,} are kept: "
+                f"--source {config.source} has no more documents{_share(config, split)}"
+            )
         return writer.store
 
 
@@ -219,6 +224,12 @@ def _reach(store: TokenStore, wanted: Amount, progress: Progress) -> int | None:
             f"of which a harvest keeps at least {rows:,} rows"
         )
     return reach
+
+
+def _share(config: TokenizeConfig, split: str) -> str:
+    """The share of the documents that fall to a split, to say why there are no more; nothing where it has them all."""
+    share = config.validation if split == "validation" else 1 - config.validation
+    return f" for it ({share:g} of all)" if share < 1 else ""
 
 
 def _too_little(config: TokenizeConfig, split: str) -> str:

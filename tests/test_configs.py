@@ -119,6 +119,25 @@ def test_another_architecture_drops_the_fields_of_the_old_one(preset: Path) -> N
     assert train("train.sae.arch=topk", preset="small").sae == TopK(k=8, d_sae=64)
 
 
+def test_another_architecture_drops_what_it_means_otherwise() -> None:
+    """A penalty that is a form of the L1 norm says nothing of one on L0, though both are named `penalty`."""
+    from pipeline.train import TrainConfig
+
+    for preset in ("gpt_sae_l1", "gpt_sae_hybrid"):
+        found = resolve("train", TrainConfig, preset=preset, flags={"sae": {"arch": "jumprelu"}})
+        assert found.sae.model_dump()["penalty"] == "l0"
+
+
+@pytest.mark.parametrize("value", ["null", "3", "[]", "x"])
+def test_no_settings_where_settings_are_chosen_from(preset: Path, value: str) -> None:
+    """Nothing says which class is meant; an option on top does not, either."""
+    (file := preset / "mine.yml").write_text(f"train:\n  sae: {value}\n")
+    for flags in ({}, {"sae": {"d_sae": 5}}):
+        with pytest.raises(SaeError, match=r"train\.sae = "):
+            train(file=file, flags=flags)
+    assert train(file=file, flags={"sae": {"arch": "l1"}}).sae == L1()
+
+
 def test_the_architecture_is_chosen_before_anything_is_said_of_it(preset: Path) -> None:
     file = preset / "mine.yml"
     file.write_text("train:\n  sae: {penalty: 0.25}\n")

@@ -326,6 +326,7 @@ def test_from_synthesis_to_comparison(home: Path) -> None:
     assert [(one["rows"], one["width"]) for one in made] == [(32_768, 16), (16_384, 16)]
     again = done(MAKE)
     assert "nothing to do: the rows asked for were there already" in again.err
+    assert "train: 20,000 rows wanted, 32,768 are made: whole windows" in again.err
     done(f"{TRAIN} --name first")
     done(f"{TRAIN.replace(' --k 2', '')} --sweep k=2,3")
     judged = done("eval first --json").json
