@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROOM = 15  # ratio of the ends of a logarithmic axis up to which the labels between powers of ten do not overlap
+LEAST_RANGE = 0.1  # of a y axis, as a share of its values
 MOST_LETTERS, MOST_LINE = 40, 400  # of a label, of a line below
 FORMATS = (".png", ".svg", ".pdf")
 AXES = (  # a panel each: what is on y, where x is L0; and what both were judged on
@@ -80,7 +81,8 @@ def _fill(axis: "Axes", panel: tuple[str, str, str, tuple[str, ...]], rows: Sequ
         )  # fmt: skip
         if full:
             axis.plot(*zip(*front(group), strict=True), "-", color=colour, linewidth=1.2)
-    axis.set(xlabel="L0", title=title, xscale="log")
+    axis.set(xlabel="L0", ylabel=title, xscale="log")
+    calm(axis)
     plain_numbers(axis)
     axis.grid(alpha=0.25)
     axis.legend(frameon=False)
@@ -104,6 +106,16 @@ def absent(rows: Sequence[Row], panels: Sequence[tuple[str, str, str, tuple[str,
             silent.append(str(row["run"]))
     said = [("not judged", unjudged), ("L0 of 0", silent)]
     return "; ".join(f"{why}: {named(names)}" for why, names in said if names)
+
+
+def calm(axis: "Axes") -> None:
+    """Give a linear y axis a range of at least a tenth of its values, so that no noise fills it, and no offset."""
+    axis.ticklabel_format(axis="y", useOffset=False)
+    low, high = axis.get_ylim()
+    least = LEAST_RANGE * max(abs(low), abs(high))
+    if high - low < least:
+        middle = (low + high) / 2
+        axis.set_ylim(middle - least / 2, middle + least / 2)
 
 
 def plain_numbers(axis: "Axes") -> None:

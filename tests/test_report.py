@@ -427,3 +427,17 @@ def test_a_share_smaller_than_any_row_is_none(tmp_path: Path) -> None:
     run.save_latents({"density": torch.full((64,), 5e-324, dtype=torch.float64)})
     with pytest.raises(DamagedStore, match="latents"):
         write_report(run, tmp_path / "a.html")
+
+
+def test_the_axis_of_densities_is_that_of_what_there_is() -> None:
+    """No empty half to the left of the first bar, nor one to the right of the last."""
+    density = np.array([0.0, 2e-3, 3e-3, 0.02])
+    bars = re.findall(r'<rect class="bar" x="([\d.]+)"[^>]*width="([\d.]+)"', density_html(density, None))
+    starts = [float(x) for x, _ in bars]
+    assert min(starts) < 200 and max(float(x) + float(w) for x, w in bars) > 700
+
+
+def test_a_search_has_a_place_to_say_that_nothing_matches(text: str, page: Page) -> None:
+    """Hidden at first; the script of the page fills it."""
+    (said,) = [attributes for attributes, _ in page.all("p") if attributes.get("id") == "nothing"]
+    assert "hidden" in said and 'querySelector("#nothing")' in text

@@ -113,7 +113,7 @@ def line_chart(
 
 def histogram(
     bins: Sequence[tuple[float, float, int]], *, label: str, apart: tuple[str, int] | None = None,
-    width: int = 1120, height: int = 240,
+    width: int = 760, height: int = 240,
 ) -> str:  # fmt: skip
     """Bars over a logarithmic x axis: (low, high, count), positive edges. `apart` is one more bar left of the axis."""
     most = max([count for *_, count in bins] + [apart[1] if apart else 0, 1])

@@ -23,11 +23,17 @@ document.addEventListener("pointerover", (event) => {
 const search = document.querySelector("#search");
 if (search) {
   search.closest("label").hidden = false;
-  const texts = new Map(all(".feature").map((f) => [f, `${f.id} ${f.textContent}`.toLowerCase()]));
+  const plain = (text) => text.trim().toLowerCase().replace(/\s+/g, " ");
+  const named = (f) => `${f.id} ${f.id.replace("-", " ")} latent ${f.textContent}`; // which begins with its number
+  const texts = new Map(all(".feature").map((f) => [f, plain(named(f))]));
+  const nothing = document.querySelector("#nothing");
   search.addEventListener("input", () => {
-    const wanted = search.value.trim().toLowerCase();
+    const wanted = plain(search.value);
     for (const [feature, text] of texts) feature.hidden = !text.includes(wanted);
     for (const group of all(".group")) group.hidden = !group.querySelector(".feature:not([hidden])");
+    nothing.hidden = all(".feature:not([hidden])").length > 0;
+    nothing.textContent = `None of the ${texts.size} latents here matches “${search.value.trim()}”. `
+      + "Others are shown by sae report --latents N.";
   });
 }
 

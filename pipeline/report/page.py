@@ -224,6 +224,7 @@ def _latents(found: Found) -> str:
         '<div class="tools"><label hidden>Filter <input type="search" id="search" placeholder="text or latent number">'
         '</label><label><input type="checkbox" id="wrap"> wrap contexts</label>'
         f'<span class="shades"><span>weak</span>{shades}<span>the latent’s maximum</span></span></div>'
+        '<p class="missing" id="nothing" role="status" hidden></p>'
     )
     return about + tools + features_html(features)
 

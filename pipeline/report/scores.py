@@ -133,8 +133,10 @@ def density_html(density: np.ndarray, fired: np.ndarray | None) -> str:
     if len(live):
         decades = max(1, math.ceil(-math.log10(live.min())))
         edges = 10.0 ** (np.arange(decades * BINS_PER_DECADE + 1) / BINS_PER_DECADE - decades)
-        counts = np.histogram(live, edges)[0]
+        counts = np.histogram(live.clip(edges[0]), edges)[0]  # whose rounding may exceed the least
         bins = [(float(a), float(b), int(n)) for a, b, n in zip(edges, edges[1:], counts, strict=False)]
+        filled = [i for i, n in enumerate(counts) if n]
+        bins = bins[filled[0] : filled[-1] + 1]  # an axis of what there is
     drawn = histogram(bins, label="Latents by density", apart=("never", len(density) - len(live)))
     title = "Latents by share of rows they fire on"
     return f'{about}<div class="charts">{framed(title, drawn, "full")}</div>'

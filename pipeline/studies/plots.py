@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.plots import plain_numbers, save
+from pipeline.plots import calm, plain_numbers, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,8 +31,9 @@ class Panel:
 
     @property
     def there(self) -> bool:
-        """Whether there is anything to draw."""
-        return any(y is not None for curve in self.curves.values() for _, y in curve)
+        """Whether there is anything to see: a point, or, where nothing marks points, a line between two."""
+        least = 1 if self.marks or self.scattered else 2
+        return any(sum(y is not None for _, y in curve) >= least for curve in self.curves.values())
 
 
 COLUMNS = 3
@@ -63,7 +64,8 @@ def _fill(axis: "Axes", panel: Panel) -> None:
         points = [(x, y) for x, y in curve if y is not None]
         style = "." if panel.scattered else "--" if name in panel.dashed else "o-" if panel.marks else "-"
         axis.plot([x for x, _ in points], [y for _, y in points], style, color=f"C{index % 10}", label=name)
-    axis.set(xlabel=panel.x, title=panel.title)
+    axis.set(xlabel=panel.x, ylabel=panel.title)
+    calm(axis)
     if panel.log_x:
         axis.set_xscale("log")
         plain_numbers(axis)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from small_stores import activation_recipe, extend
 from small_studies import BASE, D, Noted, lab_in, planted
 
@@ -15,11 +16,13 @@ from cache.errors import DamagedStore, NotFound, SaeError
 from cache.runs import EVALUATION, Run
 from pipeline import trained
 from pipeline.evaluate import EvalConfig
+from pipeline.plots import calm
 from pipeline.progress import Silent
 from pipeline.saes import NoRevival, Reinitialise, parse
 from pipeline.saes.coherence import jl
 from pipeline.studies import figures
 from pipeline.studies.coefficients import coefficients
+from pipeline.studies.plots import Panel
 from pipeline.studies.study import Lab, Result, Trial, of_equal_rows, variant
 from pipeline.train import TrainConfig
 
@@ -232,3 +235,18 @@ class TestResult:
         pair = [one["fvu"] for one in result.runs]
         assert row["seeds"] == 2 and row["fvu"] == pytest.approx(sum(pair) / 2) and row["l1_coefficient"] == 0.01
         assert row["fvu_sd"] == pytest.approx(abs(pair[0] - pair[1]) / 2**0.5)
+
+
+def test_a_panel_is_there_where_something_can_be_seen() -> None:
+    """A line without marks takes two points: of a training of one logged step there is no curve."""
+    assert not Panel("y", "x", {"a": [(1, 2.0)], "b": [(1, None), (2, 3.0)]}, marks=False).there
+    assert Panel("y", "x", {"a": [(1, 2.0), (2, 2.0)]}, marks=False).there
+    assert Panel("y", "x", {"a": [(1, 2.0)]}).there and not Panel("y", "x", {"a": [(1, None)]}).there
+
+
+@pytest.mark.parametrize(("values", "low", "high"), [([1.0, 1.0001], 0.95, 1.05), ([1.0, 3.0], 0.9, 3.1)])
+def test_noise_does_not_fill_an_axis(values: list[float], low: float, high: float) -> None:
+    axis = Figure().subplots()
+    axis.plot([0, 1], values)
+    calm(axis)
+    assert axis.get_ylim() == pytest.approx((low, high), abs=2e-3)
