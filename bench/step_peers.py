@@ -20,9 +20,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"WANDB_MODE": "disabled", "SPARSIFY_DISABLE_TRITON": "1", "HF_HUB_OFFLINE": "1"}
-warnings.filterwarnings("ignore")
-logging.disable(logging.WARNING)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 CASES = (
@@ -100,6 +97,9 @@ def sparsify(kind: str, batch: int, d_in: int, d_sae: int, k: int) -> Step:
 
 
 def main() -> None:
+    os.environ |= {"WANDB_MODE": "disabled", "SPARSIFY_DISABLE_TRITON": "1", "HF_HUB_OFFLINE": "1"}
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
     import torch
 
     from bench.planted import planted_rows

@@ -117,7 +117,11 @@ def tokenize(
     too small to have a validation split, a note says so.
     """
     source = text_source(config.source, offline=offline, column=config.column)
-    tok = tokenizer(config.tokenizer, offline=offline)
+    try:
+        tok = tokenizer(config.tokenizer, offline=offline)
+    except SaeError:
+        source.recipe()  # where the text cannot be had either, that is said: without it no tokenizer is of use
+        raise
     if isinstance(source, Moving):
         source = settled(source, lambda one: token_recipe(config, one, tok, SPLITS[0]), root, progress)
     stores = {}

@@ -83,6 +83,9 @@ def hub(models: dict[str, Path], cache: Path) -> Iterator[Hub]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
+            if self.path.startswith("/api/agent-harnesses"):  # huggingface_hub asks for it by itself, once a day
+                self.send_error(404)
+                return
             found.asked.append(f"{self.command} {self.path}")
             fault = found.fault(self.path)
             if fault is not None and fault.silent:

@@ -106,11 +106,11 @@ class TestDrill:
         tensors, state = run.load_checkpoint()
         moment = next(name for name in tensors if name.endswith("exp_avg"))
         tensors[moment].view(torch.int32).view(-1)[0] ^= 1
-        run.stage_checkpoint(tensors, state)
-        run.publish_checkpoint()
         first, *rest = (path / METRICS).read_text().splitlines()
         changed = json.dumps(json.loads(first) | {"l0": 1.0, "seconds": 0.0})
         (path / METRICS).write_text("\n".join([changed, *rest, ""]))
+        run.stage_checkpoint(tensors, state)  # which seals the metrics logged before it
+        run.publish_checkpoint()
         drill = train_drill.Drill()
         train_drill.compare(training, path.parent, drill)
         assert drill.mismatches == 2

@@ -152,8 +152,8 @@ WRONG = [
     (f"{TOKENIZE} --source cut.jsonl", "--source cut.jsonl: not JSON in the line at offset 0"),
     (f"{TOKENIZE} --source cut.parquet", "--source cut.parquet: damaged, or not what its name says"),
     (f"{TOKENIZE} --tokenizer nothing", "--tokenizer nothing: no such folder or tokenizer; try tiny,"),
-    (f"{TOKENIZE} --tokenizer no-tokenizer", "--tokenizer no-tokenizer: has no vocabulary (is tokenizer.json"),
-    (f"{TOKENIZE} --tokenizer empty", "--tokenizer empty: no tokenizer that transformers can read"),
+    (f"{TOKENIZE} --tokenizer no-tokenizer", "no-tokenizer: holds no tokenizer; it needs a tokenizer.json"),
+    (f"{TOKENIZE} --tokenizer empty", "--tokenizer empty: holds no tokenizer; it needs a tokenizer.json"),
     (f"{TOKENIZE} --context 1", "--context 1: input should be greater than or equal to 2"),
     (f"{TOKENIZE} --context 1000000", "holds less than one context of 1000000 tokens; try a smaller --context"),
     (f"{TOKENIZE} --packing loose", "--packing loose: input should be 'concat' or 'document'"),
@@ -224,7 +224,7 @@ WRONG = [
     (f"{TRAIN} --activations model-1.mlp_out-text-tiny-16-validation", "holds documents kept for judging"),
     (f"{TRAIN} --activations {{tokens}}", "holds tokens, not activations"),
     ("train --resume --name nothing", "--name nothing: no such run in"),
-    ("train --resume --lr 3", "--resume: no run topk-8192-1.mlp_out-"),
+    ("train --resume --lr 3", "--resume: no run topk-8192-k32-lr3-s0-1.mlp_out-"),
     ("train --resume --name one --lr 3", "was started with other settings (batch, "),
     ("train --resume", "--resume: no unfinished run in"),
     ("demo --device gpu", "--device gpu: not usable here (no such device)"),
@@ -293,7 +293,7 @@ def test_bad_input(world: Path, command: str, says: str) -> None:
         ),
         (
             "harvest --model nobody/nothing",
-            "the hub cannot be reached; give a local Hugging Face folder",
+            "cache, and https://huggingface.co cannot be reached; give a local Hugging Face folder",
         ),
     ],
 )
@@ -402,7 +402,7 @@ def test_results_for_people(world: Path) -> None:
         "seconds",
     ]
     assert done("train --resume --name one").out.splitlines()[0] == f"run {world / 'runs' / 'one'}"
-    assert done("cache verify").out == "4 stores, every byte as committed\n"
+    assert done("cache verify").out == "4 stores and 1 run, every byte as committed\n"
 
 
 def test_lists(world: Path) -> None:
@@ -417,7 +417,8 @@ def test_lists(world: Path) -> None:
     ] * 2
     described = done("cache inspect --json", store_of(world, "model-1").name).json
     assert described["recipe"]["site"] == "mlp_out" and described["rows"] == entries[2]["rows"]
-    assert done("cache verify --json").json == {"stores": [entry["key"] for entry in entries], "damage": []}
+    keys = [entry["key"] for entry in entries]
+    assert done("cache verify --json").json == {"stores": keys, "runs": ["one"], "damage": []}
 
 
 def test_nothing_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -569,7 +570,7 @@ def test_a_damaged_run(copy: Path) -> None:
     assert answer.code == 3 and "sae_weights.safetensors: " in answer.complaint
     (copy / "runs" / "one" / "config.json").write_text("{")
     answer = sae("eval one")
-    assert answer.code == 3 and "config.json: is not the JSON that was written" in answer.complaint
+    assert answer.code == 3 and "config.json: is not what was written (not JSON); a run keeps" in answer.complaint
 
 
 def test_removing(copy: Path) -> None:

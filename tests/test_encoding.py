@@ -1,6 +1,7 @@
 """Documents -> tokens: what a tokenizer stumbles over, ids that are there already, and when processes are started."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,10 +44,10 @@ def test_a_million_blanks_are_encoded_as_a_thousand_are(blank: str) -> None:
     assert b"".join(tok.vocabulary()[i] for i in ids).decode() == text
 
 
-def test_text_that_a_tokenizer_cannot_encode_is_shown(tiny: Tokenizer) -> None:
+def test_text_that_a_tokenizer_cannot_encode_is_shown(tmp_path: Path) -> None:
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "</s>": 2}, unk_token="<unk>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tok = HuggingFaceTokenizer(words, "words", Ends(begin=2, has_begin=False, end=2))
+    tok = HuggingFaceTokenizer(words, "words", Ends(begin=2, has_begin=False, end=2), tmp_path)
     assert [ids.tolist() for ids in encoded(tok, ["a b", "b"])] == [[0, 1], [1]]
     with pytest.raises(
         SaeError, match=r"--tokenizer words: cannot encode the text of 9 characters that begins 'c \\n odd"

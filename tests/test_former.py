@@ -18,13 +18,14 @@ from pipeline.tokenize import TokenizeConfig, tokenize
 
 
 class Notes(Silent):
-    """What a stage says."""
+    """What a stage says of a new store."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
 
     def note(self, line: str) -> None:
-        self.lines.append(line)
+        if line.startswith("a new store: "):
+            self.lines.append(line)
 
 
 def as_before(folder: Path) -> HuggingFaceTokenizer:

@@ -115,7 +115,9 @@ def hub_folder(option: str, name: str, *, revision: str | None = None, offline: 
             return Path(cached).parent
         return snapshot(name, FILES, revision=revision, offline=offline)
     except (Refused, errors.HFValidationError) as error:
-        raise SaeError(f"{option}: {said(error)}; try --tokenizer tiny or a local folder") from error
+        absent = isinstance(error, Refused) and not error.definite
+        why = f"not in the local Hugging Face cache, and {said(error)}" if absent else said(error)
+        raise SaeError(f"{option}: {why}; try --tokenizer tiny or a local folder") from error
 
 
 def checked(option: str, whole: dict[str, Any]) -> Backend:
