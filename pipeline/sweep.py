@@ -98,7 +98,7 @@ def open_all(configs: Sequence[TrainConfig], store: ActivationStore, root: Path)
 
     Where some were interrupted and the store has grown since, all are trained on as many rows as those.
     """
-    there = catalogue.readable_runs(root)[0]
+    there = [run for run in catalogue.readable_runs(root)[0] if _named_here(run, store)]
     configs = acquainted(configs)
     waiting = [run.seen.rows for config in configs for run in begun(config, store, there) if not run.finished]
     if waiting:
@@ -112,6 +112,11 @@ def open_all(configs: Sequence[TrainConfig], store: ActivationStore, root: Path)
             known = begun(config, store, there)
             runs.append(known[0] if known else open_run(config, store, root, None, resume=False))
     return runs
+
+
+def _named_here(run: Run, store: ActivationStore) -> bool:
+    """Whether a run on a store has the name that its settings give it; one that a user named is the user's."""
+    return run.seen.recipe == store.recipe and run.name == run_name(settings_of(run), store)
 
 
 def sweep(
