@@ -1,9 +1,9 @@
 """Worker processes, by dask.distributed: some on this machine (`--workers`), or those of a scheduler (`--scheduler`).
 
 Results come in the order of the tasks and only so many tasks are under way, so that memory stays bounded and what is
-written does not depend on how many workers there are. A worker that dies costs the tasks it was at: dask gives them to
-another, and after four deaths at one task gives up. Worker processes here get no memory limit, since dask would kill
-them in the middle of a window.
+written does not depend on how many workers there are, nor on when they come and go (`pipeline.workers`). A worker that
+dies costs the tasks it was at: dask gives them to another, and after four deaths at one task gives up. Worker processes
+here get no memory limit, since dask would kill them in the middle of a window.
 
 Given up: a second at the start; and workers elsewhere must have the versions that are here (they are asked). Text on
 this machine is encoded by `pipeline.text.pool`, which is faster for many small results.
@@ -11,24 +11,42 @@ this machine is encoded by `pipeline.text.pool`, which is faster for many small 
 
 import itertools
 import logging
-import platform
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
-from contextlib import ExitStack, contextmanager
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any, TypeVar
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from cache.errors import SaeError
 from pipeline.interrupts import interrupts_withheld
 from pipeline.progress import Progress
+from pipeline.workers import Packed, Refusal, Workers, versions
 
 PATIENCE = 5  # seconds for a scheduler to answer
 PATIENCE_WORKERS = 30  # seconds for its first worker to come
-REMINDER = 30  # seconds without a result, after which it is asked whether there are workers at all
-PACKAGES = ("sae-cache", "torch", "transformers", "transformer-lens", "tiktoken", "tokenizers", "numpy", "distributed")
+LOOK = 5.0  # seconds after which it is looked who the workers are
+REMINDER = 30.0  # seconds after which it is said again that there are none
+TRIES = 4  # times that a task is given to workers all of which go
+# dask tells glibc to give memory back at once, which every forward pass then takes again (see bench/RESULTS.md)
+NO_TRIMMING = {"distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None}
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+
+
+class CannotRun(SaeError):
+    """A worker lacks this program."""
+
+
+@dataclass
+class _Given(Generic[Task]):
+    """A task that was given out; `only` to these workers, where some must not have it."""
+
+    task: Task
+    future: Any
+    only: set[str] | None
+    tries: int = 1
 
 
 class Cluster:
@@ -38,62 +56,120 @@ class Cluster:
         self._client, self._progress = client, progress
         self.is_local = scheduler is None
         self._name = f"--scheduler {scheduler}" if scheduler else "--workers"
-        self.size = max(1, sum(client.nthreads().values()))  # tasks it does at the same time, at first
+        with self._explained():
+            self._workers = Workers(client, self._name, progress.note, None if self.is_local else versions())
+        self._looked = self._reminded = time.monotonic()
+
+    @property
+    def size(self) -> int:
+        """Tasks it does at the same time, at present; at least 1."""
+        return max(1, self._workers.size)
 
     def everywhere(self, call: Callable[..., Result], *args: Any) -> dict[str, Result]:
         """Call a function in every worker process there is: worker's address -> what it returned."""
         with self._explained():
-            return dict(self._client.run(call, *args))
+            return dict(self._client.run(call, *args, workers=sorted(self._workers.known)))
 
     def ordered(
-        self, call: Callable[[Task], Result], tasks: Iterable[Task], ahead: int, what: Callable[[Task], str]
-    ) -> Iterator[tuple[Task, Result]]:
-        """Each task and its result, in order; at most `ahead` tasks are given out or waiting for their turn.
+        self, call: Callable[[Task], Result], tasks: Iterable[Task], ahead: Callable[[int], int],
+        what: Callable[[Task], str],
+    ) -> Iterator[tuple[Task, Result]]:  # fmt: skip
+        """Each task and its result, in order; at most `ahead(size)` tasks are given out or waiting for their turn.
 
         Results are fetched as they come, so that a worker that dies later does not take them along. Raises SaeError
         where workers keep dying at a task (which `what` names) or the scheduler is lost.
         """
         numbered = enumerate(tasks)
-        given: dict[int, Task] = {}
-        futures: dict[int, Any] = {}
+        given: dict[int, _Given[Task]] = {}
         results: dict[int, Result] = {}
         try:
             for turn in itertools.count():
-                while len(given) < ahead and (item := next(numbered, None)) is not None:
-                    number, given[number] = item
-                    futures[number] = self._client.submit(call, given[number], pure=False)
+                while len(given) < ahead(self.size) and (item := next(numbered, None)) is not None:
+                    number, task = item
+                    given[number] = _Given(task, *self._submitted(call, task))
                 if turn not in given:
                     return
                 while turn not in results:
-                    pending = [future for future in futures.values() if not future.done()]
-                    if any(future is futures[turn] for future in pending):
-                        self._wait(pending)
+                    lacking = {number: one for number, one in given.items() if number not in results}
+                    if not lacking[turn].future.done():
+                        self._wait([one.future for one in lacking.values() if not one.future.done()])
+                        self._look(call, lacking.values(), what)
                     # what failed waits for its turn
-                    for ready in [n for n, f in futures.items() if f.status == "finished" or (n == turn and f.done())]:
-                        results[ready] = self._result(futures[ready], what(given[ready]))
-                        del futures[ready]
-                yield given.pop(turn), results.pop(turn)
+                    for number, one in lacking.items():
+                        if one.future.status == "finished" or (number == turn and one.future.done()):
+                            result = self._result(one, what(one.task))
+                            if isinstance(result, Refusal):
+                                self._give_again(call, one, what)
+                            else:
+                                results[number], one.future = result, None
+                yield given.pop(turn).task, results.pop(turn)
         finally:
-            self._client.cancel(list(futures.values()))
+            self._client.cancel([one.future for one in given.values() if one.future is not None])
+
+    def _submitted(self, call: Callable[[Task], Any], task: Task) -> tuple[Any, set[str] | None]:
+        """A future, and the workers that alone may have it."""
+        from distributed.protocol import pickle  # as everything between dask's processes is
+
+        only = self._workers.known if self._workers.refused else None
+        packed = pickle.dumps(Packed((call, self._workers.expected, task)))
+        workers = None if only is None else sorted(only)
+        return self._client.submit(pickle.loads, packed, pure=False, workers=workers), only
+
+    def _give_again(self, call: Callable[[Task], Any], one: _Given[Task], what: Callable[[Task], str]) -> None:
+        """Give a task to the workers that there are now."""
+        if one.tries == TRIES:
+            raise SaeError(
+                f"{self._name}: {what(one.task)}: all workers that it was given to went, {TRIES} times; if memory ran "
+                "out, ask for less at once or for fewer workers"
+            )
+        one.future.cancel()
+        one.future, one.only = self._submitted(call, one.task)
+        one.tries += 1
 
     def _wait(self, futures: list[Any]) -> None:
         """Until one of them is done, or it is time to look again."""
         from distributed import wait
 
-        try:
-            with self._explained(), self._client.as_current():  # which `wait` asks
-                wait(futures, timeout=REMINDER, return_when="FIRST_COMPLETED")
-        except TimeoutError:
-            if not self._client.nthreads():
-                self._progress.note(f"{self._name}: has no workers at the moment; waiting for one")
+        with suppress(TimeoutError), self._explained(), self._client.as_current():  # which `wait` asks
+            wait(futures, timeout=LOOK, return_when="FIRST_COMPLETED")
 
-    def _result(self, future: Any, what: str) -> Any:
+    def _look(self, call: Callable[[Task], Any], given: Iterable[_Given[Task]], what: Callable[[Task], str]) -> None:
+        """Follow the workers, at times; tasks that were only for workers that are gone are given to others."""
+        now = time.monotonic()
+        if now - self._looked < LOOK:
+            return
+        self._looked = now
+        with self._explained():
+            self._workers.look()
+        if (lack := self._workers.lack()) is None:
+            self._reminded = now
+        elif now - self._reminded >= REMINDER:
+            self._reminded = now
+            self._progress.note(lack)
+        for one in given:
+            stuck = one.only is not None and not one.only & self._workers.known and not one.future.done()
+            if stuck and self._workers.known:
+                self._give_again(call, one, what)
+
+    def _result(self, one: _Given[Any], what: str) -> Any:
+        """What a task returned; a Refusal where it was given to a worker that must not have it."""
         from distributed import KilledWorker
 
         try:
             with self._explained():
-                return future.result()
+                result = one.future.result()
+                if isinstance(result, Refusal):
+                    self._workers.refuse(result)
+                return result
+        except CannotRun:
+            with self._explained():
+                self._workers.look()
+            if one.only is not None or not self._workers.refused:
+                raise
+            return Refusal("", {})
         except KilledWorker as error:
+            with self._explained():
+                self._workers.look()  # where dask ended it, it is said why
             raise SaeError(
                 f"{self._name}: {what}: a worker died at it every time it was tried, the last one "
                 f"{error.last_worker.address}; if memory ran out, ask for less at once or for fewer workers"
@@ -111,8 +187,9 @@ class Cluster:
                 f"{self._name}: the scheduler was lost; what was committed is safe, repeat the command"
             ) from error
         except Exception as error:
-            if ModuleNotFoundError.__name__ in repr(error):  # which arrives as it is, or as the text of another
-                raise SaeError(
+            # which arrive as they are, or as the text of another
+            if ModuleNotFoundError.__name__ in repr(error) or "Can't get attribute" in str(error):
+                raise CannotRun(
                     f"{self._name}: its workers cannot run this program ({error}); install sae there as it is here"
                 ) from error
             raise
@@ -124,11 +201,12 @@ def connected(workers: int, scheduler: str | None, progress: Progress) -> Iterat
     if scheduler is None and workers == 1:
         yield None
         return
+    from dask import config
     from distributed import Client, LocalCluster
 
     with ExitStack() as stack:
         if scheduler is None:
-            with interrupts_withheld():
+            with interrupts_withheld(), config.set(NO_TRIMMING):
                 local = LocalCluster(
                     n_workers=workers, threads_per_worker=1, processes=True, memory_limit=None, host="127.0.0.1",
                     dashboard_address="127.0.0.1:0", silence_logs=logging.ERROR,
@@ -139,8 +217,6 @@ def connected(workers: int, scheduler: str | None, progress: Progress) -> Iterat
             stack.enter_context(_logs_ignored())
             client = stack.enter_context(_client(scheduler, progress))
         cluster = Cluster(client, scheduler, progress)
-        if scheduler is not None:
-            _expect_same_versions(cluster, scheduler)
         processes = f"{cluster.size} worker{'s' if cluster.size > 1 else ''}"
         progress.note(f"{processes}; dashboard: {client.dashboard_link}")
         yield cluster
@@ -181,25 +257,3 @@ def _logs_ignored() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def versions() -> dict[str, str]:
-    """What decides results: the versions of Python and of the packages that compute."""
-    found = {"python": ".".join(platform.python_version_tuple()[:2])}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # as where sae runs from its source
-            found[package] = "none"
-    return found
-
-
-def _expect_same_versions(cluster: Cluster, scheduler: str) -> None:
-    here = versions()
-    for worker, there in cluster.everywhere(versions).items():
-        for package, mine in here.items():
-            if there[package] != mine:
-                raise SaeError(
-                    f"--scheduler {scheduler}: {worker} has {package} {there[package]}, here it is {mine}; "
-                    "install the same versions (constraints.txt)"
-                )

@@ -360,7 +360,7 @@ class _Job:
             cluster.everywhere(expect_lease, lease)
             call = partial(harvest_window, self._work(cluster, lease))
             for part in ([t for t in tasks if t.window == 0], [t for t in tasks if t.window > 0]):
-                for task, windows in cluster.ordered(call, part, cluster.size + 1, lambda t: f"window {t.window}"):
+                for task, windows in cluster.ordered(call, part, lambda size: size + 1, lambda t: f"window {t.window}"):
                     for point, window in windows.items():
                         writers[point].commit(window)
                     self.progress.advance(task.rows, window=task.window)

@@ -31,11 +31,11 @@ from cache.identity import Recipe, canonical
 from cache.manifest import Window
 from cache.tokens import TokenStore
 from cache.writer import write_window
-from pipeline.cluster import versions
 from pipeline.keeping import Keeper
 from pipeline.keeping import Window as KeptWindow
 from pipeline.language_model import LanguageModel, Point
 from pipeline.rows import Place, RowRule, RowsOf
+from pipeline.workers import versions
 
 PATIENCE = 5.0  # seconds a network file system may take to show a new file
 

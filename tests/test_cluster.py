@@ -37,7 +37,9 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True, scope="module")
 def small() -> Iterator[None]:
-    with small_stages():
+    """Small windows, and patience with a scheduler on a machine that is busy."""
+    with small_stages(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster, "PATIENCE", 60)
         yield
 
 
@@ -227,8 +229,6 @@ def test_a_scheduler_that_is_not_there(address: str, why: str, monkeypatch: pyte
 
 def test_workers_of_other_versions(scheduler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "versions", versions_of_tomorrow)
-    there = cluster.Cluster.everywhere
-    monkeypatch.setattr(cluster.Cluster, "everywhere", lambda self, _: there(self, VERSIONS))
     with (
         pytest.raises(SaeError, match=r"tcp://\S+ has torch 2\S*, here it is 9\.9; install the same versions"),
         cluster.connected(1, scheduler, Silent()),
@@ -254,11 +254,11 @@ def test_results_come_in_order_and_few_are_under_way(scheduler: str) -> None:
 
     with cluster.connected(1, scheduler, Silent()) as there:
         assert there is not None
-        for turn, (task, result) in enumerate(there.ordered(slowly_squared, source(), 3, str)):
+        for turn, (task, result) in enumerate(there.ordered(slowly_squared, source(), lambda size: size + 1, str)):
             assert (task, result) == (turn, turn * turn)
             assert len(taken) <= turn + 3
         assert turn == 19
-        inverses = there.ordered(reciprocal, [4, 2, 1, 0, 5], 5, str)
+        inverses = there.ordered(reciprocal, [4, 2, 1, 0, 5], lambda _: 5, str)
         assert list(itertools.islice(inverses, 3)) == [(4, 0.25), (2, 0.5), (1, 1.0)]
         with pytest.raises(ZeroDivisionError):
             next(inverses)
@@ -266,10 +266,10 @@ def test_results_come_in_order_and_few_are_under_way(scheduler: str) -> None:
 
 def test_a_process_of_a_pool_that_dies() -> None:
     with Pool(2) as pool:
-        squares = pool.ordered(slowly_squared, range(7), 3, str)
+        squares = pool.ordered(slowly_squared, range(7), lambda size: size + 1, str)
         assert list(squares) == [(n, n * n) for n in range(7)]
         with pytest.raises(SaeError, match=r"^--workers 2: one of them died; if memory ran out ask for fewer"):
-            list(pool.ordered(os._exit, [1, 2], 2, str))
+            list(pool.ordered(os._exit, [1, 2], lambda _: 2, str))
 
 
 def slowly_squared(number: int) -> int:
@@ -335,3 +335,17 @@ def test_workers_or_a_scheduler() -> None:
     assert (answer.code, answer.complaint) == (
         2, "--workers 2: a scheduler brings its own workers; give --workers or --scheduler",
     )  # fmt: skip
+
+
+def environment(name: str) -> str | None:
+    return os.environ.get(name)
+
+
+@pytest.mark.slow
+def test_workers_here_keep_the_memory_they_need_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dask would have glibc give it back after every pass."""
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    with cluster.connected(2, None, Silent()) as there:
+        assert there is not None and there.size == 2
+        assert list(there.everywhere(environment, "MALLOC_TRIM_THRESHOLD_").values()) == [None, None]
+        assert list(there.everywhere(environment, "OMP_NUM_THREADS").values()) != [None, None]

@@ -93,8 +93,8 @@ class Encoder:
         if self._cluster is None:
             yield from (encoded(self._tokenizer, piece) for piece in pieces)
             return
-        ahead = AHEAD + 2 * self._cluster.size
-        for _, (ids, ends) in self._cluster.ordered(self._call(), pieces, ahead, lambda _: "encoding text"):
+        done = self._cluster.ordered(self._call(), pieces, lambda size: AHEAD + 2 * size, lambda _: "encoding text")
+        for _, (ids, ends) in done:
             yield np.split(ids, ends[:-1])
 
     def _call(self) -> "functools.partial[tuple[np.ndarray, np.ndarray]]":

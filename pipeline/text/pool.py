@@ -37,14 +37,18 @@ class Pool:
         return {str(number): future.result() for number, future in enumerate(futures)}
 
     def ordered(
-        self, call: Callable[[Task], Result], tasks: Iterable[Task], ahead: int, _what: Callable[[Task], str]
+        self,
+        call: Callable[[Task], Result],
+        tasks: Iterable[Task],
+        ahead: Callable[[int], int],
+        _what: Callable[[Task], str],
     ) -> Iterator[tuple[Task, Result]]:
-        """Each task and its result, in order; at most `ahead` tasks are given out. SaeError where a process died."""
+        """Each task and its result, in order; at most `ahead(size)` are given out. SaeError where a process died."""
         waiting: deque[tuple[Task, Future[Result]]] = deque()
         source = iter(tasks)
         try:
             while True:
-                while len(waiting) < ahead and (task := next(source, None)) is not None:
+                while len(waiting) < ahead(self.size) and (task := next(source, None)) is not None:
                     waiting.append((task, self._submit(call, task)))
                 if not waiting:
                     return
