@@ -10,16 +10,21 @@ from functools import lru_cache
 from pathlib import Path
 
 PARTIAL = ".partial"
+MACHINE_ID = Path("/etc/machine-id")
 # a temporary file's name: what it will be called, and the process that writes it (version 0.1.0: its number)
 TEMPORARY = re.compile(rf"(.+)\.(?:([0-9a-f]{{8}})-(\d+)-(\d+)-[0-9a-f]{{8}}|\d+){re.escape(PARTIAL)}")
 
 
 def space() -> str:
-    """The name space our process numbers are of: containers may share a host's name, but not its processes."""
+    """The name space our process numbers are of, and its machine: containers may share a host's name, but not its
+    processes, and hosts may share a name (localhost) beside a file system."""
     try:
-        return os.readlink("/proc/self/ns/pid")
+        numbers = os.readlink("/proc/self/ns/pid")
     except OSError:  # not Linux
         return ""
+    with suppress(OSError):
+        return f"{numbers} {MACHINE_ID.read_text('ascii', 'replace').strip()}"
+    return numbers
 
 
 def is_gone(pid: int, since: int = 0) -> bool:
@@ -27,7 +32,7 @@ def is_gone(pid: int, since: int = 0) -> bool:
     try:
         with suppress(PermissionError):  # another user's, alive
             os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # or no process can have it
         return True
     return since > 0 and _began(pid) not in (0, since)
 

@@ -1,10 +1,12 @@
 """Removing what is ours, whole, whenever it is cut short; and nothing that is not ours, by any command."""
 
 import hashlib
+import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ from command_line import done, sae
 from killing import killed_at
 from small_stores import CHUNK, N, heavy_rows, shrunk, write_activations, write_tokens
 
-from cache import catalogue, processes
+from cache import catalogue, locks, processes
 from cache.activations import ActivationStore, ActivationWriter
 from cache.contents import ARRAYS
 from cache.errors import Busy, SaeError
@@ -357,6 +359,27 @@ def test_temporary_files_tell_whose_they_are(monkeypatch: pytest.MonkeyPatch) ->
         assert processes.final_name(other) is None and processes.left_behind(other) is None
     assert processes.final_name("config.json.77.partial") == "config.json"  # of version 0.1.0
     assert len({processes.temporary("x") for _ in range(99)}) == 99
+
+
+@pytest.mark.parametrize("same", ["name", "machine"])
+def test_processes_of_other_hosts_are_not_taken_for_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: str
+) -> None:
+    """Of another host of the same name, or another name on the same machine: a container beside ours."""
+    name = of_a_dead_process("cfg.json")
+    lock = json.dumps(json.loads(locks._me()) | {"pid": 1 << 70}).encode()  # no process has this number
+    assert processes.left_behind(name) is True and locks._is_dead(lock)
+    with monkeypatch.context() as patch:
+        if same == "name":
+            other = tmp_path / "machine-id"
+            other.write_text("0" * 32)
+            patch.setattr(processes, "MACHINE_ID", other)
+        else:
+            patch.setattr(socket, "gethostname", lambda: "elsewhere")
+        processes._machine.cache_clear()
+        assert processes.left_behind(name) is None
+        assert not locks._is_dead(lock)
+    processes._machine.cache_clear()
 
 
 def test_what_killed_processes_left_beside_stores_is_found(root: Path, tmp_path: Path) -> None:
