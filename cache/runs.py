@@ -236,10 +236,11 @@ class Run:
         path = self.path / CHECKPOINT
         if not path.exists():
             return None
-        with _reading(path):
+        with _begin_anew():
             header = read_header(path)
-            if "metrics" not in header:
-                return None
+        if "metrics" not in header:
+            return None
+        with _reading(path):
             said = parsed_mapping(header["metrics"].encode())
             return {"bytes": whole(said, "bytes"), "crc32c": text(said, "crc32c")}
 
@@ -268,8 +269,10 @@ class Run:
         path = self.path / (STAGED if staged else CHECKPOINT)
         if not path.exists():
             return -1
+        with _begin_anew():
+            header = read_header(path)
         with _reading(path):
-            return whole(_state(read_header(path)), "step")
+            return whole(_state(header), "step")
 
     @property
     def has_checkpoint(self) -> bool:
@@ -278,10 +281,8 @@ class Run:
     def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors and the JSON state of the last checkpoint. Raises DamagedStore when a byte differs."""
         path = self.path / CHECKPOINT
-        try:
+        with _begin_anew():
             tensors, header = read_tensors(path)
-        except DamagedStore as error:
-            raise DamagedStore(f"{error}; train again without --resume under another --name") from error
         with _reading(path):
             return tensors, _state(header)
 
@@ -355,6 +356,15 @@ def _is_vacant(path: Path) -> bool:
     if path.is_symlink() or (path.exists() and not path.is_dir()) or (path / CONFIG).exists():
         return False
     return not path.exists() or not removal.strangers(path, is_begun)
+
+
+@contextmanager
+def _begin_anew() -> Iterator[None]:
+    """Say of a damaged checkpoint what is left to do."""
+    try:
+        yield
+    except DamagedStore as error:
+        raise DamagedStore(f"{error}; train again without --resume under another --name") from error
 
 
 @contextmanager

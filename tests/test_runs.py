@@ -64,6 +64,19 @@ def bits(tensor: Tensor) -> bytes:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
+def test_a_damaged_checkpoint_is_told_of_once_with_what_is_left_to_do(run: Run) -> None:
+    save(run, {"w": torch.ones(2)}, {"step": 1})
+    path = run.path / "checkpoint.safetensors"
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole + b"{}", whole[:20], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedStore) as told:
+            run.checkpoint_step()
+        assert str(told.value).count("checkpoint.safetensors") == 1
+        assert str(told.value).endswith("train again without --resume under another --name")
+        assert Run(run.path).check() == [str(told.value)]
+
+
 def test_any_flipped_bit_of_a_checkpoint_is_noticed(run: Run) -> None:
     """The tensors, their names, types and shapes, and the state beside them."""
     save(run, {"W": torch.randn(2, 3), "n": torch.tensor(5), "none": torch.empty(0, 2)}, {"step": 1234})
