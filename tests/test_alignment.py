@@ -238,6 +238,7 @@ def test_a_batch_in_parts(tmp_path: Path, store: ActivationStore) -> None:
             torch.testing.assert_close(value, other.load_weights()[0][name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_killed_at_every_write_and_resumed(tmp_path_factory: pytest.TempPathFactory, store: ActivationStore) -> None:
     """Also between the writing and the publishing of the checkpoints of a step, and of the finished dictionaries."""
     configs = aligned(steps=6, checkpoint_every=4, log_every=1)

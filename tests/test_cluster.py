@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from command_line import sae
 from killing import Killed
+from slowly import reciprocal, slowly_squared
 from small_cluster import Dying, small_cluster
 from small_models import CONTEXT, made_up, save_model, small_stages, token_store
 from small_stores import files
@@ -270,16 +270,6 @@ def test_a_process_of_a_pool_that_dies() -> None:
         assert list(squares) == [(n, n * n) for n in range(7)]
         with pytest.raises(SaeError, match=r"^--workers 2: one of them died; if memory ran out ask for fewer"):
             list(pool.ordered(os._exit, [1, 2], lambda _: 2, str))
-
-
-def slowly_squared(number: int) -> int:
-    time.sleep(0.03 * (number % 3))
-    return number * number
-
-
-def reciprocal(number: int) -> float:
-    time.sleep(0.02 * number)
-    return 1 / number
 
 
 @pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -427,7 +427,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("at", ["rows/zarr.json", "c/0/0"])
+@pytest.mark.parametrize("at", ["rows/zarr.json", pytest.param("c/0/0", marks=pytest.mark.slow)])
 def test_half_of_an_export_that_was_killed_is_found(root: Path, tmp_path: Path, at: str) -> None:
     store = write_activations(root, ROWS)
     command = [sys.executable, "-c", EXPORTING, store.key, str(tmp_path / "out" / "z")]
