@@ -71,7 +71,7 @@ class HuggingFaceTokenizer:
             tokens[i] = added[i].content.encode() if i in added else write(token)
         return tokens
 
-    @property
+    @cached_property
     def special(self) -> frozenset[int]:
         whole = json.loads(self.backend.to_str())
         unknown = whole["model"].get("unk_token"), whole["model"].get("unk_id")
