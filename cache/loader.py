@@ -25,11 +25,12 @@ from torch import Tensor
 
 from cache.activations import ActivationStore, origin
 from cache.codecs import Columns, Encoded
-from cache.errors import SaeError
+from cache.errors import DamagedStore, SaeError
 from cache.identity import canonical
 from cache.loading.filling import Buffer, Filler
 from cache.loading.schedule import OPEN_CHUNKS, Batch, Place, Schedule, shares
 from cache.outliers import Outliers, largest_norm
+from cache.parsing import whole
 
 
 class Settings(TypedDict, total=False):
@@ -106,7 +107,13 @@ class _Batches:
             if name not in Place._fields and given != mine:
                 where = self.stores[0].path
                 raise SaeError(f"{where}: the state is of {name} = {given}, this loader has {mine}")
-        self._place = Place(*(state[name] for name in Place._fields))
+        try:
+            place = Place(whole(state, "epoch", 0, 1 << 40), whole(state, "step"), whole(state, "taken"))
+            if place.step >= self.schedule.steps or place.taken > self.schedule.count(place.epoch, place.step):
+                raise ValueError(f"step {place.step} of {self.schedule.steps} has no row {place.taken}")
+        except ValueError as error:
+            raise DamagedStore(f"{self.stores[0].path}: the state of its loader is none ({error})") from error
+        self._place = place
 
     @property
     def epoch(self) -> int:

@@ -169,6 +169,11 @@ def judge_tokens(
                     "mean": rows.by(lambda x: mean.to(x.dtype).expand_as(x)),
                 },
             )
+            if not all(bool(each.ce.isfinite().all()) for each in found.spliced.values()):
+                raise SaeError(
+                    f"{store.path}: with its rows' reconstruction or mean in place a cross-entropy is no number; they "
+                    "are too large for the model"
+                )
             real = torch.from_numpy(np.arange(1, length) < lengths[:, None])
             downstream.update(found.clean, found.spliced, rows.mask[:, :-1].cpu() & real)
             progress.advance((stop - start) * length)

@@ -134,8 +134,9 @@ def _heading(found: Found) -> str:
 
 def _text(source: dict[str, Any]) -> str:
     """What a source of text is called: a data set, the names of files, or how it was asked for."""
-    if source.get("source") == "files":
-        names = [str(file["name"]) for file in source["files"]]
+    listed = source.get("files")
+    if source.get("source") == "files" and isinstance(listed, list):
+        names = [str(file.get("name")) for file in listed if isinstance(file, dict)]
         return ", ".join(names[:MOST_FILES]) + (f" and {len(names) - MOST_FILES:,} more" if names[MOST_FILES:] else "")
     return str(source.get("dataset") or source.get("source") or "")
 

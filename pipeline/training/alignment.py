@@ -110,11 +110,16 @@ class Alignment:
         }
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take up what `state` gave."""
+        """Take up what `state` gave. Raises ValueError for what it never gives."""
         self.matchings = {}
         device = self.saes[0].W_dec.device
         for name in sorted(name for name in state if name.startswith("alignment.")):
             _, i, j, _ = name.split(".")
+            whole = state[name].dtype == torch.int64 and state[name].dim() == 2
+            if (int(i), int(j)) not in self._pairs or not whole or len(state[name]) != 2:
+                raise ValueError(f"{name} is no matching")
+            if not ((state[name] >= 0) & (state[name] < self.saes[0].d_sae)).all():
+                raise ValueError(f"{name} matches latents that are not there")
             first, second = state[name].to(device)
             self.matchings.setdefault((int(i), int(j)), []).append((first, second))
 

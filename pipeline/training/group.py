@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cache.errors import DamagedStore, SaeError
+from cache.runs import CHECKPOINT
 from pipeline.saes import Clock, Losses
 from pipeline.training.alignment import Alignment
 from pipeline.training.member import Member
@@ -94,7 +95,10 @@ class Group:
             return None
         tensors, loader = states[0]
         if self.alignment is not None:
-            self.alignment.restore(tensors)
+            try:
+                self.alignment.restore(tensors)
+            except ValueError as error:
+                raise DamagedStore(f"{self.members[0].run.path / CHECKPOINT}: {error}") from error
         return loader
 
     def _publish_rest(self) -> None:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from cache.activations import ActivationStore
-from cache.errors import SaeError
+from cache.errors import DamagedStore, SaeError
 from cache.outliers import some_rows
-from cache.runs import Run
+from cache.runs import CHECKPOINT, Run
 from pipeline import devices
 from pipeline.metrics.agreement import mmcs
 from pipeline.saes import (
@@ -211,14 +211,28 @@ class Member:
         return tensors
 
     def _take(self, tensors: dict[str, Tensor]) -> None:
-        """The weights and the optimiser's state of a checkpoint."""
-        self.sae.load_state_dict({n.removeprefix("sae."): t for n, t in tensors.items() if n.startswith("sae.")})
-        entries: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimiser."):
-                _, index, key = name.split(".")
-                entries.setdefault(int(index), {})[key] = tensor
+        """The weights and the optimiser's state of a checkpoint. Raises DamagedStore where they are of other shapes."""
+        weights = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
         groups = self.optimiser.state_dict()["param_groups"]
+        parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+        places = [place for group in groups for place in group["params"]]
+        moments = {
+            f"optimiser.{place}.{key}": like
+            for place, parameter in zip(places, parameters, strict=True)
+            for key, like in (("step", torch.zeros(())), ("exp_avg", parameter), ("exp_avg_sq", parameter))
+            if any(name.startswith(f"optimiser.{place}.") for name in tensors)  # none for what had no gradient yet
+        }
+        for name, like in (weights | moments).items():
+            if name not in tensors or (tensors[name].shape, tensors[name].dtype) != (like.shape, like.dtype):
+                raise DamagedStore(
+                    f"{self.run.path / CHECKPOINT}: its {name} is missing, or not that of the run's settings; train "
+                    "again under another --name"
+                )
+        self.sae.load_state_dict({name.removeprefix("sae."): tensors[name] for name in weights})
+        entries: dict[int, dict[str, Tensor]] = {place: {} for place in places}
+        for name in moments:
+            _, place, key = name.split(".")
+            entries[int(place)][key] = tensors[name]
         self.optimiser.load_state_dict({"state": entries, "param_groups": groups})
 
     def finish(self, metadata: dict[str, Any]) -> None:
