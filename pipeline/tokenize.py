@@ -224,8 +224,8 @@ def _reach(store: TokenStore, wanted: Amount, progress: Progress) -> int | None:
     reach = store.windows.round_up(contexts)
     if not store.closed and store.n_contexts < reach:
         progress.note(
-            f"{store.split}: {wanted:,} tokens wanted, {reach * store.context_length:,} are made: whole windows, "
-            f"of which a harvest keeps at least {rows:,} rows"
+            f"{store.split}: {wanted:,} tokens wanted, {reach * store.context_length:,} are made if the "
+            f"text has them: whole windows, of which a harvest keeps at least {rows:,} rows"
         )
     return reach
 
