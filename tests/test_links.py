@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from command_line import done, sae
 from small_stores import shrunk
-from test_demo import SMALL
 from test_removal import tree
 
 from cache.locks import LOCK
@@ -23,10 +22,6 @@ COMMANDS = (
     f"train {TRAIN} --name r --seed 3", "eval r", "compare --csv {home}/runs/table.csv",
     "study coefficients --no-ce --l1 0.1 --jl 0.1 --hybrid-jl 0.1 --steps 2 --d-sae 8 --out {home}/runs/r",
 )  # fmt: skip
-LANGUAGE = (
-    "tokenize --preset tiny --workers 1 --set tokenize.tokens=200000", "harvest --preset tiny --device cpu --offline",
-    "report demo", "eval demo --device cpu --offline", "demo --device cpu", "cache verify --repair --offline",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +35,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         done(f"train {TRAIN} --name r")
         done("eval r")
         yield home
-
-
-@pytest.fixture(scope="module")
-def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `sae demo` leaves."""
-    home = tmp_path_factory.mktemp("shown")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SAE_CACHE", str(home / "cache"))
-        patch.setenv("SAE_RUNS", str(home / "runs"))
-        done("demo --device cpu", *(word for setting in SMALL for word in ("--set", setting)))
-    return home
 
 
 def in_files(folder: Path, outside: Path) -> None:
@@ -135,12 +119,6 @@ def expect_untouched(how: How, commands: Sequence[str], made: Path, run: str, tm
 @pytest.mark.parametrize("how", [in_some_files, itself, *(pytest.param(how, marks=pytest.mark.slow) for how in OTHERS)])
 def test_nothing_outside_is_touched(how: How, made: Path, tmp_path: Path) -> None:
     expect_untouched(how, COMMANDS, made, "r", tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [in_some_files, in_folders, itself, in_files, its_parent])
-def test_nothing_outside_is_touched_by_stages_of_a_language_model(how: How, shown: Path, tmp_path: Path) -> None:
-    expect_untouched(how, LANGUAGE, shown, "demo", tmp_path)
 
 
 def test_a_root_that_is_a_link_is_its_owner_s_wish(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
