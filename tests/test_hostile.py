@@ -85,7 +85,7 @@ watching = False
 def _watch(event: str, arguments: tuple[Any, ...]) -> None:
     if watching and event == "open" and isinstance(arguments[0], str | os.PathLike):
         path = os.fspath(arguments[0])
-        if isinstance(path, str) and ("outside" in path or path == "/etc/passwd"):
+        if isinstance(path, str) and ("outside" in Path(os.path.abspath(path)).parts or path == "/etc/passwd"):
             opened.append(path)
 
 
@@ -145,6 +145,12 @@ def read_rows(store: Store) -> None:
     hints.model_of(store, None, offline=True)
 
 
+def training(home: Path) -> dict[str, Path]:
+    """The training stores as they are there now, by the first letter of their kind."""
+    found = {kind: sorted((home / "cache" / kind).iterdir()) for kind in catalogue.kinds()}
+    return {kind[0]: next(path for path in every if "-validation-" not in path.name) for kind, every in found.items()}
+
+
 def some(home: Path) -> list[Lie]:
     """A few lies of every kind, the same every time."""
     kinds: dict[str, list[Lie]] = {}
@@ -195,3 +201,39 @@ def test_no_command_believes_a_lie(home: Path, part: int) -> None:
             assert answer.code in (0, 2, 3) and "Traceback" not in answer.err, about
             assert not answer.code or answer.err.splitlines()[-1].startswith("sae: error: "), about
             assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", answer.out + answer.err), about
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lie", "commands"),
+    [
+        ("activations: position/c/0 holds zeros", ()),
+        ("activations: position/c/0 holds halves", ("report", "inspect", "export")),
+        ("activations: position/c/0 holds ones", ("report", "inspect", "export")),
+        ("tokens: tokens/c/0/0 holds halves", ("report", "harvest")),
+        ("tokens: length/c/0 holds ones", ("report", "harvest")),
+        ("tokens: length/c/0 holds zeros", ("report",)),
+        ("tokens: document/c/0/0 holds ones", ()),
+        ("activations: row_scale/c/0 holds signs", ("report", "export", "train", "eval")),
+        ("activations: row_scale/c/0 holds zeros", ("report", "export", "train", "eval")),
+        ("activations: col_scale/c/0 holds zeros", ("report", "export", "train", "eval")),
+        ("activations: col_mean/c/0 holds halves", ("eval",)),
+        ("activations: row_norm/c/0 holds ones", ()),
+    ],
+)  # fmt: skip
+def test_numbers_that_no_writer_writes(home: Path, lie: str, commands: tuple[str, ...]) -> None:
+    """They end in one line wherever they would matter."""
+    every = {
+        "inspect": "cache inspect {a} --shuffle-quality", "export": "cache export {a} out --with-tokens --order token",
+        "train": "train --d-sae 32 --k 4 --batch 16 --steps 2 --name new --activations {a} --device cpu",
+        "harvest": "harvest --model model --layer 1 --site mlp_out --tokens-from {t} --codec float32",
+        "report": "report one --device cpu", "eval": "eval one --device cpu",
+    }  # fmt: skip
+    told_lie = next(one for one in lies(home) if one.name.startswith(f"{lie}"))
+    for name, command in every.items():
+        with told(home, told_lie), nothing_outside(home):
+            first = training(home)
+            answer = sae(command.format(**first))
+        assert answer.code in ((2, 3) if name in commands else (0, 2, 3)), (lie, command, answer)
+        assert "Traceback" not in answer.err
+        assert not answer.code or answer.complaint

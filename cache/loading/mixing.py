@@ -20,6 +20,7 @@ from cache.loading.schedule import OPEN_CHUNKS, Place, Schedule
 from cache.store import Store
 from cache.tokens import TokenStore
 
+SPARSE = 64  # documents or contexts for each row, at most, that are counted by their own numbers
 MOST_ROWS = 1 << 24  # of the store; four bytes each are held
 MOST_STRETCHES = 64
 STRETCH = 5  # consecutive batches that are looked at together
@@ -99,19 +100,23 @@ def mixing_of(root: Path, store: Store) -> Mixing:
 
 
 def _units(store: ActivationStore, rows: int, tokens: TokenStore | None) -> np.ndarray:
-    """The document (or context) of every row: int32 [rows]."""
+    """The document (or context) of every row, by a number from 0 on: int32 [rows]."""
     length = store.recipe["tokens"].get("context_length")
     if length is None:
         raise SaeError(f"{store.path}: its rows do not come from contexts of tokens, so there is no telling them apart")
-    units = np.empty(rows, np.int32)
+    units = np.empty(rows, np.int64)
     for low in range(0, rows, store.chunk_rows):
         high = min(low + store.chunk_rows, rows)
-        context, place = np.divmod(store.positions(low, high), length)
+        positions = store.positions(low, high)
+        context, place = np.divmod(positions, length)
         if tokens is not None:
+            tokens.expect_positions(positions, store)
             first = int(context.min())
             context = tokens.document_ids(first, int(context.max()) + 1)[context - first, place]
         units[low:high] = context
-    return units
+    if int(units.max()) > SPARSE * rows:  # as no writer of ours numbers them: counting them would take the memory
+        units = np.unique(units, return_inverse=True)[1]
+    return units.astype(np.int32)
 
 
 def _stretches(schedule: Schedule, batch: int) -> Iterator[np.ndarray]:

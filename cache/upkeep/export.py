@@ -24,7 +24,7 @@ from zarr.codecs import ZstdCodec
 
 from cache import removal
 from cache.activations import ActivationStore
-from cache.codecs import Encoded, from_numpy, to_numpy
+from cache.codecs import Encoded, to_numpy
 from cache.durable import explained, make_folder
 from cache.errors import SaeError
 from cache.processes import temporary
@@ -107,6 +107,8 @@ def _write(
         stop = done + len(part.positions)
         into["rows"][done:stop] = _as(part.rows, dtype)
         into["position"][done:stop] = part.positions
+        if tokens is not None:
+            tokens.expect_positions(part.positions, store)
         last, done = max(last, int(part.positions.max())), stop
         advance(len(part.positions))
     assert done == n, (done, n)
@@ -140,12 +142,11 @@ def _token_order(store: ActivationStore, start: int, stop: int, n: int) -> Itera
     """The first n rows of the window [start, stop) as they came: positions only grow in token order."""
     positions = store.positions(start, stop)
     place = np.argsort(positions)
-    rows = store.read("rows", start, stop)
-    scale = store.read("row_scale", start, stop) if store.codec.has_row_scale else None
+    rows, scale = store.encoded(start, stop)
     for at in range(0, n, store.chunk_rows):
         part = place[at : min(at + store.chunk_rows, n)]
-        encoded = Encoded(from_numpy(rows[part]), None if scale is None else from_numpy(scale[part]))
-        yield Part(store.codec.decode(encoded, store.columns), positions[part])
+        encoded = Encoded(rows[part], None if scale is None else scale[part])
+        yield Part(store.decoded(encoded), positions[part])
 
 
 def _whole_chunks(parts: Iterator[Part], size: int) -> Iterator[Part]:

@@ -19,8 +19,8 @@ from pydantic import Field
 
 from cache.activations import ActivationStore
 from cache.codecs import Encoded
-from cache.errors import SaeError
-from cache.tokens import TokenStore
+from cache.errors import DamagedStore, SaeError
+from cache.tokens import VOCABULARY, TokenStore
 from configs.base import Amount, Distinct, Settings
 from pipeline.progress import Progress
 from pipeline.report.examples import (
@@ -93,7 +93,9 @@ def find_features(
         spots = [spot for latent in chosen for spot in described.spots(latent)]
         values = _values_around(sae, store, spots, progress, where, largest)
     features = [described.feature(latent, group, *values) for latent, group in chosen.items()]
-    vocabulary = tokens.vocabulary()
+    vocabulary, mentioned = tokens.vocabulary(), sorted(_mentioned(features))
+    if mentioned and mentioned[-1] >= len(vocabulary):
+        raise DamagedStore(f"{tokens.path / VOCABULARY}: has no token {mentioned[-1]}; tokenize again to restore it")
     return Features(
         store=store.key,
         split=store.split,
@@ -101,7 +103,7 @@ def find_features(
         d_sae=sae.d_sae,
         live=len(seen.live),
         begin=int(tokens.recipe["tokenizer"]["begin"]),
-        vocabulary={token: vocabulary[token].decode("latin-1") for token in sorted(_mentioned(features))},
+        vocabulary={token: vocabulary[token].decode("latin-1") for token in mentioned},
         features=features,
     )
 
@@ -190,6 +192,10 @@ class _Describer:
         context, place = divmod(position, self.tokens.context_length)
         first = max(0, place - self.config.before)
         stop = min(self._contexts[context][1], place + self.config.after + 1)
+        if place >= stop:
+            raise DamagedStore(
+                f"{self.tokens.path}: context {context} ends before token {place}, of which there is a row"
+            )
         begin = context * self.tokens.context_length
         return _Spot(latent, value, position, document, begin + first, begin + stop)
 
@@ -254,7 +260,7 @@ def _gather(store: ActivationStore, rows: np.ndarray) -> torch.Tensor:
     encoded = store.encoded_chunk(chunk)
     inside = torch.from_numpy(rows - chunk * store.chunk_rows)
     scale = None if encoded.row_scale is None else encoded.row_scale[inside]
-    return store.codec.decode(Encoded(encoded.rows[inside], scale), store.columns)
+    return store.decoded(Encoded(encoded.rows[inside], scale))
 
 
 def _bins(counts: np.ndarray) -> list[Bin]:

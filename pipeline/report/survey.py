@@ -215,6 +215,7 @@ def _windows(store: ActivationStore, tokens: TokenStore, rows: int) -> Iterator[
         if window.start >= rows:
             return
         position = store.positions(window.start, min(window.stop, rows))
+        tokens.expect_positions(position, store)
         first, last = int(position.min()) // length, int(position.max()) // length
         documents = tokens.document_ids(first, last + 1).reshape(-1)
         yield window.start, position, documents[position - first * length]
