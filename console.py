@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cache.printable import printable
+from pipeline.metrics.figures import evaluation_table
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -317,37 +318,14 @@ def outline(value: dict[str, Any], indent: str = "") -> None:
             say(f"{indent}{name}: " + ", ".join(p if isinstance(p, str) else json.dumps(p) for p in parts))
 
 
-MEANING = {
-    "fvu": "share of variance left unexplained, against the data set's mean",
-    "explained_variance": "1 - FVU",
-    "l0": "latents that fire in a row",
-    "dead_fraction": "latents that fired in no row looked at",
-    "true_to_learned": "mean over the true features of the largest cosine with a learned one",
-    "learned_to_true": "mean over the learned features of the largest cosine with a true one",
-    "recovered": "true features that a learned one has a cosine above 0.9 with",
-    "hungarian": "mean cosine of the best one-to-one matching",
-    "duplicates": "learned features whose nearest true one is that of another, too",
-    "chance": "true_to_learned of random directions",
-    "ce_clean": "cross-entropy of the model as it is, nats a token",
-    "ce_spliced": "with the reconstruction in place",
-    "ce_zero": "with zeros in place",
-    "ce_mean": "with the training mean in place",
-    "ce_recovered_zero": "share of what zeros cost that the reconstruction recovers",
-    "ce_recovered_mean": "share of what the mean costs that the reconstruction recovers",
-    "kl": "KL(clean || spliced), nats a token",
-    "rows": "held-out rows judged",
-    "tokens": "held-out predictions judged",
-}
-
-
 def evaluation(result: dict[str, Any], title: str) -> None:
     """The figures of an evaluation, each with what it means; beside them those over the rows that training kept."""
     kept = result.get("kept")
     sides = [result] if kept is None else [result, kept]
     rows = [
-        [name, *(short(side[name]) if name in side else "" for side in sides), meaning]
-        for name, meaning in MEANING.items()
-        if name in result
+        [figure.key, *(short(side[figure.key]) if figure.key in side else "" for side in sides), figure.meaning]
+        for figure in evaluation_table()
+        if figure.key in result
     ]
     columns = ["figure", *["value", "kept"][: len(sides)], "what it is"]
     table(title, columns, rows, prose=True)

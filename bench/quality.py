@@ -34,7 +34,7 @@ from bench.peer import Peer
 from bench.quality_peers import DEAD, DECAY, WARMUP, Job, batches, load
 from cache.activations import ActivationStore
 from pipeline import saes
-from pipeline.metrics.agreement import recovery
+from pipeline.metrics.recovery import Recovery
 from pipeline.synthetic import GroundTruth, Independent, SyntheticConfig
 from pipeline.training.config import TrainConfig
 
@@ -118,8 +118,8 @@ def figures(held: Tensor, x_hat: Tensor, fired: Tensor, l0: float, table: Tensor
     found = {"fvu": (error / (held - held.mean(0)).double().square().sum()).item(), "l0": l0}
     found["dead"] = (fired == 0).double().mean().item()
     if (folder / "truth.npy").exists():
-        scores = recovery(table, load(str(folder), "truth"))
-        found |= {"mmcs": scores.true_to_learned, "recovered": scores.recovered}
+        scores = Recovery(table, load(str(folder), "truth")).result()
+        found |= {"mmcs": scores["true_to_learned"], "recovered": scores["recovered"]}
     return found
 
 

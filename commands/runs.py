@@ -232,6 +232,7 @@ def compare(
     names: Annotated[list[str] | None, typer.Argument(metavar="RUN", autocompletion=complete_run, show_default=False, help="Run folders or their names. Default: all under `--runs` that have figures.")] = None,
     over_seeds: Annotated[bool, typer.Option("--over-seeds", metavar="", help="One row for runs that differ in the seed alone: mean and standard deviation.")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", show_default=False, help="Where the plot goes: .png, .svg or .pdf. Default: `compare.png` beside the runs.")] = None,
+    y: Annotated[str | None, typer.Option(metavar="FIGURE,...", show_default=False, help="What the plot sets against L0. Default: fvu,ce_degradation.")] = None,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", show_default=False, help="Write the table as CSV, too.")] = None,
     runs: RunsRoot = Path("runs"), json: Json = False,
 ) -> None:  # fmt: skip
@@ -249,7 +250,7 @@ def compare(
     import console
     from cache import catalogue
     from pipeline import compare as stage
-    from pipeline.plots import expect_plot, pareto
+    from pipeline.plots import DRAWN, expect_drawn, expect_plot, pareto
 
     root = folder("--runs", runs)
     csv = None if csv is None else as_csv_file("--csv", csv)
@@ -258,14 +259,15 @@ def compare(
     chosen = found if names else [run for run in found if run.finished]
     if not chosen:
         report_damage(damage)
-    path = plot or root / "compare.png"
+    path, drawn = plot or root / "compare.png", DRAWN if y is None else y.split(",")
     expect_plot(path)
+    expect_drawn(drawn)
     for wanted in (path, csv):
         if wanted is not None:
             expect_writable(wanted)
     rows = stage.compare(chosen)
-    pareto(rows, path)
-    notes = stage.notes(rows)
+    pareto(rows, path, drawn)
+    notes = [*stage.notes(rows), *stage.outdated(chosen)]
     rows = stage.over_seeds(rows) if over_seeds else rows
     if csv is not None:
         write_atomic(csv, stage.as_csv(rows).encode())
@@ -278,12 +280,13 @@ def compare(
 def show(rows: list[dict[str, Any]], title: str, json: bool, **files: str) -> None:
     """A comparison as a table without its empty columns, or as JSON."""
     import console
-    from pipeline.compare import AMOUNTS, unlike
+    from pipeline.compare import unlike
+    from pipeline.metrics.figures import amounts
 
     if json:
         console.as_json({"runs": rows, **files})
         return
-    alike = AMOUNTS.keys() - unlike(rows)
+    alike = {one.key for one in amounts()} - {one.key for one in unlike(rows)}
     filled = [key for key in rows[0] if key not in alike and any(row[key] is not None for row in rows)]
     console.table(title, filled, [[row[key] for key in filled] for row in rows])
     for what, path in files.items():

@@ -9,18 +9,20 @@ import configs
 from cache.codecs import CODECS
 from cache.runs import Run
 from pipeline.language_model import SITES
+from pipeline.metrics.figures import declared, summary
 from pipeline.sources import registered
 
 SAES = Path(__file__).parent / "saes"
 
 
 def choices(runs: Sequence[Run]) -> dict[str, list[dict[str, str]]]:
-    """Name and one line of help for every run given, architecture, codec, site, source and preset."""
+    """Name and one line of help for every run given, architecture, codec, site, metric, source and preset."""
     return {
         "runs": [{"name": run.name, "help": _state(run)} for run in runs],
         "architectures": [{"name": name, "help": help} for name, help in sorted(architectures().items())],
-        "codecs": [{"name": name, "help": _summary(kind.__doc__)} for name, kind in CODECS.items()],
+        "codecs": [{"name": name, "help": summary(kind.__doc__)} for name, kind in CODECS.items()],
         "sites": [{"name": name, "help": help} for name, help in SITES.items()],
+        "metrics": [{"name": one.name, "help": one.help} for one in declared()],
         "sources": [{"name": entry.name, "help": entry.help} for entry in registered()],
         "presets": [{"name": name, "help": _first_comment(name)} for name in configs.presets()],
     }
@@ -42,7 +44,7 @@ def architectures() -> dict[str, str]:
         entry for path in sorted(SAES.glob("*.py")) for entry in _registered(ast.parse(path.read_text("utf-8")))
     )
     if (imported := sys.modules.get("pipeline.saes")) is not None:
-        found |= {name: _summary(kind.__doc__) for name, kind in imported.ARCHITECTURES.items()}
+        found |= {name: summary(kind.__doc__) for name, kind in imported.ARCHITECTURES.items()}
     return found
 
 
@@ -56,12 +58,7 @@ def _registered(module: ast.Module) -> Iterator[tuple[str, str]]:
                 node.annotation for node in fields if isinstance(node.target, ast.Name) and node.target.id == "arch"
             )
             assert isinstance(tag, ast.Subscript) and isinstance(tag.slice, ast.Constant), ast.unparse(tag)
-            yield str(tag.slice.value), _summary(ast.get_docstring(one))
-
-
-def _summary(docstring: str | None) -> str:
-    """The first sentence of a docstring."""
-    return (docstring or "").strip().split("\n\n")[0].split(". ")[0].replace("\n", " ").rstrip(".")
+            yield str(tag.slice.value), summary(ast.get_docstring(one))
 
 
 def _first_comment(preset: str) -> str:

@@ -2,7 +2,7 @@
 
 Figures on held-out documents are those `sae eval` wrote; where it has not run they are missing, and the last training
 batch's stand in columns of their own, so that the two are never mistaken for each other. On how much each run was
-judged stands beside its figures (`AMOUNTS`), and what was not judged on the same is never averaged.
+judged stands beside its figures (`amounts`), and what was not judged on the same is never averaged.
 """
 
 import csv
@@ -14,17 +14,10 @@ from typing import Any
 from cache.errors import NotFound, SaeError
 from cache.printable import printable
 from cache.runs import Run
+from pipeline.metrics.figures import OF_ROWS, Figure, amounts, compared, completed, figures, lacking, there
 
-RECOVERY = ("true_to_learned", "learned_to_true", "recovered", "hungarian", "duplicates", "chance")
-AMOUNTS = {"rows": "held-out rows", "tokens": "held-out predictions", "dead_rows": "rows searched for dead latents"}
-KEPT = ("fvu", "l0", "dead_fraction")  # over the rows that training kept, where it left some out: kept_fvu, ...
-HELD_OUT = (
-    "fvu", "l0", "dead_fraction", "ce_degradation", "ce_recovered_zero", "ce_recovered_mean", *RECOVERY,
-    *(f"kept_{name}" for name in KEPT),
-)  # fmt: skip
 TRAINING = ("fvu", "l0", "dead", "agreement", "recovery", "seconds_per_step", "megabytes")
 FORMULA = tuple("=+-@＝＋－＠")
-FIGURES = (*HELD_OUT, *(f"train_{name}" for name in TRAINING))
 
 Row = dict[str, Any]
 
@@ -47,11 +40,12 @@ def compare(runs: Sequence[Run]) -> list[Row]:
     ]
 
 
-def over_seeds(rows: Sequence[Row], figures: Sequence[str] = FIGURES) -> list[Row]:
+def over_seeds(rows: Sequence[Row], figures: Sequence[str] | None = None) -> list[Row]:
     """Rows that differ in nothing but the seed as one: number of seeds, mean and standard deviation of each figure.
 
     Rows that were not judged on the same stay apart.
     """
+    figures = [*held_out(), *(f"train_{name}" for name in TRAINING)] if figures is None else figures
     groups: dict[str, list[Row]] = {}
     for row in rows:
         kept = {key: value for key, value in row.items() if key not in ("run", "seed", *figures)}
@@ -103,36 +97,50 @@ def _flat(settings: dict[str, Any], inside: str = "") -> dict[str, Any]:
 
 
 def _figures(run: Run) -> Row:
-    judged = run.evaluation() or {}
+    judged = completed(run.evaluation() or {})
     trained = next(reversed(run.metrics()), None)
     if trained is None and not judged:
         raise SaeError(f"{run.path}: has no figures yet; train it first, or name the runs to compare")
-    details = judged.get("details") or {}
-    figures: Row = {"rows": judged.get("rows"), "tokens": judged.get("tokens"), "dead_rows": details.get("dead_rows")}
-    figures |= {name: judged.get(name) for name in HELD_OUT}
-    figures |= {f"kept_{name}": (judged.get("kept") or {}).get(name) for name in KEPT}
-    spliced, clean = judged.get("ce_spliced"), judged.get("ce_clean")
-    figures["ce_degradation"] = None if spliced is None or clean is None else spliced - clean
-    return figures | {f"train_{name}": (trained or {}).get(name) for name in TRAINING}
+    judged |= {f"kept_{name}": value for name, value in (judged.get("kept") or {}).items()}
+    found: Row = {name: judged.get(name) for name in [*(one.key for one in amounts()), *held_out()]}
+    return found | {f"train_{name}": (trained or {}).get(name) for name in TRAINING}
 
 
-def unlike(rows: Sequence[Row]) -> list[str]:
-    """Of `AMOUNTS`, what the rows that were judged at all were not judged on alike."""
-    return [name for name in AMOUNTS if len({row[name] for row in rows if row.get(name) is not None}) > 1]
+def held_out() -> list[str]:
+    """The columns of what `sae eval` found; `kept_fvu` and the like are over the rows that training kept."""
+    keys, of_rows = [one.key for one in compared()], {one.key for one in figures(needs=OF_ROWS)}
+    return [*keys, *(f"kept_{key}" for key in keys if key in of_rows)]
+
+
+def unlike(rows: Sequence[Row]) -> list[Figure]:
+    """The amounts that the rows that were judged at all were not judged on alike."""
+    return [one for one in amounts() if len({row[one.key] for row in rows if row.get(one.key) is not None}) > 1]
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
     """What to know before reading the figures: amounts that differ, runs that were not judged. A line each."""
     said = []
-    for name in unlike(rows):
-        found = sorted({row[name] for row in rows if row[name] is not None})
+    for amount in unlike(rows):
+        found = sorted({row[amount.key] for row in rows if row[amount.key] is not None})
         said.append(
-            f"judged on {found[0]:,} to {found[-1]:,} {AMOUNTS[name]}: compare only what is alike, or judge them alike "
+            f"judged on {found[0]:,} to {found[-1]:,} {amount.title}: compare only what is alike, or judge them alike "
             "with `sae eval`"
         )
     if missing := [row["run"] for row in rows if row["rows"] is None]:
         said.append(f"not judged on held-out rows: {named(missing)}; `sae eval RUN` does")
     return said
+
+
+def outdated(runs: Sequence[Run]) -> list[str]:
+    """Which evaluations are of before a figure was there, a line for each of these figures."""
+    without: dict[str, list[str]] = {}
+    for run in runs:
+        if (found := run.evaluation()) is not None:
+            found = completed(found)
+            for key in lacking(found, there(model="ce_clean" in found, truth="chance" in found)):
+                without.setdefault(key, []).append(run.name)
+    shown = [key for key in held_out() if key in without]
+    return [f"judged before there was {key}: {named(without[key])}; `sae eval RUN` adds it" for key in shown]
 
 
 def named(names: Sequence[str], most: int = 4) -> str:

@@ -11,11 +11,8 @@ judged by how well it found those.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from cache import catalogue
 from cache.activations import ActivationStore
@@ -24,65 +21,13 @@ from cache.errors import DamagedStore, NotFound, SaeError
 from cache.runs import EVALUATION, LATENTS, Run
 from cache.tokens import TokenStore
 from pipeline import devices, hints, trained
-from pipeline.judging import EvalConfig, firing, judge_rows, judge_tokens, mean_row
+from pipeline.judging import EvalConfig, Evaluation, judge
 from pipeline.language_model import LanguageModel
-from pipeline.metrics import DownstreamScores, ReconstructionScores, SparsityScores
-from pipeline.metrics.agreement import RecoveryScores, recovery
+from pipeline.metrics.figures import WITHOUT_MODEL, amounts, completed, lacking, there
+from pipeline.metrics.metric import Subject
 from pipeline.progress import Progress, said_if_slow
 
 __all__ = ["EvalConfig", "Evaluation", "boot", "evaluate", "missing"]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What was found. `spliced` is of rows of a language model, `recovery` of rows whose features are known.
-
-    kept: the same over the rows up to the norm above which training left rows out (`largest_norm`), where it did.
-    """
-
-    reconstruction: ReconstructionScores
-    sparsity: SparsityScores
-    spliced: DownstreamScores | None
-    recovery: RecoveryScores | None
-    dead_fraction: float
-    dead_rows: int
-    kept: "Evaluation | None" = None
-    largest_norm: float | None = None
-    held_out: str | None = None  # the store of the rows
-
-    def as_json(self) -> dict[str, Any]:
-        """The figures by name, and everything else under `details`. Undefined ones are null."""
-        return {
-            "fvu": self.reconstruction.fvu,
-            "explained_variance": self.reconstruction.explained_variance,
-            "l0": self.sparsity.l0,
-            "dead_fraction": self.dead_fraction,
-            **({} if self.recovery is None else asdict(self.recovery)),
-            **({} if self.spliced is None else self._downstream(self.spliced)),
-            "rows": self.reconstruction.rows,
-            **({} if self.spliced is None else {"tokens": self.spliced.tokens}),
-            **({} if self.kept is None else {"kept": {"largest_norm": self.largest_norm, **self.kept.as_json()}}),
-            "details": {
-                "dead_rows": self.dead_rows,
-                "reconstruction": asdict(self.reconstruction),
-                "sparsity": asdict(self.sparsity),
-                **({} if self.spliced is None else {"downstream": asdict(self.spliced)}),
-                **({} if self.held_out is None else {"held_out": self.held_out}),
-            },
-        }
-
-    @staticmethod
-    def _downstream(down: DownstreamScores) -> dict[str, Any]:
-        assert down.ce_zero is not None and down.ce_mean is not None
-        return {
-            "ce_clean": down.ce_clean.value,
-            "ce_spliced": down.ce.value,
-            "ce_zero": down.ce_zero.value,
-            "ce_mean": down.ce_mean.value,
-            "ce_recovered_zero": None if down.recovered_zero is None else down.recovered_zero.value,
-            "ce_recovered_mean": None if down.recovered_mean is None else down.recovered_mean.value,
-            "kl": down.kl.value,
-        }
 
 
 def evaluate(
@@ -118,64 +63,37 @@ def evaluate(
         progress.note(line)
     sae.to(devices.device(device) if text is None else text[1].device)
     largest = trained.largest_norm(run, training)
-    limits = [None] if largest is None else [None, largest]
-    judged = judge_rows(sae, held_out, config.rows_of(held_out), config.batch_tokens, progress, largest)
-    searched = firing(sae, training, min(config.dead_rows, training.n_rows), config.batch_tokens, progress, largest)
-    fired = [one.sparsity.fired | more.fired for one, more in zip(judged, searched, strict=True)]
-    spliced: list[DownstreamScores | None] = [None for _ in limits]
-    if text is not None:
-        for i, limit in enumerate(limits):
-            mean = mean_row(training, min(config.mean_rows, training.n_rows), limit)
-            spliced[i] = judge_tokens(sae, text[1], text[0], held_out, mean, config, progress, limit)
-    every, *kept = [
-        Evaluation(
-            one.reconstruction.result(), one.sparsity.result(), down, None,
-            dead_fraction=1 - alive.double().mean().item(), dead_rows=one.sparsity.rows + more.rows,
-        )
-        for one, more, alive, down in zip(judged, searched, fired, spliced, strict=True)
-    ]  # fmt: skip
-    truth = training.truth
-    result = replace(
-        every, recovery=None if truth is None else recovery(sae.W_dec.cpu(), truth), kept=kept[0] if kept else None,
-        largest_norm=largest, held_out=held_out.key,
-    )  # fmt: skip
+    subject = Subject(sae, training.truth)
+    result = judge(subject, training, held_out, config, progress, largest=largest, text=text)
+    result.details["held_out"] = held_out.key
     found = result.as_json()
     if not replace_larger and (less := _less(run, found)):
         progress.note(f"{run.path / EVALUATION}: stays, {less}; --replace puts this one in its place")
         return result
     run.write_json(EVALUATION, found)
-    tensors: dict[str, Tensor] = {}
-    for name, one, alive in zip(("", "_kept"), judged, fired, strict=False):
-        tensors |= {f"density{name}": one.sparsity.density().float(), f"fired{name}": alive}
-    run.save_latents(tensors)
+    run.save_latents(result.tensors())
     return result
-
-
-AMOUNTS = {"rows": "rows", "tokens": "predictions", "dead_rows": "rows searched for latents that fire"}
-
-
-def amounts(evaluation: dict[str, Any]) -> dict[str, int | None]:
-    """What an evaluation was judged on, by `AMOUNTS`; None where it does not apply."""
-    found = {**evaluation, "dead_rows": (evaluation.get("details") or {}).get("dead_rows")}
-    return {name: value if isinstance(value := found.get(name), int) else None for name in AMOUNTS}
 
 
 def _less(run: Run, found: dict[str, Any]) -> str:
     """In what an evaluation is less than the one that is there already; empty where it is not."""
     try:
-        before = run.evaluation() or {}
+        before = completed(run.evaluation() or {})
     except DamagedStore:
         return ""
-    mine, its = amounts(found), amounts(before)
     less = [
-        f"it is over {there:,} {unit}, this one over {here:,}"
-        for name, unit in AMOUNTS.items()
-        if (there := its[name]) is not None and there > (here := mine[name] or 0)
+        f"it is over {there:,} {amount.title}, this one over {here:,}"
+        for amount in amounts()
+        if (there := _amount(before, amount.key)) > (here := _amount(found, amount.key))
     ]
     key, other = found["details"]["held_out"], (before.get("details") or {}).get("held_out")
     if other is not None and other != key:
         less.append(f"it is of {other}, this one of {key}")
     return " and ".join(less)
+
+
+def _amount(evaluation: dict[str, Any], key: str) -> int:
+    return value if isinstance(value := evaluation.get(key), int) else 0
 
 
 def missing(
@@ -188,10 +106,10 @@ def missing(
     found = run.evaluation()
     if found is None:
         return config
-    judged, wanted = amounts(found), config.rows_of(held_out)
-    rows = judged["rows"] or 0
+    found = completed(found)
+    rows, wanted = _amount(found, "rows"), config.rows_of(held_out)
     more: dict[str, Any] = {"rows": max(rows, wanted)}
-    more["dead_rows"] = max((judged["dead_rows"] or 0) - rows, config.dead_rows)
+    more["dead_rows"] = max(_amount(found, "dead_rows") - rows, config.dead_rows)
     enough = rows >= wanted and ("kept" in found or trained.largest_norm(run, store) is None)
     tokens = None
     if "tokens" in held_out.recipe:
@@ -201,7 +119,9 @@ def missing(
         contexts, asked = int(downstream.get("contexts", 0)), config.contexts_of(tokens)
         more["tokens"] = max(contexts, asked) * tokens.context_length
         enough = enough and contexts >= asked
-    return None if enough else config.model_copy(update=more)
+    # what an older version did not write is judged anew; of rows and weights alone it takes no evaluation to tell
+    lacks = lacking(found, there(model=tokens is not None, truth=store.truth is not None))
+    return None if enough and not {*lacks} - {*lacking(found, WITHOUT_MODEL)} else config.model_copy(update=more)
 
 
 def _not_so_many(config: EvalConfig, held_out: ActivationStore, tokens: TokenStore | None) -> Iterator[str]:

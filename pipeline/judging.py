@@ -5,8 +5,8 @@ would have been trained on (`largest`: the largest norm of such a row). In the s
 rows are left out are treated as those that never become rows.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,8 @@ from cache.outliers import kept_rows, outlier_rows
 from cache.tokens import TokenStore
 from configs.base import Amount, Settings
 from pipeline.language_model import LanguageModel, Point
-from pipeline.metrics import Downstream, DownstreamScores, Reconstruction, Sparsity
+from pipeline.metrics.figures import amounts, there
+from pipeline.metrics.metric import Encoded, Metric, Subject, Value, metrics_of
 from pipeline.progress import Progress
 from pipeline.rows import rule_of
 from pipeline.saes import SAE
@@ -47,15 +48,63 @@ class EvalConfig(Settings):
 
 
 @dataclass(frozen=True)
-class Scores:
-    """What is counted over some rows."""
+class Evaluation:
+    """What was found: figures by key, everything else under `details`, and what is known of each latent [d_sae].
 
-    reconstruction: Reconstruction
-    sparsity: Sparsity
+    kept: the same over the rows up to the norm above which training left rows out (`largest_norm`), where it did.
+    """
 
-    def count(self, x: Tensor, latents: Any, x_hat: Tensor) -> None:
-        self.reconstruction.update(x, x_hat)
-        _count(self.sparsity, latents)
+    figures: dict[str, Value]
+    details: dict[str, Any]
+    latents: dict[str, Tensor]
+    kept: "Evaluation | None" = None
+    largest_norm: float | None = None
+
+    @classmethod
+    def of(cls, metrics: Sequence[Metric]) -> "Evaluation":
+        """What metrics that have been shown everything say; results first, then on how much they were judged."""
+        figures: dict[str, Value] = {}
+        details: dict[str, Any] = {}
+        latents: dict[str, Tensor] = {}
+        for metric in metrics:
+            figures |= metric.result()
+            details |= metric.details()
+            latents |= metric.latents()
+        judged_on = {one.key for one in amounts()}
+        return cls({key: figures[key] for key in sorted(figures, key=judged_on.__contains__)}, details, latents)
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures by name, and everything else under `details`. Undefined ones are null."""
+        kept = {} if self.kept is None else {"kept": {"largest_norm": self.largest_norm, **self.kept.as_json()}}
+        return {**self.figures, **kept, "details": self.details}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is known of each latent, by name; over the kept rows with `_kept` behind it."""
+        kept = {} if self.kept is None else self.kept.latents
+        return {**self.latents, **{f"{name}_kept": values for name, values in kept.items()}}
+
+
+def judge(
+    subject: Subject, training: ActivationStore, held_out: ActivationStore, config: EvalConfig, progress: Progress,
+    *, largest: float | None = None, text: tuple[TokenStore, LanguageModel] | None = None,
+) -> Evaluation:  # fmt: skip
+    """Show a dictionary's held-out rows, training rows and, given one, language model to every metric they suffice.
+
+    With a largest norm everything that depends on rows is counted over those kept as well.
+    """
+    needs = there(model=text is not None, truth=subject.truth is not None)
+    sides = [metrics_of(subject, needs)]
+    if largest is not None:  # of what does not depend on rows there is one value
+        sides.append(metrics_of(subject, needs - {"directions"}))
+    sae, batch = subject.sae, config.batch_tokens
+    judge_rows(sae, held_out, config.rows_of(held_out), batch, progress, sides, largest)
+    search_rows(sae, training, min(config.dead_rows, training.n_rows), batch, progress, sides, largest)
+    for side, limit in zip(sides, (None, largest), strict=False):
+        if text is not None:
+            mean = mean_row(training, min(config.mean_rows, training.n_rows), limit)
+            judge_tokens(sae, text[1], text[0], held_out, mean, config, progress, side, limit)
+    every, *kept = [Evaluation.of(side) for side in sides]
+    return replace(every, kept=kept[0], largest_norm=largest) if kept else every
 
 
 def mean_row(store: ActivationStore, rows: int, largest: float | None = None) -> Tensor:
@@ -70,45 +119,38 @@ def mean_row(store: ActivationStore, rows: int, largest: float | None = None) ->
 
 
 def judge_rows(
-    sae: SAE, store: ActivationStore, rows: int, batch: int, progress: Progress, largest: float | None = None
-) -> list[Scores]:
-    """Reconstruction and sparsity over a store's first rows; with a largest norm, over those kept as well."""
-    scores = [Scores(Reconstruction(), Sparsity(sae.d_sae)) for _ in range(1 if largest is None else 2)]
+    sae: SAE, store: ActivationStore, rows: int, batch: int, progress: Progress, sides: Sequence[Sequence[Metric]],
+    largest: float | None = None,
+) -> None:  # fmt: skip
+    """Show metrics a store's first rows; with a largest norm, the second side only those kept."""
+    seen = [0 for _ in sides]
 
-    def judge(x: Tensor, kept: bool) -> None:
-        latents = sae.encode(x)
-        x_hat = sae.decode(latents)
-        for one in scores if kept else scores[:1]:
-            one.count(x, latents, x_hat)
+    def show(x: Tensor, kept: bool) -> None:
+        codes = sae.encode(x)
+        encoded = Encoded(x, x, codes, sae.decode(codes))
+        for i, side in enumerate(sides if kept else sides[:1]):
+            seen[i] += len(x)
+            for metric in side:
+                metric.update(encoded)
 
-    _each_batch(sae, store, rows, batch, "eval rows", judge, progress, largest)
-    if not scores[-1].sparsity.rows:
+    _each_batch(sae, store, rows, batch, "eval rows", show, progress, largest)
+    if not seen[-1]:
         raise SaeError(f"--rows {rows}: training would have left all of them out for their norm; judge on more")
-    return scores
 
 
-def firing(
-    sae: SAE, store: ActivationStore, rows: int, batch: int, progress: Progress, largest: float | None = None
-) -> list[Sparsity]:
-    """How often latents fire in a store's first rows; with a largest norm, in those kept as well."""
-    counts = [Sparsity(sae.d_sae) for _ in range(1 if largest is None else 2)]
+def search_rows(
+    sae: SAE, store: ActivationStore, rows: int, batch: int, progress: Progress, sides: Sequence[Sequence[Metric]],
+    largest: float | None = None,
+) -> None:  # fmt: skip
+    """Show metrics the latents that fire in a store's first rows; with a largest norm, the second side those kept."""
 
-    def count(x: Tensor, kept: bool) -> None:
-        latents = sae.encode(x)
-        for one in counts if kept else counts[:1]:
-            _count(one, latents)
+    def show(x: Tensor, kept: bool) -> None:
+        codes = sae.encode(x)
+        for side in sides if kept else sides[:1]:
+            for metric in side:
+                metric.search(codes)
 
-    _each_batch(sae, store, rows, batch, "eval dead latents", count, progress, largest)
-    return counts
-
-
-def _count(sparsity: Sparsity, latents: Any) -> None:
-    if latents.entries is None:
-        sparsity.update(latents.values)
-    elif latents.values.dim() == 2:
-        sparsity.update(latents.values, latents.indices)
-    else:
-        sparsity.update(latents.values, latents.indices, rows=latents.entries.rows, batch=latents.batch)
+    _each_batch(sae, store, rows, batch, "eval dead latents", show, progress, largest)
 
 
 @torch.no_grad()
@@ -140,9 +182,9 @@ def _each_batch(
 
 def judge_tokens(
     sae: Callable[[Tensor], Tensor], model: LanguageModel, tokens: TokenStore, store: ActivationStore, mean: Tensor,
-    config: EvalConfig, progress: Progress, largest: float | None = None,
-) -> DownstreamScores:  # fmt: skip
-    """Cross-entropy with the site of `store` replaced by `sae`'s reconstruction, by zero and by `mean` [d].
+    config: EvalConfig, progress: Progress, metrics: Sequence[Metric], largest: float | None = None,
+) -> None:  # fmt: skip
+    """Show metrics the cross-entropies with the site of `store` replaced by a reconstruction, zero and `mean` [d].
 
     With a largest norm, positions above it keep their own activations, and what they predict does not count.
     """
@@ -151,7 +193,7 @@ def judge_tokens(
     begin = int(tokens.recipe["tokenizer"]["begin"])
     length = tokens.context_length
     contexts = config.contexts_of(tokens)
-    downstream = Downstream()
+    counted = 0
     step = max(1, config.batch_tokens // length)
     mean = mean.to(model.device)
     progress.start("eval cross-entropy", contexts * length, "tokens")
@@ -175,14 +217,15 @@ def judge_tokens(
                     "are too large for the model"
                 )
             real = torch.from_numpy(np.arange(1, length) < lengths[:, None])
-            downstream.update(found.clean, found.spliced, rows.mask[:, :-1].cpu() & real)
+            mask = rows.mask[:, :-1].cpu() & real
+            counted += int(mask.sum())
+            for metric in metrics:
+                metric.splice(found.clean, found.spliced, mask)
             progress.advance((stop - start) * length)
     finally:
         progress.finish()
-    try:
-        return downstream.result()["sae"]
-    except ValueError as error:
-        raise SaeError(f"--tokens {config.tokens}: none of their predictions counts; judge on more") from error
+    if not counted:
+        raise SaeError(f"--tokens {config.tokens}: none of their predictions counts; judge on more")
 
 
 @dataclass

@@ -9,6 +9,7 @@ from cache.durable import write_atomic
 from cache.errors import SaeError
 from cache.printable import printable
 from pipeline.compare import Row, front, named
+from pipeline.metrics.figures import compared, judged_on, label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,11 +19,9 @@ ROOM = 15  # ratio of the ends of a logarithmic axis up to which the labels betw
 LEAST_RANGE = 0.1  # of a y axis, as a share of its values
 MOST_LETTERS, MOST_LINE = 40, 400  # of a label, of a line below
 FORMATS = (".png", ".svg", ".pdf")
-AXES = (  # a panel each: what is on y, where x is L0; and what both were judged on
-    ("fvu", "l0", "FVU, held-out rows", ("rows",)),
-    ("ce_degradation", "l0", "cross-entropy added when spliced in, nats a token", ("rows", "tokens")),
-    ("train_fvu", "train_l0", "FVU, last training batch", ()),
-)
+DRAWN = ("fvu", "ce_degradation")  # a panel each, over L0
+PanelAxes = tuple[str, str, str, tuple[str, ...]]  # what is on y and on x, the label of y, what both were judged on
+TRAINED: PanelAxes = ("train_fvu", "train_l0", "FVU, last training batch", ())
 
 
 def expect_plot(path: Path) -> None:
@@ -31,8 +30,15 @@ def expect_plot(path: Path) -> None:
         raise SaeError(f"--plot {path}: the ending says the format; use {', '.join(FORMATS)}")
 
 
-def pareto(rows: Sequence[Row], path: Path) -> None:
-    """L0 against FVU and against cross-entropy degradation, a colour an architecture, its best runs joined.
+def expect_drawn(keys: Sequence[str]) -> None:
+    """Raise SaeError for what is no figure of a comparison."""
+    there = [one.key for one in compared()]
+    if unknown := [key for key in keys if key not in there]:
+        raise SaeError(f"--y {','.join(unknown)}: the figures are {', '.join(there)}")
+
+
+def pareto(rows: Sequence[Row], path: Path, drawn: Sequence[str] = DRAWN) -> None:
+    """L0 against FVU and against cross-entropy degradation (or others), a colour an architecture, its best runs joined.
 
     Joined are those judged on the most; what was judged on less is hollow, and the legend says on how much. Panels
     without two figures a run are left out; without held-out figures the last training batch's are shown. Runs without
@@ -40,8 +46,8 @@ def pareto(rows: Sequence[Row], path: Path) -> None:
     nothing to plot.
     """
     expect_plot(path)
-    panels = [axes for axes in AXES if any(_point(row, *axes[:2]) for row in rows)]
-    panels = panels[:-1] if len(panels) > 1 and panels[-1] == AXES[-1] else panels
+    held_out = [axes_of(key) for key in drawn if any(_point(row, key, "l0") for row in rows)]
+    panels = held_out or [TRAINED] * any(_point(row, *TRAINED[:2]) for row in rows)
     if not panels:
         raise SaeError(f"--plot {path}: no run has both L0 and a figure to set against it")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -57,6 +63,11 @@ def pareto(rows: Sequence[Row], path: Path) -> None:
     save(figure, path)
 
 
+def axes_of(key: str) -> PanelAxes:
+    """The panel of a figure over L0."""
+    return key, "l0", label(key), judged_on(key)
+
+
 def save(figure: "Figure", path: Path) -> None:
     """Write a figure as the ending of the path says, whole or not at all."""
     data = io.BytesIO()
@@ -64,7 +75,7 @@ def save(figure: "Figure", path: Path) -> None:
     write_atomic(path, data.getvalue())
 
 
-def _fill(axis: "Axes", panel: tuple[str, str, str, tuple[str, ...]], rows: Sequence[Row], kinds: list[str]) -> None:
+def _fill(axis: "Axes", panel: PanelAxes, rows: Sequence[Row], kinds: list[str]) -> None:
     y_name, x_name, title, amounts = panel
     points: dict[tuple[tuple[int, ...], str], list[tuple[float, float]]] = {}
     for row in rows:
@@ -93,7 +104,7 @@ def plain_text(said: str, most: int = MOST_LETTERS) -> str:
     return printable(said)[:most].replace("\\", "/").replace("$", r"\$")
 
 
-def absent(rows: Sequence[Row], panels: Sequence[tuple[str, str, str, tuple[str, ...]]]) -> str:
+def absent(rows: Sequence[Row], panels: Sequence[PanelAxes]) -> str:
     """Which runs have no point in a panel that is drawn, and why; empty where all have."""
     held_out = any(amounts for *_, amounts in panels)
     unjudged, silent = [], []

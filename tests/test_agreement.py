@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.metrics.agreement import best, chance, hungarian, mean_cosine, mmcs, recovery, symmetric_mmcs
+from pipeline.metrics.agreement import best, chance, hungarian, mean_cosine, mmcs, symmetric_mmcs
+from pipeline.metrics.recovery import Recovery
 
 
 def some(n: int, d: int, seed: int = 0) -> Tensor:
@@ -69,9 +70,9 @@ def test_chance_is_the_known_baseline() -> None:
 def test_recovery_of_a_planted_dictionary() -> None:
     truth = some(40, 30)
     learned = torch.cat([truth[torch.arange(39, 9, -1)], truth[:1] * 3, truth[:1], some(8, 30, 1)])  # 31 true, 1 twice
-    scores = recovery(learned, truth)
-    assert scores.recovered == pytest.approx(31 / 40)
-    assert scores.duplicates >= 1
-    assert scores.chance < 0.6 < scores.true_to_learned < 1
-    assert recovery(truth, truth).hungarian == pytest.approx(1)
-    assert recovery(truth, truth).duplicates == 0
+    scores = Recovery(learned, truth).result()
+    assert scores["recovered"] == pytest.approx(31 / 40)
+    assert scores["duplicates"] >= 1
+    assert scores["chance"] < 0.6 < scores["true_to_learned"] < 1
+    assert Recovery(truth, truth).result()["hungarian"] == pytest.approx(1)
+    assert Recovery(truth, truth).result()["duplicates"] == 0

@@ -24,7 +24,8 @@ import console
 from cache import activations, catalogue, durable, tokens
 from cache.manifest import MANIFEST, Windows
 from cache.runs import Run
-from pipeline.compare import RECOVERY
+from pipeline.metrics.figures import figures as figures_of
+from pipeline.metrics.figures import there
 
 PROJECT = Path(__file__).resolve().parents[1]
 TOKENIZE = "tokenize --source text.txt --tokenizer tiny --context 16 --tokens all --validation 0.3 --workers 1"
@@ -376,11 +377,12 @@ def test_the_four_commands_and_what_they_say(world: Path) -> None:
     judged = done("eval --json")
     assert judged.err.splitlines()[0] == f"run: {world / 'runs' / 'one'}"
     figures = [
-        "fvu", "explained_variance", "l0", "dead_fraction", "ce_clean", "ce_spliced", "ce_zero", "ce_mean",
-        "ce_recovered_zero", "ce_recovered_mean", "kl", "rows", "tokens",
+        "fvu", "explained_variance", "mse", "l0", "sparsity", "dense_share", "rate_q25", "rate_median", "rate_q75",
+        "dead_fraction", "ce_clean", "ce_spliced", "ce_degradation", "ce_zero", "ce_mean", "ce_recovered_zero",
+        "ce_recovered_mean", "kl", "orthogonality", "jl", "encoder_decoder_cosine", "rows", "dead_rows", "tokens",
     ]  # fmt: skip
     assert [*judged.json] == [*figures, "details"]
-    assert {*console.MEANING} == {*figures, *RECOVERY}
+    assert {*figures} == {one.key for one in figures_of(needs=there(model=True, truth=False))}
     assert "run: " in (told := done("report one --json")).err
     assert Path(told.json["report"]).read_text(encoding="utf-8").startswith("<!doctype html>")
 
@@ -407,7 +409,7 @@ def test_results_for_people(world: Path) -> None:
 
 def test_lists(world: Path) -> None:
     found = done("list --json").json
-    assert list(found) == ["runs", "architectures", "codecs", "sites", "sources", "presets"]
+    assert list(found) == ["runs", "architectures", "codecs", "sites", "metrics", "sources", "presets"]
     assert found["runs"][0]["name"] == "one" and "finished, on model-1" in found["runs"][0]["help"]
     assert all(entry["name"] in done("list").out for entries in found.values() for entry in entries)
     entries = done("cache ls --json").json

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 import console
+from pipeline.metrics.figures import evaluation_table
 
 KEY = "gpt2-6.mlp_out-fineweb-10BT-gpt2-128-validation-int8-0a1b2c3d"  # as long as keys become
 
@@ -237,12 +238,13 @@ def test_the_table_of_an_evaluation_over_two_sets_of_rows(capsys: pytest.Capture
 
 def test_the_table_of_an_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
     """Every figure with what it means; an undefined one is a dash."""
-    console.evaluation(dict.fromkeys(console.MEANING, 0.25) | {"ce_recovered_zero": None}, "run x")
+    every = evaluation_table()
+    console.evaluation({one.key: 0.25 for one in every} | {"ce_recovered_zero": None}, "run x")
     lines = capsys.readouterr().out.splitlines()
     figures = [line for line in lines[2:] if not line.startswith(" ")]
-    assert [line.split()[0] for line in figures] == list(console.MEANING)
+    assert [line.split()[0] for line in figures] == [one.key for one in every]
     text = " ".join(" ".join(lines).split())
-    assert all(meaning in text for meaning in console.MEANING.values())
+    assert all(one.meaning in text for one in every)
     assert max(map(len, lines)) <= 80
     assert "-" in next(line for line in lines if line.startswith("ce_recovered_zero")).split()
 

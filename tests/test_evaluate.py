@@ -37,14 +37,16 @@ from pipeline.evaluate import EvalConfig, evaluate
 from pipeline.harvest import HarvestConfig, harvest
 from pipeline.judging import judge_tokens
 from pipeline.language_model import LanguageModel
-from pipeline.metrics import DownstreamScores
+from pipeline.metrics.downstream import Downstream, DownstreamScores
 from pipeline.progress import Silent
 from pipeline.saes import parse
 from pipeline.train import TrainConfig, open_run, train
 
+DIRECTIONS = {"orthogonality", "jl", "encoder_decoder_cosine"}  # what does not depend on rows
 PROMISED = {
-    "fvu", "explained_variance", "l0", "dead_fraction", "ce_clean", "ce_spliced", "ce_zero", "ce_mean",
-    "ce_recovered_zero", "ce_recovered_mean", "kl", "rows", "tokens", "details",
+    "fvu", "explained_variance", "mse", "l0", "sparsity", "dense_share", "rate_q25", "rate_median", "rate_q75",
+    "dead_fraction", "ce_clean", "ce_spliced", "ce_degradation", "ce_zero", "ce_mean", "ce_recovered_zero",
+    "ce_recovered_mean", "kl", "rows", "dead_rows", "tokens", "details", *DIRECTIONS,
 }  # fmt: skip
 D_SAE = 2 * WIDTH
 SITES = [(0, "resid_post"), (1, "mlp_out"), (1, "resid_mid"), (0, "mlp_post")]
@@ -158,6 +160,16 @@ def plain_logits(
     return model(torch.from_numpy(world.held_out)).logits.double().log_softmax(-1)
 
 
+def scores(
+    sae: Callable[[Tensor], Tensor], world: World, store: ActivationStore, mean: Tensor, config: EvalConfig = CONFIG,
+    largest: float | None = None, tokens: TokenStore | None = None,
+) -> DownstreamScores:  # fmt: skip
+    """What splicing costs, with everything in `details`."""
+    metric = Downstream()
+    judge_tokens(sae, world.booted(), tokens or world.tokens(), store, mean, config, Silent(), [metric], largest)
+    return metric.scores()["sae"]
+
+
 def bent(x: Tensor) -> Tensor:
     """A dictionary of sorts: it changes every row, each by itself."""
     return 0.8 * x + 0.1 * x.abs() - 0.05
@@ -173,7 +185,7 @@ def test_cross_entropies_equal_the_plain_models(
     store = world.store(layer, site, "validation")
     training = world.store(layer, site)
     mean = training.rows(0, training.n_rows).double().mean(0).float()
-    found = judge_tokens(bent, world.booted(), world.tokens(), store, mean, CONFIG, Silent())
+    found = scores(bent, world, store, mean)
     places = counted(world)
     assert (found.tokens, found.contexts) == (len(places), len(world.held_out))
     clean = plain_logits(world, layer, site, None)
@@ -207,9 +219,7 @@ def test_positions_that_training_left_out_are_left_alone(gpt2: World) -> None:
     largest = float(np.quantile(norms, 0.7))
     kept = {*positions[norms <= largest].tolist()}
     assert 0 < len(kept) < len(positions)
-    found = judge_tokens(
-        bent, gpt2.booted(), gpt2.tokens(), store, torch.ones(WIDTH), CONFIG, Silent(), largest
-    )  # fmt: skip
+    found = scores(bent, gpt2, store, torch.ones(WIDTH), largest=largest)
     places = [(c, p) for c, p in counted(gpt2) if c * CONTEXT + p in kept]
     assert found.tokens == len(places)
     for estimate, new in ((found.ce_clean, None), (found.ce, bent), (found.ce_zero, torch.zeros_like)):
@@ -233,7 +243,7 @@ def test_what_is_left_alone_is_not_counted(gpt2: World) -> None:
         return x
 
     store = gpt2.store(1, "mlp_out", "validation")
-    judge_tokens(keep, gpt2.booted(), gpt2.tokens(), store, torch.zeros(WIDTH), CONFIG, Silent())
+    scores(keep, gpt2, store, torch.zeros(WIDTH))
     rows = torch.cat(seen)
     order = store.positions(0, store.n_rows).argsort()
     torch.testing.assert_close(rows, store.rows(0, store.n_rows)[order], rtol=1e-5, atol=2e-6)
@@ -242,9 +252,8 @@ def test_what_is_left_alone_is_not_counted(gpt2: World) -> None:
 @pytest.mark.parametrize("batch_tokens", [1, 7 * CONTEXT, 1000 * CONTEXT])
 def test_the_size_of_a_batch_does_not_matter(gpt2: World, batch_tokens: int) -> None:
     store = gpt2.store(0, "resid_post", "validation")
-    args = (bent, gpt2.booted(), gpt2.tokens(), store, torch.ones(WIDTH))
-    expected = judge_tokens(*args, CONFIG, Silent())
-    found = judge_tokens(*args, EvalConfig(tokens="all", batch_tokens=batch_tokens), Silent())
+    expected = scores(bent, gpt2, store, torch.ones(WIDTH))
+    found = scores(bent, gpt2, store, torch.ones(WIDTH), EvalConfig(tokens="all", batch_tokens=batch_tokens))
     assert found.ce.value == pytest.approx(expected.ce.value, abs=1e-6)
     assert found.tokens == expected.tokens
 
@@ -252,8 +261,7 @@ def test_the_size_of_a_batch_does_not_matter(gpt2: World, batch_tokens: int) -> 
 @pytest.mark.parametrize(("tokens", "contexts"), [(1, 1), (CONTEXT, 1), (CONTEXT + 1, 2), (10**9, 30)])
 def test_fewer_tokens_are_whole_contexts(gpt2: World, tokens: int, contexts: int) -> None:
     store = gpt2.store(0, "resid_post", "validation")
-    config = EvalConfig(tokens=tokens)
-    found = judge_tokens(bent, gpt2.booted(), gpt2.tokens(), store, torch.ones(WIDTH), config, Silent())
+    found = scores(bent, gpt2, store, torch.ones(WIDTH), EvalConfig(tokens=tokens))
     assert found.contexts == contexts
     assert found.tokens == len([c for c, _ in counted(gpt2) if c < contexts])
 
@@ -264,7 +272,7 @@ def test_tokens_of_which_none_counts(gpt2: World, tmp_path: Path) -> None:
     tokens = token_store(tmp_path, empty, split="validation", packing="document", seed=5)
     store = gpt2.store(0, "resid_post", "validation")
     with pytest.raises(SaeError, match=r"^--tokens 3: none of their predictions counts; judge on more$"):
-        judge_tokens(bent, gpt2.booted(), tokens, store, torch.ones(WIDTH), EvalConfig(tokens=3), Silent())
+        scores(bent, gpt2, store, torch.ones(WIDTH), EvalConfig(tokens=3), tokens=tokens)
 
 
 # Dictionaries whose scores are known
@@ -501,7 +509,7 @@ def test_both_are_shown_where_training_left_rows_out(tmp_path: Path, gpt2: World
     for name in PROMISED - {"details"}:
         assert found[name] == pytest.approx(every[name], rel=1e-9), name
     assert "kept" not in every and run.read_json(EVALUATION)["kept"] == kept
-    assert {*kept} == {*every, "largest_norm"}
+    assert {*kept} == {*every, "largest_norm"} - DIRECTIONS
     held_out, training = gpt2.store(0, "resid_post", "validation"), gpt2.store(0, "resid_post")
     assert kept["largest_norm"] == run.largest_norm == pytest.approx(1.1 * float(np.median(training.norms(0, 16))), 0.2)
     rows = held_out.rows(0, held_out.n_rows)[held_out.norms(0, held_out.n_rows) <= kept["largest_norm"]].double()

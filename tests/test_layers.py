@@ -88,9 +88,9 @@ def test_there_is_something_to_look_at() -> None:
 ARROWS: dict[str, tuple[tuple[str, ...], set[str] | None]] = {
     "cache": (("cache",), {"numpy", "numcodecs", "google_crc32c", "safetensors", "torch", "upath", "zarr"}),
     "configs": (("configs", "cache.errors"), {"pydantic", "yaml"}),
-    "console": (("cache.printable",), {"rich"}),
+    "console": (("cache.printable", "pipeline.metrics.figures"), {"rich"}),
     "pipeline.saes": (("pipeline.saes", "configs.base"), {"torch", "pydantic"}),
-    "pipeline.metrics": (("pipeline.metrics",), {"torch", "numpy", "scipy"}),
+    "pipeline.metrics": (("pipeline.metrics", "pipeline.saes"), {"torch", "numpy", "scipy"}),
     "pipeline.sources": (("pipeline.sources", "pipeline.network", "cache.errors"), None),
     "pipeline.language_model": (
         ("pipeline.language_model", "pipeline.network", "pipeline.embedded", "pipeline.devices", "cache.errors"), None,

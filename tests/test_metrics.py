@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.metrics import Downstream, Reconstruction, Sparsity
+from pipeline.metrics.downstream import Downstream
+from pipeline.metrics.reconstruction import Reconstruction
+from pipeline.metrics.sparsity import Sparsity
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 
@@ -22,7 +24,7 @@ def pieces(x: Tensor, sizes: list[int]) -> list[Tensor]:
 def reconstruction(x: Tensor, x_hat: Tensor, sizes: list[int]) -> Reconstruction:
     found = Reconstruction()
     for part, part_hat in zip(pieces(x, sizes), pieces(x_hat, sizes), strict=True):
-        found.update(part, part_hat)
+        found.count(part, part_hat)
     return found
 
 
@@ -54,7 +56,7 @@ def test_reconstruction_is_the_definition_however_batched(sizes: list[int], d: i
     x_hat = x + 0.3 * torch.randn(x.shape, generator=random)
     x[0] = 0.0  # a row without a direction
     x_hat[-1] = 0.0
-    scores = reconstruction(x, x_hat, [*sizes, 3]).result()
+    scores = reconstruction(x, x_hat, [*sizes, 3]).scores()
     for name, expected in slow_reconstruction(x, x_hat).items():
         assert getattr(scores, name) == pytest.approx(expected, rel=1e-9, abs=1e-9), name
 
@@ -64,7 +66,7 @@ def test_fvu_survives_a_mean_far_from_zero() -> None:
     x = torch.randn(4000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1e4
     x_hat = x + 0.1
     expected = 3 * 0.01 * len(x) / (x - x.mean(0)).square().sum().item()
-    assert reconstruction(x, x_hat, [1000] * 4).result().fvu == pytest.approx(expected, rel=1e-6)
+    assert reconstruction(x, x_hat, [1000] * 4).scores().fvu == pytest.approx(expected, rel=1e-6)
     per_feature = reconstruction(x, x_hat, [4000]).explained_variance_per_feature()
     assert per_feature.shape == (3,)
     assert per_feature == pytest.approx(1 - 0.01 / x.var(0, correction=0).numpy(), rel=1e-6)
@@ -72,21 +74,21 @@ def test_fvu_survives_a_mean_far_from_zero() -> None:
 
 def test_reconstruction_at_its_ends() -> None:
     x = torch.randn(50, 4, generator=torch.Generator().manual_seed(1)) + 2
-    perfect = reconstruction(x, x, [50]).result()
+    perfect = reconstruction(x, x, [50]).scores()
     assert (perfect.fvu, perfect.mse, perfect.relative_bias) == (0.0, 0.0, 1.0)
     assert perfect.cosine == pytest.approx(1.0)
-    nothing = reconstruction(x, torch.zeros_like(x), [50]).result()
+    nothing = reconstruction(x, torch.zeros_like(x), [50]).scores()
     assert (nothing.cosine, nothing.l2_ratio, nothing.relative_bias) == (0.0, 0.0, None)
     assert nothing.normalised_mse == pytest.approx(1.0)
-    mean = reconstruction(x, x.mean(0).expand_as(x), [20, 30]).result()
+    mean = reconstruction(x, x.mean(0).expand_as(x), [20, 30]).scores()
     assert mean.fvu == pytest.approx(1.0, rel=1e-5)
     assert mean.explained_variance == pytest.approx(0.0, abs=1e-5)
     constant = reconstruction(torch.ones(3, 2), torch.zeros(3, 2), [3])
-    assert constant.result().fvu is None
+    assert constant.scores().fvu is None
     assert constant.explained_variance_per_feature().isnan().all()
-    assert reconstruction(torch.zeros(3, 2), torch.ones(3, 2), [3]).result().cosine is None
+    assert reconstruction(torch.zeros(3, 2), torch.ones(3, 2), [3]).scores().cosine is None
     with pytest.raises(ValueError, match="no rows"):
-        Reconstruction().result()
+        Reconstruction().scores()
 
 
 def latents(rows: int, d_sae: int, k: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,10 +105,10 @@ def test_sparsity_is_the_definition_in_every_form(sizes: list[int], d_sae: int, 
     dense, values, indices = latents(sum(sizes), d_sae, min(k, d_sae), seed)
     forms = [Sparsity(d_sae) for _ in range(3)]
     for f, v, i in zip(pieces(dense, sizes), pieces(values, sizes), pieces(indices, sizes), strict=True):
-        forms[0].update(f)
-        forms[1].update(v, i)
+        forms[0].count(f)
+        forms[1].count(v, i)
         where = v > 0  # a varying number of entries
-        forms[2].update(v[where], i[where], rows=where.nonzero()[:, 0], batch=len(v))
+        forms[2].count(v[where], i[where], rows=where.nonzero()[:, 0], batch=len(v))
     table = dense.double().numpy()
     counts = (table != 0).sum(0)
     expected = {
@@ -122,7 +124,7 @@ def test_sparsity_is_the_definition_in_every_form(sizes: list[int], d_sae: int, 
         "dense_share": (counts / len(table) > 0.1).mean(),
     }
     for form in forms:
-        scores = dataclasses.asdict(form.result())
+        scores = dataclasses.asdict(form.scores())
         assert scores.pop("rare") is None
         assert scores == pytest.approx(expected, rel=1e-6)
         assert form.density() == pytest.approx(counts / len(table))
@@ -130,18 +132,18 @@ def test_sparsity_is_the_definition_in_every_form(sizes: list[int], d_sae: int, 
 
 def test_latents_below_zero_and_rare_ones() -> None:
     found = Sparsity(3)
-    found.update(torch.tensor([[-2.0, 0.0, 1.0]]))
-    assert (found.result().l0, found.result().l1, found.result().l0_relative) == (2.0, 3.0, 2.0)
+    found.count(torch.tensor([[-2.0, 0.0, 1.0]]))
+    assert (found.scores().l0, found.scores().l1, found.scores().l0_relative) == (2.0, 3.0, 2.0)
     often = Sparsity(3)
-    often.update(torch.tensor([[1.0, 1.0, 0.0]]))
+    often.count(torch.tensor([[1.0, 1.0, 0.0]]))
     nothing = torch.zeros(0)
     none = torch.zeros(0, dtype=torch.long)
-    often.update(torch.ones(300_000), torch.zeros(300_000, dtype=torch.long), rows=torch.arange(300_000), batch=300_000)
-    often.update(nothing, none, rows=none, batch=1_700_000)
-    scores = often.result()
+    often.count(torch.ones(300_000), torch.zeros(300_000, dtype=torch.long), rows=torch.arange(300_000), batch=300_000)
+    often.count(nothing, none, rows=none, batch=1_700_000)
+    scores = often.scores()
     assert (scores.rows, scores.rare, scores.dead, scores.dense) == (2_000_001, 1, 1, 1)
     with pytest.raises(ValueError, match="no rows"):
-        Sparsity(3).result()
+        Sparsity(3).scores()
 
 
 def made_losses(contexts: int, seed: int) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]], Tensor]:
@@ -166,9 +168,9 @@ def test_downstream_weighs_tokens_alike_however_batched(sizes: list[int], seed: 
     at = 0
     for size in sizes:
         part = slice(at, at + size)
-        found.update(clean[part], {name: (ce[part], kl[part]) for name, (ce, kl) in spliced.items()}, mask[part])
+        found.count(clean[part], {name: (ce[part], kl[part]) for name, (ce, kl) in spliced.items()}, mask[part])
         at += size
-    scores = found.result(resamples=50)
+    scores = found.scores(resamples=50)
 
     def ce(name: str) -> float:
         return spliced[name][0][mask].double().mean().item()
@@ -191,8 +193,8 @@ def test_downstream_weighs_tokens_alike_however_batched(sizes: list[int], seed: 
 def test_identity_recovers_all_and_each_baseline_nothing() -> None:
     clean, spliced, _ = made_losses(9, 0)
     found = Downstream()
-    found.update(clean, spliced)
-    scores = found.result()
+    found.count(clean, spliced)
+    scores = found.scores()
     same = scores["same"]
     assert (same.degradation.value, same.degradation.low, same.degradation.high) == (0.0, 0.0, 0.0)
     assert same.recovered_zero is not None and same.recovered_mean is not None
@@ -205,12 +207,12 @@ def test_no_recovery_is_claimed_from_a_baseline_that_costs_nothing() -> None:
     clean, spliced, _ = made_losses(9, 0)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(3))
     found = Downstream()
-    found.update(clean, {"sae": spliced["sae"], "zero": (clean + 1e-4, clean * 0), "mean": (clean + noise, clean)})
-    scores = found.result()["sae"]
+    found.count(clean, {"sae": spliced["sae"], "zero": (clean + 1e-4, clean * 0), "mean": (clean + noise, clean)})
+    scores = found.scores()["sae"]
     assert (scores.recovered_zero, scores.recovered_mean, scores.kl_recovered_zero) == (None, None, None)
     alone = Downstream()
-    alone.update(clean, {"sae": spliced["sae"]})
-    assert (alone.result()["sae"].ce_zero, alone.result()["sae"].recovered_mean) == (None, None)
+    alone.count(clean, {"sae": spliced["sae"]})
+    assert (alone.scores()["sae"].ce_zero, alone.scores()["sae"].recovered_mean) == (None, None)
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
@@ -220,23 +222,23 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
         level = torch.randn(40, 1, generator=random)  # contexts differ: tokens of one are not independent
         clean = 3 + level + 0.1 * torch.randn(40, 20, generator=random)
         found = Downstream()
-        found.update(clean, {"sae": (clean, clean * 0)})
-        interval = found.result(resamples=200, seed=trial)["sae"].ce_clean
+        found.count(clean, {"sae": (clean, clean * 0)})
+        interval = found.scores(resamples=200, seed=trial)["sae"].ce_clean
         hits += interval.low <= 3 <= interval.high
     assert 0.85 <= hits / 60 <= 1.0
 
 
 def test_downstream_refuses_what_it_cannot_score() -> None:
     with pytest.raises(ValueError, match="no tokens"):
-        Downstream().result()
+        Downstream().scores()
     empty = Downstream()
-    empty.update(torch.ones(2, 3), {}, torch.zeros(2, 3, dtype=torch.bool))
+    empty.count(torch.ones(2, 3), {}, torch.zeros(2, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="no tokens"):
-        empty.result()
+        empty.scores()
     changing = Downstream()
-    changing.update(torch.ones(2, 3), {"a": (torch.ones(2, 3), torch.ones(2, 3))})
+    changing.count(torch.ones(2, 3), {"a": (torch.ones(2, 3), torch.ones(2, 3))})
     with pytest.raises(AssertionError, match="same replacements"):
-        changing.update(torch.ones(2, 3), {})
+        changing.count(torch.ones(2, 3), {})
 
 
 def test_masked_values_do_not_leak() -> None:
@@ -244,5 +246,5 @@ def test_masked_values_do_not_leak() -> None:
     clean, spliced, mask = made_losses(5, 0)
     found = Downstream()
     holes = torch.where(mask, 0.0, math.nan)
-    found.update(clean + holes, {name: (ce + holes, kl + holes) for name, (ce, kl) in spliced.items()}, mask)
-    assert found.result()["sae"].ce_clean.value == pytest.approx(clean[mask].double().mean().item())
+    found.count(clean + holes, {name: (ce + holes, kl + holes) for name, (ce, kl) in spliced.items()}, mask)
+    assert found.scores()["sae"].ce_clean.value == pytest.approx(clean[mask].double().mean().item())

@@ -18,7 +18,7 @@ from cache.printable import printable
 from cache.runs import Run
 from configs import resolve
 from pipeline.compare import as_csv, compare, front, over_seeds
-from pipeline.plots import AXES, absent, pareto
+from pipeline.plots import absent, axes_of, pareto
 from pipeline.progress import Silent
 from pipeline.sweep import combinations, of_seeds, open_all, sweep
 from pipeline.train import TrainConfig, open_run, train
@@ -211,7 +211,7 @@ class TestCompare:
         assert "topk, on 64 rows" in texts[0] and "topk, on 1,000 rows" in texts[0]
         assert f"not judged: {runs[3].name}" in texts[0]
         assert "rows -->" not in texts[1].replace("held-out rows -->", "") and "not judged" not in texts[1]
-        assert absent([{**rows[0], "l0": 0.0}], [AXES[0]]) == f"L0 of 0: {runs[0].name}"
+        assert absent([{**rows[0], "l0": 0.0}], [axes_of("fvu")]) == f"L0 of 0: {runs[0].name}"
 
     def test_no_runs_is_said(self) -> None:
         with pytest.raises(NotFound, match="no runs"):

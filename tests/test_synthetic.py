@@ -30,7 +30,8 @@ from cache.upkeep.salvage import salvage, verify
 from commands.app import app
 from configs import resolve
 from pipeline import synthetic
-from pipeline.metrics.agreement import chance, recovery
+from pipeline.metrics.agreement import chance
+from pipeline.metrics.recovery import Recovery
 from pipeline.progress import Silent
 from pipeline.repair import Origins, repair_all
 from pipeline.saes import create
@@ -358,7 +359,7 @@ def test_a_dictionary_that_is_the_truth_recovers_it(home: Path) -> None:
     for name in ("true_to_learned", "learned_to_true", "recovered", "hungarian"):
         assert found[name] == pytest.approx(1, abs=1e-5), name
     assert found["duplicates"] == 1
-    assert recovery(truth, truth).duplicates == 0
+    assert Recovery(truth, truth).result()["duplicates"] == 0
 
 
 def test_training_resumes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -461,9 +462,10 @@ def test_topk_finds_the_truth(presence: Groups | Independent, tmp_path: Path) ->
     run = open_run(config, store, tmp_path / "runs", None, resume=False)
     train([run], store, Silent())
     assert store.truth is not None
-    found = recovery(run.load_weights()[0]["W_dec"], store.truth)
-    assert found.chance == chance(512, 512, 256) == pytest.approx(0.19, abs=0.01)
-    assert found.true_to_learned >= 0.9
-    assert found.recovered > 0.75
+    found = Recovery(run.load_weights()[0]["W_dec"], store.truth).result()
+    assert found["chance"] == chance(512, 512, 256) == pytest.approx(0.19, abs=0.01)
+    assert found["true_to_learned"] >= 0.9
+    assert found["recovered"] > 0.75
     untrained = create(TopKConfig(d_sae=512, k=8), 256, seed=0)
-    assert recovery(untrained.W_dec.detach(), store.truth).true_to_learned == pytest.approx(found.chance, abs=0.02)
+    unlearned = Recovery(untrained.W_dec.detach(), store.truth).result()
+    assert unlearned["true_to_learned"] == pytest.approx(found["chance"], abs=0.02)

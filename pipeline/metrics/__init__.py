@@ -1,20 +1,8 @@
-"""What the stages measure, as streaming accumulators of plain tensors. Nothing here knows a model, a cache or a path.
+"""What is measured of a dictionary: one file a metric, found by being there.
 
-Each class is fed batches with `update` and answers with `result`: sums are kept in float64, so the answer does not
-depend on how the rows were batched (to rounding), and memory does not grow with them. What cannot be said (a ratio
-to zero, a count over too few rows) is None, never a made-up number.
+A metric says once what its figures are called, what they mean and which way is better (`figures`, readable without
+torch); evaluation, report, comparison and studies show whatever there is. `metric` says how one is written. Most are
+streaming accumulators of plain tensors that know no path and no cache: sums are kept in float64, so an answer does not
+depend on how the rows were batched (to rounding), and memory does not grow with them. What cannot be said (a ratio to
+zero, a count over too few rows) is None, never a made-up number.
 """
-
-from pipeline.metrics.downstream import Downstream, DownstreamScores, Estimate
-from pipeline.metrics.reconstruction import Reconstruction, ReconstructionScores
-from pipeline.metrics.sparsity import Sparsity, SparsityScores
-
-__all__ = [
-    "Downstream",
-    "DownstreamScores",
-    "Estimate",
-    "Reconstruction",
-    "ReconstructionScores",
-    "Sparsity",
-    "SparsityScores",
-]

@@ -9,7 +9,6 @@ a large one. A random dictionary scores above 0, too (0.19 for 512 vectors in 25
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean
 
@@ -18,7 +17,6 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 BLOCK = 1 << 24  # cosines held at a time
-RECOVERED = 0.9  # a true feature counts as recovered from this cosine on
 
 
 def best(a: Tensor, b: Tensor) -> Tensor:
@@ -74,31 +72,6 @@ def chance(n: int, m: int, d: int, *, seed: int = 0) -> float:
     """MMCS of n on m vectors that are random directions in d dimensions: what a score is worth nothing below."""
     generator = torch.Generator().manual_seed(seed)
     return mmcs(torch.randn(n, d, generator=generator), torch.randn(m, d, generator=generator)).item()
-
-
-@dataclass(frozen=True)
-class RecoveryScores:
-    """Learned directions [m, d] against the true ones [G, d]."""
-
-    true_to_learned: float  # MMCS: is each true feature there?
-    learned_to_true: float  # MMCS: is each learned one true?
-    recovered: float  # share of true features with a cosine above 0.9
-    hungarian: float  # mean cosine of a one-to-one matching
-    duplicates: int  # learned directions beyond the first whose best true feature is the same
-    chance: float  # true_to_learned of random directions
-
-
-def recovery(learned: Tensor, truth: Tensor) -> RecoveryScores:
-    """Ground-truth recovery of a dictionary (methods: MMCS both ways, share recovered, matching, duplicates)."""
-    found = cosine_similarity(truth, learned[best(truth, learned)])
-    return RecoveryScores(
-        true_to_learned=found.mean().item(),
-        learned_to_true=mmcs(learned, truth).item(),
-        recovered=(found > RECOVERED).double().mean().item(),
-        hungarian=mean_cosine(learned, truth, hungarian(learned, truth)).item(),
-        duplicates=len(learned) - len(best(learned, truth).unique()),
-        chance=chance(len(truth), len(learned), truth.shape[1]),
-    )
 
 
 def _unit(rows: Tensor) -> Tensor:

@@ -10,11 +10,15 @@ stream is so harmful that anything "recovers" most of it; read the raw cross-ent
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pipeline.metrics.figures import Figure
+from pipeline.metrics.metric import Metric, Value, register
 
 ZERO, MEAN = "zero", "mean"
 MIN_COST = 1e-3  # nats a token: a baseline that costs less than this leaves nothing to recover
@@ -54,16 +58,72 @@ class DownstreamScores:
     kl_recovered_zero: Estimate | None  # 1 - kl / kl_zero
 
 
-class Downstream:
-    """Accumulates `DownstreamScores` for one or several replacements over batches of contexts.
+@register
+class Downstream(Metric):
+    """What splicing reconstructions into the language model costs it. `count` accumulates contexts for `scores`.
 
     Replacements named "zero" and "mean" are the baselines; the others are scored against them.
     """
 
+    name = "downstream"
+    needs = ("model",)
+    figures = (
+        Figure(
+            "ce_clean", "CE, model as it is", "cross-entropy of the model as it is, nats a token", None, "evaluation"
+        ),
+        Figure("ce_spliced", "CE, spliced", "with the reconstruction in place", "low", "evaluation"),
+        Figure(
+            "ce_degradation",
+            "cross-entropy added, nats a token",
+            "what the reconstruction adds to it, nats a token",
+            "low",
+        ),
+        Figure("ce_zero", "CE, zero-ablated", "with zeros in place", None, "evaluation"),
+        Figure("ce_mean", "CE, mean-ablated", "with the training mean in place", None, "evaluation"),
+        Figure(
+            "ce_recovered_zero",
+            "CE recovered, of zero",
+            "share of what zeros cost that the reconstruction recovers",
+            "high",
+            share=True,
+        ),
+        Figure(
+            "ce_recovered_mean",
+            "CE recovered, of mean",
+            "share of what the mean costs that the reconstruction recovers",
+            "high",
+            share=True,
+        ),
+        Figure("kl", "KL", "KL(clean || spliced), nats a token", "low", "evaluation"),
+        Figure("tokens", "held-out predictions", "held-out predictions judged", amount=True),
+    )
+
     def __init__(self) -> None:
         self._sums: dict[tuple[str, str], list[np.ndarray]] = {}
+        self._found: DownstreamScores | None = None
 
-    def update(self, clean: Tensor, spliced: Mapping[str, tuple[Tensor, Tensor]], mask: Tensor | None = None) -> None:
+    def splice(self, clean: Tensor, spliced: Mapping[str, tuple[Tensor, Tensor]], mask: Tensor) -> None:
+        self.count(clean, spliced, mask)
+        self._found = None
+
+    def result(self) -> dict[str, Value]:
+        down = self._of_reconstruction()
+        found = {
+            "ce_clean": down.ce_clean, "ce_spliced": down.ce, "ce_degradation": down.degradation,
+            "ce_zero": down.ce_zero, "ce_mean": down.ce_mean, "ce_recovered_zero": down.recovered_zero,
+            "ce_recovered_mean": down.recovered_mean, "kl": down.kl,
+        }  # fmt: skip
+        return {key: None if each is None else each.value for key, each in found.items()} | {"tokens": down.tokens}
+
+    def details(self) -> dict[str, Any]:
+        return {"downstream": asdict(self._of_reconstruction())}
+
+    def _of_reconstruction(self) -> DownstreamScores:
+        """The scores of what is spliced in, resampled once."""
+        self._found = self._found or self.scores()["sae"]
+        return self._found
+
+    def count(self, clean: Tensor, spliced: Mapping[str, tuple[Tensor, Tensor]], mask: Tensor | None = None) -> None:
         """Count a batch: clean cross-entropies [B, P] and, for each replacement, its cross-entropies and KLs [B, P].
 
         `mask` bool [B, P] keeps the predictions that count (no padding, no position whose activations were left
@@ -80,7 +140,7 @@ class Downstream:
             sums = torch.where(kept, values.double(), 0.0).sum(1)
             self._sums.setdefault(key, []).append(sums.cpu().numpy())
 
-    def result(self, *, resamples: int = 1000, seed: int = 0) -> dict[str, DownstreamScores]:
+    def scores(self, *, resamples: int = 1000, seed: int = 0) -> dict[str, DownstreamScores]:
         """Scores of every replacement (the baselines too). Raises ValueError when there were no tokens."""
         per_context = {key: np.concatenate(parts) for key, parts in self._sums.items()}
         tokens = per_context.get(("", "tokens"), np.zeros(0))

@@ -5,13 +5,55 @@ read `mean_abs_cosine` against: `random_cosine`, what random directions score, a
 directions in d dimensions can push their largest cosine.
 """
 
+from __future__ import annotations
+
 import math
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
+from pipeline.metrics.figures import Figure
+from pipeline.metrics.metric import Metric, Subject, Value, register
+from pipeline.saes import SAE
+from pipeline.saes.coherence import jl
+
 BLOCK = 1 << 22  # cosines held at a time
+
+
+@register
+class Geometry(Metric):
+    """How a dictionary's directions lie towards each other and towards its encoder's."""
+
+    name = "geometry"
+    needs = ("directions",)
+    figures = (
+        Figure("orthogonality", "mean |cosine| of directions", "mean |cosine| of two decoder rows", "low", "studies"),
+        Figure("jl", "JL penalty", "Johnson-Lindenstrauss penalty of the decoder, coefficient 1", "low", "studies"),
+        Figure(
+            "encoder_decoder_cosine",
+            "cosine of encoder and decoder",
+            "mean cosine of a latent's encoder and decoder rows",
+            None,
+            "studies",
+        ),
+    )
+
+    def __init__(self, sae: SAE) -> None:
+        self.sae = sae
+
+    @classmethod
+    def of(cls, subject: Subject) -> Geometry:
+        return cls(subject.sae)
+
+    @torch.no_grad()
+    def result(self) -> dict[str, Value]:
+        sae = self.sae
+        alike = encoder_decoder_cosine(sae.W_enc.T, sae.W_dec) if sae.d_in == sae.d_out else None
+        return {
+            "orthogonality": mean_abs_cosine(sae.W_dec), "jl": jl(sae.W_dec).item(),
+            "encoder_decoder_cosine": None if alike is None else alike.mean().item(),
+        }  # fmt: skip
 
 
 @torch.no_grad()

@@ -8,10 +8,14 @@ standard deviations from zero, as in residual streams.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from pipeline.metrics.figures import Figure
+from pipeline.metrics.metric import Encoded, Metric, Value, register
 
 
 @dataclass(frozen=True)
@@ -29,20 +33,43 @@ class ReconstructionScores:
     normalised_mse: float | None  # mean of ||x - x^||^2 / ||x||^2 over rows with x != 0
 
 
-class Reconstruction:
-    """Accumulates `ReconstructionScores` over batches of rows."""
+@register
+class Reconstruction(Metric):
+    """How well held-out rows are reconstructed. `count` accumulates batches for `scores`."""
+
+    name = "reconstruction"
+    needs = ("rows",)
+    figures = (
+        Figure("fvu", "FVU", "share of variance left unexplained, against the data set's mean", "low"),
+        Figure("explained_variance", "explained variance", "1 - FVU", "high", "evaluation", share=True),
+        Figure("mse", "squared error", "squared error a feature, in the data's units", "low", "studies"),
+        Figure("rows", "held-out rows", "held-out rows judged", amount=True),
+    )
 
     def __init__(self) -> None:
         self._totals: _Totals | None = None
 
-    def update(self, x: Tensor, x_hat: Tensor) -> None:
+    def update(self, batch: Encoded) -> None:
+        self.count(batch.y, batch.y_hat)
+
+    def result(self) -> dict[str, Value]:
+        found = self.scores()
+        return {
+            "fvu": found.fvu, "explained_variance": found.explained_variance, "mse": found.mse_per_feature,
+            "rows": found.rows,
+        }  # fmt: skip
+
+    def details(self) -> dict[str, Any]:
+        return {"reconstruction": asdict(self.scores())}
+
+    def count(self, x: Tensor, x_hat: Tensor) -> None:
         """Count a batch of targets and reconstructions, both [B, d]."""
         assert x.ndim == 2 and x.shape == x_hat.shape, (x.shape, x_hat.shape)
         if len(x):
             batch = _Totals.of(_float64(x), _float64(x_hat))
             self._totals = batch if self._totals is None else self._totals.merged(batch)
 
-    def result(self) -> ReconstructionScores:
+    def scores(self) -> ReconstructionScores:
         """The scores of all rows so far. Raises ValueError when there were none."""
         totals = self._checked()
         length_hat, dot, there, cosine, ratio, relative = totals.sums.tolist()

@@ -4,10 +4,17 @@ A latent fires in a row where its activation is not 0; an entry of a sparse form
 does not. Latents come dense, as k entries a row, or as a varying number of entries a row.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+import statistics
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from pipeline.metrics.figures import Figure
+from pipeline.metrics.metric import Encoded, Metric, Subject, Value, register
 
 DENSE = 0.1  # a latent is dense when it fires in more than this share of rows
 RARE = 1e-6  # and ultra-low in density when in less than this one (but ever)
@@ -32,8 +39,35 @@ class SparsityScores:
     dense_share: float  # dense / d_sae
 
 
-class Sparsity:
-    """Accumulates `SparsityScores` over batches of latents."""
+@register
+class Sparsity(Metric):
+    """How many latents fire, and how often each does. `count` accumulates batches for `scores`."""
+
+    name = "sparsity"
+    needs = ("codes",)
+    figures = (
+        Figure("l0", "L0", "latents that fire in a row"),
+        Figure(
+            "sparsity", "sparsity", "share of activations that are zero: 1 - L0 / latents", None, "studies", share=True
+        ),
+        Figure(
+            "dense_share",
+            "dense latents",
+            "share of latents that fire in more than a tenth of the rows",
+            "low",
+            "studies",
+            share=True,
+        ),
+        Figure(
+            "rate_q25",
+            "lower quartile of firing rates",
+            "firing rate that a quarter of the living latents stay below",
+            None,
+            "studies",
+        ),
+        Figure("rate_median", "median firing rate", "half of them", None, "studies"),
+        Figure("rate_q75", "upper quartile of firing rates", "three quarters", None, "studies"),
+    )
 
     def __init__(self, d_sae: int) -> None:
         self.d_sae = d_sae
@@ -41,7 +75,35 @@ class Sparsity:
         self._fired = torch.zeros(d_sae, dtype=torch.int64)
         self._sums = torch.zeros(4, dtype=torch.float64)  # fired, above TINY, above RELATIVE, |f|
 
-    def update(
+    @classmethod
+    def of(cls, subject: Subject) -> Sparsity:
+        return cls(subject.sae.d_sae)
+
+    def update(self, batch: Encoded) -> None:
+        codes = batch.codes
+        if codes.entries is None:
+            self.count(codes.values)
+        elif codes.values.dim() == 2:
+            self.count(codes.values, codes.indices)
+        else:
+            self.count(codes.values, codes.indices, rows=codes.entries.rows, batch=codes.batch)
+
+    def result(self) -> dict[str, Value]:
+        found, density = self.scores(), self.density()
+        living = density[density > 0].tolist()
+        rates = statistics.quantiles(living, n=4, method="inclusive") if len(living) > 1 else [None, None, None]
+        return {
+            "l0": found.l0, "sparsity": found.zeros, "dense_share": found.dense_share,
+            **dict(zip(("rate_q25", "rate_median", "rate_q75"), rates, strict=True)),
+        }  # fmt: skip
+
+    def details(self) -> dict[str, Any]:
+        return {"sparsity": asdict(self.scores())}
+
+    def latents(self) -> dict[str, Tensor]:
+        return {"density": self.density().float()}
+
+    def count(
         self, values: Tensor, indices: Tensor | None = None, *, rows: Tensor | None = None, batch: int | None = None
     ) -> None:
         """Count a batch.
@@ -72,17 +134,12 @@ class Sparsity:
         self._fired += fired.cpu()
         self.rows += batch
 
-    @property
-    def fired(self) -> Tensor:
-        """bool [d_sae]: which latents fired in any of the rows so far."""
-        return self._fired > 0
-
     def density(self) -> Tensor:
         """float64 [d_sae]: the share of rows each latent fired in."""
         self._check()
         return self._fired.double() / self.rows
 
-    def result(self) -> SparsityScores:
+    def scores(self) -> SparsityScores:
         """The scores of all rows so far. Raises ValueError when there were none."""
         self._check()
         l0, tiny, relative, l1 = (self._sums / self.rows).tolist()

@@ -2,10 +2,11 @@
 
 import json
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from pipeline.metrics.figures import completed, evaluation_table, figures
 from pipeline.report.charts import framed, histogram, ladder, number, percent
 from pipeline.report.escaping import escape
 
@@ -13,37 +14,12 @@ BINS_PER_DECADE = 6
 MOST_ITEMS = 24  # of a list in the details; the JSON file has them all
 
 
-class Figure(NamedTuple):
-    """A number of eval.json, its name, and what it means in one line."""
-
-    key: str
-    name: str
-    meaning: str
-
-
-FIGURES = (
-    Figure("fvu", "FVU", "share of the variance the reconstruction misses: 0 is perfect, 1 no better than the mean"),
-    Figure("explained_variance", "explained variance", "1 − FVU"),
-    Figure("l0", "L0", "latents active on a token, on average"),
-    Figure("dead_fraction", "dead latents", "share of latents that fired on none of the rows searched"),
-    Figure("ce_clean", "CE, model as it is", "next-token cross-entropy in nats on held-out text"),
-    Figure("ce_spliced", "CE, spliced", "the same with every activation at this site replaced by its reconstruction"),
-    Figure("ce_mean", "CE, mean-ablated", "replaced by the mean activation of the training rows"),
-    Figure("ce_zero", "CE, zero-ablated", "replaced by zero; so destructive that almost anything recovers most of it"),
-    Figure("ce_recovered_mean", "CE recovered, of mean", "share of mean ablation’s damage that splicing avoids"),
-    Figure("ce_recovered_zero", "CE recovered, of zero", "the same for zero ablation, the kinder yardstick"),
-    Figure("kl", "KL", "divergence in nats of the spliced model's predictions from its own"),
-    Figure("rows", "rows", "held-out activations the reconstruction was judged on"),
-    Figure("tokens", "tokens", "held-out tokens the cross-entropies were taken over"),
-)
-SHARES = {"dead_fraction", "ce_recovered_mean", "ce_recovered_zero", "explained_variance"}
-
-
 def scores_html(values: dict[str, Any], latents: int, vocabulary: int | None) -> str:
     """`eval.json` of a dictionary of so many latents, for a model of so many tokens. A null is shown as undefined."""
+    values = completed(values)
     cards = _card("Variance explained", values, "explained_variance", f"FVU {_shown(values, 'fvu')}")
     cards += _card("Active per token", values, "l0", f"L0, of {latents:,} latents")
-    added = _difference(values, "ce_spliced", "ce_clean")
+    added = _signed(values.get("ce_degradation"))
     cards += _card("Loss recovered", values, "ce_recovered_mean", f"against mean ablation; splicing adds {added}")
     cards += _card("Dead latents", values, "dead_fraction", _dead_window(values))
     details = values.get("details")
@@ -75,10 +51,10 @@ def _table(values: dict[str, Any]) -> str:
     sides = [values] if kept is None else [values, kept]
     head = "" if kept is None else "<tr><th></th><th>all rows</th><th>kept</th><th></th></tr>"
     rows = "".join(
-        f'<tr><th scope="row">{f.name}</th>'
+        f'<tr><th scope="row">{f.title}</th>'
         + "".join(f'<td class="n">{_shown(side, f.key)}</td>' for side in sides)
         + f"<td>{f.meaning}</td></tr>"
-        for f in FIGURES
+        for f in evaluation_table()
         if f.key in values
     )
     return f"<table>{head}{rows}</table>"
@@ -89,7 +65,7 @@ def _card(title: str, values: dict[str, Any], key: str, about: str) -> str:
 
 
 def _dead_window(values: dict[str, Any]) -> str:
-    rows = (values.get("details") or {}).get("dead_rows", values.get("rows"))
+    rows = values.get("dead_rows", values.get("rows"))
     return "never fired" if rows is None else f"never fired on {rows:,} rows"
 
 
@@ -97,13 +73,11 @@ def _shown(values: dict[str, Any], key: str) -> str:
     value = values.get(key)
     if value is None:
         return '<span title="not defined here">–</span>'
-    return percent(value) if key in SHARES else number(value)
+    return percent(value) if any(one.share for one in figures() if one.key == key) else number(value)
 
 
-def _difference(values: dict[str, Any], key: str, base: str) -> str:
-    if values.get(key) is None or values.get(base) is None:
-        return "–"
-    return f"{values[key] - values[base]:+.3f} nats".replace("-", "−")
+def _signed(nats: float | None) -> str:
+    return "–" if nats is None else f"{nats:+.3f} nats".replace("-", "−")
 
 
 def _losses(values: dict[str, Any], vocabulary: int | None) -> str:
@@ -112,7 +86,8 @@ def _losses(values: dict[str, Any], vocabulary: int | None) -> str:
     there = {key: name for key, name in named.items() if values.get(key) is not None}
     if "ce_clean" not in there:
         return ""
-    rungs = [(n, values[k], "" if k == "ce_clean" else _difference(values, k, "ce_clean")) for k, n in there.items()]
+    clean = values["ce_clean"]
+    rungs = [(name, values[k], "" if k == "ce_clean" else _signed(values[k] - clean)) for k, name in there.items()]
     reference = ("guessing uniformly", math.log(vocabulary)) if vocabulary else None
     chart = ladder(rungs, label="Cross-entropy in nats", reference=reference)
     return f'<div class="charts">{framed("Cross-entropy of the next token, nats", chart, "full")}</div><br>'

@@ -15,9 +15,10 @@ from typing import NamedTuple
 from cache.activations import ActivationStore
 from cache.runs import Run
 from pipeline.compare import Row
+from pipeline.metrics.figures import label
 from pipeline.metrics.geometry import random_cosine
 from pipeline.studies import matching
-from pipeline.studies.figures import JUDGED
+from pipeline.studies.figures import columns
 from pipeline.studies.plots import Panel
 from pipeline.studies.plots import draw as draw_panels
 from pipeline.studies.study import Lab, Result, Trial, of_equal_rows, variant
@@ -45,7 +46,7 @@ LENGTH = 24  # letters of a sparkline
 
 LABELS = ("activation", "coefficient")
 RATES = ("dense_share", "rate_q25", "rate_median", "rate_q75")
-COLUMNS = ("mse", "fvu", "l0", "sparsity", "dead_fraction", *RATES, "orthogonality", "train_loss", *JUDGED)
+FIRST = ("mse", "fvu", "l0", "sparsity", "dead_fraction", *RATES, "orthogonality", "train_loss")
 
 
 def activations(
@@ -76,7 +77,7 @@ def activations(
     def draw(table: Sequence[Row], path: Path) -> None:
         draw_panels(panels(table, history), path)
 
-    return Result("activations", LABELS, COLUMNS, rows, draw, [*notes, *apart(rows)], extra)
+    return Result("activations", LABELS, columns(*FIRST), rows, draw, [*notes, *apart(rows)], extra)
 
 
 def variants(base: TrainConfig, k: int | None, d_sae: int | None) -> dict[str, TrainConfig]:
@@ -186,7 +187,7 @@ def panels(rows: Sequence[Row], history: dict[str, list[float]]) -> list[Panel]:
         if values and values[0] > 0
     }
     return [
-        Panel("FVU, held-out rows", "L0", points("fvu"), log_x=True),
-        Panel("cross-entropy added, nats a token", "L0", points("ce_degradation"), log_x=True),
+        Panel(label("fvu"), "L0", points("fvu"), log_x=True),
+        Panel(label("ce_degradation"), "L0", points("ce_degradation"), log_x=True),
         Panel("loss over the first logged", "share of the training", course, marks=False),
     ]

@@ -19,7 +19,8 @@ from cache.runs import Run
 from pipeline import trained
 from pipeline.compare import Row
 from pipeline.metrics.agreement import best, chance, mutual
-from pipeline.studies.figures import JUDGED
+from pipeline.metrics.figures import label
+from pipeline.studies.figures import columns
 from pipeline.studies.plots import Panel
 from pipeline.studies.plots import draw as draw_panels
 from pipeline.studies.study import Lab, Result, Trial
@@ -30,11 +31,10 @@ from pipeline.training.alignment import AlignConfig, By
 WEIGHTS = (0.0, 0.01, 0.1, 1.0)
 
 LABELS = ("by", "weight")
-COLUMNS = ("agreement", "agreement_chance", "fvu", "l0", "dead_fraction", *JUDGED, "agreement_truth_r")
-TITLES = {
-    "agreement": "agreement of decoders (MMCS)", "fvu": "FVU, held-out rows", "true_to_learned": "true features found",
-    "ce_degradation": "cross-entropy added, nats a token", "agreement_truth_r": "r of agreement and truth",
-}  # fmt: skip
+FIRST = ("agreement", "agreement_chance", "fvu", "l0", "dead_fraction")
+TRUTH = "agreement_truth_r"
+DRAWN = ("agreement", "fvu", "true_to_learned", "ce_degradation", TRUTH)
+TITLES = {"agreement": "agreement of decoders (MMCS)", TRUTH: "r of agreement and truth"}  # of what is measured here
 SMALLEST = 0.1  # of the smallest weight: where none stands on a logarithmic axis
 ITSELF = ("align.by", "align.weight", "align.seeds")  # settings that the study decides
 
@@ -65,7 +65,7 @@ def alignment(
     def draw(table: Sequence[Row], path: Path) -> None:
         draw_panels(panels(table, latents), path)
 
-    return Result("alignment", LABELS, COLUMNS, rows, draw, extra={"latents": latents})
+    return Result("alignment", LABELS, (*columns(*FIRST), TRUTH), rows, draw, extra={"latents": latents})
 
 
 def compare(rows: Sequence[Row], runs: Path, truth: Tensor | None) -> list[dict[str, Any]]:
@@ -116,7 +116,8 @@ def panels(rows: Sequence[Row], latents: Sequence[dict[str, Any]]) -> list[Panel
 
     shown = [
         Panel(title, f"weight ({free:g}: none)", {what: curve(name, what) for what in every}, log_x=True)
-        for name, title in TITLES.items()
+        for name in DRAWN
+        for title in [TITLES.get(name) or label(name)]
     ]
     points = {
         f"{one['by']}, weight {one['weight']:g}": list(zip(one["agreement"], one["truth"], strict=True))

@@ -14,7 +14,7 @@ from pathlib import Path
 from cache.activations import ActivationStore
 from pipeline.compare import Row
 from pipeline.plots import pareto
-from pipeline.studies.figures import JUDGED
+from pipeline.studies.figures import columns
 from pipeline.studies.study import Lab, Result, Trial, of_equal_rows, variant
 from pipeline.train import TrainConfig
 
@@ -25,7 +25,7 @@ START = 5.0  # the Johnson-Lindenstrauss weight at the first step, in coefficien
 WARMUP = 0.05  # share of the training
 
 LABELS = ("paradigm", "l1_coefficient", "jl_coefficient")
-COLUMNS = ("fvu", "l0", "dead_fraction", "jl", *JUDGED)
+FIRST = ("fvu", "l0", "dead_fraction", "jl")
 ARCHITECTURES = ("l1", "jl", "hybrid")
 ITSELF = tuple(
     f"sae.{name}"
@@ -44,7 +44,7 @@ def coefficients(
     """
     trials = trials_of(of_equal_rows(base, [store]), store, l1, jl, hybrid_jl, d_sae)
     rows = lab.rows([seeded for trial in trials for seeded in trial.seeded(seeds)])
-    return Result("coefficients", LABELS, COLUMNS, rows, draw)
+    return Result("coefficients", LABELS, columns(*FIRST), rows, draw)
 
 
 def trials_of(

@@ -1,81 +1,74 @@
-"""A finished run -> the figures that studies put side by side, computed once and kept in `eval/study.json`.
+"""A finished run -> the figures that studies put side by side: what every metric tells of it, and its last loss.
 
-Reconstruction and sparsity come from the held-out rows: from `sae eval` where it has judged the run, else from a pass
-over the rows that needs no language model. How the directions lie comes from the weights alone. Cross-entropies, and
-how many of the true features were found where those are known, are those of `eval/eval.json`.
+What rows and weights alone tell is what `sae eval` found, where it has judged the run on enough rows; else it is
+computed without a language model, once, and kept in `eval/study.json`. Cross-entropies, and how many of the true
+features were found where those are known, are those of `eval/eval.json`.
 """
 
-import statistics
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from cache import catalogue
 from cache.activations import ActivationStore
 from cache.errors import DamagedStore
-from cache.parsing import figure, inner
-from cache.runs import EVALUATION, LATENTS, Run
+from cache.parsing import figure
+from cache.runs import Run
 from pipeline import devices, trained
-from pipeline.judging import EvalConfig, firing, judge_rows
-from pipeline.metrics.geometry import encoder_decoder_cosine, mean_abs_cosine
+from pipeline.judging import EvalConfig, judge
+from pipeline.metrics.figures import WITHOUT_MODEL, compared, completed, figures
+from pipeline.metrics.metric import Subject
 from pipeline.progress import Progress
-from pipeline.saes import SAE
-from pipeline.saes.coherence import jl
 
 STUDY = "eval/study.json"
 
 Figures = dict[str, float | None]
 
-JUDGED = ("ce_degradation", "ce_recovered_zero", "ce_recovered_mean", "true_to_learned", "recovered")
 
-MEANING = {
-    "rows": "held-out rows judged; where training left rows out by their norm, the figures are over the others of them",
-    "fvu": "share of variance left unexplained, held-out rows",
-    "mse": "squared error a feature in the data's units, held-out rows",
-    "l0": "latents that fire in a row",
-    "sparsity": "share of activations that are zero: 1 - L0 / latents",
-    "dead_fraction": "latents that fired in no row looked at",
-    "dense_share": "latents that fire in more than a tenth of the rows",
-    "rate_q25": "firing rate that a quarter of the living latents stay below",
-    "rate_median": "half of them",
-    "rate_q75": "three quarters",
-    "orthogonality": "mean |cosine| of two decoder rows",
-    "jl": "Johnson-Lindenstrauss penalty of the decoder, coefficient 1",
-    "encoder_decoder_cosine": "mean cosine of a latent's encoder and decoder rows",
-    "train_loss": "total loss of the last logged step, in the run's own terms",
-}
+def columns(*first: str) -> tuple[str, ...]:
+    """A study's columns: those it shows first, then the other figures that are compared everywhere."""
+    return tuple(dict.fromkeys([*first, *(one.key for one in compared())]))
+
+
+def of_rows() -> list[str]:
+    """The keys of what rows and weights alone tell, and `rows`: how many were judged.
+
+    Where training left rows out by their norm, the figures are over the others of them.
+    """
+    told = figures(shown=("everywhere", "studies"), needs=WITHOUT_MODEL)
+    return ["rows", *(one.key for one in told if not one.amount)]
 
 
 def of_run(
     run: Run, store: ActivationStore, root: Path, config: EvalConfig, progress: Progress, device: str
 ) -> Figures:
-    """The figures of `MEANING`. Raises NotFound while training has not finished.
+    """The figures of `of_rows`, and `train_loss`: the total loss of the last logged step, in the run's own terms.
 
-    What is kept serves where it has every figure and was judged on no fewer rows than are asked for.
+    What is kept serves where it has every figure and was judged on no fewer rows than are asked for. Raises NotFound
+    while training has not finished.
     """
     held_out = catalogue.sibling_of(root, store, "validation")
     assert held_out is not None, "checked before training"
-    kept = run.read_json(STUDY) if (run.path / STUDY).exists() else {}
-    if MEANING.keys() - kept.keys() or kept["rows"] < config.rows_of(held_out):
+    largest, rows = trained.largest_norm(run, store), config.rows_of(held_out)
+    evaluated = run.evaluation() or {}
+    kept = {} if largest is not None and "kept" not in evaluated else _flat(evaluated)
+    if not _enough(kept, rows):
+        kept = _read(run)
+    if not _enough(kept, rows):
         sae = trained.load(run).to(devices.device(device))
-        kept = _of_rows(run, sae, store, held_out, config, progress) | _of_weights(sae)
-        kept["train_loss"] = (run.metrics() or [{}])[-1].get("loss")
-        run.write_json(STUDY, kept)
-    try:
-        return {name: figure(kept, name) for name in MEANING}
-    except ValueError as error:
-        raise DamagedStore(f"{run.path / STUDY}: {error}; remove it and repeat the study") from error
+        kept = _flat(judge(Subject(sae), store, held_out, config, progress, largest=largest).as_json())
+        run.write_json(STUDY, {name: kept[name] for name in of_rows()})
+    return {**{name: kept[name] for name in of_rows()}, "train_loss": (run.metrics() or [{}])[-1].get("loss")}
 
 
 def judged(run: Run) -> Figures:
-    """What `sae eval` alone can tell, by `JUDGED`, and on how many `tokens`; None where it does not apply."""
-    found = on_kept_rows(run.evaluation() or {})
-    clean, spliced = found.get("ce_clean"), found.get("ce_spliced")
-    degradation = None if clean is None or spliced is None else spliced - clean
-    return {**{name: found.get(name) for name in (*JUDGED, "tokens")}, "ce_degradation": degradation}
+    """The figures of `of_more`; None where they do not apply."""
+    found = on_kept_rows(completed(run.evaluation() or {}))
+    return {name: found.get(name) for name in of_more()}
+
+
+def of_more() -> list[str]:
+    """The keys of what `sae eval` alone can tell, and on how many `tokens`."""
+    return [*(key for key in columns() if key not in of_rows()), "tokens"]
 
 
 def on_kept_rows(evaluation: dict[str, Any]) -> dict[str, Any]:
@@ -83,60 +76,19 @@ def on_kept_rows(evaluation: dict[str, Any]) -> dict[str, Any]:
     return {**evaluation, **evaluation.get("kept", {})}
 
 
-def _of_rows(
-    run: Run, sae: SAE, store: ActivationStore, held_out: ActivationStore, config: EvalConfig, progress: Progress
-) -> Figures:
-    rows, largest = config.rows_of(held_out), trained.largest_norm(run, store)
-    if (run.path / EVALUATION).exists() and (run.path / LATENTS).exists():
-        judged = run.evaluation() or {}
-        if judged["rows"] >= rows and (largest is None or "kept" in judged):
-            found = on_kept_rows(judged)
-            try:
-                details = inner(found, "details")
-                named = _named(
-                    inner(details, "reconstruction"), inner(details, "sparsity"), found["dead_fraction"], _density(run)
-                )
-            except KeyError as error:
-                raise DamagedStore(
-                    f"{run.path / EVALUATION}: lacks {error}; run `sae eval {run.name}` again"
-                ) from error
-            except ValueError as error:
-                raise DamagedStore(f"{run.path / EVALUATION}: {error}; run `sae eval {run.name}` again") from error
-            return {**named, "rows": judged["rows"]}
-    scores = judge_rows(sae, held_out, rows, config.batch_tokens, progress, largest)[-1]
-    searched = firing(sae, store, min(config.dead_rows, store.n_rows), config.batch_tokens, progress, largest)[-1]
-    dead = 1 - (scores.sparsity.fired | searched.fired).double().mean().item()
-    reconstruction, sparsity = asdict(scores.reconstruction.result()), asdict(scores.sparsity.result())
-    return {**_named(reconstruction, sparsity, dead, scores.sparsity.density()), "rows": rows}
+def _flat(evaluation: dict[str, Any]) -> Figures:
+    """The figures over kept rows, with how many rows were judged in all."""
+    return {**on_kept_rows(evaluation), "rows": evaluation.get("rows")}
 
 
-def _density(run: Run) -> Tensor:
+def _enough(kept: Figures, rows: int) -> bool:
+    return {*of_rows()} <= kept.keys() and (kept["rows"] or 0) >= rows
+
+
+def _read(run: Run) -> Figures:
+    """What an earlier study kept; nothing where there was none."""
+    found = run.read_json(STUDY) if (run.path / STUDY).exists() else {}
     try:
-        found = run.load_latents() or {}
-        return found.get("density_kept", found["density"]).double()
-    except (DamagedStore, KeyError) as error:
-        raise DamagedStore(f"{run.path / LATENTS}: is not what was written; run `sae eval {run.name}` again") from error
-
-
-def _named(reconstruction: dict[str, Any], sparsity: dict[str, Any], dead: float, density: Tensor) -> Figures:
-    living = density[density > 0].tolist()
-    rates = statistics.quantiles(living, n=4, method="inclusive") if len(living) > 1 else [None, None, None]
-    return {
-        "fvu": reconstruction["fvu"],
-        "mse": reconstruction["mse_per_feature"],
-        "l0": sparsity["l0"],
-        "sparsity": sparsity["zeros"],
-        "dead_fraction": dead,
-        "dense_share": sparsity["dense_share"],
-        **dict(zip(("rate_q25", "rate_median", "rate_q75"), rates, strict=True)),
-    }
-
-
-@torch.no_grad()
-def _of_weights(sae: SAE) -> Figures:
-    cosines = encoder_decoder_cosine(sae.W_enc.T, sae.W_dec) if sae.d_in == sae.d_out else None
-    return {
-        "orthogonality": mean_abs_cosine(sae.W_dec),
-        "jl": jl(sae.W_dec).item(),
-        "encoder_decoder_cosine": None if cosines is None else cosines.mean().item(),
-    }
+        return {name: figure(found, name) for name in found if name in of_rows()}
+    except ValueError as error:
+        raise DamagedStore(f"{run.path / STUDY}: {error}; remove it and repeat the study") from error

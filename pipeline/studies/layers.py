@@ -23,7 +23,8 @@ from pipeline import trained
 from pipeline.compare import Row
 from pipeline.language_model import SITES
 from pipeline.metrics.agreement import chance, symmetric_mmcs
-from pipeline.studies.figures import JUDGED
+from pipeline.metrics.figures import label
+from pipeline.studies.figures import columns
 from pipeline.studies.plots import Panel
 from pipeline.studies.plots import draw as draw_panels
 from pipeline.studies.study import Lab, Result, Trial, of_equal_rows
@@ -35,12 +36,9 @@ NORM_ROWS = 65_536  # whose mean norm is shown
 OWN = ("layer", "site", "hook", "d")  # what differs between stores of one pass
 
 LABELS = ("layer",)
-FIGURES = ("norm", "fvu", "l0", "dead_fraction", *JUDGED)
+FIRST = ("norm", "fvu", "l0", "dead_fraction")
 AGREEMENT = ("mmcs_previous", "mmcs_chance")
-TITLES = {
-    "norm": "mean norm of a row", "fvu": "FVU, held-out rows", "l0": "L0", "dead_fraction": "share of latents dead",
-    "ce_recovered_mean": "cross-entropy recovered, of what the mean costs",
-}  # fmt: skip
+DRAWN = (*FIRST[1:], "ce_recovered_mean")
 
 
 def layers(
@@ -59,9 +57,9 @@ def layers(
     norms = {layer: mean_norm(store, base.outliers) for layer, store in stores.items()}
     rows = [{**row, "norm": norms[row["layer"]]} for row in lab.rows(trials)]
     if site not in RESIDUAL:
-        return Result("layers", LABELS, FIGURES, rows, draw, extra={"site": site})
+        return Result("layers", LABELS, columns(*FIRST), rows, draw, extra={"site": site})
     _compare_neighbours(rows, lab.runs)
-    return Result("layers", LABELS, (*FIGURES, *AGREEMENT), rows, draw, extra={"site": site})
+    return Result("layers", LABELS, (*columns(*FIRST), *AGREEMENT), rows, draw, extra={"site": site})
 
 
 def found(root: Path, reference: ActivationStore, layers: Sequence[int], site: str) -> dict[int, ActivationStore]:
@@ -127,7 +125,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         points = {name: [(row["layer"], row.get(column)) for row in rows] for name, column in curves.items()}
         return Panel(title, "layer", points, dashed=dashed, ticks=ticks)
 
-    panels = [panel(title, {title: name}) for name, title in TITLES.items()]
+    titles = {"norm": "mean norm of a row", **{name: label(name) for name in DRAWN}}
+    panels = [panel(title, {title: name}) for name, title in titles.items()]
     with_chance = {"dictionaries": "mmcs_previous", "random directions": "mmcs_chance"}
     panels.append(panel("MMCS with the layer below", with_chance, frozenset({"random directions"})))
     draw_panels(panels, path)

@@ -10,7 +10,8 @@ from typing import Literal
 
 from cache.activations import ActivationStore
 from pipeline.compare import Row
-from pipeline.studies.figures import JUDGED
+from pipeline.metrics.figures import label
+from pipeline.studies.figures import columns
 from pipeline.studies.plots import Panel
 from pipeline.studies.plots import draw as draw_panels
 from pipeline.studies.study import Lab, Result, Trial, of_equal_rows
@@ -22,11 +23,8 @@ Decay = Literal["none", "cosine"]
 DECAYS: tuple[Decay, ...] = ("none", "cosine")
 
 LABELS = ("ratio", "encoder_decay")
-COLUMNS = ("fvu", "l0", "dead_fraction", "encoder_decoder_cosine", *JUDGED)
-TITLES = {
-    "fvu": "FVU, held-out rows", "l0": "L0", "dead_fraction": "share of latents dead",
-    "encoder_decoder_cosine": "cosine of encoder and decoder", "ce_degradation": "cross-entropy added, nats a token",
-}  # fmt: skip
+FIRST = ("fvu", "l0", "dead_fraction", "encoder_decoder_cosine")
+DRAWN = (*FIRST, "ce_degradation")
 ITSELF = ("decoder", "decay", "shape")  # settings that the study decides
 
 
@@ -42,7 +40,7 @@ def rates(
         for ratio in ratios
     ]
     rows = lab.rows([seeded for trial in trials for seeded in trial.seeded(seeds)])
-    return Result("rates", LABELS, COLUMNS, rows, draw)
+    return Result("rates", LABELS, columns(*FIRST), rows, draw)
 
 
 def decoupled(base: TrainConfig, ratio: float, decay: Decay) -> TrainConfig:
@@ -55,11 +53,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """Each figure against the ratio, a curve a decay."""
     decays = list(dict.fromkeys(row["encoder_decay"] for row in rows))
 
-    def panel(name: str, title: str) -> Panel:
+    def panel(name: str) -> Panel:
         points = {
             f"encoder decay: {d}": [(r["ratio"], r[name]) for r in rows if r["encoder_decay"] == d] for d in decays
         }
         ticks = sorted({row["ratio"] for row in rows})
-        return Panel(title, "decoder's learning rate over the encoder's", points, log_x=True, ticks=ticks)
+        return Panel(label(name), "decoder's learning rate over the encoder's", points, log_x=True, ticks=ticks)
 
-    draw_panels([panel(name, title) for name, title in TITLES.items()], path)
+    draw_panels([panel(name) for name in DRAWN], path)

@@ -101,7 +101,7 @@ class Lab:
                 language_model=self._model(store) if _is_text(store) else None,
             )  # fmt: skip
         found = figures.of_run(run, store, self.root, self.judging, self.progress, self.device)
-        return {**found, **(figures.judged(run) if whole else dict.fromkeys((*figures.JUDGED, "tokens")))}
+        return {**found, **(figures.judged(run) if whole else dict.fromkeys(figures.of_more()))}
 
     def _model(self, store: ActivationStore) -> LanguageModel:
         name = canonical(store.recipe["model"])

@@ -113,7 +113,7 @@ class TestRepeating:
     ) -> None:
         before = times(lab.runs)
         monkeypatch.setattr("pipeline.sweep.train", lambda *_, **__: pytest.fail("nothing was left to train"))
-        monkeypatch.setattr(figures, "judge_rows", lambda *_: pytest.fail("nothing was left to judge"))
+        monkeypatch.setattr(figures, "judge", lambda *_, **__: pytest.fail("nothing was left to judge"))
         again = coefficients(BASE, store, lab, l1=(0.01, 0.3), jl=(0.5,), hybrid_jl=(0.5,))
         assert again.rows == ablation.rows
         assert times(lab.runs) == before
@@ -203,11 +203,31 @@ class TestLab:
     def test_what_eval_found_is_taken_up(self, store: ActivationStore, lab: Lab, ablation: Result) -> None:
         run = Run(lab.runs / ablation.runs[0]["run"])
         run.write_json(EVALUATION, {"ce_clean": 3.0, "ce_spliced": 3.25, "ce_recovered_zero": 0.5})
-        assert figures.judged(run) == {"tokens": None} | {
-            "ce_degradation": 0.25, "ce_recovered_zero": 0.5, "ce_recovered_mean": None,
-            "true_to_learned": None, "recovered": None,
+        assert figures.judged(run) == {
+            "ce_degradation": 0.25, "ce_recovered_zero": 0.5, "ce_recovered_mean": None, "true_to_learned": None,
+            "learned_to_true": None, "recovered": None, "hungarian": None, "duplicates": None, "chance": None,
+            "tokens": None,
         }  # fmt: skip
         (run.path / EVALUATION).unlink()
+
+    def test_an_evaluation_of_before_a_figure_was_there_is_not_damage(
+        self, store: ActivationStore, lab: Lab, tmp_path: Path
+    ) -> None:
+        """What it lacks is computed anew, with everything else that goes with it."""
+        alone = replace(lab, runs=tmp_path)
+        fresh = coefficients(BASE, store, alone, l1=(), jl=(0.5,), hybrid_jl=())
+        run = Run(tmp_path / fresh.runs[0]["run"])
+        (run.path / figures.STUDY).unlink()
+        whole = {name: fresh.rows[0][name] for name in ("fvu", "l0", "dead_fraction", "rows")}
+        for older in (
+            whole | {"details": {"dead_rows": 384, "reconstruction": {}, "sparsity": {"l0": 1.0}}},
+            whole | {"details": {}},
+            {"rows": 256},
+            {},
+        ):
+            run.write_json(EVALUATION, older)
+            assert coefficients(BASE, store, alone, l1=(), jl=(0.5,), hybrid_jl=()).rows == fresh.rows
+            (run.path / figures.STUDY).unlink()
 
     def test_the_length_is_in_the_settings(self, store: ActivationStore) -> None:
         """A store may grow: what is trained then must see as many rows as what was trained before."""

@@ -1,0 +1,119 @@
+"""How a metric is written: a class under `@register` in a file of this folder, its figures declared as literals.
+
+    @register
+    class Worst(Metric):
+        \"\"\"The row that is reconstructed worst.\"\"\"
+
+        name = "worst"
+        needs = ("rows",)
+        figures = (Figure("worst", "worst row", "largest squared error of a row", "low"),)
+
+        def __init__(self) -> None:
+            self._worst = 0.0
+
+        def update(self, batch: Encoded) -> None:
+            self._worst = max(self._worst, (batch.y - batch.y_hat).square().sum(1).max().item())
+
+        def result(self) -> dict[str, Value]:
+            return {"worst": self._worst}
+
+What it overrides of `update`, `search` and `splice` is called where what it `needs` is there.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from pipeline.metrics import __path__ as folder
+from pipeline.metrics.figures import Figure, Need, declared
+from pipeline.saes import SAE, Latents
+
+Value = float | int | None
+METRICS: dict[str, type[Metric]] = {}
+
+
+class Encoded(NamedTuple):
+    """A batch of rows and what a dictionary makes of them."""
+
+    x: Tensor  # [B, d_in]
+    y: Tensor  # [B, d_out], what was to be reconstructed: of an autoencoder x itself
+    codes: Latents
+    y_hat: Tensor  # [B, d_out]
+
+
+class Subject(NamedTuple):
+    """What is judged: a dictionary, and the features [G, d_out] its rows were made of, where those are known."""
+
+    sae: SAE
+    truth: Tensor | None = None
+
+
+class Metric(ABC):
+    """Figures of a dictionary. It is made for one, shown what it needs batch by batch, and asked at the end.
+
+    name: how `sae list` calls it. needs: what there must be for it. figures: what `result` tells, all of it.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[tuple[Need, ...]]
+    figures: ClassVar[tuple[Figure, ...]]
+
+    @classmethod
+    def of(cls, subject: Subject) -> Metric:
+        """The metric, for a dictionary. A class that is made of something overrides it."""
+        return cls()
+
+    def update(self, batch: Encoded) -> None:  # noqa: B027 - a metric overrides what it wants to see
+        """Count a batch of held-out rows."""
+
+    def search(self, codes: Latents) -> None:  # noqa: B027
+        """Count a batch of training rows, which are searched for latents that fire."""
+
+    def splice(  # noqa: B027
+        self, clean: Tensor, spliced: Mapping[str, tuple[Tensor, Tensor]], mask: Tensor
+    ) -> None:
+        """Count a batch of held-out contexts with P predictions each.
+
+        clean: the model's cross-entropies [B, P]. spliced: its cross-entropies and its KLs from itself, both [B, P],
+        with the activations replaced by their reconstruction ("sae"), by zeros ("zero") and by their mean ("mean").
+        mask: bool [B, P], the predictions that count.
+        """
+
+    @abstractmethod
+    def result(self) -> Mapping[str, Value]:
+        """The value of every one of `figures`; None where it is not defined."""
+
+    def details(self) -> dict[str, Any]:
+        """What else there is to know, for `details` of `eval.json`."""
+        return {}
+
+    def latents(self) -> dict[str, Tensor]:
+        """Numbers of each latent [d_sae], for `eval/latents.safetensors`."""
+        return {}
+
+
+Kind = TypeVar("Kind", bound=type[Metric])
+
+
+def register(kind: Kind) -> Kind:
+    """Make a metric known. Its name and its figures' keys must be nobody else's."""
+    known = [one for one in declared() if one.name != kind.name]
+    if taken := {figure.key for one in known for figure in one.figures} & {figure.key for figure in kind.figures}:
+        raise ValueError(f"metric {kind.name}: another has {', '.join(sorted(taken))}, too")
+    if kind.name in METRICS:
+        raise ValueError(f"metric {kind.name}: there is one of that name")
+    METRICS[kind.name] = kind
+    return kind
+
+
+def metrics_of(subject: Subject, needs: Collection[Need]) -> list[Metric]:
+    """Every metric that asks for nothing but `needs`, new, for a dictionary."""
+    for module in iter_modules(folder):
+        import_module(f"{__package__}.{module.name}")
+    return [METRICS[one.name].of(subject) for one in declared() if {*one.needs} <= {*needs}]

@@ -1,0 +1,62 @@
+"""How many of the features that rows were made of a dictionary has found."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from pipeline.metrics.agreement import best, chance, hungarian, mean_cosine, mmcs
+from pipeline.metrics.figures import Figure
+from pipeline.metrics.metric import Metric, Subject, register
+
+RECOVERED = 0.9  # a true feature counts as recovered from this cosine on
+
+
+@register
+class Recovery(Metric):
+    """How many of the true features were found, of directions [m, d] learned and the true ones [G, d]."""
+
+    name = "recovery"
+    needs = ("directions", "truth")
+    figures = (
+        Figure(
+            "true_to_learned",
+            "true features found",
+            "mean over the true features of the largest cosine with a learned one",
+            "high",
+        ),
+        Figure(
+            "learned_to_true",
+            "learned features true",
+            "mean over the learned features of the largest cosine with a true one",
+            "high",
+        ),
+        Figure(
+            "recovered", "features recovered", "true features that a learned one has a cosine above 0.9 with", "high"
+        ),
+        Figure("hungarian", "one-to-one cosine", "mean cosine of the best one-to-one matching", "high"),
+        Figure("duplicates", "duplicates", "learned features whose nearest true one is that of another, too", "low"),
+        Figure("chance", "found by chance", "true_to_learned of random directions"),
+    )
+
+    def __init__(self, learned: Tensor, truth: Tensor) -> None:
+        self.learned, self.truth = learned, truth
+
+    @classmethod
+    def of(cls, subject: Subject) -> Recovery:
+        assert subject.truth is not None
+        return cls(subject.sae.W_dec.detach().cpu(), subject.truth)
+
+    @torch.no_grad()
+    def result(self) -> dict[str, float]:
+        learned, truth = self.learned, self.truth
+        found = cosine_similarity(truth, learned[best(truth, learned)])
+        return {
+            "true_to_learned": found.mean().item(),
+            "learned_to_true": mmcs(learned, truth).item(),
+            "recovered": (found > RECOVERED).double().mean().item(),
+            "hungarian": mean_cosine(learned, truth, hungarian(learned, truth)).item(),
+            "duplicates": len(learned) - len(best(learned, truth).unique()),
+            "chance": chance(len(truth), len(learned), truth.shape[1]),
+        }
