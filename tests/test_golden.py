@@ -101,7 +101,7 @@ def synthetic(root: Path) -> dict[str, Any]:
         found["json"]["eval"] = keys(judged)
         found["runs"][row["run"]] = of_run(run) | {"figures": {name: judged[name] for name in ("fvu", "l0")}}
     found["json"]["compare"] = keys(done("compare --json --csv", root / "table.csv", "--runs", root / "runs").json)
-    found["table"] = (root / "table.csv").read_text().splitlines()[0].split(",")
+    found["json"]["table"] = dict.fromkeys((root / "table.csv").read_text().splitlines()[0].split(","))
     study = "study rates --ratios 2 --encoder-decay none --no-ce --k 2 --activations synthetic-groups-16in8-int8 --json"
     small = "--d-sae 16 --steps 5 --device cpu --threads 1 --set train.batch=128 --set eval.dead_rows=512"
     answer = done(f"{study} {small}", "--out", root / "out", *runs).json
