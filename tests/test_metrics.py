@@ -13,6 +13,8 @@ from torch import Tensor
 from pipeline.metrics.downstream import Downstream
 from pipeline.metrics.reconstruction import Reconstruction
 from pipeline.metrics.sparsity import Sparsity
+from pipeline.saes import Latents
+from pipeline.saes.sparse import Entries
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 
@@ -99,16 +101,21 @@ def latents(rows: int, d_sae: int, k: int, seed: int) -> tuple[Tensor, Tensor, T
     return torch.zeros(rows, d_sae).scatter(1, indices, values), values, indices
 
 
+def varying(values: Tensor, indices: Tensor, counts: Tensor, d_sae: int) -> Latents:
+    """Latents with so many entries [B] a row."""
+    return Latents(values, Entries(indices, counts.cumsum(0) - counts, d_sae), d_sae)
+
+
 @settings(deadline=None, max_examples=60)
 @given(sizes=SIZES, d_sae=st.integers(1, 30), k=st.integers(1, 30), seed=st.integers(0, 10**6))
 def test_sparsity_is_the_definition_in_every_form(sizes: list[int], d_sae: int, k: int, seed: int) -> None:
     dense, values, indices = latents(sum(sizes), d_sae, min(k, d_sae), seed)
     forms = [Sparsity(d_sae) for _ in range(3)]
     for f, v, i in zip(pieces(dense, sizes), pieces(values, sizes), pieces(indices, sizes), strict=True):
-        forms[0].count(f)
-        forms[1].count(v, i)
+        forms[0].count(Latents.of_dense(f))
+        forms[1].count(Latents.of_rows(v, i, d_sae))
         where = v > 0  # a varying number of entries
-        forms[2].count(v[where], i[where], rows=where.nonzero()[:, 0], batch=len(v))
+        forms[2].count(varying(v[where], i[where], where.sum(1), d_sae))
     table = dense.double().numpy()
     counts = (table != 0).sum(0)
     expected = {
@@ -132,14 +139,15 @@ def test_sparsity_is_the_definition_in_every_form(sizes: list[int], d_sae: int, 
 
 def test_latents_below_zero_and_rare_ones() -> None:
     found = Sparsity(3)
-    found.count(torch.tensor([[-2.0, 0.0, 1.0]]))
+    found.count(Latents.of_dense(torch.tensor([[-2.0, 0.0, 1.0]])))
     assert (found.scores().l0, found.scores().l1, found.scores().l0_relative) == (2.0, 3.0, 2.0)
     often = Sparsity(3)
-    often.count(torch.tensor([[1.0, 1.0, 0.0]]))
+    often.count(Latents.of_dense(torch.tensor([[1.0, 1.0, 0.0]])))
     nothing = torch.zeros(0)
     none = torch.zeros(0, dtype=torch.long)
-    often.count(torch.ones(300_000), torch.zeros(300_000, dtype=torch.long), rows=torch.arange(300_000), batch=300_000)
-    often.count(nothing, none, rows=none, batch=1_700_000)
+    ones = torch.ones(300_000)
+    often.count(varying(ones, torch.zeros(300_000, dtype=torch.long), ones.long(), 3))
+    often.count(varying(nothing, none, torch.zeros(1_700_000, dtype=torch.long), 3))
     scores = often.scores()
     assert (scores.rows, scores.rare, scores.dead, scores.dense) == (2_000_001, 1, 1, 1)
     with pytest.raises(ValueError, match="no rows"):

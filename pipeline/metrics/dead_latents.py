@@ -21,7 +21,7 @@ class DeadLatents(Metric):
     figures = (
         Figure("dead_fraction", "dead latents", "latents that fired in no row looked at", "low", share=True),
         Figure("dead_rows", "rows searched for dead latents", "rows looked at, held-out and of training", amount=True),
-    )
+    )  # fmt: skip
 
     def __init__(self, d_sae: int) -> None:
         self.rows, self.fired = 0, torch.zeros(d_sae, dtype=torch.bool)

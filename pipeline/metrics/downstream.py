@@ -68,35 +68,16 @@ class Downstream(Metric):
     name = "downstream"
     needs = ("model",)
     figures = (
-        Figure(
-            "ce_clean", "CE, model as it is", "cross-entropy of the model as it is, nats a token", None, "evaluation"
-        ),
+        Figure("ce_clean", "CE, model as it is", "cross-entropy of the model as it is, nats a token", None, "evaluation" ),
         Figure("ce_spliced", "CE, spliced", "with the reconstruction in place", "low", "evaluation"),
-        Figure(
-            "ce_degradation",
-            "cross-entropy added, nats a token",
-            "what the reconstruction adds to it, nats a token",
-            "low",
-        ),
+        Figure("ce_degradation", "cross-entropy added, nats a token", "what the reconstruction adds to it, nats a token", "low"),
         Figure("ce_zero", "CE, zero-ablated", "with zeros in place", None, "evaluation"),
         Figure("ce_mean", "CE, mean-ablated", "with the training mean in place", None, "evaluation"),
-        Figure(
-            "ce_recovered_zero",
-            "CE recovered, of zero",
-            "share of what zeros cost that the reconstruction recovers",
-            "high",
-            share=True,
-        ),
-        Figure(
-            "ce_recovered_mean",
-            "CE recovered, of mean",
-            "share of what the mean costs that the reconstruction recovers",
-            "high",
-            share=True,
-        ),
+        Figure("ce_recovered_zero", "CE recovered, of zero", "share of what zeros cost that the reconstruction recovers", "high", share=True),
+        Figure("ce_recovered_mean", "CE recovered, of mean", "share of what the mean costs that the reconstruction recovers", "high", share=True),
         Figure("kl", "KL", "KL(clean || spliced), nats a token", "low", "evaluation"),
         Figure("tokens", "held-out predictions", "held-out predictions judged", amount=True),
-    )
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self._sums: dict[tuple[str, str], list[np.ndarray]] = {}

@@ -2,7 +2,7 @@
 
 import ast
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from functools import cache
 from pkgutil import iter_modules
 from typing import Any, Literal, NamedTuple, get_args
@@ -52,7 +52,7 @@ def declared() -> list[Declared]:
 
     The order is that of all tables.
     """
-    found = dict(_in_files())
+    found = {**_in_files()}
     if (imported := sys.modules.get(f"{__package__}.metric")) is not None:
         found |= {
             name: Declared(name, summary(kind.__doc__), kind.needs, kind.figures)
@@ -127,38 +127,22 @@ def summary(docstring: str | None) -> str:
 
 
 @cache
-def _in_files() -> tuple[tuple[str, Declared], ...]:
-    found: list[tuple[str, Declared]] = []
+def _in_files() -> dict[str, Declared]:
+    """What the classes under `@register` in the files of this folder declare, which must be literals."""
+    found = {}
     for finder, name, _ in iter_modules(sys.modules[str(__package__)].__path__):
-        spec = finder.find_spec(name, None)
-        assert spec is not None and spec.loader is not None
-        text = spec.loader.get_source(name)  # type: ignore[attr-defined]
-        found += ((metric.name, metric) for metric in _registered(ast.parse(text)))
-    return tuple(found)
+        loader = finder.find_spec(name, None).loader  # type: ignore[union-attr]
+        for node in ast.parse(loader.get_source(name)).body:  # type: ignore[union-attr]
+            if isinstance(node, ast.ClassDef) and "register" in map(ast.unparse, node.decorator_list):
+                said = {ast.unparse(one.targets[0]): one.value for one in node.body if isinstance(one, ast.Assign)}
+                metric, needs = ast.literal_eval(said["name"]), ast.literal_eval(said["needs"])
+                told = tuple(
+                    _figure(call) for call in ast.iter_child_nodes(said["figures"]) if isinstance(call, ast.Call)
+                )
+                found[metric] = Declared(metric, summary(ast.get_docstring(node)), needs, told)
+    return found
 
 
-def _registered(module: ast.Module) -> Iterator[Declared]:
-    """What the classes under `@register` declare, all of it literals."""
-    for one in module.body:
-        if isinstance(one, ast.ClassDef) and any(
-            isinstance(mark, ast.Name) and mark.id == "register" for mark in one.decorator_list
-        ):
-            said = {
-                ast.unparse(node.targets[0]): node.value
-                for node in one.body
-                if isinstance(node, ast.Assign) and len(node.targets) == 1
-            }
-            told = said["figures"]
-            assert isinstance(told, ast.Tuple), f"{one.name}.figures: a tuple of Figure(...) with literals"
-            yield Declared(
-                ast.literal_eval(said["name"]),
-                summary(ast.get_docstring(one)),
-                ast.literal_eval(said["needs"]),
-                tuple(_figure(each) for each in told.elts),
-            )
-
-
-def _figure(call: ast.expr) -> Figure:
-    assert isinstance(call, ast.Call), ast.unparse(call)
+def _figure(call: ast.Call) -> Figure:
     named = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
     return Figure(*map(ast.literal_eval, call.args), **named)

@@ -30,14 +30,8 @@ class Geometry(Metric):
     figures = (
         Figure("orthogonality", "mean |cosine| of directions", "mean |cosine| of two decoder rows", "low", "studies"),
         Figure("jl", "JL penalty", "Johnson-Lindenstrauss penalty of the decoder, coefficient 1", "low", "studies"),
-        Figure(
-            "encoder_decoder_cosine",
-            "cosine of encoder and decoder",
-            "mean cosine of a latent's encoder and decoder rows",
-            None,
-            "studies",
-        ),
-    )
+        Figure("encoder_decoder_cosine", "cosine of encoder and decoder", "mean cosine of a latent's encoder and decoder rows", None, "studies"),
+    )  # fmt: skip
 
     def __init__(self, sae: SAE) -> None:
         self.sae = sae

@@ -44,7 +44,7 @@ class Reconstruction(Metric):
         Figure("explained_variance", "explained variance", "1 - FVU", "high", "evaluation", share=True),
         Figure("mse", "squared error", "squared error a feature, in the data's units", "low", "studies"),
         Figure("rows", "held-out rows", "held-out rows judged", amount=True),
-    )
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self._totals: _Totals | None = None

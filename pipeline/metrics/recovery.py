@@ -20,25 +20,13 @@ class Recovery(Metric):
     name = "recovery"
     needs = ("directions", "truth")
     figures = (
-        Figure(
-            "true_to_learned",
-            "true features found",
-            "mean over the true features of the largest cosine with a learned one",
-            "high",
-        ),
-        Figure(
-            "learned_to_true",
-            "learned features true",
-            "mean over the learned features of the largest cosine with a true one",
-            "high",
-        ),
-        Figure(
-            "recovered", "features recovered", "true features that a learned one has a cosine above 0.9 with", "high"
-        ),
+        Figure("true_to_learned", "true features found", "mean over the true features of the largest cosine with a learned one", "high"),
+        Figure("learned_to_true", "learned features true", "mean over the learned features of the largest cosine with a true one", "high"),
+        Figure("recovered", "features recovered", "true features that a learned one has a cosine above 0.9 with", "high" ),
         Figure("hungarian", "one-to-one cosine", "mean cosine of the best one-to-one matching", "high"),
         Figure("duplicates", "duplicates", "learned features whose nearest true one is that of another, too", "low"),
         Figure("chance", "found by chance", "true_to_learned of random directions"),
-    )
+    )  # fmt: skip
 
     def __init__(self, learned: Tensor, truth: Tensor) -> None:
         self.learned, self.truth = learned, truth

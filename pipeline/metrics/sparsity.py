@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.metrics.figures import Figure
 from pipeline.metrics.metric import Encoded, Metric, Subject, Value, register
+from pipeline.saes import Latents
 
 DENSE = 0.1  # a latent is dense when it fires in more than this share of rows
 RARE = 1e-6  # and ultra-low in density when in less than this one (but ever)
@@ -47,27 +48,12 @@ class Sparsity(Metric):
     needs = ("codes",)
     figures = (
         Figure("l0", "L0", "latents that fire in a row"),
-        Figure(
-            "sparsity", "sparsity", "share of activations that are zero: 1 - L0 / latents", None, "studies", share=True
-        ),
-        Figure(
-            "dense_share",
-            "dense latents",
-            "share of latents that fire in more than a tenth of the rows",
-            "low",
-            "studies",
-            share=True,
-        ),
-        Figure(
-            "rate_q25",
-            "lower quartile of firing rates",
-            "firing rate that a quarter of the living latents stay below",
-            None,
-            "studies",
-        ),
+        Figure("sparsity", "sparsity", "share of activations that are zero: 1 - L0 / latents", None, "studies", share=True ),
+        Figure("dense_share", "dense latents", "share of latents that fire in more than a tenth of the rows", "low", "studies", share=True),
+        Figure("rate_q25", "lower quartile of firing rates", "firing rate that a quarter of the living latents stay below", None, "studies"),
         Figure("rate_median", "median firing rate", "half of them", None, "studies"),
         Figure("rate_q75", "upper quartile of firing rates", "three quarters", None, "studies"),
-    )
+    )  # fmt: skip
 
     def __init__(self, d_sae: int) -> None:
         self.d_sae = d_sae
@@ -80,13 +66,7 @@ class Sparsity(Metric):
         return cls(subject.sae.d_sae)
 
     def update(self, batch: Encoded) -> None:
-        codes = batch.codes
-        if codes.entries is None:
-            self.count(codes.values)
-        elif codes.values.dim() == 2:
-            self.count(codes.values, codes.indices)
-        else:
-            self.count(codes.values, codes.indices, rows=codes.entries.rows, batch=codes.batch)
+        self.count(batch.codes)
 
     def result(self) -> dict[str, Value]:
         found, density = self.scores(), self.density()
@@ -103,36 +83,21 @@ class Sparsity(Metric):
     def latents(self) -> dict[str, Tensor]:
         return {"density": self.density().float()}
 
-    def count(
-        self, values: Tensor, indices: Tensor | None = None, *, rows: Tensor | None = None, batch: int | None = None
-    ) -> None:
-        """Count a batch.
-
-        Dense: values [B, d_sae]. Sparse: values and indices [B, k], indices unique in a row. Varying: values, indices
-        and rows (0 <= row < batch), all [n], (row, index) pairs unique.
-        """
-        values = values.detach()
-        if rows is None:
-            assert values.ndim == 2, values.shape
-            largest = values.abs().amax(1, keepdim=True) if values.numel() else values.new_zeros(len(values), 1)
-            batch = len(values)
+    def count(self, codes: Latents) -> None:
+        """Count a batch of codes in any of their forms."""
+        assert codes.d_sae == self.d_sae, (codes.d_sae, self.d_sae)
+        values = codes.values.detach()
+        size, fires = values.abs(), values != 0
+        if values.dim() == 2:
+            largest = size.amax(1, keepdim=True) if values.numel() else size.new_zeros(len(values), 1)
         else:
-            assert batch is not None and indices is not None and values.shape == indices.shape == rows.shape
-            size = values.abs()
-            largest = size.new_zeros(batch).scatter_reduce(0, rows, size, "amax")[rows]
-        fires = values != 0
-        if indices is None:
-            assert values.shape[1] == self.d_sae, (values.shape, self.d_sae)
-            fired = fires.sum(0)
-        else:
-            assert values.shape == indices.shape, (values.shape, indices.shape)
-            fired = torch.bincount(indices[fires], minlength=self.d_sae)
-            assert len(fired) == self.d_sae, f"an index is {len(fired) - 1}, of {self.d_sae} latents"
-        size = values.abs()
+            assert codes.entries is not None
+            rows = codes.entries.rows
+            largest = size.new_zeros(codes.batch).scatter_reduce(0, rows, size, "amax")[rows]
         counts = [fires.sum(), (size > TINY).sum(), (fires & (size > RELATIVE * largest)).sum()]
         self._sums += torch.stack([*counts, size.sum(dtype=torch.float64)]).double().cpu()
-        self._fired += fired.cpu()
-        self.rows += batch
+        self._fired += codes.fired().cpu()
+        self.rows += codes.batch
 
     def density(self) -> Tensor:
         """float64 [d_sae]: the share of rows each latent fired in."""
