@@ -101,7 +101,7 @@ def demo(
 
 @app.command("list")
 def list_(runs: RunsRoot = Path("runs"), json: Json = False) -> None:
-    """What there is to choose from: runs, architectures, codecs, sites, sources, presets.
+    """What there is to choose from: runs, architectures, codecs, formats, sites, sources, presets.
 
     Exit code 3 where a run cannot be read; the others are listed all the same.
 

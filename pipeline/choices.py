@@ -12,15 +12,16 @@ from pipeline.language_model import SITES
 from pipeline.metrics.figures import declared, summary
 from pipeline.sources import registered
 
-SAES = Path(__file__).parent / "saes"
+HERE = Path(__file__).parent
 
 
 def choices(runs: Sequence[Run]) -> dict[str, list[dict[str, str]]]:
-    """Name and one line of help for every run given, architecture, codec, site, metric, source and preset."""
+    """Name and one line of help for every run given, architecture, codec, format, site, metric, source and preset."""
     return {
         "runs": [{"name": run.name, "help": _state(run)} for run in runs],
         "architectures": [{"name": name, "help": help} for name, help in sorted(architectures().items())],
         "codecs": [{"name": name, "help": summary(kind.__doc__)} for name, kind in CODECS.items()],
+        "formats": [{"name": name, "help": help} for name, help in sorted(formats().items())],
         "sites": [{"name": name, "help": help} for name, help in SITES.items()],
         "metrics": [{"name": one.name, "help": one.help} for one in declared()],
         "sources": [{"name": entry.name, "help": entry.help} for entry in registered()],
@@ -40,25 +41,39 @@ def architectures() -> dict[str, str]:
 
     An architecture is one file of its folder; those registered elsewhere are known where the registry is.
     """
-    found = dict(
-        entry for path in sorted(SAES.glob("*.py")) for entry in _registered(ast.parse(path.read_text("utf-8")))
-    )
+    found = dict(_registered("saes", "arch"))
     if (imported := sys.modules.get("pipeline.saes")) is not None:
         found |= {name: summary(kind.__doc__) for name, kind in imported.ARCHITECTURES.items()}
     return found
 
 
-def _registered(module: ast.Module) -> Iterator[tuple[str, str]]:
-    """The `arch` of a module's Config, and the first sentence about the class it registers, where there is one."""
-    classes = [node for node in module.body if isinstance(node, ast.ClassDef)]
-    for one in classes:
-        if any(isinstance(mark, ast.Name) and mark.id == "register" for mark in one.decorator_list):
-            fields = [node for kind in classes for node in kind.body if isinstance(node, ast.AnnAssign)]
-            tag = next(
-                node.annotation for node in fields if isinstance(node.target, ast.Name) and node.target.id == "arch"
-            )
-            assert isinstance(tag, ast.Subscript) and isinstance(tag.slice, ast.Constant), ast.unparse(tag)
-            yield str(tag.slice.value), summary(ast.get_docstring(one))
+def formats() -> dict[str, str]:
+    """Name and one line of help for every format of other tools' dictionaries, likewise."""
+    found = dict(_registered("formats", "name"))
+    if (imported := sys.modules.get("pipeline.formats")) is not None:
+        found |= {name: summary(format.__doc__) for name, format in imported.FORMATS.items()}
+    return found
+
+
+def _registered(folder: str, tag: str) -> Iterator[tuple[str, str]]:
+    """The tag of every class that a file of the folder registers, and the first sentence about it.
+
+    The tag is what an attribute of this name is set to in that file.
+    """
+    for path in sorted((HERE / folder).glob("*.py")):
+        classes = [node for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.ClassDef)]
+        for one in classes:
+            if any(isinstance(mark, ast.Name) and mark.id == "register" for mark in one.decorator_list):
+                yield next(_values(classes, tag)), summary(ast.get_docstring(one))
+
+
+def _values(classes: Sequence[ast.ClassDef], name: str) -> Iterator[str]:
+    """The texts that attributes of this name are set to, `name = "text"` or `name: ... = Field("text", ...)`."""
+    for node in (node for kind in classes for node in kind.body if isinstance(node, ast.Assign | ast.AnnAssign)):
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+        value = node.value.args[0] if isinstance(node.value, ast.Call) and node.value.args else node.value
+        if isinstance(target, ast.Name) and target.id == name and isinstance(value, ast.Constant):
+            yield str(value.value)
 
 
 def _first_comment(preset: str) -> str:

@@ -27,6 +27,7 @@ from cache.outliers import expect_kept, largest_norm
 from cache.runs import CONFIG, FAILURE, Run
 from cache.space import expect_room
 from pipeline import devices
+from pipeline.formats.base import Metadata
 from pipeline.interrupts import Interrupted, interruptible
 from pipeline.progress import Progress
 from pipeline.saes import Clock
@@ -285,16 +286,15 @@ def share(config: TrainConfig, world: int) -> int:
     return rows
 
 
-def _metadata(recipe: dict[str, Any]) -> dict[str, Any]:
-    """What other tools want to know about where a dictionary belongs (the SAELens keys)."""
+def _metadata(recipe: dict[str, Any]) -> Metadata:
+    """Where a dictionary trained on rows of this recipe belongs."""
     if "tokens" not in recipe:  # rows of no language model
-        return {"sae_lens_version": "6.54.12", "dataset_path": recipe["source"]["source"]}
-    return {
-        "sae_lens_version": "6.54.12",
-        "model_name": recipe["model"]["model"],
-        "hook_name": recipe["hook"],
-        "context_size": recipe["tokens"]["context_length"],
-        "prepend_bos": recipe["tokens"].get("begin") == "context",
-        "dataset_path": recipe["tokens"]["source"].get("dataset"),  # of the hub; other sources have none
-        "model_from_pretrained_kwargs": {},
-    }
+        return Metadata(dataset=recipe["source"]["source"])
+    tokens = recipe["tokens"]
+    return Metadata(
+        model=recipe["model"]["model"],
+        hook=recipe["hook"],
+        context_length=tokens["context_length"],
+        begin_token=tokens.get("begin") == "context",
+        dataset=tokens["source"].get("dataset"),  # of the hub; other sources have none
+    )

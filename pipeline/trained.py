@@ -5,7 +5,8 @@ from pydantic import ValidationError
 from cache.activations import ActivationStore
 from cache.errors import DamagedStore
 from cache.outliers import largest_norm as multiple_of_norms
-from cache.runs import CONFIG, WEIGHTS, Run
+from cache.runs import CONFIG, Run
+from pipeline.formats import saelens
 from pipeline.saes import ARCHITECTURES, SAE, Config, parse
 
 
@@ -25,15 +26,12 @@ def load(run: Run) -> SAE:
 
     Raises NotFound while training has not finished, DamagedStore where the weights do not fit the run's settings.
     """
-    tensors, _ = run.load_weights()
+    tensors, described = run.load_weights()
     config = dictionary_of(run)
     try:
-        sae = ARCHITECTURES[config.arch].from_tensors(config, tensors)
-    except (ValueError, RuntimeError) as error:  # torch's, where shapes do not fit
-        said = " ".join(str(error).split())
-        raise DamagedStore(f"{run.path}: the weights do not fit the run's settings: {said}") from error
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-        raise DamagedStore(f"{run.path / WEIGHTS}: holds weights that are no numbers")
+        sae = ARCHITECTURES[config.arch].from_formula(config, saelens.formula_of(tensors, described))
+    except ValueError as error:
+        raise DamagedStore(f"{run.path}: the weights do not fit the run's settings: {error}") from error
     return sae.eval().requires_grad_(False)
 
 

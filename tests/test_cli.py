@@ -409,7 +409,7 @@ def test_results_for_people(world: Path) -> None:
 
 def test_lists(world: Path) -> None:
     found = done("list --json").json
-    assert list(found) == ["runs", "architectures", "codecs", "sites", "metrics", "sources", "presets"]
+    assert list(found) == ["runs", "architectures", "codecs", "formats", "sites", "metrics", "sources", "presets"]
     assert found["runs"][0]["name"] == "one" and "finished, on model-1" in found["runs"][0]["help"]
     assert all(entry["name"] in done("list").out for entries in found.values() for entry in entries)
     entries = done("cache ls --json").json

@@ -29,6 +29,18 @@ def test_looking_around_imports_nothing_heavy(command: str, tmp_path: Path) -> N
     assert ran.stdout.splitlines()[-1] == "imported []", ran.stdout + ran.stderr
 
 
+def test_the_list_of_formats_is_that_of_the_registry() -> None:
+    """It is read from the files' text; importing them tells the same."""
+    program = (
+        "import sys; from pipeline.choices import formats\n"
+        "before = formats(); assert 'torch' not in sys.modules\n"
+        "from pipeline.formats import FORMATS\n"
+        "assert list(before) == sorted(FORMATS) and before == formats(), before\n"
+        "assert all(before.values())"
+    )
+    subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": ":".join(sys.path)}, check=True)
+
+
 def test_the_list_of_architectures_is_that_of_the_registry() -> None:
     """It is read from the files' text; importing them tells the same."""
     program = (

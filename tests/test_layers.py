@@ -90,6 +90,12 @@ ARROWS: dict[str, tuple[tuple[str, ...], set[str] | None]] = {
     "configs": (("configs", "cache.errors"), {"pydantic", "yaml"}),
     "console": (("cache.printable", "pipeline.metrics.figures"), {"rich"}),
     "pipeline.saes": (("pipeline.saes", "configs.base"), {"torch", "pydantic"}),
+    "pipeline.formats": (
+        (
+            "pipeline.formats", "pipeline.saes.inference", "pipeline.saes.latents", "pipeline.saes.dictionary",
+            "cache.errors", "cache.durable", "cache.parsing", "cache.tensors",
+        ), {"torch"},
+    ),
     "pipeline.metrics": (("pipeline.metrics", "pipeline.saes"), {"torch", "numpy", "scipy"}),
     "pipeline.sources": (("pipeline.sources", "pipeline.network", "cache.errors"), None),
     "pipeline.language_model": (

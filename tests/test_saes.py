@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline import saes
 from pipeline.saes import Clock, encoder, sparse
+from pipeline.saes.dictionary import FixedDictionary
 from pipeline.saes.encoder import Preactivations
 from pipeline.saes.sparse import Entries
 
@@ -210,7 +211,7 @@ def test_unit_rows_after_every_step_and_in_what_is_saved(config: saes.Config, d_
     for batch in batches(d_out, 5):
         train(sae, iter([batch]), lr=0.1)
         assert unit(sae.W_dec)
-    assert unit(sae.export_tensors()["W_dec"])
+    assert unit(sae.formula().W_dec)
 
 
 def test_before_step_leaves_no_gradient_along_unit_rows() -> None:
@@ -266,36 +267,30 @@ def test_fold_and_export_are_the_function_that_was_trained(config: saes.Config, 
     train(sae, batches(d_out, 10), lr=1e-2)
     sae.eval()
     x = 5 * next(batches(d_out, 1))[0]
-    folded, tensors = sae.fold(), sae.export_tensors()
-    again = type(sae).from_tensors(sae.config, tensors, transcoder=d_out is not None).eval()
+    folded, formula = sae.fold(), sae.formula()
+    again, fixed = type(sae).from_formula(sae.config, formula).eval(), FixedDictionary(formula)
     expected, latents = sae(x), sae.encode(x).dense()
-    for other in (folded, again):
+    for other in (folded, again, fixed):
         assert other.scale == 1 and other.target_scale == 1
         assert (other(x) - expected).abs().max() <= 1e-6 * expected.abs().max()
         torch.testing.assert_close(other.encode(x).dense() * sae.target_scale, latents, rtol=1e-4, atol=1e-5)
-    assert all(t.is_contiguous() for t in tensors.values())
-    assert tensors["W_enc"].shape == (D, M) and tensors["W_dec"].shape == (M, d_out or D)
+    assert formula.W_enc.shape == (D, M) and formula.W_dec.shape == (M, d_out or D)
     assert sae.scale != 1 or config.input_scale in ("none", "per_token")
-    with pytest.raises(ValueError, match="nonesuch"):
-        type(sae).from_tensors(sae.config, tensors | {"nonesuch": x}, transcoder=d_out is not None)
-    less = {name: tensor for name, tensor in tensors.items() if name != "b_dec"}
-    with pytest.raises(ValueError, match="lack b_dec"):
-        type(sae).from_tensors(sae.config, less, transcoder=d_out is not None)
-    if d_out not in (None, D):
-        with pytest.raises(ValueError, match="transcoder"):
-            type(sae).from_tensors(sae.config, tensors)
+    assert FixedDictionary(fixed.formula()).encode(x).dense().equal(fixed.encode(x).dense())
 
 
-def test_saelens_config_has_what_its_loader_needs(config: saes.Config, d_out: int | None) -> None:
-    described = made(config, d_out).saelens_config()
-    assert json.loads(json.dumps(described)) == described
-    assert {"architecture", "d_in", "d_sae", "dtype", "device", "normalize_activations", "reshape_activations"} <= set(
-        described
-    )
-    assert (described["d_in"], described["d_sae"], described["dtype"]) == (D, M, "float32")
-    assert described["normalize_activations"] == ("layer_norm" if config.input_scale == "per_token" else "none")
-    assert described["apply_b_dec_to_input"] == (config.pre_encoder_bias and d_out is None)
-    assert described.get("d_out") == d_out
+def test_a_formula_that_is_not_of_the_settings() -> None:
+    sae = made(settings({"arch": "topk"}))
+    formula = sae.formula()
+    for other, said in (
+        (settings({"arch": "l1"}), "an? L1 of these settings is .*relu.* not .*topk"),
+        (settings({"arch": "topk", "k": 5}), "'k': 5.* not .*'k': 4"),
+        (settings({"arch": "topk", "pre_encoder_bias": False}), "'centred': False"),
+        (settings({"arch": "topk", "input_scale": "per_token"}), "'row_scaling': 'standard'"),
+        (settings({"arch": "topk", "d_sae": M + 1}), f"d_sae: {M + 1} in the config"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            saes.ARCHITECTURES[other.arch].from_formula(other, formula)
 
 
 def test_dead_counters_count_rows(config: saes.Config) -> None:

@@ -11,12 +11,13 @@ from saes_kit import CASES, B, D, M, Planted, batches, made, one_thread, setting
 from torch import Tensor
 
 from pipeline import saes
+from pipeline.formats import Metadata, saelens
 from pipeline.saes import Clock, encoder
 
 single = pytest.fixture(autouse=True, scope="module")(one_thread)
 
 
-def saelens(tensors: dict[str, Tensor], described: dict[str, Any], x: Tensor) -> Tensor:
+def by_saelens(tensors: dict[str, Tensor], described: dict[str, Any], x: Tensor) -> Tensor:
     """What SAELens computes from these files, by the rules of its inference classes."""
     mean, std = x.mean(1, keepdim=True), x.std(1, keepdim=True) + 1e-5
     if described["normalize_activations"] == "layer_norm":
@@ -50,10 +51,10 @@ def test_exported_tensors_run_by_saelens_rules(case: dict[str, Any]) -> None:
     sae = made(settings(case))
     train(sae, batches(None, 10), lr=1e-2)
     sae.eval()
-    x, tensors, described = Planted(seed=5)(), sae.export_tensors(), sae.saelens_config()
+    x, (tensors, described) = Planted(seed=5)(), saelens.written(sae.formula(), Metadata())
     assert set(tensors) == SAELENS[described["architecture"]]
     assert all(tensors[name].shape == (M,) for name in {"threshold", "b_gate", "b_mag", "r_mag"} & set(tensors))
-    torch.testing.assert_close(saelens(tensors, described, x), sae(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(by_saelens(tensors, described, x), sae(x), rtol=1e-4, atol=1e-4)
 
 
 # Each architecture's loss, written out densely and left to autograd

@@ -1,10 +1,10 @@
 """How every dictionary is trained: its loss and one training step's worth of methods. What it is: `dictionary`.
 
 An architecture is one file in this package: its Config (frozen, tagged by `arch`) and its final class, under @register.
-Importing the package imports every file in it, so a new architecture is found by being there. A class fills in
-`_activate` (which latents, from the pre-activations) and `_saelens` (how SAELens names it). It may add parameters
-(`_build`, and then `_reset` and `_constrain`), loss terms (`_terms`), what follows a step (`_update`) and its own names
-for the tensors in a file (`_export`, `_import`). Everything else is implemented once, and not overridden.
+Importing the package imports every file in it, so a new architecture is found by being there. A class fills in `rule`
+(which latents are active at inference, from the pre-activations), and `_activate` where training chooses otherwise. It
+may add parameters (`_build`, and then `_reset` and `_constrain`), loss terms (`_terms`), what follows a step
+(`_update`), and what a file says of it (`_written`, `_take`). Everything else is implemented once, and not overridden.
 
 A training step, for a batch x [B, d_in] (and target y [B, d_out] for a transcoder):
 
@@ -22,24 +22,32 @@ A batch may be computed in parts, one after the other or on several processes: t
 Randomness: whatever training draws comes from a generator seeded by the dictionary's seed, the step and the purpose
 (`SAE.generator`). There is no random state to save, and a dictionary draws the same whatever trains beside it.
 
+Units: with input_scale "rms" ("unit") a dictionary lives where E||x||^2 = d (1). `fold` leaves the space, and then the
+latents too are in the data's units (f / c for a scale c) while W_dec is untouched, so unit rows are unit in the saved
+file. This is folding c into W_enc, W_dec and b_dec and then moving the decoder's row norms into the encoder; it is
+exact because the activations are positively homogeneous once everything measured in units of a latent (`latent_units`)
+is scaled along. With "per_token" each row is standardised, and its reconstruction put back.
+
 Reduction: the squared error is summed over features and averaged over the batch (`sum_d`) unless the Config says
 otherwise. It concerns the reconstruction alone; other terms state their own.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from typing import TypeVar
+from typing import ClassVar, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import initial, sparse
-from .config import FINISHED, Clock
+from .config import FINISHED, Clock, Config
 from .dictionary import Dictionary
 from .ghosts import ghost_loss
-from .latents import Frame
+from .inference import Formula
+from .latents import Frame, RowScaling
 from .losses import Batch, Losses, Observed
 
 RATE_MEMORY = 0.01
@@ -47,9 +55,62 @@ RATE_MEMORY = 0.01
 
 
 class SAE(Dictionary):
-    """A dictionary that can be trained: its loss, and what goes with a step."""
+    """A dictionary that can be trained: its loss, and what goes with a step. Given d_out, it is a transcoder.
+
+    Float32 and on the CPU when made; `.to()` moves it. The same config, widths and seed give the same weights.
+    """
+
+    config_type: ClassVar[type[Config]]
+    latent_units: ClassVar[tuple[str, ...]] = ("b_enc",)
+    """Parameters and buffers measured in units of a latent's activation, which `fold` scales along."""
+
+    rows_since_fired: Tensor
+    firing_rate: Tensor
+
+    def __init__(self, config: Config, d_in: int, d_out: int | None = None, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config, self.seed = config, seed
+        self.d_in, self.d_out, self.d_sae = d_in, d_in if d_out is None else d_out, config.d_sae
+        self.is_transcoder = d_out is not None
+        generator = torch.Generator().manual_seed(seed)
+        table = initial.rows(config.init, self.d_sae, self.d_out, generator)
+        unit = config.decoder_norm == "unit"
+        self.W_dec = nn.Parameter(F.normalize(table, dim=1) if unit else table)
+        # a transcoder's input and output spaces are unrelated, even where their widths agree
+        tied = self.W_dec.detach()
+        encoder = initial.rows(config.init, self.d_sae, d_in, generator) if self.is_transcoder else tied
+        self.W_enc_rows = nn.Parameter(encoder * config.encoder_scale)
+        self._bias("b_enc", self.d_sae, learned=config.encoder_bias)
+        self._bias("b_dec", self.d_out, learned=config.b_dec_init != "none")
+        self.register_buffer("rows_since_fired", torch.zeros(self.d_sae, dtype=torch.int64))
+        self.register_buffer("firing_rate", torch.zeros(self.d_sae))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("target_scale", torch.ones(()))
+        self._build(generator)
+
+    def _bias(self, name: str, width: int, *, learned: bool) -> None:
+        if learned:
+            self.register_parameter(name, nn.Parameter(torch.zeros(width)))
+        else:
+            self.register_buffer(name, torch.zeros(width))
 
     # What an architecture may fill in
+
+    def _build(self, generator: torch.Generator) -> None:
+        """Register further parameters and buffers."""
+
+    def _written(self) -> Formula:
+        """The formula of a folded dictionary."""
+        return Formula(
+            self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.rule, self.b_dec_applied_to_input, self.row_scaling,
+            self.is_transcoder,
+        )  # fmt: skip
+
+    def _take(self, formula: Formula) -> None:
+        """Take what `_written` said of the rule: by default its tensors, each the parameter or buffer of its name."""
+        for name, value in formula.rule.values().items():
+            if isinstance(value, Tensor):
+                getattr(self, name).copy_(value)
 
     def _terms(self, batch: Batch) -> dict[str, Tensor]:
         """Loss terms beside the reconstruction, coefficients included."""
@@ -68,6 +129,47 @@ class SAE(Dictionary):
     def _reset(self, which: Tensor) -> None:
         """Parameters of some latents (int64 [c]) beside their weights back to where they start."""
         self.b_enc[which] = 0
+
+    # What it is
+
+    @property
+    def b_dec_applied_to_input(self) -> bool:
+        return self.config.pre_encoder_bias and not self.is_transcoder
+
+    @property
+    def row_scaling(self) -> RowScaling:
+        return "standard" if self.config.input_scale == "per_token" else "none"
+
+    @torch.no_grad()
+    def fold(self) -> Self:
+        """A copy that takes and gives the data's units with scale 1: the same function, latents divided by c."""
+        folded = copy.deepcopy(self)
+        folded.W_enc_rows.mul_(self.scale / self.target_scale)
+        for name in ("b_dec", *self.latent_units):
+            getattr(folded, name).div_(self.target_scale)
+        folded.scale.fill_(1)
+        folded.target_scale.fill_(1)
+        return folded
+
+    @torch.no_grad()
+    def formula(self) -> Formula:
+        return self.fold()._written()
+
+    @classmethod
+    @torch.no_grad()
+    def from_formula(cls, config: Config, formula: Formula) -> Self:
+        """The dictionary that `formula` wrote down: a folded one. ValueError where it is not one of these settings."""
+        if formula.d_sae != config.d_sae:
+            raise ValueError(f"d_sae: {config.d_sae} in the config, but W_dec has {formula.d_sae} rows")
+        sae = cls(config, formula.d_in, formula.d_out if formula.transcoder else None)
+        own, given = (_numbers(one) for one in (sae._written(), formula))
+        if own != given:
+            raise ValueError(f"a {cls.__name__} of these settings is {own}, not {given}")
+        sae.W_enc_rows.copy_(formula.W_enc.T)
+        for name in ("b_enc", "W_dec", "b_dec"):
+            getattr(sae, name).copy_(getattr(formula, name))
+        sae._take(formula)
+        return sae
 
     # Training
 
@@ -189,6 +291,12 @@ class SAE(Dictionary):
         """The random numbers of one purpose at one step: on the CPU, a function of these and the seed alone."""
         name = hashlib.blake2b(f"{self.seed} {purpose} {step}".encode(), digest_size=4)
         return torch.Generator().manual_seed(int.from_bytes(name.digest()))
+
+
+def _numbers(formula: Formula) -> dict[str, object]:
+    """What a formula says beside tensors."""
+    own = {name: value for name, value in formula.rule.values().items() if not isinstance(value, Tensor)}
+    return {"rule": formula.rule.name, **own, "centred": formula.centred, "row_scaling": formula.row_scaling}
 
 
 ARCHITECTURES: dict[str, type[SAE]] = {}

@@ -14,6 +14,7 @@ from .base import SAE
 from .config import Clock
 from .encoder import Preactivations
 from .fixed_k import FixedKConfig
+from .inference import Formula, ThresholdRule
 from .latents import Latents
 from .losses import Losses
 
@@ -44,6 +45,10 @@ class BatchThreshold(SAE):
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("threshold_batches", torch.zeros((), dtype=torch.int64))
 
+    @property
+    def rule(self) -> ThresholdRule:
+        return ThresholdRule(self.threshold.expand(self.d_sae))
+
     def _activate(self, pre: Preactivations, clock: Clock) -> Latents:
         if not self.training:
             chosen = pre.above(self.threshold.item())
@@ -66,13 +71,6 @@ class BatchThreshold(SAE):
         newest = torch.clamp(1 / self.threshold_batches.clamp_min(1), min=1 - MEMORY).to(self.threshold.dtype)
         self.threshold.copy_(torch.where(kept, self.threshold.lerp(seen[0], newest), self.threshold))
 
-    def _export(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return tensors | {"threshold": self.threshold.expand(self.d_sae)}
-
-    def _import(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        self.threshold.copy_(tensors.pop("threshold")[0])
-        return tensors
-
-    def _saelens(self) -> dict[str, str]:
-        # what it is at inference; SAELens opens no `batchtopk`
-        return {"architecture": "jumprelu_transcoder" if self.is_transcoder else "jumprelu"}
+    def _take(self, formula: Formula) -> None:
+        assert isinstance(formula.rule, ThresholdRule)
+        self.threshold.copy_(formula.rule.threshold[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal, final
+from typing import Literal, final
 
 import torch
 from pydantic import Field
@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from . import latents
 from .base import SAE, register
-from .config import Clock
-from .encoder import Preactivations
-from .latents import Latents
+from .inference import GatedRule
 from .losses import Batch
 from .penalties import PenaltyConfig, l1
 
@@ -43,11 +41,9 @@ class Gated(SAE):
         self.r_mag = nn.Parameter(torch.zeros(self.d_sae))
         self._bias("b_mag", self.d_sae, learned=self.config.encoder_bias)
 
-    def _activate(self, pre: Preactivations, clock: Clock) -> Latents:
-        gates = pre.above(0.0)
-        pi, gain = gates.values, gates.each(self.r_mag.exp())
-        magnitudes = gain * (pi - gates.each(self.b_enc)) + gates.each(self.b_mag)
-        return replace(gates, values=magnitudes.relu() * (pi > 0), before=pi)
+    @property
+    def rule(self) -> GatedRule:
+        return GatedRule(self.r_mag, self.b_mag)
 
     def _terms(self, batch: Batch) -> dict[str, Tensor]:
         assert batch.latents.before is not None
@@ -61,15 +57,3 @@ class Gated(SAE):
     def _reset(self, which: Tensor) -> None:
         for parameter in (self.b_enc, self.b_mag, self.r_mag):
             parameter[which] = 0
-
-    def _export(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        own = {"b_gate": tensors.pop("b_enc"), "b_mag": self.b_mag, "r_mag": self.r_mag}
-        return tensors | own
-
-    def _import(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        for name in ("b_mag", "r_mag"):
-            getattr(self, name).copy_(tensors.pop(name))
-        return tensors | {"b_enc": tensors.pop("b_gate")}
-
-    def _saelens(self) -> dict[str, Any]:
-        return {"architecture": "gated_transcoder" if self.is_transcoder else "gated"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, final
+from typing import Literal, final
 
 from pydantic import Field
 from torch import Tensor
@@ -10,9 +10,8 @@ from torch import Tensor
 from . import penalties
 from .base import SAE, register
 from .coherence import CoherenceConfig, jl_term
-from .config import Clock, Reduction, other_default
-from .encoder import Preactivations
-from .latents import Latents
+from .config import Reduction, other_default
+from .inference import ReLURule
 from .losses import Batch
 from .penalties import PenaltyConfig, l1
 
@@ -38,8 +37,9 @@ class Hybrid(SAE):
     config_type = HybridConfig
     config: HybridConfig
 
-    def _activate(self, pre: Preactivations, clock: Clock) -> Latents:
-        return pre.above(0.0).map(Tensor.relu)
+    @property
+    def rule(self) -> ReLURule:
+        return ReLURule()
 
     def _terms(self, batch: Batch) -> dict[str, Tensor]:
         penalty = l1(self.config.penalty, batch.latents, batch, self.W_dec)
@@ -48,6 +48,3 @@ class Hybrid(SAE):
             "l1": self.config.coefficient_at(batch.clock) * penalty,
             "jl": jl_term(self.config, self.W_dec, self.W_enc_rows, generator, batch.clock),
         }
-
-    def _saelens(self) -> dict[str, Any]:
-        return {"architecture": "transcoder" if self.is_transcoder else "standard"}

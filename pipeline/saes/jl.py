@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, final
+from typing import Literal, final
 
 from pydantic import Field
 from torch import Tensor
 
 from .base import SAE, register
 from .coherence import CoherenceConfig, jl_term
-from .config import BiasStart, Clock, Reduction, other_default
-from .encoder import Preactivations
-from .latents import Latents
+from .config import BiasStart, Reduction, other_default
+from .inference import ReLURule
 from .losses import Batch
 
 
@@ -36,12 +35,10 @@ class JL(SAE):
     config_type = JLConfig
     config: JLConfig
 
-    def _activate(self, pre: Preactivations, clock: Clock) -> Latents:
-        return pre.above(0.0).map(Tensor.relu)
+    @property
+    def rule(self) -> ReLURule:
+        return ReLURule()
 
     def _terms(self, batch: Batch) -> dict[str, Tensor]:
         generator = self.generator("jl", batch.clock.step)
         return {"jl": jl_term(self.config, self.W_dec, self.W_enc_rows, generator, batch.clock)}
-
-    def _saelens(self) -> dict[str, Any]:
-        return {"architecture": "transcoder" if self.is_transcoder else "standard"}

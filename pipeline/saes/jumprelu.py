@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from .base import SAE, register
 from .config import Clock, Config, ramp
 from .encoder import Preactivations
+from .inference import ThresholdRule
 from .latents import Latents
 from .losses import Batch
 
@@ -83,6 +84,10 @@ class JumpReLU(SAE):
         # theta itself, not its logarithm: Adam's steps are of one size, and from 0.001 a logarithm takes thousands
         self.threshold = nn.Parameter(torch.full((self.d_sae,), self.config.theta_init))
 
+    @property
+    def rule(self) -> ThresholdRule:
+        return ThresholdRule(self.threshold)
+
     def _activate(self, pre: Preactivations, clock: Clock) -> Latents:
         # with entries a little below their thresholds: the kernel reaches there
         chosen = pre.above(self.threshold.detach() - self.config.bandwidth / 2)
@@ -115,16 +120,6 @@ class JumpReLU(SAE):
     def _reset(self, which: Tensor) -> None:
         super()._reset(which)
         self.threshold[which] = self.config.theta_init
-
-    def _export(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return tensors | {"threshold": self.threshold}
-
-    def _import(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        self.threshold.copy_(tensors.pop("threshold"))
-        return tensors
-
-    def _saelens(self) -> dict[str, Any]:
-        return {"architecture": "jumprelu_transcoder" if self.is_transcoder else "jumprelu"}
 
 
 def jump(p: Tensor, theta: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, final
+from typing import Literal, final
 
 from pydantic import Field
 from torch import Tensor
 
 from .base import SAE, register
-from .config import Clock
-from .encoder import Preactivations
-from .latents import Latents
+from .inference import ReLURule
 from .losses import Batch
 from .penalties import PenaltyConfig, l1
 
@@ -32,12 +30,10 @@ class L1(SAE):
     config_type = L1Config
     config: L1Config
 
-    def _activate(self, pre: Preactivations, clock: Clock) -> Latents:
-        return pre.above(0.0).map(Tensor.relu)
+    @property
+    def rule(self) -> ReLURule:
+        return ReLURule()
 
     def _terms(self, batch: Batch) -> dict[str, Tensor]:
         penalty = l1(self.config.penalty, batch.latents, batch, self.W_dec)
         return {"l1": self.config.coefficient_at(batch.clock) * penalty}
-
-    def _saelens(self) -> dict[str, Any]:
-        return {"architecture": "transcoder" if self.is_transcoder else "standard"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +12,12 @@ from torch import Tensor
 from . import sparse
 from .sparse import Entries
 
+RowScaling = Literal["none", "standard", "norm"]
+"""How rows are scaled one by one: less their mean and over their deviation, or to a norm of sqrt(d)."""
+
 
 class Frame(NamedTuple):
-    """What a row was before it was standardised: its mean and its standard deviation, both [B, 1]."""
+    """What a row was before it was scaled: what was subtracted from it and what it was divided by, both [B, 1]."""
 
     mean: Tensor
     std: Tensor
@@ -24,6 +27,12 @@ class Frame(NamedTuple):
         """The frame of rows [B, d], a little off zero (SAELens' `layer_norm` to the letter)."""
         spread = x.std(1, keepdim=True) if len(x) else x.new_empty(0, 1)  # of which torch warns
         return cls(x.mean(1, keepdim=True), spread + 1e-5)
+
+    @classmethod
+    def of_norms(cls, x: Tensor) -> Frame:
+        """The frame in which rows [B, d] have norm sqrt(d); rows of zeros stay so."""
+        norms = torch.linalg.vector_norm(x, dim=1, keepdim=True) / x.shape[1] ** 0.5
+        return cls(torch.zeros_like(norms), norms.masked_fill(norms == 0, 1))
 
     def enter(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self, final
+from typing import Literal, Self, final
 
 import torch
 from pydantic import Field, model_validator
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .base import SAE, register
 from .config import Clock, Config, ramp, steps_of
-from .encoder import Preactivations
+from .inference import ReLURule
 from .latents import Latents
 from .losses import Batch, Losses
 
@@ -66,8 +66,9 @@ class PAnneal(SAE):
     def _build(self, generator: torch.Generator) -> None:
         self.register_buffer("factor", torch.ones(()))
 
-    def _activate(self, pre: Preactivations, clock: Clock) -> Latents:
-        return pre.above(0.0).map(Tensor.relu)
+    @property
+    def rule(self) -> ReLURule:
+        return ReLURule()
 
     def _terms(self, batch: Batch) -> dict[str, Tensor]:
         weight = self.config.coefficient * ramp(self.config.warmup, batch.clock)
@@ -84,9 +85,6 @@ class PAnneal(SAE):
     def _update(self, seen: Tensor, clock: Clock) -> None:
         old, new = seen
         self.factor.mul_(torch.where(new > 0, old / new, 1))
-
-    def _saelens(self) -> dict[str, Any]:
-        return {"architecture": "transcoder" if self.is_transcoder else "standard"}
 
 
 def power_sum(active: Latents, p: float) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, final
+from dataclasses import replace
+from typing import Literal, final
 
 import torch
 from pydantic import Field
@@ -11,6 +12,7 @@ from torch import Tensor
 from .base import SAE, register
 from .config import Clock
 from .encoder import Preactivations
+from .inference import Formula, ReLURule
 from .latents import Latents
 from .losses import Batch
 from .penalties import PenaltyConfig, l1
@@ -40,6 +42,10 @@ class ShiftedReLU(SAE):
     def _build(self, generator: torch.Generator) -> None:
         self.register_buffer("shift", torch.tensor(self.config.shift))
 
+    @property
+    def rule(self) -> ReLURule:
+        return ReLURule()
+
     def _activate(self, pre: Preactivations, clock: Clock) -> Latents:
         return pre.above(self.shift.item()).map(lambda p: (p - self.shift).relu())
 
@@ -49,13 +55,9 @@ class ShiftedReLU(SAE):
         penalty = l1(self.config.penalty, batch.latents, batch, self.W_dec)
         return {"l1": self.config.coefficient_at(batch.clock) * penalty}
 
-    def _export(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _written(self) -> Formula:
         # a plain ReLU with the shift in its bias: what every tool can run
-        return tensors | {"b_enc": tensors["b_enc"] - self.shift}
+        return replace(super()._written(), b_enc=self.b_enc - self.shift)
 
-    def _import(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _take(self, formula: Formula) -> None:
         self.shift.zero_()
-        return tensors
-
-    def _saelens(self) -> dict[str, Any]:
-        return {"architecture": "transcoder" if self.is_transcoder else "standard"}

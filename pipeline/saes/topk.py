@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, final
+from typing import Literal, final
 
 from pydantic import Field
 from torch import Tensor
@@ -11,6 +11,7 @@ from .base import SAE, register
 from .config import Clock
 from .encoder import Preactivations
 from .fixed_k import FixedKConfig, auxk_term
+from .inference import TopKRule
 from .latents import Latents
 from .losses import Batch
 
@@ -32,12 +33,12 @@ class TopK(SAE):
     config_type = TopKConfig
     config: TopKConfig
 
+    @property
+    def rule(self) -> TopKRule:
+        return TopKRule(self.config.k)
+
     def _activate(self, pre: Preactivations, clock: Clock) -> Latents:
-        return pre.topk(self.config.k_at(clock)).map(Tensor.relu)
+        return TopKRule(self.config.k_at(clock))(pre)
 
     def _terms(self, batch: Batch) -> dict[str, Tensor]:
         return auxk_term(self.config, batch, self.dead(), self.W_dec)
-
-    def _saelens(self) -> dict[str, Any]:
-        name = "topk_transcoder" if self.is_transcoder else "topk"
-        return {"architecture": name, "k": self.config.k, "rescale_acts_by_decoder_norm": False}

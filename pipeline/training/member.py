@@ -17,6 +17,8 @@ from cache.errors import DamagedStore, SaeError
 from cache.outliers import some_rows
 from cache.runs import CHECKPOINT, Run
 from pipeline import devices
+from pipeline.formats import saelens
+from pipeline.formats.base import Metadata
 from pipeline.metrics.agreement import mmcs
 from pipeline.saes import (
     SAE,
@@ -235,9 +237,9 @@ class Member:
             entries[int(place)][key] = tensors[name]
         self.optimiser.load_state_dict({"state": entries, "param_groups": groups})
 
-    def finish(self, metadata: dict[str, Any]) -> None:
+    def finish(self, metadata: Metadata) -> None:
         """Write the dictionary that was trained."""
-        self.run.save_weights(self.sae.export_tensors(), self.sae.saelens_config() | {"metadata": metadata})
+        self.run.save_weights(*saelens.written(self.sae.formula(), metadata))
 
 
 def _mean(values: Sequence[Tensor], parts: Sequence[Losses]) -> Tensor:

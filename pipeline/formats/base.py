@@ -1,0 +1,111 @@
+"""What a format is, and reading and writing by whichever fits.
+
+A format is one file in this package with a class under @register: how one tool lays out a trained dictionary. It
+translates between that tool's names and the terms of `pipeline.saes.inference`, so a format knows no architecture, and
+an architecture no format. What is read is anyone's: it is never unpickled, its types, shapes and numbers are checked,
+and whatever is not as it should be is one SaeError.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import ClassVar, NamedTuple, TypeVar
+
+from cache.errors import NotFound, SaeError
+from pipeline.saes.dictionary import Dictionary, FixedDictionary
+from pipeline.saes.inference import Formula
+
+
+class Metadata(NamedTuple):
+    """Where a dictionary belongs: the model, the hook point of its inputs (and of its outputs, for a transcoder), the
+    text it was trained on. None where that is not known or there is none, as for rows of no language model."""
+
+    model: str | None = None
+    hook: str | None = None
+    hook_out: str | None = None
+    context_length: int | None = None
+    begin_token: bool | None = None
+    dataset: str | None = None
+
+
+class Reading(NamedTuple):
+    """What was read: the dictionary, on the CPU in float32 and in evaluation mode, and where it belongs."""
+
+    dictionary: Dictionary
+    metadata: Metadata
+
+
+class Format(ABC):
+    """One tool's layout of a folder. The first sentence of its docstring is what `sae list` shows."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def detects(self, folder: Path) -> bool:
+        """Whether a folder is laid out like this, by the names of its files."""
+
+    @abstractmethod
+    def formula(self, folder: Path) -> tuple[Formula, Metadata]:
+        """What the files say. Raises ValueError, in a few words, where that is no dictionary that can be computed."""
+
+    @abstractmethod
+    def write(self, formula: Formula, metadata: Metadata, folder: Path) -> None:
+        """Write the files into a folder. Raises ValueError where the tool has no words for such a dictionary."""
+
+
+FORMATS: dict[str, Format] = {}
+"""Every registered format by its name."""
+
+F = TypeVar("F", bound=type[Format])
+
+
+def register(format: F) -> F:
+    """Class decorator: make a format known under its name."""
+    assert format.name not in FORMATS, f"the name {format.name!r} is taken"
+    FORMATS[format.name] = format()
+    return format
+
+
+def detect(path: Path | str) -> Format:
+    """The format of a folder. Raises NotFound where there is no folder, SaeError where it has no known format."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise NotFound(f"{path}: is no folder on this machine; name the one that holds a dictionary's files")
+    found = [format for format in FORMATS.values() if format.detects(folder)]
+    if not found:
+        raise SaeError(f"{path}: holds no dictionary in a format that is known; those are {', '.join(sorted(FORMATS))}")
+    return found[0]
+
+
+def read(path: Path | str) -> Reading:
+    """The dictionary in another tool's folder, in the units of that tool's data. Raises SaeError where there is none.
+
+    Weights of other precisions become float32.
+    """
+    format, folder = detect(path), Path(path)
+    try:
+        formula, metadata = format.formula(folder)
+    except SaeError:
+        raise
+    except ValueError as error:
+        raise SaeError(f"{path}: is no {format.name} dictionary that can be read: {error}") from error
+    return Reading(FixedDictionary(formula), metadata)
+
+
+def write(dictionary: Dictionary, metadata: Metadata, path: Path | str, format: str = "saelens") -> None:
+    """Write a dictionary into a new or empty folder, as the format's tool opens it.
+
+    Raises SaeError where the folder holds something, or the tool has no words for such a dictionary.
+    """
+    if format not in FORMATS:
+        raise SaeError(f"{format}: unknown format; those are {', '.join(sorted(FORMATS))}")
+    folder = Path(path)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise SaeError(f"{path}: is there already; name a folder that is not there or is empty")
+    try:
+        FORMATS[format].write(dictionary.formula(), metadata, folder)
+    except SaeError:
+        raise
+    except ValueError as error:
+        raise SaeError(f"{path}: not written, {format} cannot say this dictionary: {error}") from error

@@ -1,0 +1,71 @@
+"""sparsify (EleutherAI): `cfg.json` beside `sae.safetensors`, in a folder named after the module it is for.
+
+Read and written are TopK dictionaries and transcoders without a skip connection: p = (x - b_dec) @ encoder.weight.T +
+encoder.bias, where a transcoder subtracts nothing; the k largest of ReLU(p) are active. Source: sparsify 1.3.3
+(`sparse_coder.py`, `config.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from cache.durable import write_in
+from cache.parsing import whole
+from cache.tensors import write_tensors
+from pipeline.saes.inference import Formula, TopKRule
+
+from . import files
+from .base import Format, Metadata, register
+
+CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+
+
+@register
+class Sparsify(Format):
+    """Folders of sparsify: cfg.json and sae.safetensors."""
+
+    name = "sparsify"
+
+    def detects(self, folder: Path) -> bool:
+        return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
+
+    def formula(self, folder: Path) -> tuple[Formula, Metadata]:
+        config, left = files.settings(folder / CONFIG), files.tensors(folder / WEIGHTS)
+        files.choice(config, "activation", "topk")
+        transcoder = files.flag(config, "transcode", False)
+        if files.flag(config, "skip_connection", False):
+            raise ValueError("skip_connection is true, which is not read")
+        d_in = files.width(config, "d_in")
+        d_sae = whole(config, "num_latents") or d_in * files.width(config, "expansion_factor")
+        k = whole(config, "k", 1, d_sae)
+        formula = Formula(
+            W_enc=files.take(left, "encoder.weight", d_sae, d_in).T.contiguous(),
+            b_enc=files.take(left, "encoder.bias", d_sae),
+            W_dec=files.take(left, "W_dec", d_sae, d_in),
+            b_dec=files.take(left, "b_dec", d_in),
+            rule=TopKRule(k),
+            centred=not transcoder,
+            transcoder=transcoder,
+        )
+        files.expect_taken(left)
+        return formula, Metadata(hook=folder.name)
+
+    def write(self, formula: Formula, metadata: Metadata, folder: Path) -> None:
+        if not isinstance(formula.rule, TopKRule):
+            raise ValueError(f"its latents are chosen by topk, these by {formula.rule.name}")
+        if formula.row_scaling != "none":
+            raise ValueError("it has no scaling of each row by itself")
+        if formula.centred == formula.transcoder or formula.d_in != formula.d_out:
+            raise ValueError("it subtracts b_dec from an autoencoder's input, and gives as many values as it takes")
+        config = {
+            "activation": "topk", "expansion_factor": max(1, formula.d_sae // formula.d_in), "normalize_decoder": False,
+            "num_latents": formula.d_sae, "k": formula.rule.k, "multi_topk": False, "skip_connection": False,
+            "transcode": formula.transcoder, "d_in": formula.d_in,
+        }  # fmt: skip
+        tensors = {
+            "encoder.weight": formula.W_enc.T, "encoder.bias": formula.b_enc, "W_dec": formula.W_dec,
+            "b_dec": formula.b_dec,
+        }  # fmt: skip
+        write_in(folder, CONFIG, json.dumps(config, indent=2).encode())
+        write_tensors(folder, WEIGHTS, tensors)
