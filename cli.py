@@ -6,7 +6,7 @@ It imports nothing that takes time, so that Ctrl-C is answered in one line while
 import sys
 from contextlib import suppress
 
-from pipeline.interrupts import Interrupted, interrupts_raised
+from sae.pipeline.runtime.interrupts import Interrupted, interrupts_raised
 
 
 def main() -> None:
@@ -14,7 +14,7 @@ def main() -> None:
     raised: list[int] = []
     try:
         with interrupts_raised() as raised:
-            from commands.app import run
+            from sae.pipeline.commands.app import run
 
             code = run()
     except Interrupted as stop:

@@ -13,7 +13,7 @@ begun. After each kill, with nothing repaired:
 
 Both must be 0. `windows` says how many windows were committed at each kill, `in_mid_write` how often the kill left a
 temporary file, a chunk not yet listed or half a manifest line. A kill is not a power cut: what had not been flushed
-survives it. That flushing comes in the right order is tested by itself (tests/test_durable.py).
+survives it. That flushing comes in the right order is tested by itself (tests/cache/disk/test_durable.py).
 """
 
 import argparse
@@ -35,23 +35,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fork copies no threads, so th
 
 import torch
 
-import pipeline.harvest
 from bench.children import Child, Say
-from cache import activations
-from cache.activations import ActivationStore
-from cache.durable import PARTIAL, whole_lines_end
-from cache.errors import SaeError
-from cache.head import RECIPE
-from cache.locks import LOCK, held
-from cache.manifest import MANIFEST, Window, Windows
-from cache.places import listing
-from cache.store import HINTS, REQUEST
-from cache.tokens import TokenStore
-from cache.writer import Writer
-from pipeline.harvest import HarvestConfig, harvest
-from pipeline.language_model import LanguageModel
-from pipeline.progress import Silent
-from pipeline.tokenize import TokenizeConfig, tokenize
+from sae.cache import activations
+from sae.cache.activations import ActivationStore
+from sae.cache.disk.durable import PARTIAL, whole_lines_end
+from sae.cache.disk.locks import LOCK, held
+from sae.cache.disk.paths import listing
+from sae.cache.errors import SaeError
+from sae.cache.store.head import RECIPE
+from sae.cache.store.manifest import MANIFEST, Window, Windows
+from sae.cache.store.store import HINTS, REQUEST
+from sae.cache.store.writer import Writer
+from sae.cache.tokens import TokenStore
+from sae.pipeline.harvest import stage
+from sae.pipeline.harvest.stage import HarvestConfig, harvest
+from sae.pipeline.language_model import LanguageModel
+from sae.pipeline.runtime.progress import Silent
+from sae.pipeline.tokenize.stage import TokenizeConfig, tokenize
 
 CHUNK_ROWS, WINDOWS = 256, Windows(512, 2048)
 TOKENS = 12_000  # eight windows
@@ -132,7 +132,7 @@ def inspect(path: Path | None, whole: dict[str, bytes], promised: int, drill: Dr
 def practise(kills: int, seed: int, home: Path, say: Callable[[str], None]) -> Drill:
     """The whole drill, in an empty folder."""
     torch.set_num_threads(1)
-    activations.CHUNK_ROWS, activations.WINDOWS, pipeline.harvest.WINDOWS = CHUNK_ROWS, WINDOWS, WINDOWS  # type: ignore[attr-defined]
+    activations.CHUNK_ROWS, activations.WINDOWS, stage.WINDOWS = CHUNK_ROWS, WINDOWS, WINDOWS  # type: ignore[attr-defined]
     model = LanguageModel.boot("tiny", device="cpu", dtype="float32", revision=None, offline=True)
     config = TokenizeConfig(source="python", tokenizer="tiny", context=64, tokens=TOKENS, validation=0)
     tokens: TokenStore = tokenize(config, home / "tokens", Silent(), offline=True).stores["train"]

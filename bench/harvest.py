@@ -28,10 +28,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from bench.peer import Peer
 from bench.rows import Row, show
-from cache.tokens import TokenStore, TokenWriter
-from pipeline.harvest import HarvestConfig, harvest
-from pipeline.language_model import LanguageModel
-from pipeline.progress import Silent
+from sae.cache.tokens import TokenStore, TokenWriter
+from sae.pipeline.harvest.stage import HarvestConfig, harvest
+from sae.pipeline.language_model import LanguageModel
+from sae.pipeline.runtime.progress import Silent
 
 CONTEXT = 128
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}

@@ -6,10 +6,11 @@
 Reference: `readinto` of the chunk files one after the other, a chunk at a time, into one buffer. Ours: batches of
 4096 as they are stored (`encoded`), and decoded to float32 on the CPU; an epoch opens up to 63 chunks twice. In its
 first pass a loader checks uncompressed chunks as it opens them, compressed ones in every pass. The rows are
-tests/heavy_tails.py at width 768. All are warm and take turns, a few chunks each; on one core CPU time counts (the
-process is pinned, with one reading thread), on two the clock. Medians of the pairs' ratios. SAELens reads a cache of
-its own layout (float32) in an interpreter that has sae_lens. `--memory` instead: the most memory resident while 1,000
-batches are loaded, as stored, of 1M rows and of 100M (stores of hard links to one chunk), each in a process of its own.
+tests/support/heavy_tails.py at width 768. All are warm and take turns, a few chunks each; on one core CPU time counts
+(the process is pinned, with one reading thread), on two the clock. Medians of the pairs' ratios. SAELens reads
+a cache of its own layout (float32) in an interpreter that has sae_lens. `--memory` instead: the most memory resident
+while 1,000 batches are loaded, as stored, of 1M rows and of 100M (stores of hard links to one chunk), each in a
+process of its own.
 """
 
 import argparse
@@ -28,14 +29,14 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 
 import numpy as np
 import torch
-from heavy_tails import HeavyTails
+from support.heavy_tails import HeavyTails
 
 from bench.peer import Peer
 from bench.rows import Row, show
-from cache import manifest
-from cache.activations import ActivationStore, ActivationWriter
-from cache.codecs import codec, codec_recipe
-from cache.loader import Loader
+from sae.cache.activations import ActivationStore, ActivationWriter
+from sae.cache.loader.loader import Loader
+from sae.cache.store import manifest
+from sae.cache.store.codecs import codec, codec_recipe
 
 D, BATCH, BASE = 768, 4096, 65_536
 STEPS = 8  # chunks' worth of rows that each side reads in turn

@@ -3,7 +3,7 @@
     python bench/mixing.py [--rows 16777216] [--documents 500] [--sigma 1] [--batch 4096] [--open 16,32,64] [--json]
 
 Documents have log-normal lengths of a given mean and laid end to end fill contexts of 128 tokens; every token is a row
-(of one number: only where rows stand matters). `cache.loading.mixing` says what a batch has in common where a
+(of one number: only where rows stand matters). `cache.loader.shuffle_quality` says what a batch has in common where a
 document's effect is a share of 0.3 of the variance. The first line is what independent draws would have.
 """
 
@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from bench.rows import Row, show
-from cache.activations import ActivationStore, ActivationWriter
-from cache.codecs import codec, codec_recipe
-from cache.loading.mixing import mixing
-from cache.tokens import TokenStore, TokenWriter
+from sae.cache.activations import ActivationStore, ActivationWriter
+from sae.cache.loader.shuffle_quality import mixing
+from sae.cache.store.codecs import codec, codec_recipe
+from sae.cache.tokens import TokenStore, TokenWriter
 
 CONTEXT = 128
 

@@ -3,7 +3,7 @@
     python bench/models.py [FAMILY...]
 
 Prints a table for humans: the sites each family has, and the largest deviation (over the largest value) of sites,
-logits, and of the losses after half a site is taken away. What is compared is in tests/model_families.py.
+logits, and of the losses after half a site is taken away. What is compared is in tests/support/model_families.py.
 """
 
 import sys
@@ -13,10 +13,10 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "tests")]
 
-from model_families import FAMILIES, compared, save_family
+from support.model_families import FAMILIES, compared, save_family
 from transformers.utils import logging
 
-from pipeline.language_model import SITES
+from sae.pipeline.language_model import SITES
 
 
 def main(names: list[str]) -> None:

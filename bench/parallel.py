@@ -23,13 +23,13 @@ import torch
 from bench import subjects
 from bench.planted import planted_rows
 from bench.rows import Row, show
-from cache.activations import ActivationStore
-from pipeline.saes import Clock
-from pipeline.training.group import Group
-from pipeline.training.member import Member
-from pipeline.training.parallel import Together
-from pipeline.training.processes import launch
-from pipeline.training.ranks import Alone, Ranks
+from sae.cache.activations import ActivationStore
+from sae.pipeline.parallel.launcher import launch
+from sae.pipeline.parallel.ranks import Alone, Ranks
+from sae.pipeline.parallel.torch_distributed import Together
+from sae.pipeline.saes import Clock
+from sae.pipeline.train.coupled import Group
+from sae.pipeline.train.trainer import Member
 
 ROWS = 16_384  # from which the bias and the scale are set
 TOGETHER, ONE, TWO = "2 processes, 1 thread each", "1 process, 1 thread", "1 process, 2 threads"

@@ -32,11 +32,11 @@ from torch import Tensor
 
 from bench.peer import Peer
 from bench.quality_peers import DEAD, DECAY, WARMUP, Job, batches, load
-from cache.activations import ActivationStore
-from pipeline import saes
-from pipeline.metrics.recovery import Recovery
-from pipeline.synthetic import GroundTruth, Independent, SyntheticConfig
-from pipeline.training.config import TrainConfig
+from sae.cache.activations import ActivationStore
+from sae.pipeline import saes
+from sae.pipeline.harvest.synthetic import GroundTruth, Independent, SyntheticConfig
+from sae.pipeline.metrics.recovery import Recovery
+from sae.pipeline.train.config import TrainConfig
 
 TRAIN, HELD = 400_000, 20_000
 SHAPES = {"tiny": (512, 16), "planted": (256, 8)}  # d_sae and k for each set of rows

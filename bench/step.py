@@ -32,8 +32,8 @@ from bench.peer import Peer
 from bench.planted import planted_rows
 from bench.rows import Row, show
 from bench.step_peers import CASES
-from cache.activations import ActivationStore
-from pipeline.training.member import Member
+from sae.cache.activations import ActivationStore
+from sae.pipeline.train.trainer import Member
 
 ROWS = 16_384  # from which the bias and the scale are set
 

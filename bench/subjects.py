@@ -1,6 +1,6 @@
 """Dictionaries in training, at the sizes a bench asks for: stores of planted rows, and members of a training on them.
 
-A bench times `pipeline.training.group.Group.step`, which is what `sae train` does with a batch, so that nothing of a
+A bench times `pipeline.train.coupled.Group.step`, which is what `sae train` does with a batch, so that nothing of a
 real step is left out.
 """
 
@@ -11,17 +11,17 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "tests")]
 
 import torch
-from small_stores import write_activations
+from support.small_stores import write_activations
 
 from bench.planted import planted_rows
-from cache.activations import ActivationStore
-from pipeline import saes
-from pipeline.saes.jl import JLConfig
-from pipeline.saes.jumprelu import JumpReLUConfig
-from pipeline.train import TrainConfig, open_run
-from pipeline.training.group import Group
-from pipeline.training.member import Member
-from pipeline.training.ranks import Alone
+from sae.cache.activations import ActivationStore
+from sae.pipeline import saes
+from sae.pipeline.parallel.ranks import Alone
+from sae.pipeline.saes.jl import JLConfig
+from sae.pipeline.saes.jumprelu import JumpReLUConfig
+from sae.pipeline.train.coupled import Group
+from sae.pipeline.train.stage import TrainConfig, open_run
+from sae.pipeline.train.trainer import Member
 
 STEPS = 10**9  # of a training that is only just beginning
 

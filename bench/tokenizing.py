@@ -20,12 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tiktoken
 
 from bench.rows import Row, show
-from pipeline.progress import Silent
-from pipeline.sources import text_source
-from pipeline.text.encoding import Encoder
-from pipeline.text.pool import Pool
-from pipeline.text.tokenizers import embedded_encoding, tokenizer
-from pipeline.tokenize import TokenizeConfig, tokenize_split
+from sae.pipeline.parallel.process_pool import Pool
+from sae.pipeline.runtime.progress import Silent
+from sae.pipeline.tokenize.encoding import Encoder
+from sae.pipeline.tokenize.sources import text_source
+from sae.pipeline.tokenize.stage import TokenizeConfig, tokenize_split
+from sae.pipeline.tokenizers.tokenizer import embedded_encoding, tokenizer
 
 
 def main() -> None:

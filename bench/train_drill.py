@@ -40,18 +40,18 @@ from torch import Tensor
 
 from bench.children import Child, Say
 from bench.subjects import member, planted_store, take_step
-from cache import activations
-from cache.activations import ActivationStore
-from cache.durable import PARTIAL
-from cache.errors import SaeError
-from cache.locks import held
-from cache.manifest import Windows
-from cache.places import listing
-from cache.runs import CONFIG, STAGED, WEIGHTS_CONFIG, Run
-from pipeline.progress import Silent
-from pipeline.sweep import open_all, sweep
-from pipeline.train import TrainConfig
-from pipeline.training.group import Group
+from sae.cache import activations
+from sae.cache.activations import ActivationStore
+from sae.cache.disk.durable import PARTIAL
+from sae.cache.disk.locks import held
+from sae.cache.disk.paths import listing
+from sae.cache.errors import SaeError
+from sae.cache.runs import CONFIG, STAGED, WEIGHTS_CONFIG, Run
+from sae.cache.store.manifest import Windows
+from sae.pipeline.runtime.progress import Silent
+from sae.pipeline.train.coupled import Group
+from sae.pipeline.train.stage import TrainConfig
+from sae.pipeline.train.sweep import open_all, sweep
 
 WIDTH, LATENTS, ROWS = 24, 1024, 1280
 COMMON = {"batch": 64, "steps": 60, "initial_rows": 512, "log_every": 4, "checkpoint_every": 5, "lr": 1e-3}

@@ -24,7 +24,7 @@ import torch
 from bench import subjects
 from bench.planted import planted_rows
 from bench.rows import Row, show
-from pipeline import saes
+from sae.pipeline import saes
 
 BYTES = 16  # a parameter, its gradient and two moments, in float32
 ROWS = 2048  # from which the bias and the scale are set: fewer than a training takes, so that they are not the peak

@@ -27,11 +27,11 @@ import torch
 
 from bench import subjects
 from bench.rows import Row, show
-from cache.activations import ActivationStore
-from pipeline.progress import Silent
-from pipeline.sweep import open_all
-from pipeline.train import train
-from pipeline.training.group import Group
+from sae.cache.activations import ActivationStore
+from sae.pipeline.runtime.progress import Silent
+from sae.pipeline.train.coupled import Group
+from sae.pipeline.train.stage import train
+from sae.pipeline.train.sweep import open_all
 
 ROWS = 49_152  # three chunks
 

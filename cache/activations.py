@@ -22,16 +22,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from cache import scratch
-from cache.arrays import ArraySpec
-from cache.codecs import Codec, Columns, Encoded, calibrate, codec_from_recipe, from_numpy, to_numpy
-from cache.errors import DamagedStore, SaeError
-from cache.identity import Recipe, canonical
-from cache.manifest import Window, Windows
-from cache.parsing import inner, is_plain_name, shown, text, whole
-from cache.store import Store
-from cache.tokens import TokenStore, expect_split
-from cache.writer import Writer
+from sae.cache.disk.identity import Recipe, canonical
+from sae.cache.disk.parsing import inner, is_plain_name, shown, text, whole
+from sae.cache.errors import DamagedStore, SaeError
+from sae.cache.store import scratch
+from sae.cache.store.arrays import ArraySpec
+from sae.cache.store.codecs import Codec, Columns, Encoded, calibrate, codec_from_recipe, from_numpy, to_numpy
+from sae.cache.store.manifest import Window, Windows
+from sae.cache.store.store import Store
+from sae.cache.store.writer import Writer
+from sae.cache.tokens import TokenStore, expect_split
 
 if TYPE_CHECKING:
     import torch

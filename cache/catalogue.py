@@ -12,19 +12,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cache import removal
-from cache.activations import ActivationStore
-from cache.durable import read, write_atomic
-from cache.errors import DamagedStore, NotFound, SaeError
-from cache.head import RECIPE, read_head
-from cache.identity import Recipe, canonical, digest
-from cache.locks import held
-from cache.manifest import MANIFEST, Manifest
-from cache.parsing import MOST_BYTES, name_of_file, parsed_mapping, shown
-from cache.places import is_remote, place
-from cache.runs import CONFIG, Run
-from cache.store import Store
-from cache.tokens import TokenStore, sibling
+from sae.cache.activations import ActivationStore
+from sae.cache.disk import removal
+from sae.cache.disk.durable import read, write_atomic
+from sae.cache.disk.identity import Recipe, canonical, digest
+from sae.cache.disk.locks import held
+from sae.cache.disk.parsing import MOST_BYTES, name_of_file, parsed_mapping, shown
+from sae.cache.disk.paths import is_remote, place
+from sae.cache.errors import DamagedStore, NotFound, SaeError
+from sae.cache.runs import CONFIG, Run
+from sae.cache.store.head import RECIPE, read_head
+from sae.cache.store.manifest import MANIFEST, Manifest
+from sae.cache.store.store import Store
+from sae.cache.tokens import TokenStore, sibling
 
 LATEST = "latest.json"
 REMEDY = ", though the store has rows; remove the folder, or repeat the command that made the store"

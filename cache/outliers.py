@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cache.activations import ActivationStore
-from cache.errors import SaeError
+from sae.cache.activations import ActivationStore
+from sae.cache.errors import SaeError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,8 +9,9 @@ cfg.json                  \\ the dictionary, in the layout SAELens opens; writte
 sae_weights.safetensors   /
 eval/                     what `sae eval` found (eval.json, latents.safetensors), and `sae report` (features.json)
 
-Every file is checked when it is read. JSON and tensors carry a checksum of their own (`cache.sealed`, `cache.tensors`);
-the checkpoint has that of the metrics logged before it, and the weights have that of cfg.json, which is SAELens' own.
+Every file is checked when it is read. JSON and tensors carry a checksum of their own (`cache.disk.sealed`,
+`cache.disk.tensors`); the checkpoint has that of the metrics logged before it, and the weights have
+that of cfg.json, which is SAELens' own.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cache import removal
-from cache.activations import ActivationStore
-from cache.durable import (
+from sae.cache.activations import ActivationStore
+from sae.cache.disk import removal
+from sae.cache.disk.durable import (
     append_line,
     checksum,
     expect_no_link,
@@ -34,13 +35,13 @@ from cache.durable import (
     whole_lines_end,
     write_in,
 )
-from cache.errors import DamagedStore, NotFound, SaeError
-from cache.identity import Recipe
-from cache.locks import LOCK, Lock
-from cache.parsing import MOST_BYTES, figure, inner, name_of_file, parsed_mapping, text, whole
-from cache.processes import final_name
-from cache.sealed import sealed, unsealed
-from cache.tensors import read_header, read_tensors, write_tensors
+from sae.cache.disk.identity import Recipe
+from sae.cache.disk.locks import LOCK, Lock
+from sae.cache.disk.parsing import MOST_BYTES, figure, inner, name_of_file, parsed_mapping, text, whole
+from sae.cache.disk.processes import final_name
+from sae.cache.disk.sealed import sealed, unsealed
+from sae.cache.disk.tensors import read_header, read_tensors, write_tensors
+from sae.cache.errors import DamagedStore, NotFound, SaeError
 
 if TYPE_CHECKING:  # listing runs needs no torch, and its import takes seconds
     from torch import Tensor

@@ -14,15 +14,15 @@ from typing import ClassVar
 
 import numpy as np
 
-from cache.arrays import ArraySpec
-from cache.durable import checksum, read, write_in
-from cache.errors import DamagedStore, NotFound
-from cache.identity import Recipe
-from cache.manifest import Window, Windows
-from cache.parsing import MOST_BYTES, inner, parse, shown, text, whole
-from cache.store import VOCABULARY as VOCABULARY
-from cache.store import Store
-from cache.writer import Writer
+from sae.cache.disk.durable import checksum, read, write_in
+from sae.cache.disk.identity import Recipe
+from sae.cache.disk.parsing import MOST_BYTES, inner, parse, shown, text, whole
+from sae.cache.errors import DamagedStore, NotFound
+from sae.cache.store.arrays import ArraySpec
+from sae.cache.store.manifest import Window, Windows
+from sae.cache.store.store import VOCABULARY as VOCABULARY
+from sae.cache.store.store import Store
+from sae.cache.store.writer import Writer
 
 CHUNK_TOKENS = 65_536
 WINDOW_CHUNKS = 64

@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from cache.errors import SaeError
-from configs import reading
-from configs.layers import Layer, Said, command_line, joined, leaves
-from configs.problems import Origins, explained
-from configs.reading import SECTIONS, nested, parsed
+from sae.cache.errors import SaeError
+from sae.configs import reading
+from sae.configs.layers import Layer, Said, command_line, joined, leaves
+from sae.configs.problems import Origins, explained
+from sae.configs.reading import SECTIONS, nested, parsed
 
 __all__ = ["SECTIONS", "parsed", "presets", "resolve", "settings_of"]
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from cache.errors import SaeError
-from configs.reading import nested
+from sae.cache.errors import SaeError
+from sae.configs.reading import nested
 
 TAGS = ("arch", "kind", "mode")  # keys that choose one of several settings classes
 

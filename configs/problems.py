@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ValidationError
 
-from configs.layers import TAGS, Layer, Path, inner_models, leaves, tag_of
-from configs.reading import nearest
+from sae.configs.layers import TAGS, Layer, Path, inner_models, leaves, tag_of
+from sae.configs.reading import nearest
 
 
 class Origins:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from cache.errors import SaeError
+from sae.cache.errors import SaeError
 
 SECTIONS = ("tokenize", "harvest", "synthesize", "train", "eval")
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from pipeline.sources import is_validation, text_source
+from sae.pipeline.tokenize.sources import is_validation, text_source
 
 END_OF_TEXT = "<|endoftext|>"
 VALIDATION = 0.1  # the `tiny` preset's fraction

@@ -33,7 +33,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from pipeline.sources import is_validation, text_source
+from sae.pipeline.tokenize.sources import is_validation, text_source
 
 VALIDATION = 0.1  # the `tiny` preset's fraction
 MATRIX_LR, OTHER_LR = 2e-3, 4e-3  # Muon; AdamW

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from saes_kit import one_thread
-from small_stores import shrunk
+from support.saes_kit import one_thread
+from support.small_stores import shrunk
 
 from bench import step, subjects, train_drill, train_memory, train_shared
 from bench.peer import Peer
-from cache.activations import ActivationStore
-from cache.runs import CHECKPOINT, METRICS, Run
-from pipeline.progress import Silent
-from pipeline.saes import ARCHITECTURES
-from pipeline.sweep import open_all, sweep
+from sae.cache.activations import ActivationStore
+from sae.cache.runs import CHECKPOINT, METRICS, Run
+from sae.pipeline.runtime.progress import Silent
+from sae.pipeline.saes import ARCHITECTURES
+from sae.pipeline.train.sweep import open_all, sweep
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 TINY = {"d_in": 8, "k": 2, "steps": 1, "warmup": 0, "precision": "float32", "no_clip": False, "peers": None}

@@ -11,15 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from killing import Killed
-from small_stores import CHUNK, files, heavy_rows, shrunk, token_recipe, window_arrays, write_activations, write_tokens
+from support.killing import Killed
+from support.small_stores import (
+    CHUNK,
+    files,
+    heavy_rows,
+    shrunk,
+    token_recipe,
+    window_arrays,
+    write_activations,
+    write_tokens,
+)
 
-from cache import durable
-from cache.durable import PARTIAL
-from cache.errors import SaeError
-from cache.manifest import MANIFEST, Manifest
-from cache.store import Store
-from cache.tokens import TokenStore
+from sae.cache.disk import durable
+from sae.cache.disk.durable import PARTIAL
+from sae.cache.errors import SaeError
+from sae.cache.store.manifest import MANIFEST, Manifest
+from sae.cache.store.store import Store
+from sae.cache.tokens import TokenStore
 
 N = CHUNK + 5
 WHOLE = (0, CHUNK, N)  # row counts of whole windows
@@ -230,9 +239,9 @@ BEGIN = """
 import resource, sys
 from pathlib import Path
 sys.path[:0] = ["tests"]
-from small_tokens import write_tokens
-from cache import tokens
-from cache.errors import SaeError
+from support.small_tokens import write_tokens
+from sae.cache import tokens
+from sae.cache.errors import SaeError
 tokens.CHUNK_TOKENS, tokens.WINDOW_CHUNKS = 256, 4
 root = Path(sys.argv[1])
 """

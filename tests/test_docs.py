@@ -12,14 +12,14 @@ import pytest
 import typer.main
 from pydantic import BaseModel
 
-import configs
-from commands.app import app
-from commands.words import amount
-from pipeline.evaluate import EvalConfig
-from pipeline.harvest import HarvestConfig
-from pipeline.saes import ARCHITECTURES
-from pipeline.tokenize import TokenizeConfig
-from pipeline.train import TrainConfig
+from sae import configs
+from sae.pipeline.commands.app import app
+from sae.pipeline.commands.words import amount
+from sae.pipeline.evaluate.stage import EvalConfig
+from sae.pipeline.harvest.stage import HarvestConfig
+from sae.pipeline.saes import ARCHITECTURES
+from sae.pipeline.tokenize.stage import TokenizeConfig
+from sae.pipeline.train.stage import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

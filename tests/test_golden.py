@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import done
+from support.command_line import done
 
 GOLDEN = Path(__file__).parent / "data" / "golden.json"
 WORDS = "the of store row latent model token layer norm writes reads fires above below each one two every small"

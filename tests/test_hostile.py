@@ -11,25 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import sae
-from hostile import Lie, honest_home, lies
-from small_models import small_stages
+from support.command_line import sae
+from support.hostile import Lie, honest_home, lies
+from support.small_models import small_stages
 
-import console
-from cache import catalogue, tokens
-from cache.activations import ActivationStore
-from cache.errors import SaeError
-from cache.loader import Loader
-from cache.runs import Run
-from cache.store import Store
-from cache.tokens import TokenStore
-from cache.upkeep import garbage, usage
-from cache.upkeep.salvage import salvage, verify
-from pipeline import hints, trained
-from pipeline.compare import compare
-from pipeline.report.page import page, read
-from pipeline.rows import rule_of
-from pipeline.training.config import settings_of
+from sae.cache import catalogue, tokens
+from sae.cache.activations import ActivationStore
+from sae.cache.errors import SaeError
+from sae.cache.loader.loader import Loader
+from sae.cache.runs import Run
+from sae.cache.store.store import Store
+from sae.cache.tokens import TokenStore
+from sae.cache.upkeep import garbage, usage
+from sae.cache.upkeep.damage import salvage, verify
+from sae.pipeline.commands import console
+from sae.pipeline.language_model import hints
+from sae.pipeline.language_model.token_mask import rule_of
+from sae.pipeline.report.compare import compare
+from sae.pipeline.report.page import page, read
+from sae.pipeline.train import trained
+from sae.pipeline.train.config import settings_of
 
 FEW = 120  # lies of the default suite
 COMMANDS = (

@@ -18,7 +18,7 @@ LOOKING = (
 @pytest.mark.parametrize("command", LOOKING)
 def test_looking_around_imports_nothing_heavy(command: str, tmp_path: Path) -> None:
     program = (
-        "import sys; from cli import main\n"
+        "import sys; from sae.cli import main\n"
         f"sys.argv = ['sae', *{command.split()!r}]\n"
         "try: main()\n"
         "except SystemExit: pass\n"
@@ -32,9 +32,9 @@ def test_looking_around_imports_nothing_heavy(command: str, tmp_path: Path) -> N
 def test_the_list_of_formats_is_that_of_the_registry() -> None:
     """It is read from the files' text; importing them tells the same."""
     program = (
-        "import sys; from pipeline.choices import formats\n"
+        "import sys; from sae.pipeline.commands.registry_listing import formats\n"
         "before = formats(); assert 'torch' not in sys.modules\n"
-        "from pipeline.formats import FORMATS\n"
+        "from sae.pipeline.formats import FORMATS\n"
         "assert list(before) == sorted(FORMATS) and before == formats(), before\n"
         "assert all(before.values())"
     )
@@ -44,9 +44,9 @@ def test_the_list_of_formats_is_that_of_the_registry() -> None:
 def test_the_list_of_architectures_is_that_of_the_registry() -> None:
     """It is read from the files' text; importing them tells the same."""
     program = (
-        "import sys; from pipeline.choices import architectures\n"
+        "import sys; from sae.pipeline.commands.registry_listing import architectures\n"
         "before = architectures(); assert 'torch' not in sys.modules\n"
-        "from pipeline.saes import ARCHITECTURES\n"
+        "from sae.pipeline.saes import ARCHITECTURES\n"
         "assert list(before) == sorted(ARCHITECTURES) and before == architectures(), before\n"
         "assert all(before.values())"
     )

@@ -13,7 +13,7 @@ import google_crc32c
 import numpy as np
 import pytest
 import zarr
-from small_stores import (
+from support.small_stores import (
     CHUNK,
     CONTEXT,
     heavy_rows,
@@ -24,8 +24,8 @@ from small_stores import (
     write_tokens,
 )
 
-from cache.activations import ActivationStore
-from cache.tokens import TokenStore
+from sae.cache.activations import ActivationStore
+from sae.cache.tokens import TokenStore
 
 N = 5 * CHUNK + 3  # four windows, the last one short
 CODECS = ("int8", "int8:step=0,zstd=none", "bfloat16", "float16", "float32:zstd=1")

@@ -1,6 +1,7 @@
-"""Which module may import which: the arrows of the design, read from the source."""
+"""The map of the code (docs/architecture.md) against the tree: which rooms there are, and which imports which."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,22 +9,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMAND_LINE = ("cli", "commands")
-OURS = ("cache", "configs", "pipeline", "console", *COMMAND_LINE)
-STAGES = (
-    "pipeline.tokenize", "pipeline.harvest", "pipeline.synthesize", "pipeline.train", "pipeline.evaluate",
-)  # fmt: skip
-# what lists everything there is, what runs all of it, what runs one stage many times, and what makes things again
-OVERVIEWS = (
-    "pipeline.choices", "pipeline.demo", "pipeline.sweep", "pipeline.repair",
-    *(f"pipeline.studies.{path.stem}" for path in (ROOT / "pipeline" / "studies").glob("[a-z]*.py")),
-)  # fmt: skip
+MAP = ROOT / "docs" / "architecture.md"
+STAGES = ("pipeline.tokenize", "pipeline.harvest", "pipeline.train", "pipeline.evaluate")
+TOPS = ("cache", "configs", "pipeline")
 
 
 def modules() -> dict[str, Path]:
     """Every module of ours by its dotted name."""
-    paths = [path for name in OURS for path in [ROOT / f"{name}.py", *(ROOT / name).rglob("*.py")] if path.exists()]
-    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+    paths = [path for top in TOPS for path in (ROOT / top).rglob("*.py")]
+    found = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+    own = {"cli": ROOT / "cli.py", "": ROOT / "sae" / "__init__.py"}
+    return {f"sae.{name}".rstrip("."): path for name, path in {**found, **own}.items() if name != "pipeline"}
 
 
 MODULES = modules()
@@ -46,147 +42,131 @@ def imports(name: str) -> Iterator[str]:
 IMPORTS = {name: sorted(set(imports(name))) for name in MODULES}
 
 
-def inside(name: str, *packages: str) -> bool:
-    return any(name == package or name.startswith(f"{package}.") for package in packages)
+def room(name: str) -> str:
+    """The room of a module: its folder below the root, no deeper than two; `errors` is a room of its own."""
+    path = MODULES[name].relative_to(ROOT)
+    if str(path) == "cache/errors.py":
+        return "cache.errors"
+    return ".".join(path.parent.parts[:2]) or path.stem
 
 
 def ours(name: str) -> list[str]:
-    return [imported for imported in IMPORTS[name] if inside(imported, *OURS)]
+    return [imported for imported in IMPORTS[name] if imported.partition(".")[0] == "sae"]
 
 
 def others(name: str) -> set[str]:
     """Packages that are neither ours nor Python's."""
-    found = {imported.partition(".")[0] for imported in IMPORTS[name]}
-    return found - set(OURS) - sys.stdlib_module_names
+    return {imported.partition(".")[0] for imported in IMPORTS[name]} - {"sae"} - sys.stdlib_module_names
 
 
-def reached(name: str) -> set[str]:
-    """Everything of ours a module leads to."""
+def arrows() -> dict[str, set[str]]:
+    """The rooms that each room imports from, as the tree has it."""
+    found: dict[str, set[str]] = {room(name): set() for name in MODULES}
+    for name in MODULES:
+        found[room(name)] |= {room(imported) for imported in ours(name)} - {room(name)}
+    return found
+
+
+def table() -> dict[str, set[str]]:
+    """The same as the map has it, in the map's order."""
+    rows = re.findall(r"^\| `([\w.]+)` \| (.+?) \| (.*?) \|$", MAP.read_text(encoding="utf-8"), re.MULTILINE)
+    return {name: set(re.findall(r"`([\w.]+)`", listed)) for name, _, listed in rows}
+
+
+def reached(start: str) -> set[str]:
+    """Every room that a room leads to."""
     seen: set[str] = set()
-    waiting = [name]
+    waiting = [start]
     while waiting:
-        for imported in ours(waiting.pop()):
-            if imported not in seen:
-                seen.add(imported)
-                waiting.append(imported)
+        for target in ARROWS[waiting.pop()] - seen:
+            seen.add(target)
+            waiting.append(target)
     return seen
 
 
-def within(package: str) -> list[str]:
-    return [name for name in MODULES if inside(name, package)]
+ARROWS = arrows()
+TABLE = table()
 
 
-def test_there_is_something_to_look_at() -> None:
-    assert set(STAGES) <= set(MODULES)
-    assert "cache.activations" in IMPORTS["pipeline.harvest"]
-    assert "pipeline.saes.config" in IMPORTS["pipeline.saes"]
-    assert "cache.catalogue" in IMPORTS["commands.runs"]
+def test_the_map_has_every_room_and_no_other() -> None:
+    assert len(TABLE) > 15
+    assert set(TABLE) == set(ARROWS)
     assert all(imported in MODULES for name in MODULES for imported in ours(name))
 
 
-# package -> what of ours it may import, and which packages of others (None: any)
-ARROWS: dict[str, tuple[tuple[str, ...], set[str] | None]] = {
-    "cache": (("cache",), {"numpy", "numcodecs", "google_crc32c", "safetensors", "torch", "upath", "zarr"}),
-    "configs": (("configs", "cache.errors"), {"pydantic", "yaml"}),
-    "console": (("cache.printable", "pipeline.metrics.figures"), {"rich"}),
-    "pipeline.saes": (("pipeline.saes", "configs.base"), {"torch", "pydantic"}),
-    "pipeline.formats": (
-        (
-            "pipeline.formats", "pipeline.saes.inference", "pipeline.saes.latents", "pipeline.saes.dictionary",
-            "cache.errors", "cache.durable", "cache.parsing", "cache.tensors",
-        ), {"torch"},
-    ),
-    "pipeline.metrics": (("pipeline.metrics", "pipeline.saes"), {"torch", "numpy", "scipy"}),
-    "pipeline.sources": (("pipeline.sources", "pipeline.network", "cache.errors"), None),
-    "pipeline.language_model": (
-        ("pipeline.language_model", "pipeline.network", "pipeline.embedded", "pipeline.devices", "cache.errors"), None,
-    ),
-    "commands": (("cache", "configs", "console", "pipeline", "commands"), {"typer", "platformdirs"}),
-    "commands.options": (
-        ("cache.errors", "cache.places", "cache.store", "configs", "commands.options"), {"typer", "platformdirs"},
-    ),
-    "commands.upkeep": (("cache", "console", "pipeline.repair", "commands.options", "commands.upkeep"), {"typer"}),
-    "cli": (("commands.app", "pipeline.interrupts"), set()),
-}  # fmt: skip
+@pytest.mark.parametrize("name", sorted(ARROWS))
+def test_the_arrows_are_those_of_the_map(name: str) -> None:
+    wrong = {
+        target: [(module, imported) for module in MODULES if room(module) == name
+                 for imported in ours(module) if room(imported) == target]
+        for target in ARROWS[name] - TABLE.get(name, set())
+    }  # fmt: skip
+    assert wrong == {}, "an import that the map does not have"
+    assert TABLE[name] - ARROWS[name] == set(), "the map has an arrow that nothing needs"
 
 
-@pytest.mark.parametrize("package", ARROWS)
-def test_the_arrows(package: str) -> None:
-    allowed, outside = ARROWS[package]
-    assert within(package)
-    wrong = [(name, target) for name in within(package) for target in ours(name) if not inside(target, *allowed)]
-    assert wrong == []
-    if outside is not None:
-        assert {name: others(name) - outside for name in within(package) if others(name) - outside} == {}
+def test_arrows_point_one_way() -> None:
+    """Each room imports only from rooms that stand above it."""
+    order = list(TABLE)
+    assert [
+        (name, target) for name in order for target in ARROWS[name] if order.index(target) >= order.index(name)
+    ] == []
+
+
+def test_pipeline_has_no_loose_files() -> None:
+    assert [path.name for path in (ROOT / "pipeline").glob("*.py")] == ["__init__.py"]
+
+
+BETWEEN_STAGES = ("sae.pipeline.train.trained",)  # a run folder's reader
+REPAIR = "sae.pipeline.harvest.repair"  # makes again what two stages made
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_stages_never_lead_to_each_other(stage: str) -> None:
-    assert reached(stage) & (set(STAGES) - {stage}) == set()
+def test_stages_lead_to_each_other_through_the_cache_alone(stage: str) -> None:
+    for name in MODULES:
+        if room(name) == stage:
+            meets = [target for target in ours(name) if room(target) in STAGES and room(target) != stage]
+            assert set(meets) <= {*BETWEEN_STAGES} or name == REPAIR, (name, meets)
 
 
-def test_nothing_below_a_stage_imports_one() -> None:
-    wrong = [
-        (name, target)
-        for name in within("pipeline")
-        for target in ours(name)
-        if target in STAGES and name not in OVERVIEWS
-    ]
-    assert wrong == []
+def test_the_library_knows_no_terminal() -> None:
+    for name in MODULES:
+        if room(name) != "pipeline.commands":
+            assert not others(name) & {"typer", "rich", "click"}, name
 
 
-@pytest.mark.parametrize(
-    ("package", "whose"),
-    [
-        ("cache.loading", ("cache.loader", "cache.upkeep", "commands.looking")),  # which shows shuffle quality
-        ("cache.upkeep", ("commands.looking", "commands.upkeep", "pipeline.repair")),
-        ("pipeline.text", ("pipeline.tokenize", "pipeline.matching", "pipeline.repair", "pipeline.choices")),
-        (
-            "pipeline.training",
-            ("pipeline.train", "pipeline.sweep", "pipeline.studies", "commands.runs", "commands.studies"),
-        ),
-    ],
-)
-def test_parts_are_used_by_what_they_are_parts_of(package: str, whose: tuple[str, ...]) -> None:
-    wrong = [
-        (name, target)
-        for name in MODULES
-        for target in ours(name)
-        if inside(target, package) and not inside(name, package, *whose)
-    ]
-    assert wrong == []
-
-
-def test_the_pipeline_knows_no_presets_and_no_terminal() -> None:
-    for name in within("pipeline"):
-        assert name in OVERVIEWS or "configs" not in IMPORTS[name], name
-        assert not others(name) & {"typer", "rich", "click"}, name
-
-
-def test_only_the_command_line_is_above() -> None:
-    above = [(name, target) for name in MODULES for target in ours(name) if inside(target, *COMMAND_LINE, "console")]
-    assert {name for name, _ in above if not inside(name, *COMMAND_LINE)} == set()
+def test_the_cache_is_about_nothing_but_disk() -> None:
+    allowed = {"numpy", "numcodecs", "google_crc32c", "safetensors", "torch", "upath", "zarr"}
+    assert {
+        name: others(name) - allowed for name in MODULES if name.startswith("sae.cache") and others(name) - allowed
+    } == {}
 
 
 def test_the_language_model_is_behind_one_door() -> None:
     for name in MODULES:
         if "transformer_lens" in others(name):
-            assert inside(name, "pipeline.language_model"), name
+            assert room(name) == "pipeline.language_model", name
         if "transformers" in others(name):
-            assert inside(name, "pipeline.language_model", "pipeline.text"), name
+            assert room(name) in ("pipeline.language_model", "pipeline.tokenizers"), name
 
 
-@pytest.mark.parametrize("stage", ["pipeline.tokenize", "pipeline.train"])
+@pytest.mark.parametrize("stage", ["pipeline.train"])
 def test_whoever_has_the_cache_needs_no_language_model(stage: str) -> None:
-    assert not [name for name in reached(stage) if inside(name, "pipeline.language_model")]
+    assert "pipeline.language_model" not in reached(stage)
 
 
 def test_dictionaries_know_no_paths_and_no_json() -> None:
-    for package in ("pipeline.saes", "pipeline.metrics"):
-        for name in within(package):
+    for name in MODULES:
+        if room(name) in ("pipeline.saes", "pipeline.metrics"):
             assert not {"json", "os", "pathlib", "io", "pickle"} & set(IMPORTS[name]), name
 
 
 def test_nothing_is_pickled() -> None:
     for name in MODULES:
         assert not {"pickle", "shelve", "dill", "joblib", "cloudpickle"} & set(IMPORTS[name]), name
+
+
+def test_no_module_has_two_names() -> None:
+    """Nothing imports `cache`, `pipeline`, `configs` or `cli` as a top-level name; a user's own would be taken."""
+    for name in MODULES:
+        assert not {imported.partition(".")[0] for imported in IMPORTS[name]} & {*TOPS, "cli", "console"}, name

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from command_line import done, sae
-from small_stores import shrunk
+from support.command_line import done, sae
+from support.small_stores import shrunk
 from test_removal import tree
 
-from cache.locks import LOCK
+from sae.cache.disk.locks import LOCK
 
 How = Callable[[Path, Path], None]
 ROWS = "--rows 64 --d 6 --features 12 --active 2 --groups 3 --set synthesize.validation_rows=64"

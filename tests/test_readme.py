@@ -19,18 +19,20 @@ import pyarrow.parquet
 import pytest
 import tiktoken
 import torch
-from command_line import sae
-from small_models import small_stages
-from small_tokenizers import write_tokenizer
+from support.command_line import sae
+from support.small_models import small_stages
+from support.small_tokenizers import write_tokenizer
 from test_docs import PAGES, README, blocks, typed
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from cache import activations, tokens
-from cache.manifest import Windows
-from pipeline import harvest, repair, tokenize
-from pipeline.sources import TextSource, text_source
-from pipeline.text.tokenizers import embedded_encoding
-from pipeline.train import TrainConfig
+from sae.cache import activations, tokens
+from sae.cache.store.manifest import Windows
+from sae.pipeline.harvest import repair
+from sae.pipeline.harvest import stage as harvest
+from sae.pipeline.tokenize import stage as tokenize
+from sae.pipeline.tokenize.sources import TextSource, text_source
+from sae.pipeline.tokenizers.tokenizer import embedded_encoding
+from sae.pipeline.train.stage import TrainConfig
 
 pytestmark = pytest.mark.slow
 
@@ -41,8 +43,8 @@ CHARACTERS = 260_000
 ON_THE_HUB = ("fineweb", "org/dataset")
 FIRST = next(block for block in blocks(README) if typed(block, "sae"))  # GPT-2 on FineWeb, from text to report
 BLOCKS = [block for page in (README, PAGES["docs/upkeep.md"]) for block in blocks(page) if typed(block, "sae")]
-OWN_TESTS = ("--devices",)  # several processes: tests/test_parallel.py starts them
-# What makes a command small: the demo at its full size is tests/test_demo.py's, a study trains many.
+OWN_TESTS = ("--devices",)  # several processes: tests/pipeline/parallel/test_parallel.py starts them
+# What makes a command small: the demo at its full size is tests/pipeline/commands/test_demo.py's, a study trains many.
 SMALL = {
     "demo": "tokenize.tokens=60000 tokenize.validation_tokens=4096 harvest.tokens=10000 harvest.validation_tokens=4096 "
     "train.sae.d_sae=256 eval.tokens=2048 eval.dead_rows=0",

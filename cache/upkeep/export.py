@@ -22,15 +22,15 @@ import zarr
 from torch import Tensor
 from zarr.codecs import ZstdCodec
 
-from cache import removal
-from cache.activations import ActivationStore
-from cache.codecs import Encoded, to_numpy
-from cache.durable import explained, make_folder
-from cache.errors import SaeError
-from cache.processes import temporary
-from cache.space import expect_room, plain_on_disk
-from cache.tokens import TokenStore
-from cache.upkeep import loose
+from sae.cache.activations import ActivationStore
+from sae.cache.disk import removal
+from sae.cache.disk.durable import explained, make_folder
+from sae.cache.disk.processes import temporary
+from sae.cache.errors import SaeError
+from sae.cache.store.codecs import Encoded, to_numpy
+from sae.cache.store.space import expect_room, plain_on_disk
+from sae.cache.tokens import TokenStore
+from sae.cache.upkeep import loose
 
 Advance = Callable[[int], None]
 ORDERS = ("stored", "token")

@@ -19,19 +19,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cache import catalogue, removal
-from cache.contents import is_chunk, is_own, is_temporary
-from cache.durable import expect_no_link
-from cache.errors import DamagedStore, NotFound
-from cache.head import RECIPE
-from cache.identity import Recipe, digest
-from cache.locks import Lock, held
-from cache.manifest import MANIFEST
-from cache.places import filesystem, filesystem_path, is_remote, listing
-from cache.runs import Run
-from cache.store import Store
-from cache.tokens import sibling
-from cache.upkeep import removing
+from sae.cache import catalogue
+from sae.cache.disk import removal
+from sae.cache.disk.durable import expect_no_link
+from sae.cache.disk.identity import Recipe, digest
+from sae.cache.disk.locks import Lock, held
+from sae.cache.disk.paths import filesystem, filesystem_path, is_remote, listing
+from sae.cache.errors import DamagedStore, NotFound
+from sae.cache.runs import Run
+from sae.cache.store.contents import is_chunk, is_own, is_temporary
+from sae.cache.store.head import RECIPE
+from sae.cache.store.manifest import MANIFEST
+from sae.cache.store.store import Store
+from sae.cache.tokens import sibling
+from sae.cache.upkeep import removing
 
 DAY = 86_400.0
 PATIENCE = DAY  # an interrupted command is usually repeated within the day

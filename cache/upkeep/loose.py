@@ -14,15 +14,15 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from cache import removal
-from cache.catalogue import LATEST
-from cache.durable import read, write_atomic
-from cache.errors import SaeError
-from cache.locks import LOCK, Lock, held
-from cache.places import is_remote, listing
-from cache.processes import final_name, left_behind, temporary
-from cache.runs import CONFIG, EVALUATION, FEATURES, LATENTS, METRICS, STAGED, WEIGHTS, WEIGHTS_CONFIG, is_begun
-from cache.upkeep.garbage import PATIENCE, Garbage
+from sae.cache.catalogue import LATEST
+from sae.cache.disk import removal
+from sae.cache.disk.durable import read, write_atomic
+from sae.cache.disk.locks import LOCK, Lock, held
+from sae.cache.disk.paths import is_remote, listing
+from sae.cache.disk.processes import final_name, left_behind, temporary
+from sae.cache.errors import SaeError
+from sae.cache.runs import CONFIG, EVALUATION, FEATURES, LATENTS, METRICS, STAGED, WEIGHTS, WEIGHTS_CONFIG, is_begun
+from sae.cache.upkeep.garbage import PATIENCE, Garbage
 
 EXPORT = "export"  # `export.<whose>.partial` in the cache holds the path of an export being written
 MOST_PATH = 4096

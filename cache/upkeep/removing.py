@@ -4,16 +4,17 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from cache import catalogue, removal
-from cache.contents import group_recipe, is_own
-from cache.durable import expect_no_link, explained, read
-from cache.errors import Busy, NotFound, SaeError
-from cache.head import RECIPE, read_head
-from cache.identity import digest
-from cache.locks import Lock, held
-from cache.manifest import MANIFEST, read_line
-from cache.places import is_remote, place
-from cache.tokens import SPLITS, TokenStore, sibling
+from sae.cache import catalogue
+from sae.cache.disk import removal
+from sae.cache.disk.durable import expect_no_link, explained, read
+from sae.cache.disk.identity import digest
+from sae.cache.disk.locks import Lock, held
+from sae.cache.disk.paths import is_remote, place
+from sae.cache.errors import Busy, NotFound, SaeError
+from sae.cache.store.contents import group_recipe, is_own
+from sae.cache.store.head import RECIPE, read_head
+from sae.cache.store.manifest import MANIFEST, read_line
+from sae.cache.tokens import SPLITS, TokenStore, sibling
 
 
 def finish(root: Path) -> list[str]:

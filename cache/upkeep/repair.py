@@ -21,19 +21,19 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from cache import catalogue
-from cache.activations import ActivationStore
-from cache.contents import group_recipe
-from cache.durable import checksum, read, write_in
-from cache.errors import DamagedStore, SaeError
-from cache.head import RECIPE, head_bytes
-from cache.identity import digest
-from cache.locks import Lock
-from cache.manifest import MANIFEST, Manifest, Window
-from cache.notes import note_bytes
-from cache.store import HINTS, REQUEST, Store
-from cache.upkeep.salvage import Salvaged, salvage
-from cache.writer import encoders
+from sae.cache import catalogue
+from sae.cache.activations import ActivationStore
+from sae.cache.disk.durable import checksum, read, write_in
+from sae.cache.disk.identity import digest
+from sae.cache.disk.locks import Lock
+from sae.cache.errors import DamagedStore, SaeError
+from sae.cache.store.contents import group_recipe
+from sae.cache.store.head import RECIPE, head_bytes
+from sae.cache.store.manifest import MANIFEST, Manifest, Window
+from sae.cache.store.notes import note_bytes
+from sae.cache.store.store import HINTS, REQUEST, Store
+from sae.cache.store.writer import encoders
+from sae.cache.upkeep.damage import DamagedStoreView, inspect_damage
 
 
 class Made(NamedTuple):
@@ -77,7 +77,7 @@ def repair(folder: Path, damaged: Collection[str], maker: Callable[[Store], Make
     SaeError where what it was made from is not there any more, DamagedStore where nothing says what it is.
     """
     with Lock(folder):
-        return _Repair(salvage(folder), maker).run(damaged)
+        return _Repair(inspect_damage(folder), maker).run(damaged)
 
 
 def restore_recipe(folder: Path) -> Repaired | None:
@@ -98,7 +98,7 @@ def restore_recipe(folder: Path) -> Repaired | None:
 class _Repair:
     """One repair, under the lock."""
 
-    found: Salvaged
+    found: DamagedStoreView
     new_maker: Callable[[Store], Maker]
     written: list[str] = field(default_factory=list)
     replaced: list[int] = field(default_factory=list)

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cache.places import listing
-from cache.store import Store
-from cache.upkeep import garbage
+from sae.cache.disk.paths import listing
+from sae.cache.store.store import Store
+from sae.cache.upkeep import garbage
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar, NamedTuple, TypeVar
 
-from cache.errors import NotFound, SaeError
-from pipeline.saes.dictionary import Dictionary, FixedDictionary
-from pipeline.saes.inference import Formula
+from sae.cache.errors import NotFound, SaeError
+from sae.pipeline.saes.dictionary import Dictionary, FixedDictionary
+from sae.pipeline.saes.inference import Formula
 
 
 class Metadata(NamedTuple):

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cache.durable import read
-from cache.errors import DamagedStore, NotFound, SaeError
-from cache.parsing import MOST_BYTES, parsed_mapping, shown, text, whole
-from cache.tensors import read_tensors
+from sae.cache.disk.durable import read
+from sae.cache.disk.parsing import MOST_BYTES, parsed_mapping, shown, text, whole
+from sae.cache.disk.tensors import read_tensors
+from sae.cache.errors import DamagedStore, NotFound, SaeError
 
 MOST_WIDTH = 1 << 31
 PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -17,11 +17,11 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from cache.durable import write_in
-from cache.parsing import inner, shown, whole
-from cache.tensors import write_tensors
-from pipeline.saes.inference import RULES, Formula, Rule
-from pipeline.saes.latents import RowScaling
+from sae.cache.disk.durable import write_in
+from sae.cache.disk.parsing import inner, shown, whole
+from sae.cache.disk.tensors import write_tensors
+from sae.pipeline.saes.inference import RULES, Formula, Rule
+from sae.pipeline.saes.latents import RowScaling
 
 from . import files
 from .base import Format, Metadata, register

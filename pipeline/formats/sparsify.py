@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from cache.durable import write_in
-from cache.parsing import whole
-from cache.tensors import write_tensors
-from pipeline.saes.inference import Formula, TopKRule
+from sae.cache.disk.durable import write_in
+from sae.cache.disk.parsing import whole
+from sae.cache.disk.tensors import write_tensors
+from sae.pipeline.saes.inference import Formula, TopKRule
 
 from . import files
 from .base import Format, Metadata, register

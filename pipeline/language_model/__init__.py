@@ -15,10 +15,10 @@ sites       the names of the places
 
 from typing import TYPE_CHECKING, Any
 
-from pipeline.language_model.sites import SITES, Point
+from sae.pipeline.language_model.sites import SITES, Point
 
 if TYPE_CHECKING:
-    from pipeline.language_model.model import Comparison, LanguageModel, Replacement, Spliced
+    from sae.pipeline.language_model.model import Comparison, LanguageModel, Replacement, Spliced
 
 __all__ = ["SITES", "Comparison", "LanguageModel", "Point", "Replacement", "Spliced"]
 
@@ -27,6 +27,6 @@ def __getattr__(name: str) -> Any:
     """What needs torch is imported when it is first asked for: a list of the sites should not take seconds."""
     if name not in __all__:
         raise AttributeError(f"module {__name__} has no attribute {name}")
-    from pipeline.language_model import model
+    from sae.pipeline.language_model import model
 
     return getattr(model, name)

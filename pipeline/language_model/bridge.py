@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint, LensHandle
 
-from cache.errors import SaeError
-from pipeline.language_model import promises
-from pipeline.language_model.files import one_line
-from pipeline.language_model.promises import ATTENTION, MLP, NEXT
-from pipeline.language_model.wrapping import wrap
+from sae.cache.errors import SaeError
+from sae.pipeline.language_model import promises
+from sae.pipeline.language_model.files import one_line
+from sae.pipeline.language_model.promises import ATTENTION, MLP, NEXT
+from sae.pipeline.language_model.wrapping import wrap
 
 _HOOKS = {  # site -> the bridge's name, inside `blocks.<layer>.`
     "resid_pre": "hook_resid_pre",

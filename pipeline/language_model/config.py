@@ -14,8 +14,8 @@ from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-from cache.errors import SaeError
-from pipeline.language_model.files import CONFIG, one_line, read_json
+from sae.cache.errors import SaeError
+from sae.pipeline.language_model.files import CONFIG, one_line, read_json
 
 _QUANTIZED = ("quantization_config", "compression_config")
 _ELSEWHERE = ("configuration_files", "transformers_weights", "fusion_config")  # name other files, or change the model

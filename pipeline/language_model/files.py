@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache.errors import NotFound, SaeError
-from pipeline import embedded
-from pipeline.network import Refused, snapshot
+from sae.cache.errors import NotFound, SaeError
+from sae.pipeline import embedded
+from sae.pipeline.runtime.network import Refused, snapshot
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

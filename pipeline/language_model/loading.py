@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from cache.errors import NotFound
-from pipeline.language_model.config import read_config
-from pipeline.language_model.files import CONFIG, RANDOM, ModelFiles, slug
-from pipeline.language_model.weights import fill, outline, quiet, stored
+from sae.cache.errors import NotFound
+from sae.pipeline.language_model.config import read_config
+from sae.pipeline.language_model.files import CONFIG, RANDOM, ModelFiles, slug
+from sae.pipeline.language_model.weights import fill, outline, quiet, stored
 
 RANDOM_SEED = 0
 GPT2_SHAPES = {  # width, layers, heads

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from cache.errors import SaeError
-from pipeline import devices
-from pipeline.language_model.files import RANDOM, find_model, slug
-from pipeline.language_model.sites import SITES, Point
+from sae.cache.errors import SaeError
+from sae.pipeline.language_model.files import RANDOM, find_model, slug
+from sae.pipeline.language_model.sites import SITES, Point
+from sae.pipeline.runtime import devices
 
 if TYPE_CHECKING:
-    from pipeline.language_model.bridge import Hook, Hooked
-    from pipeline.language_model.loading import Loaded
+    from sae.pipeline.language_model.bridge import Hook, Hooked
+    from sae.pipeline.language_model.loading import Loaded
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Logits are made for this many (row, token) pairs at a time: below the 32 MiB where the CPU allocator slows down,
@@ -45,7 +45,7 @@ class LanguageModel:
 
     def __init__(self, loaded: Loaded, device: torch.device) -> None:
         """Wrap a loaded model, which is changed in place."""
-        from pipeline.language_model.bridge import Bridge
+        from sae.pipeline.language_model.bridge import Bridge
 
         self.name = loaded.name
         self.slug = slug(loaded.name.replace(":", "-"))
@@ -79,11 +79,11 @@ class LanguageModel:
         if name.startswith(RANDOM):
             if revision is not None:
                 raise SaeError(f"--revision {revision}: {name} has no revisions")
-            from pipeline.language_model.loading import load_random
+            from sae.pipeline.language_model.loading import load_random
 
             return cls(load_random(name.removeprefix(RANDOM), _DTYPES[dtype]), where)
         files = find_model(name, revision=revision, offline=offline)  # first: a wrong name is said at once
-        from pipeline.language_model.loading import load
+        from sae.pipeline.language_model.loading import load
 
         return cls(load(files, _DTYPES[dtype]), where)
 
@@ -112,7 +112,7 @@ class LanguageModel:
 
     def hook(self, point: Point) -> str:
         """What transformer_lens calls a point: `blocks.6.hook_mlp_out`."""
-        from pipeline.language_model.bridge import hook_name
+        from sae.pipeline.language_model.bridge import hook_name
 
         return hook_name(*point)
 
@@ -244,6 +244,6 @@ class LanguageModel:
 
 
 def _hooked(at: torch.nn.Module, call: Hook) -> Hooked:
-    from pipeline.language_model.bridge import Hooked
+    from sae.pipeline.language_model.bridge import Hooked
 
     return Hooked(at, call)

@@ -20,8 +20,8 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from cache.errors import SaeError
-from pipeline.language_model.files import CONFIG, one_line, shown
+from sae.cache.errors import SaeError
+from sae.pipeline.language_model.files import CONFIG, one_line, shown
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 # What older versions saved beside the weights, and models make for themselves: causal masks, positions, rotary tables.

@@ -19,8 +19,8 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers.activations import NewGELUActivation
 
-from cache.errors import SaeError
-from pipeline.language_model.files import one_line
+from sae.cache.errors import SaeError
+from sae.pipeline.language_model.files import one_line
 
 
 def wrap(model: Any, name: str) -> Any:

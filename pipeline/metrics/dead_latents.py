@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.metrics.figures import Figure
-from pipeline.metrics.metric import Encoded, Metric, Subject, Value, register
-from pipeline.saes import Latents
+from sae.pipeline.metrics.figures import Figure
+from sae.pipeline.metrics.metric import Encoded, Metric, Subject, Value, register
+from sae.pipeline.saes import Latents
 
 
 @register

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.metrics.figures import Figure
-from pipeline.metrics.metric import Metric, Value, register
+from sae.pipeline.metrics.figures import Figure
+from sae.pipeline.metrics.metric import Metric, Value, register
 
 ZERO, MEAN = "zero", "mean"
 MIN_COST = 1e-3  # nats a token: a baseline that costs less than this leaves nothing to recover

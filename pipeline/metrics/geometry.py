@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from pipeline.metrics.figures import Figure
-from pipeline.metrics.metric import Metric, Subject, Value, register
-from pipeline.saes import SAE
-from pipeline.saes.coherence import jl
+from sae.pipeline.metrics.figures import Figure
+from sae.pipeline.metrics.metric import Metric, Subject, Value, register
+from sae.pipeline.saes import SAE
+from sae.pipeline.saes.coherence import jl
 
 BLOCK = 1 << 22  # cosines held at a time
 

@@ -30,9 +30,9 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from pipeline.metrics import __path__ as folder
-from pipeline.metrics.figures import Figure, Need, declared
-from pipeline.saes import SAE, Latents
+from sae.pipeline.metrics import __path__ as folder
+from sae.pipeline.metrics.figures import Figure, Need, declared
+from sae.pipeline.saes import SAE, Latents
 
 Value = float | int | None
 METRICS: dict[str, type[Metric]] = {}

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.metrics.figures import Figure
-from pipeline.metrics.metric import Encoded, Metric, Value, register
+from sae.pipeline.metrics.figures import Figure
+from sae.pipeline.metrics.metric import Encoded, Metric, Value, register
 
 
 @dataclass(frozen=True)

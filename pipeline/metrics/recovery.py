@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from pipeline.metrics.agreement import best, chance, hungarian, mean_cosine, mmcs
-from pipeline.metrics.figures import Figure
-from pipeline.metrics.metric import Metric, Subject, register
+from sae.pipeline.metrics.figures import Figure
+from sae.pipeline.metrics.metric import Metric, Subject, register
+from sae.pipeline.metrics.similarity import best, chance, hungarian, mean_cosine, mmcs
 
 RECOVERED = 0.9  # a true feature counts as recovered from this cosine on
 

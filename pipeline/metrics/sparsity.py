@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.metrics.figures import Figure
-from pipeline.metrics.metric import Encoded, Metric, Subject, Value, register
-from pipeline.saes import Latents
+from sae.pipeline.metrics.figures import Figure
+from sae.pipeline.metrics.metric import Encoded, Metric, Subject, Value, register
+from sae.pipeline.saes import Latents
 
 DENSE = 0.1  # a latent is dense when it fires in more than this share of rows
 RARE = 1e-6  # and ultra-low in density when in less than this one (but ever)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pipeline.report.escaping import escape
+from sae.pipeline.report.escaping import escape
 
 MOST_POINTS = 240  # a line has no more: longer ones show the mean of each stretch in a band from its least to its most
 LARGEST = 1e30  # a value beyond it is drawn there; the inverse of it is drawn as zero

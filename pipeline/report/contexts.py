@@ -10,9 +10,9 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from pipeline.report.charts import number, percent, sparkline, steady, superscript
-from pipeline.report.escaping import escape
-from pipeline.report.examples import Example, Feature, Features
+from sae.pipeline.interpret.examples import Example, Feature, Features
+from sae.pipeline.report.charts import number, percent, sparkline, steady, superscript
+from sae.pipeline.report.escaping import escape
 
 LEVELS = 8  # shades; classes a1 ... a8 of the style sheet
 SIGNS = {"\n": "↵", "\r": "␍", "\t": "⇥"}

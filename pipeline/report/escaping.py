@@ -2,7 +2,7 @@
 
 import html
 
-from cache.printable import printable
+from sae.cache.printable import printable
 
 
 def escape(text: str) -> str:

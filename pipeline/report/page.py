@@ -18,16 +18,16 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from cache.durable import expect_no_link, write_atomic
-from cache.errors import DamagedStore
-from cache.runs import CONFIG, FEATURES, LATENTS, Run, Seen
-from pipeline.report.charts import Series, framed, line_chart, number
-from pipeline.report.contexts import LEVELS, features_html
-from pipeline.report.escaping import escape
-from pipeline.report.examples import Features
-from pipeline.report.scores import density_html, scores_html, tree
-from pipeline.saes import Config
-from pipeline.trained import dictionary_of
+from sae.cache.disk.durable import expect_no_link, write_atomic
+from sae.cache.errors import DamagedStore
+from sae.cache.runs import CONFIG, FEATURES, LATENTS, Run, Seen
+from sae.pipeline.interpret.examples import Features
+from sae.pipeline.report.charts import Series, framed, line_chart, number
+from sae.pipeline.report.contexts import LEVELS, features_html
+from sae.pipeline.report.escaping import escape
+from sae.pipeline.report.scores import density_html, scores_html, tree
+from sae.pipeline.saes import Config
+from sae.pipeline.train.trained import dictionary_of
 
 LEAST_SHARE = 1e-19  # of the rows of a store that a latent fires on, where it does at all
 MOST_FILES = 3  # named in the first sentence
@@ -98,7 +98,7 @@ def page(found: Found) -> str:
     body = f"<header>{_heading(found)}<nav>{links}</nav></header><main>"
     body += "".join(f'<section class="part" id="{name}"><h2>{t}</h2>{html}</section>' for name, t, html in parts)
     body += f"</main><footer>Run <code>{escape(found.name)}</code>. Made by <code>sae report</code>.</footer>"
-    resources = files("pipeline.report")
+    resources = files("sae.pipeline.report")
     script = resources.joinpath("page.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return Template(resources.joinpath("page.html").read_text("utf-8")).substitute(

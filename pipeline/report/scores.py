@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.metrics.figures import completed, evaluation_table, figures
-from pipeline.report.charts import framed, histogram, ladder, number, percent
-from pipeline.report.escaping import escape
+from sae.pipeline.metrics.figures import completed, evaluation_table, figures
+from sae.pipeline.report.charts import framed, histogram, ladder, number, percent
+from sae.pipeline.report.escaping import escape
 
 BINS_PER_DECADE = 6
 MOST_ITEMS = 24  # of a list in the details; the JSON file has them all

@@ -2,15 +2,16 @@
 
 from pathlib import Path
 
-from cache import catalogue
-from cache.durable import expect_no_link, expect_writable
-from cache.errors import NotFound, SaeError
-from cache.runs import FEATURES, Run
-from cache.tokens import TokenStore
-from pipeline import devices, trained
-from pipeline.progress import Progress
-from pipeline.report.features import FeaturesConfig, find_features
-from pipeline.report.page import write_report
+from sae.cache import catalogue
+from sae.cache.disk.durable import expect_no_link, expect_writable
+from sae.cache.errors import NotFound, SaeError
+from sae.cache.runs import FEATURES, Run
+from sae.cache.tokens import TokenStore
+from sae.pipeline.interpret.features import FeaturesConfig, find_features
+from sae.pipeline.report.page import write_report
+from sae.pipeline.runtime import devices
+from sae.pipeline.runtime.progress import Progress
+from sae.pipeline.train import trained
 
 REPORT = "report.html"
 

@@ -17,7 +17,6 @@ from .base import ARCHITECTURES, SAE, register
 from .config import FINISHED, Clock, Config
 from .latents import Latents
 from .losses import Losses, Observed
-from .revival import NoRevival, Reinitialise, Resample, inequality, reinitialise, resample
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
@@ -36,16 +35,10 @@ __all__ = [
     "Config",
     "Latents",
     "Losses",
-    "NoRevival",
     "Observed",
-    "Reinitialise",
-    "Resample",
     "create",
-    "inequality",
     "parse",
     "register",
-    "reinitialise",
-    "resample",
 ]
 
 

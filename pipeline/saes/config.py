@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
-from configs.base import Settings
+from sae.configs.base import Settings
 
 BiasStart = Literal["none", "zeros", "mean", "geometric_median"]
 InputScale = Literal["rms", "unit", "per_token", "none"]

@@ -12,17 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cache.activations import ActivationStore
-from cache.runs import Run
-from pipeline.compare import Row
-from pipeline.metrics.figures import label
-from pipeline.metrics.geometry import random_cosine
-from pipeline.studies import matching
-from pipeline.studies.figures import columns
-from pipeline.studies.plots import Panel
-from pipeline.studies.plots import draw as draw_panels
-from pipeline.studies.study import Lab, Result, Trial, of_equal_rows, variant
-from pipeline.train import TrainConfig
+from sae.cache.activations import ActivationStore
+from sae.cache.runs import Run
+from sae.pipeline.metrics.figures import label
+from sae.pipeline.metrics.geometry import random_cosine
+from sae.pipeline.report.compare import Row
+from sae.pipeline.studies import l0_matching
+from sae.pipeline.studies.plots import Panel
+from sae.pipeline.studies.plots import draw as draw_panels
+from sae.pipeline.studies.results import columns
+from sae.pipeline.studies.study import Lab, Result, Trial, of_equal_rows, variant
+from sae.pipeline.train.stage import TrainConfig
 
 
 class Kind(NamedTuple):
@@ -110,10 +110,10 @@ def _match(configs: dict[str, TrainConfig], target: int, store: ActivationStore,
         return found
 
     notes = []
-    for name, seen in matching.search(starts, target, measure).items():
-        coefficient, l0 = matching.best(seen, target)
+    for name, seen in l0_matching.search(starts, target, measure).items():
+        coefficient, l0 = l0_matching.best(seen, target)
         configs[name] = at(name, coefficient)
-        if not matching.close(l0, target):
+        if not l0_matching.close(l0, target):
             notes.append(f"{name}: L0 {l0:.3g} is the nearest to {target} that {len(seen)} trainings found")
     return notes
 

@@ -11,12 +11,12 @@ A dictionary with the Johnson-Lindenstrauss penalty alone is not sparse; its L0 
 from collections.abc import Sequence
 from pathlib import Path
 
-from cache.activations import ActivationStore
-from pipeline.compare import Row
-from pipeline.plots import pareto
-from pipeline.studies.figures import columns
-from pipeline.studies.study import Lab, Result, Trial, of_equal_rows, variant
-from pipeline.train import TrainConfig
+from sae.cache.activations import ActivationStore
+from sae.pipeline.report.compare import Row
+from sae.pipeline.report.plots import pareto
+from sae.pipeline.studies.results import columns
+from sae.pipeline.studies.study import Lab, Result, Trial, of_equal_rows, variant
+from sae.pipeline.train.stage import TrainConfig
 
 L1_GRID = (0.01, 0.03, 0.1, 0.3, 1.0)
 JL_GRID = (0.05, 0.15, 0.5, 1.5, 5.0)

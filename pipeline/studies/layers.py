@@ -12,23 +12,23 @@ from pathlib import Path
 
 import numpy as np
 
-from cache import catalogue
-from cache.activations import ActivationStore
-from cache.errors import NotFound, SaeError
-from cache.identity import Recipe, canonical
-from cache.outliers import largest_norm
-from cache.runs import Run
-from cache.tokens import TokenStore
-from pipeline import trained
-from pipeline.compare import Row
-from pipeline.language_model import SITES
-from pipeline.metrics.agreement import chance, symmetric_mmcs
-from pipeline.metrics.figures import label
-from pipeline.studies.figures import columns
-from pipeline.studies.plots import Panel
-from pipeline.studies.plots import draw as draw_panels
-from pipeline.studies.study import Lab, Result, Trial, of_equal_rows
-from pipeline.train import TrainConfig
+from sae.cache import catalogue
+from sae.cache.activations import ActivationStore
+from sae.cache.disk.identity import Recipe, canonical
+from sae.cache.errors import NotFound, SaeError
+from sae.cache.outliers import largest_norm
+from sae.cache.runs import Run
+from sae.cache.tokens import TokenStore
+from sae.pipeline.language_model import SITES
+from sae.pipeline.metrics.figures import label
+from sae.pipeline.metrics.similarity import chance, symmetric_mmcs
+from sae.pipeline.report.compare import Row
+from sae.pipeline.studies.plots import Panel
+from sae.pipeline.studies.plots import draw as draw_panels
+from sae.pipeline.studies.results import columns
+from sae.pipeline.studies.study import Lab, Result, Trial, of_equal_rows
+from sae.pipeline.train import trained
+from sae.pipeline.train.stage import TrainConfig
 
 RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
 SEEDS_APART = 1000  # between those of neighbouring layers

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.plots import calm, plain_numbers, save
+from sae.pipeline.report.plots import calm, plain_numbers, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from cache.activations import ActivationStore
-from pipeline.compare import Row
-from pipeline.metrics.figures import label
-from pipeline.studies.figures import columns
-from pipeline.studies.plots import Panel
-from pipeline.studies.plots import draw as draw_panels
-from pipeline.studies.study import Lab, Result, Trial, of_equal_rows
-from pipeline.train import TrainConfig
-from pipeline.training.schedules import DecoderRate
+from sae.cache.activations import ActivationStore
+from sae.pipeline.metrics.figures import label
+from sae.pipeline.report.compare import Row
+from sae.pipeline.studies.plots import Panel
+from sae.pipeline.studies.plots import draw as draw_panels
+from sae.pipeline.studies.results import columns
+from sae.pipeline.studies.study import Lab, Result, Trial, of_equal_rows
+from sae.pipeline.train.schedules import DecoderRate
+from sae.pipeline.train.stage import TrainConfig
 
 RATIOS = (1.0, 2.0, 4.0, 8.0)
 Decay = Literal["none", "cosine"]

@@ -13,21 +13,21 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cache import catalogue
-from cache.activations import ActivationStore
-from cache.durable import make_folder, read, write_atomic
-from cache.errors import NotFound, SaeError
-from cache.identity import canonical
-from cache.runs import Run
-from cache.tokens import TokenStore
-from pipeline.compare import Row, as_csv, over_seeds
-from pipeline.evaluate import EvalConfig, boot, evaluate, missing
-from pipeline.language_model import LanguageModel
-from pipeline.progress import Progress, said_if_slow
-from pipeline.saes import ARCHITECTURES, Config, parse
-from pipeline.studies import figures
-from pipeline.sweep import open_all, sweep
-from pipeline.train import TrainConfig, run_name
+from sae.cache import catalogue
+from sae.cache.activations import ActivationStore
+from sae.cache.disk.durable import make_folder, read, write_atomic
+from sae.cache.disk.identity import canonical
+from sae.cache.errors import NotFound, SaeError
+from sae.cache.runs import Run
+from sae.cache.tokens import TokenStore
+from sae.pipeline.evaluate.stage import EvalConfig, boot, evaluate, missing
+from sae.pipeline.language_model import LanguageModel
+from sae.pipeline.report.compare import Row, as_csv, over_seeds
+from sae.pipeline.runtime.progress import Progress, said_if_slow
+from sae.pipeline.saes import ARCHITECTURES, Config, parse
+from sae.pipeline.studies import results as figures
+from sae.pipeline.train.stage import TrainConfig, run_name
+from sae.pipeline.train.sweep import open_all, sweep
 
 FILES = {"table": "table.csv", "results": "results.json", "plot": "plot.png"}
 

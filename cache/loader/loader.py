@@ -1,0 +1,255 @@
+"""Shuffled batches of rows from activation stores.
+
+Rows were permuted inside their window when they were written, so mixing at read time needs no gather: a batch is made
+of one contiguous slice of each of `open_chunks` chunks (loading.schedule says which). The order is a closed formula of
+the seed, so it is the same for any number of threads, and the state is three numbers.
+
+Threads read ahead (loading.filling) from open chunks (loading.reading). On a GPU a batch is copied as stored, from
+pinned memory, and decoded there. Memory is bounded whatever the store's size: one buffer of a chunk's size (13 MB of
+int8 at width 768, 24 MiB at most) more than there are threads. A compressed or remote store holds `open_chunks` decoded
+chunks and a few more beside; it reads no further ahead than the end of an epoch.
+
+Given up: a pass opens up to `open_chunks` - 1 chunks twice, and where documents are long a batch mixes them less well
+than a permutation of all rows would (cache.loader.shuffle_quality measures it).
+"""
+
+import inspect
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Self, TypedDict, Unpack, final
+from weakref import WeakSet, finalize
+
+import torch
+from torch import Tensor
+
+from sae.cache.activations import ActivationStore, origin
+from sae.cache.disk.identity import canonical
+from sae.cache.disk.parsing import whole
+from sae.cache.errors import DamagedStore, SaeError
+from sae.cache.loader.prefetch import Buffer, Filler
+from sae.cache.loader.schedule import OPEN_CHUNKS, Batch, Place, Schedule, shares
+from sae.cache.outliers import Outliers, largest_norm
+from sae.cache.store.codecs import Columns, Encoded
+
+
+class Settings(TypedDict, total=False):
+    """What every loader can be told."""
+
+    seed: int  # of the order; default 0
+    epochs: int | None  # passes over the rows; default None: it never ends, and a batch may straddle two epochs
+    rows: int | None  # the first rows of the store; default None: all that were committed
+    open_chunks: int  # chunks mixed at any time; default 64
+    threads: int  # that read ahead; default 2
+    device: str | torch.device  # where batches go; default the CPU
+    rank: int  # which share of every round of world * batch rows is this loader's; default 0
+    world: int  # default 1
+    outliers: float | None  # leave out rows whose norm is above so many medians of norms; default None: keep all
+    largest: float | None  # leave out rows of a larger norm; default None: as `outliers` says
+
+
+class _Batches:
+    """What both loaders are: the order, the state, and batches as stored."""
+
+    def __init__(
+        self,
+        stores: Sequence[ActivationStore],
+        batch: int,
+        *,
+        seed: int = 0,
+        epochs: int | None = None,
+        rows: int | None = None,
+        open_chunks: int = OPEN_CHUNKS,
+        threads: int = 2,
+        device: str | torch.device = "cpu",
+        rank: int = 0,
+        world: int = 1,
+        outliers: float | None = None,
+        largest: float | None = None,
+    ) -> None:
+        assert batch > 0 and open_chunks > 0 and seed >= 0 and 0 <= rank < world, (batch, open_chunks, seed, rank)
+        self.stores, self.batch, self.epochs = tuple(stores), batch, epochs
+        self.device, self.rank, self.world = torch.device(device), rank, world
+        self.rows = _common_rows(self.stores) if rows is None else rows
+        for store in self.stores:
+            if not 0 < self.rows <= store.n_rows:
+                raise SaeError(f"{store.path}: {self.rows:,} rows asked for, {store.n_rows:,} are there; harvest more")
+        limits: list[float] | None = None
+        if largest is not None:
+            limits = [largest] * len(self.stores)
+        elif outliers is not None:
+            limits = [largest_norm(store, outliers) for store in self.stores]
+        self._order: dict[str, Any] = {
+            "rows": self.rows, "batch": batch * world, "open_chunks": open_chunks, "seed": seed,
+            **({} if outliers is None else {"outliers": outliers}),
+            **({} if outliers is not None or largest is None else {"largest": largest}),
+        }  # fmt: skip
+        sizes = [store.chunk_rows for store in self.stores]
+        dropped = None if limits is None else Outliers(self.stores, max(sizes), limits)
+        self.schedule = Schedule(
+            self.rows, max(sizes), batch * world, open_chunks, seed, piece=min(sizes), dropped=dropped
+        )
+        self._columns = [Columns(*(column.to(self.device) for column in store.columns)) for store in self.stores]
+        self._place = Place()
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+        self._running: WeakSet[Generator[list[Encoded], None, None]] = WeakSet()
+        finalize(self, _end, self._running)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch starts, and what the order depends on: a few numbers, whatever the store's size."""
+        return {**self._place._asdict(), **self._order}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken (by any rank). Raises SaeError for a state of another order."""
+        for name in {**self._order, **state}:
+            given, mine = state.get(name), self._order.get(name)
+            if name not in Place._fields and given != mine:
+                where = self.stores[0].path
+                raise SaeError(f"{where}: the state is of {name} = {given}, this loader has {mine}")
+        try:
+            place = Place(whole(state, "epoch", 0, 1 << 40), whole(state, "step"), whole(state, "taken"))
+            if place.step >= self.schedule.steps or place.taken > self.schedule.count(place.epoch, place.step):
+                raise ValueError(f"step {place.step} of {self.schedule.steps} has no row {place.taken}")
+        except ValueError as error:
+            raise DamagedStore(f"{self.stores[0].path}: the state of its loader is none ({error})") from error
+        self._place = place
+
+    @property
+    def epoch(self) -> int:
+        """The epoch the next batch starts in."""
+        return self._place.epoch
+
+    def close(self) -> None:
+        """Stop the reading threads."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def encoded(self) -> Iterator[list[Encoded]]:
+        """Batches as they are stored: numbers and row scales of each store, on the device, for `codec.decode`.
+
+        On the CPU they are views of buffers that are used again, valid until the next batch is asked for.
+        """
+        batches = self._encoded()
+        self._running.add(batches)
+        return batches
+
+    def _encoded(self) -> Generator[list[Encoded], None, None]:
+        begun: list[list[Encoded]] = []  # the parts of a batch, store by store
+        coming: deque[Batch] = deque()
+        got = 0
+        with self._filler() as shares_of_steps:
+            for share, buffer in shares_of_steps:
+                coming.extend(share.batches)
+                low, there = 0, share.spans.rows
+                while low < there:
+                    size = coming[0].rows
+                    high = min(there, low + size - got)
+                    begun.append(self._taken(buffer, low, high, keep=high - low < size))
+                    got, low = got + high - low, high
+                    if got == size:
+                        self._place = coming.popleft().after
+                        yield [_joined(parts) for parts in zip(*begun, strict=True)]
+                        begun, got = [], 0
+
+    def _filler(self) -> Filler:
+        plan = shares(
+            self.schedule, self._place, batch=self.batch, epochs=self.epochs, rank=self.rank, world=self.world
+        )
+        return Filler(self.stores, plan, device=self.device, pool=self._pool, threads=self._threads)
+
+    def _taken(self, buffer: Buffer, low: int, high: int, *, keep: bool) -> list[Encoded]:
+        """Rows of a buffer, on the device; with `keep` they outlive what the buffer holds."""
+        parts = [buffer.part(i, low, high) for i in range(len(self.stores))]
+        if self.device.type != "cpu":
+            parts = [part.to(self.device) for part in parts]
+            buffer.copied()
+        elif keep:
+            parts = [part.clone() for part in parts]
+        return parts
+
+    def _decoded(self) -> Iterator[tuple[Tensor, ...]]:
+        """Batches as float32, each with memory of its own."""
+        for batch in self.encoded():
+            each = zip(self.stores, batch, self._columns, strict=True)
+            yield tuple(store.codec.decode(one, columns) for store, one, columns in each)
+
+
+@final
+class Loader(_Batches):
+    """Iterates float32 batches [batch, d] of a store's rows, each with memory of its own.
+
+    With finite `epochs` the last batch may be short. With `world` ranks each takes its own `batch` rows of a round of
+    world * batch: none is lost or doubled, and the shares of a short last round differ by at most one row (a rank whose
+    share is empty gets no batch of it).
+    `state_dict()` after a batch, loaded into a fresh loader of the same arguments, continues with the next batch.
+    Raises SaeError for settings the store cannot serve, DamagedStore where its bytes are not those committed.
+    """
+
+    def __init__(self, store: ActivationStore, batch: int = 4096, **settings: Unpack[Settings]) -> None:
+        super().__init__([store], batch, **settings)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (batch[0] for batch in self._decoded())
+
+
+@final
+class AlignedLoader(_Batches):
+    """As `Loader`, over several stores at once: tuples of float32 batches, row i of each of one and the same token.
+
+    Raises SaeError where the stores' rows do not align: other tokens, another rule which tokens become rows, or
+    different numbers of rows (unless `rows` says how many).
+    """
+
+    def __init__(self, stores: Sequence[ActivationStore], batch: int = 4096, **settings: Unpack[Settings]) -> None:
+        expect_aligned(stores)
+        super().__init__(stores, batch, **settings)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        return self._decoded()
+
+
+def expect_aligned(stores: Sequence[ActivationStore]) -> None:
+    """Raise SaeError unless row i of every store came from one and the same token."""
+    first = stores[0]
+    for other in stores[1:]:
+        mine, its = first.recipe, other.recipe
+        for differs, what in (
+            (canonical(origin(mine)) != canonical(origin(its)), "from other tokens"),
+            (mine.get("rows") != its.get("rows"), "by another rule which tokens become rows"),
+        ):
+            if differs:
+                raise SaeError(
+                    f"{other.path}: was made {what} than {first.key}, so their rows do not align; "
+                    "make both from one token store with the same settings"
+                )
+
+
+def _common_rows(stores: Sequence[ActivationStore]) -> int:
+    """The number of rows all stores have. Raises SaeError where they differ."""
+    for other in stores[1:]:
+        if other.n_rows != stores[0].n_rows:
+            shorter, longer = sorted((stores[0], other), key=lambda store: store.n_rows)
+            raise SaeError(
+                f"{shorter.path}: has {shorter.n_rows:,} rows, {longer.key} has {longer.n_rows:,}; harvest more of it"
+            )
+    return stores[0].n_rows
+
+
+def _end(running: Iterable[Generator[list[Encoded], None, None]]) -> None:
+    """End iterators that are still open when the interpreter exits, while there are modules to do it with."""
+    for batches in list(running):
+        if inspect.getgeneratorstate(batches) != inspect.GEN_RUNNING:  # as it may be in a daemon thread
+            batches.close()
+
+
+def _joined(parts: Sequence[Encoded]) -> Encoded:
+    if len(parts) == 1:
+        return parts[0]
+    scales = [part.row_scale for part in parts if part.row_scale is not None]
+    return Encoded(torch.cat([part.rows for part in parts]), torch.cat(scales) if scales else None)

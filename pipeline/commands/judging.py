@@ -1,0 +1,106 @@
+"""The commands that judge a run: `sae eval`, `sae report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sae.pipeline.commands.options import (
+    CacheRoot,
+    ConfigFile,
+    Device,
+    Json,
+    Offline,
+    Preset,
+    RunName,
+    RunsRoot,
+    Set,
+    Threads,
+    TrainingStore,
+    cache_root,
+    folder,
+    settings,
+)
+from sae.pipeline.commands.words import count, whole
+
+
+def evaluate(
+    run: Annotated[str | None, RunName] = None,
+    rows: Annotated[str | None, count("Held-out rows to judge reconstruction on. Default: all.")] = None,
+    tokens: Annotated[str | None, count("Held-out tokens to judge cross-entropy on. Default: 65536.")] = None,
+    activations: TrainingStore = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="Where the language model is now. Default: where harvest found it.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", metavar="", help="Write the figures in the place of ones that were judged on more.")] = False,
+    device: Device = "auto", threads: Threads = None, cache: CacheRoot = None, runs: RunsRoot = Path("runs"), offline: Offline = False,
+    preset: Preset = None, config: ConfigFile = None, set_: Set = None, json: Json = False,
+) -> None:  # fmt: skip
+    """Judge a trained dictionary on held-out documents: reconstruction, cross-entropy when spliced in, dead latents.
+
+    Prints the figures with what each means, and writes them into the run folder (`eval/eval.json`), unless the ones
+    there were judged on more. On rows of
+    `sae synthesize`, which no language model made, it says instead how many of the true features were found.
+
+    Examples:
+
+        sae eval
+        sae eval l1-first --tokens 500k --json
+    """
+    from sae.cache import catalogue
+    from sae.pipeline.commands import console
+    from sae.pipeline.runtime.progress import said_if_slow
+
+    root, bars = cache_root(cache), console.Bars()
+    found = catalogue.find_run(folder("--runs", runs), run)
+    with said_if_slow(bars, "loading torch"):
+        from sae.pipeline.evaluate.stage import EvalConfig
+        from sae.pipeline.evaluate.stage import evaluate as stage
+        from sae.pipeline.runtime import devices
+
+    values = settings("eval", EvalConfig, preset, config, set_, rows=rows, tokens=tokens)
+    bars.note(f"run: {found.path}")
+    devices.take_threads(threads, bars.note)
+    result = stage(
+        values, found, root, bars, activations=activations, model=model, device=device, offline=offline,
+        replace_larger=replace,
+    )  # fmt: skip
+    if json:
+        console.as_json(result.as_json())
+    else:
+        console.evaluation(result.as_json(), f"run {found.path}")
+
+
+def report(
+    run: Annotated[str | None, RunName] = None,
+    latents: Annotated[str | None, typer.Option(metavar="N,...", help="Latents to show, as 3,17,256 or 0-9. Default: the strongest few and a sample of the others.")] = None,
+    rows: Annotated[str, count("Rows to search for contexts. Default: 262144.")] = "262144",
+    activations: TrainingStore = None,
+    device: Device = "auto", threads: Threads = None, cache: CacheRoot = None, runs: RunsRoot = Path("runs"), json: Json = False,
+) -> None:  # fmt: skip
+    """Write a page to look at: losses, densities, cross-entropies and the text that latents fire on. One HTML file.
+
+    Needs no language model; shows what `sae eval` found, where it has run.
+
+    Examples:
+
+        sae report
+        sae report l1-first --latents 3,17,256
+    """
+    from sae.cache import catalogue
+    from sae.pipeline.commands import console
+    from sae.pipeline.runtime.progress import said_if_slow
+
+    root, bars = cache_root(cache), console.Bars()
+    found = catalogue.find_run(folder("--runs", runs), run)
+    with said_if_slow(bars, "loading torch"):
+        from sae.pipeline.interpret.features import FeaturesConfig
+        from sae.pipeline.report.stage import report as stage
+        from sae.pipeline.runtime import devices
+
+    values = settings("report", FeaturesConfig, None, None, None, latents=whole("--latents", latents), rows=rows)
+    bars.note(f"run: {found.path}")
+    devices.take_threads(threads, bars.note)
+    path = stage(found, root, bars, config=values, activations=activations, device=device)
+    if json:
+        console.as_json({"run": str(found.path), "report": str(path)})
+    else:
+        console.say(f"report: {path}")

@@ -1,0 +1,310 @@
+"""The commands that make and compare run folders: `sae train`, `sae compare`."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sae.cache.disk.durable import expect_writable, write_atomic
+from sae.cache.errors import NotFound, SaeError
+from sae.pipeline.commands.options import (  # fmt: skip
+    PLACES,
+    ActiveLatents,
+    Arch,
+    CacheRoot,
+    ConfigFile,
+    Device,
+    Json,
+    Latents,
+    Preset,
+    RunsRoot,
+    Seeds,
+    Set,
+    Steps,
+    Threads,
+    as_csv_file,
+    cache_root,
+    complete_run,
+    complete_store,
+    folder,
+    length_of,
+    settings,
+    unfinished,
+)
+from sae.pipeline.commands.upkeep import report_damage
+from sae.pipeline.commands.words import count
+from sae.pipeline.runtime.interrupts import remedied
+
+if TYPE_CHECKING:
+    from sae.cache.activations import ActivationStore
+    from sae.cache.runs import Run
+    from sae.pipeline.commands.console import Bars
+    from sae.pipeline.train.stage import TrainConfig
+
+
+LONGEST = 200  # bytes in the name of a run: files in it and locks beside it have longer ones
+
+
+def train(
+    activations: Annotated[str | None, typer.Option(metavar="STORE", autocompletion=complete_store, help="Activation store: key, beginning of a key, or path. Default: what the last harvest made.")] = None,
+    arch: Arch = None,
+    k: ActiveLatents = None,
+    d_sae: Latents = None,
+    lr: Annotated[float | None, typer.Option(metavar="X", help="Learning rate of Adam. Default: 1e-4.")] = None,
+    batch: Annotated[int | None, typer.Option(metavar="N", help="Rows in a batch. Default: 4096.")] = None,
+    steps: Steps = None,
+    rows: Annotated[str | None, count("Rows to see, instead of `--steps`. Default: one pass over the store.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of the initial weights. Default: 0.")] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", autocompletion=complete_run, help="Name of the run folder. Default: made from the settings.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", metavar="", help="Continue a run from its last checkpoint: the one `--name` says, or the one these settings made, or, without any, the one that is not finished.")] = False,
+    sweep: Annotated[list[str] | None, typer.Option(metavar="KEY=V,V", help="Train one dictionary for each value, all on the same batches, as in `--sweep k=16,32,64 --sweep lr=1e-4,3e-4`. Repeatable: every combination. Said again, it trains what is missing.")] = None,
+    seeds: Seeds = None,
+    align: Annotated[str | None, typer.Option(metavar="WHAT", help="Pull the dictionaries of `--seeds` towards each other: by decoder rows (dec), activations (hid) or reconstructions (x_hat).")] = None,
+    devices: Annotated[int, typer.Option(metavar="N", min=1, rich_help_panel=PLACES, show_default=False, help="Processes that share every batch, a GPU each (or cores: `--device cpu`). Default: 1. Several machines: `torchrun -m sae.cli train`.")] = 1,
+    device: Device = "auto", threads: Threads = None, cache: CacheRoot = None, runs: RunsRoot = Path("runs"), preset: Preset = None,
+    config: ConfigFile = None, set_: Set = None, json: Json = False,
+) -> None:  # fmt: skip
+    """Train a sparse autoencoder on a store of activations; no language model is loaded.
+
+    A TopK dictionary of 8192 latents, 32 of them active, one pass over what the last harvest made, unless options, a
+    preset or a file say otherwise. Ctrl-C writes a checkpoint; `--resume` continues it bit for bit.
+
+    Examples:
+
+        sae train --k 64 --d-sae 16384 --lr 2e-4
+        sae train --arch l1 --rows 50M --name l1-first --set train.sae.coefficient=3
+        sae train --resume
+        sae train --sweep k=16,32,64 --sweep arch=topk,batchtopk --seeds 3
+        sae train --align dec --seeds 3
+        sae train --devices 4 --batch 16384
+    """
+    from sae.cache import catalogue
+    from sae.pipeline.commands import console
+    from sae.pipeline.runtime.progress import said_if_slow
+
+    root, runs, bars = cache_root(cache), folder("--runs", runs), console.Bars()
+    if activations is not None:  # these names before the seconds that torch takes
+        store_named(root, activations)
+    if resume and name is not None:
+        run_to_resume(runs, name)
+    with said_if_slow(bars, "loading torch"):
+        from sae.pipeline.runtime.devices import take_threads
+        from sae.pipeline.train.alignment import BY
+        from sae.pipeline.train.config import settings_of
+        from sae.pipeline.train.stage import TrainConfig, open_run
+        from sae.pipeline.train.sweep import acquainted, combinations, of_seeds
+
+    take_threads(threads, bars.note)
+    if align is not None and align not in BY:
+        raise SaeError(f"--align {align}: there is no such one; use {', '.join(BY)}")
+    if took_part(device):
+        return
+    freed, length = length_of(steps, rows)
+
+    def configured(axes: dict[str, Any]) -> TrainConfig:
+        return settings(
+            "train", TrainConfig, preset, config, set_, axes=axes, freed=freed,
+            sae={"arch": arch, "k": k, "d_sae": d_sae}, lr=lr, batch=batch, **length, seed=seed, align={"by": align},
+        )  # fmt: skip
+
+    if sweep is not None or seeds is not None:
+        if resume or name is not None:
+            raise SaeError("--sweep: names its runs itself and continues what is there; leave out --name and --resume")
+        every = [configured(axes) for axes in combinations(sweep or [])]
+        say_rows(every, bars)
+        train_every(
+            every if seeds is None else of_seeds(every, seeds),
+            activations_of(root, activations, bars),
+            runs,
+            bars,
+            device,
+            devices,
+            json,
+        )
+        return
+    values = configured({})
+    say_rows([values], bars)
+    options = [preset, config, set_ or None, arch, k, d_sae, lr, batch, steps, rows, seed, align]
+    said = any(option is not None for option in options)
+    if resume and (name is not None or not said):
+        before = run_to_resume(runs, name)
+        runs, name = before.path.parent, before.name
+        activations = activations or str(catalogue.trained_on(root, before, None).path)
+        values = values if said else settings_of(before)
+    elif name is not None:
+        expect_name(name)
+    if not resume:
+        acquainted([values])  # one that is to agree with others has none here
+    store = activations_of(root, activations, bars)
+    train_one(open_run(values, store, runs, name, resume=resume), store, bars, device, devices, json)
+
+
+def expect_name(name: str) -> None:
+    """Raise SaeError where a run's folder cannot, or should not, be called so."""
+    if name == ".." or Path(name).name != name:
+        raise SaeError(f"--name {name}: is not the name of a folder; where the folder goes is said by --runs")
+    if not name.isprintable() or name != name.strip() or len(name.encode()) > LONGEST:
+        raise SaeError(f"--name {name!r}: take a name of at most {LONGEST} letters, no blanks around them")
+
+
+def say_rows(every: "Iterable[TrainConfig]", bars: "Bars") -> None:
+    """Say how many rows are seen where what was asked for is no whole number of batches."""
+    for rows, batch in dict.fromkeys((one.rows, one.batch) for one in every if one.rows is not None):
+        steps = max(1, rows // batch)
+        if steps * batch != rows:
+            bars.note(f"rows {rows:,}: steps see {batch:,} each, so {steps * batch:,} are seen in {steps:,}")
+
+
+def activations_of(root: Path, name: str | None, bars: "Bars") -> "ActivationStore":
+    """The store to train on, said on stderr."""
+    store = store_named(root, name)
+    bars.note(f"activations: {store.key}{unfinished(store)}")
+    return store
+
+
+def store_named(root: Path, name: str | None) -> "ActivationStore":
+    """The store that `--activations` names; without a name, what the last harvest made."""
+    from sae.cache import catalogue
+    from sae.cache.activations import ActivationStore
+
+    return catalogue.find(root, ActivationStore, name, "--activations", "sae harvest")
+
+
+def took_part(device: str) -> bool:
+    """Whether torchrun has made this process another than its first, which alone opens, prints and writes.
+
+    If so, it has done its share of the training on return. Where another process ended that, it is quiet about it.
+    """
+    from sae.pipeline.parallel.torch_distributed import LostRank, torchrun_seat
+    from sae.pipeline.train.sweep import follow
+
+    seat = torchrun_seat(device)
+    if seat is None or seat.rank == 0:
+        return False
+    try:
+        follow(seat)
+    except LostRank as error:
+        raise typer.Exit(error.exit_code) from error
+    return True
+
+
+def train_one(run: "Run", store: "ActivationStore", bars: "Bars", device: str, processes: int, json: bool) -> None:
+    """Train (or continue) one dictionary and show its last figures."""
+    from sae.pipeline.commands import console
+    from sae.pipeline.train.sweep import sweep
+
+    bars.note(f"run: {run.path}{'; nothing to do, it is finished' if run.finished else ''}")
+    with remedied(f"continue with `sae train --resume --name {run.name}`"):
+        sweep([run], store, bars, device=device, processes=processes)
+    result = [{}, *run.metrics()][-1]
+    if json:
+        console.as_json({"run": str(run.path), **result})
+    else:
+        console.table(f"run {run.path}", ["figure", "last value"], list(result.items()))
+
+
+def train_every(
+    every: list["TrainConfig"],
+    store: "ActivationStore",
+    root: Path,
+    bars: "Bars",
+    device: str,
+    processes: int,
+    json: bool,
+) -> None:
+    """Train the dictionaries of a sweep, each in a folder below `root`, and show them side by side."""
+    from sae.pipeline.report.compare import compare as rows_of
+    from sae.pipeline.train.sweep import open_all, sweep
+    from sae.pipeline.train.trainer import Diverged
+
+    runs = open_all(every, store, root)
+    try:
+        sweep(runs, store, bars, device=device, processes=processes)
+    except Diverged:
+        if finished := [run for run in runs if run.finished]:
+            show(rows_of(finished), f"{len(finished)} of {len(runs)} runs in {root}", json)
+        raise
+    show(rows_of(runs), f"{len(runs)} runs in {root}", json)
+
+
+def compare(
+    names: Annotated[list[str] | None, typer.Argument(metavar="RUN", autocompletion=complete_run, show_default=False, help="Run folders or their names. Default: all under `--runs` that have figures.")] = None,
+    over_seeds: Annotated[bool, typer.Option("--over-seeds", metavar="", help="One row for runs that differ in the seed alone: mean and standard deviation.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", show_default=False, help="Where the plot goes: .png, .svg or .pdf. Default: `compare.png` beside the runs.")] = None,
+    y: Annotated[str | None, typer.Option(metavar="FIGURE,...", show_default=False, help="What the plot sets against L0. Default: fvu,ce_degradation.")] = None,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", show_default=False, help="Write the table as CSV, too.")] = None,
+    runs: RunsRoot = Path("runs"), json: Json = False,
+) -> None:  # fmt: skip
+    """Runs side by side: the settings they differ in, their figures, and L0 against FVU and cross-entropy as a plot.
+
+    Figures on held-out documents are those `sae eval` found, with the amounts they were judged on where those differ;
+    the ones of the last training batch have names of their own (`train_fvu`).
+
+    Examples:
+
+        sae compare
+        sae compare topk-8192 batchtopk-8192 --plot front.svg
+        sae compare --over-seeds --csv table.csv --json
+    """
+    from sae.cache import catalogue
+    from sae.pipeline.commands import console
+    from sae.pipeline.report import compare as stage
+    from sae.pipeline.report.plots import DRAWN, expect_drawn, expect_plot, pareto
+
+    root = folder("--runs", runs)
+    csv = None if csv is None else as_csv_file("--csv", csv)
+    names = list(dict.fromkeys(names or ()))
+    found, damage = ([catalogue.find_run(root, name) for name in names], []) if names else catalogue.readable_runs(root)
+    chosen = found if names else [run for run in found if run.finished]
+    if not chosen:
+        report_damage(damage)
+    path, drawn = plot or root / "compare.png", DRAWN if y is None else y.split(",")
+    expect_plot(path)
+    expect_drawn(drawn)
+    for wanted in (path, csv):
+        if wanted is not None:
+            expect_writable(wanted)
+    rows = stage.compare(chosen)
+    pareto(rows, path, drawn)
+    notes = [*stage.notes(rows), *stage.outdated(chosen)]
+    rows = stage.over_seeds(rows) if over_seeds else rows
+    if csv is not None:
+        write_atomic(csv, stage.as_csv(rows).encode())
+    for note in notes:
+        console.Bars().note(note)
+    show(rows, f"{len(chosen)} runs in {root}", json, plot=str(path))
+    report_damage(damage)
+
+
+def show(rows: list[dict[str, Any]], title: str, json: bool, **files: str) -> None:
+    """A comparison as a table without its empty columns, or as JSON."""
+    from sae.pipeline.commands import console
+    from sae.pipeline.metrics.figures import amounts
+    from sae.pipeline.report.compare import unlike
+
+    if json:
+        console.as_json({"runs": rows, **files})
+        return
+    alike = {one.key for one in amounts()} - {one.key for one in unlike(rows)}
+    filled = [key for key in rows[0] if key not in alike and any(row[key] is not None for row in rows)]
+    console.table(title, filled, [[row[key] for key in filled] for row in rows])
+    for what, path in files.items():
+        console.say(f"{what}: {path}")
+
+
+def run_to_resume(runs: Path, name: str | None) -> "Run":
+    """The run `--resume` means where no settings tell: the one named, else the only one that is not finished."""
+    from sae.cache import catalogue
+
+    if name is not None:
+        try:
+            return catalogue.find_run(runs, name)
+        except NotFound as error:
+            raise NotFound(f"--name {error}") from error
+    waiting = [run for run in catalogue.runs(runs) if not run.finished]
+    if not waiting:
+        raise SaeError(f"--resume: no unfinished run in {runs}; `sae list` shows the runs, `sae train` starts one")
+    if len(waiting) > 1:
+        raise SaeError(f"--resume: which one? Give --name: {', '.join(run.name for run in waiting)}")
+    return waiting[0]

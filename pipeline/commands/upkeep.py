@@ -1,0 +1,216 @@
+"""`sae cache verify` and `sae cache gc`: finding damage and mending it, finding what nobody needs and removing it."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sae.cache.errors import DamagedStore, NotFound, SaeError
+from sae.pipeline.commands.options import (
+    CacheRoot,
+    Device,
+    Json,
+    Offline,
+    RunsRoot,
+    cache_root,
+    complete_store,
+    folder,
+)
+
+if TYPE_CHECKING:
+    from sae.cache.upkeep.damage import DamagedStoreView
+    from sae.cache.upkeep.repair import Repaired
+    from sae.pipeline.commands.console import Bars
+
+REMEDY = "; `sae cache verify --repair` makes it again, `sae cache rm` removes the store"
+SPANS = {"h": 3600.0, "d": 86_400.0, "w": 7 * 86_400.0}
+
+Yes = Annotated[bool, typer.Option("--yes", "-y", metavar="", help="Remove without asking.")]
+
+
+def span(text: str) -> float:
+    """A length of time in seconds: 12h, 30d, 2w."""
+    found = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]+)?)([hdw])", text)
+    if found is None:
+        raise typer.BadParameter(f"{text}: is no length of time; write 12h, 30d or 2w")
+    return float(found[1]) * SPANS[found[2]]
+
+
+def verify(
+    store: Annotated[str | None, typer.Argument(metavar="STORE", autocompletion=complete_store, show_default=False, help="Key, the beginning of a key, or a path. Default: every store.")] = None,
+    repair: Annotated[bool, typer.Option("--repair", metavar="", help="Make what is damaged again, and nothing else: activations by the model, tokens from their text.")] = False,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="Where the language model is now. Default: where harvest found it.")] = None,
+    source: Annotated[str | None, typer.Option(metavar="SOURCE", help="Where the text is now. Default: where tokenize found it.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(metavar="NAME", help="Where the tokenizer is now. Default: where tokenize found it.")] = None,
+    device: Device = "auto", cache: CacheRoot = None, runs: RunsRoot = Path("runs"), offline: Offline = False,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Check every file of a store against its checksum, and without STORE those of the runs. Exit code 3 for damage.
+
+    With `--repair` exactly the damaged windows are made again, from the same tokens by the same model (or from the same
+    text), and only the damaged files are written; on the same kind of machine they are what they were, byte for byte.
+    A store is lost where both recipe.json and zarr.json are damaged, which say what it is, or where what it was made from
+    is gone. A run cannot be made again: it is trained anew under another name.
+
+    Examples:
+
+        sae cache verify
+        sae cache verify gpt2-6.mlp_out --repair
+        sae cache verify --repair --model models/mine
+    """
+    from sae.cache.upkeep import damage
+    from sae.pipeline.commands import console
+
+    root, bars = cache_root(cache), console.Bars()
+    runs = folder("--runs", runs)
+    found, hopeless, done = inspect_stores(root, store, repair)
+    bars.start("verify", sum(sum(one.files.values()) for one in found), console.BYTES)
+    try:
+        findings = damage.verify(found, bars.advance)
+    finally:
+        bars.finish()
+    checked, broken = check_runs(runs, bars) if store is None else ([], [])
+    lines = [line for one in found for line in one.lines]
+    damaged = [*hopeless, *lines, *(finding.says for finding in findings)]
+    problems: list[SaeError] = [DamagedStore(line) for line in damaged]
+    if repair and damaged:
+        from sae.pipeline.harvest.repair import Origins, repair_all
+
+        origins = Origins(root, model=model, source=source, tokenizer=tokenizer, device=device, offline=offline)
+        mended, problems = repair_all(found, findings, origins, bars)
+        done += mended
+        problems = [DamagedStore(line) for line in hopeless] + problems
+    problems += [DamagedStore(line) for line in broken]
+    for one in done:
+        bars.note(str(one))
+    if json:
+        result = {"stores": [one.store.key for one in found], "runs": checked, "damage": damaged + broken}
+        console.as_json(result | ({"repaired": [one.as_json() for one in done]} if repair else {}))
+    elif not problems:
+        looked_at = [counted(len(found), "store"), *([counted(len(checked), "run")] if checked else [])]
+        console.say(f"{' and '.join(looked_at)}, every byte as committed")
+    report(problems)
+
+
+def check_runs(root: Path, bars: "Bars") -> tuple[list[str], list[str]]:
+    """Names of the runs below a folder whose files were read from end to end, and what is wrong with them."""
+    from sae.cache import catalogue
+
+    found, damage = catalogue.readable_runs(root)
+    bars.start("verify runs", len(found), "runs")
+    for run in found:
+        damage += run.check()
+        bars.advance(1)
+    bars.finish()
+    if older := [run.name for run in found if not run.sealed]:
+        bars.note(f"settings and figures have no checksum in runs of version 0.1.0: {', '.join(older)}")
+    return [run.name for run in found], damage
+
+
+def counted(n: int, what: str) -> str:
+    """`1 store`, `2 stores`."""
+    return f"{n} {what}{'s' if n != 1 else ''}"
+
+
+def gc(
+    older_than: Annotated[float, typer.Option(parser=span, metavar="TIME", show_default=False, help="Age from which a store that no run uses is not needed. Write 12h, 30d or 2w. Default: 30d.")] = "30d",  # type: ignore[assignment]
+    yes: Yes = False, cache: CacheRoot = None, runs: RunsRoot = Path("runs"), json: Json = False,
+) -> None:  # fmt: skip
+    """List what nothing needs, and with `--yes` remove it.
+
+    That is what crashes left (temporary files of stores and runs, chunks that were never committed, folders without a
+    recipe, halves of exports), and stores
+    that no run in `--runs` was trained on, that no last command made, on which no needed store is built, and that are
+    old, or were never completed and not continued for a day. A store somebody is writing is never touched. Where there
+    is no folder of runs, nobody knows which stores are needed: then none is listed.
+
+    Examples:
+
+        sae cache gc
+        sae cache gc --older-than 2w --runs experiments --yes
+    """
+    from sae.cache import catalogue
+    from sae.cache.upkeep import garbage, loose, removing
+    from sae.pipeline.commands import console
+
+    root, runs, bars = cache_root(cache), folder("--runs", runs), console.Bars()
+    removing.finish(root)
+    used, damage = catalogue.readable_runs(runs, all_tools=True) if runs.is_dir() else (None, [])
+    if damage:
+        used = None
+        bars.note("a run cannot be read, so which stores are needed is not known, and only remains are looked for")
+    elif used is None:
+        bars.note(
+            f"--runs {runs}: is not there, so which stores are needed is not known, and only remains are looked for"
+        )
+    found = [*garbage.survey(root, used, older_than), *loose.survey(root, runs if runs.is_dir() else None)]
+    busy = []
+    freed = 0
+    for one in found if yes else ():
+        try:
+            freed += one.remove()
+        except SaeError as error:
+            busy.append(str(error))
+    total = sum(one.bytes for one in found)
+    if json:
+        console.as_json({"garbage": [one.as_json() for one in found], "bytes": total, "freed": freed, "busy": busy})
+        report_damage(damage)
+        return
+    if found:
+        rows = [
+            [one.path.name, len(one.files) if one.files else "all", console.size(one.bytes), one.why] for one in found
+        ]
+        console.table(str(root), ["folder", "files", "size", "why"], rows)
+    if not found:
+        console.say("nothing to remove")
+    elif yes:
+        console.say(f"freed {console.size(freed)}")
+    else:
+        console.say(f"{console.size(total)} nobody needs; --yes removes them")
+    for line in busy:
+        bars.note(line)
+    report_damage(damage)
+
+
+def inspect_stores(
+    root: Path, store: str | None, repair: bool
+) -> tuple[list["DamagedStoreView"], list[str], list["Repaired"]]:
+    """The stores to verify as far as they can be read, tokens first; what is wrong with the others; mended recipes."""
+    from sae.cache import catalogue
+    from sae.cache.store.head import RECIPE
+    from sae.cache.upkeep.damage import inspect_damage
+    from sae.cache.upkeep.repair import restore_recipe
+
+    found, damage, done = [], [], []
+    every = [path for kind in catalogue.kinds() for path in catalogue.folders(root, kind)]
+    lacking = catalogue.without_recipe(root) if store is None else []
+    for path in [*every, *lacking] if store is None else [catalogue.located(root, store)]:
+        try:
+            found.append(inspect_damage(path))
+        except (DamagedStore, NotFound) as error:
+            restored = restore_recipe(path) if repair else None
+            if restored is None:
+                damage.append(f"{path / RECIPE}: missing{catalogue.REMEDY}" if path in lacking else str(error))
+            else:
+                done.append(restored)
+                found.append(inspect_damage(path))
+    found.sort(key=lambda one: list(catalogue.kinds()).index(one.store.kind))  # repaired in this order
+    return found, damage, done
+
+
+def report_damage(damage: list[str]) -> None:
+    """Raise DamagedStore with the last of what is wrong, after a line of stderr for each of the others."""
+    report([DamagedStore(line) for line in damage])
+
+
+def report(problems: list[SaeError]) -> None:
+    """Raise the last of some errors, after a line of stderr for each of the others."""
+    from sae.pipeline.commands import console
+
+    for error in problems:
+        error.args = (re.sub("; `sae cache verify.*", REMEDY, str(error)),)
+    for error in problems[:-1]:
+        console.complain(str(error))
+    if problems:
+        raise problems[-1]

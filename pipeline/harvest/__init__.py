@@ -1,0 +1,1 @@
+"""Whatever yields rows, to activation stores."""

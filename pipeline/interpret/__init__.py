@@ -1,0 +1,1 @@
+"""Latents and what they fire on."""

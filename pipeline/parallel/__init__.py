@@ -1,0 +1,1 @@
+"""Several processes: torch ranks, dask workers, a pool for text."""

@@ -1,0 +1,173 @@
+"""Ranks over torch.distributed: gloo between CPUs, NCCL between GPUs, one device a rank.
+
+Gradients are averaged after the backward pass by all-reduces that are under way together, not by
+DistributedDataParallel: what is trained is a loss and no `forward`, several dictionaries may share a backward pass, and
+the counters have to be exchanged anyway. Given up: the overlap of communication and backward pass. Flags, barriers and
+tensors of the CPU go over gloo in any case, so that asking whether to stop waits for no GPU.
+
+Who is which rank is said by torchrun's environment, on one machine or several, or by `pipeline.parallel.launcher`.
+"""
+
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sae.cache.errors import SaeError
+from sae.pipeline.saes import Observed
+
+PATIENCE = timedelta(minutes=30)  # for a rank that comes late, as while another writes a large checkpoint
+
+
+class LostRank(SaeError):
+    """Another process of the training is gone; what it said tells why."""
+
+
+class Seat(NamedTuple):
+    """Which of the processes this one is, and where its tensors live.
+
+    folder: where they meet; None: where torchrun's environment says.
+    """
+
+    rank: int
+    world: int
+    device: str
+    folder: Path | None = None
+
+
+def seats(processes: int, device: str, option: str = "--devices") -> list[str]:
+    """The devices of so many processes on this machine. Raises SaeError where there are too few."""
+    gpus = torch.cuda.device_count()
+    if device == "cpu" or (device == "auto" and not gpus):
+        return ["cpu"] * processes
+    if device not in ("auto", "cuda"):
+        raise SaeError(f"--device {device}: is one device for {processes} processes; give cuda, cpu or auto")
+    if processes > gpus:
+        there = {0: "no GPU", 1: "one GPU"}.get(gpus, f"{gpus} GPUs")
+        raise SaeError(f"{option} {processes}: this machine has {there}; ask for fewer, or give --device cpu")
+    return [f"cuda:{i}" for i in range(processes)]
+
+
+def torchrun_seat(device: str) -> Seat | None:
+    """The seat torchrun gave this process; None where it was not started by torchrun."""
+    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys():
+        return None
+    rank, world, local, beside = (
+        int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    )
+    return Seat(rank, world, seats(beside, device, "torchrun --nproc-per-node")[local])
+
+
+@contextmanager
+def together(seat: Seat, stop: threading.Event | None = None) -> Iterator["Together"]:
+    """Take the seat, once all have come. `stop`: set when whoever started this process wants the training to end."""
+    on_gpu = seat.device != "cpu"
+    if on_gpu:
+        torch.cuda.set_device(seat.device)
+    meeting = "env://" if seat.folder is None else (seat.folder / "meeting").as_uri()
+    with _explained():
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", meeting, rank=seat.rank, world_size=seat.world, timeout=PATIENCE,
+            device_id=torch.device(seat.device) if on_gpu else None,
+        )  # fmt: skip
+        control = dist.new_group(backend="gloo", timeout=PATIENCE) if on_gpu else None
+    try:
+        yield Together(seat.rank, seat.world, control, stop or threading.Event())
+    except BaseException:
+        if not on_gpu:  # NCCL may wait for ever for work that others have given up
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+class Together:
+    """`pipeline.parallel.ranks.Ranks` over the process group. Raises LostRank where a process of it is gone.
+
+    control: a group over gloo, where the default group is none.
+    """
+
+    def __init__(self, rank: int, world: int, control: dist.ProcessGroup | None, stop: threading.Event) -> None:
+        self.rank, self.world = rank, world
+        self._control, self._stop = control, stop
+
+    @property
+    def asked(self) -> bool:
+        return self._stop.is_set()
+
+    def average(self, gradients: Iterable[Tensor]) -> None:
+        tensors = list(gradients)
+        with _explained():
+            works = [dist.all_reduce(tensor, group=self._group(tensor), async_op=True) for tensor in tensors]
+            for work in works:
+                work.wait()
+        torch._foreach_div_(tensors, self.world)
+
+    def copy(self, tensors: Iterable[Tensor]) -> None:
+        with _explained():
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), 0, group=self._group(tensor))
+
+    def gather(self, parts: Sequence[Observed]) -> list[Observed]:
+        first = parts[0]  # of the same step and as many rows as each rank's first, and so on
+        mine = torch.stack([torch.cat([part.fired, part.numbers.double().view(torch.int64)]) for part in parts])
+        everybody = [torch.empty_like(mine) for _ in range(self.world)]
+        with _explained():
+            dist.all_gather(everybody, mine, group=self._group(mine))
+        return [
+            Observed(part.clock, part.rows, row[: len(first.fired)], _floats(row[len(first.fired) :], first.numbers))
+            for rows in everybody
+            for part, row in zip(parts, rows, strict=True)
+        ]
+
+    def sum(self, values: Tensor) -> Tensor:
+        total = values.clone(memory_format=torch.contiguous_format)
+        with _explained():
+            dist.all_reduce(total, group=self._group(total))
+        return total
+
+    def any(self, flag: bool) -> bool:
+        told = torch.tensor(int(flag))
+        with _explained():
+            dist.all_reduce(told, dist.ReduceOp.MAX, group=self._control)
+        return bool(told)
+
+    def wait(self) -> None:
+        self.any(False)
+
+    def tell(self, text: str) -> str:
+        """What rank 0 says, on every rank; what the others give is not read."""
+        data = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        size = torch.tensor(len(data))
+        with _explained():
+            dist.broadcast(size, 0, group=self._control)
+            data = data if self.rank == 0 else torch.empty(int(size), dtype=torch.uint8)
+            dist.broadcast(data, 0, group=self._control)
+        return bytes(data.tolist()).decode()
+
+    def _group(self, tensor: Tensor) -> dist.ProcessGroup | None:
+        return self._control if tensor.device.type == "cpu" else None
+
+
+def _floats(bits: Tensor, like: Tensor) -> Tensor:
+    """The numbers whose float64 bits these are, in their own type again."""
+    return bits.view(torch.float64).to(like.dtype)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn what torch.distributed says of a lost process into LostRank."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise LostRank(
+                "another process of the training was lost; see what it said, then continue with --resume"
+            ) from error
+        raise

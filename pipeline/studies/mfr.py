@@ -1,0 +1,126 @@
+"""What pulling dictionaries towards each other buys: agreement, FVU and recovery side by side, over weights.
+
+For every weight (and what it acts on) dictionaries of several seeds are trained as one group; weight 0 measures the
+same without pulling. Where the true features are known, each latent's best cosine with the other dictionaries is set
+against its best cosine with the truth: what others found as well should be true. Agreement is no end in itself: read it
+beside the FVU it costs, and beside what random directions would score.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from sae.cache.activations import ActivationStore
+from sae.cache.runs import Run
+from sae.pipeline.metrics.figures import label
+from sae.pipeline.metrics.similarity import best, chance, mutual
+from sae.pipeline.report.compare import Row
+from sae.pipeline.studies.plots import Panel
+from sae.pipeline.studies.plots import draw as draw_panels
+from sae.pipeline.studies.results import columns
+from sae.pipeline.studies.study import Lab, Result, Trial
+from sae.pipeline.train import trained
+from sae.pipeline.train.alignment import AlignConfig, By
+from sae.pipeline.train.stage import TrainConfig
+from sae.pipeline.train.sweep import acquainted
+
+WEIGHTS = (0.0, 0.01, 0.1, 1.0)
+
+LABELS = ("by", "weight")
+FIRST = ("agreement", "agreement_chance", "fvu", "l0", "dead_fraction")
+TRUTH = "agreement_truth_r"
+DRAWN = ("agreement", "fvu", "true_to_learned", "ce_degradation", TRUTH)
+TITLES = {"agreement": "agreement of decoders (MMCS)", TRUTH: "r of agreement and truth"}  # of what is measured here
+SMALLEST = 0.1  # of the smallest weight: where none stands on a logarithmic axis
+ITSELF = ("align.by", "align.weight", "align.seeds")  # settings that the study decides
+
+
+def alignment(
+    base: TrainConfig, store: ActivationStore, lab: Lab, *, by: Sequence[By] = ("dec",),
+    weights: Sequence[float] = WEIGHTS, seeds: int = 3,
+) -> Result:  # fmt: skip
+    """A group of `seeds` dictionaries for every weight and every one of what it acts on; without weight, one for all.
+
+    Settings of alignment the base has (matching, warm-up) are kept.
+    """
+    align = base.align or AlignConfig()
+    # what a weight of 0 acts on makes no difference
+    pairs = dict.fromkeys((what if weight else by[0], weight) for what in by for weight in weights)
+    trials = []
+    for what, weight in pairs:
+        config = base.model_copy(update={"align": align.model_copy(update={"by": what, "weight": weight})})
+        group = [config.model_copy(update={"seed": base.seed + i}) for i in range(seeds)]
+        trials += [Trial({"by": what, "weight": weight}, one, store) for one in acquainted(group)]
+    rows = lab.rows(trials)
+    latents = compare(rows, lab.runs, store.truth)
+    d, d_sae = store.d, base.sae.d_sae
+    by_chance = chance(d_sae, d_sae, d)
+    for row in rows:
+        row["agreement_chance"] = by_chance
+
+    def draw(table: Sequence[Row], path: Path) -> None:
+        draw_panels(panels(table, latents), path)
+
+    return Result("alignment", LABELS, (*columns(*FIRST), TRUTH), rows, draw, extra={"latents": latents})
+
+
+def compare(rows: Sequence[Row], runs: Path, truth: Tensor | None) -> list[dict[str, Any]]:
+    """Add each run's agreement with the others of its group; of every group's first run, the latents' best cosines.
+
+    With the truth known a run's `agreement_truth_r` is Pearson's r over its latents of their best cosine with the
+    others' and with a true feature.
+    """
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in LABELS), []).append(row)
+    latents = []
+    for labels, group in groups.items():
+        decoders = [trained.load(Run(runs / row["run"])).W_dec.detach() for row in group]
+        for i, (row, agreement) in enumerate(zip(group, mutual(decoders), strict=True)):
+            row |= {"agreement": agreement, "agreement_truth_r": None}
+            if truth is None:
+                continue
+            mine, others = decoders[i], torch.cat([other for j, other in enumerate(decoders) if j != i])
+            agreed, true = nearest(mine, others), nearest(mine, truth.to(mine.device))
+            row["agreement_truth_r"] = correlation(agreed, true)
+            if i == 0:
+                found = {"agreement": agreed.tolist(), "truth": true.tolist()}
+                latents.append({**dict(zip(LABELS, labels, strict=True)), **found})
+    return latents
+
+
+def nearest(a: Tensor, b: Tensor) -> Tensor:
+    """For each row of a [n, d] its largest cosine with a row of b [m, d]: float [n]."""
+    return cosine_similarity(a, b[best(a, b)])
+
+
+def correlation(a: Tensor, b: Tensor) -> float | None:
+    """Pearson's r of two [n]; None where one of them does not vary."""
+    a, b = a - a.mean(), b - b.mean()
+    scale = (a.norm() * b.norm()).item()
+    return (a @ b).item() / scale if scale else None
+
+
+def panels(rows: Sequence[Row], latents: Sequence[dict[str, Any]]) -> list[Panel]:
+    """Each figure against the weight, a curve for what it acts on; and the latents, agreement against truth."""
+    every = list(dict.fromkeys(row["by"] for row in rows))
+    above = [row["weight"] for row in rows if row["weight"]]
+    free = SMALLEST * min(above, default=1.0)
+
+    def curve(name: str, what: str) -> list[tuple[float, float | None]]:
+        return [(row["weight"] or free, row[name]) for row in rows if row["by"] == what or not row["weight"]]
+
+    shown = [
+        Panel(title, f"weight ({free:g}: none)", {what: curve(name, what) for what in every}, log_x=True)
+        for name in DRAWN
+        for title in [TITLES.get(name) or label(name)]
+    ]
+    points = {
+        f"{one['by']}, weight {one['weight']:g}": list(zip(one["agreement"], one["truth"], strict=True))
+        for one in latents
+    }
+    return [*shown, Panel("latents: best true feature", "best latent of the others", points, scattered=True)]

@@ -1,0 +1,1 @@
+"""Tokenizers, and whether two of them are the same."""

@@ -1,0 +1,1 @@
+"""Activation stores to run folders."""

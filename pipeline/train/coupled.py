@@ -1,0 +1,136 @@
+"""Dictionaries that take their steps together: as a rule one by itself, several where they pull at each other."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sae.cache.errors import DamagedStore, SaeError
+from sae.cache.runs import CHECKPOINT
+from sae.pipeline.parallel.ranks import Ranks
+from sae.pipeline.saes import Clock, Losses
+from sae.pipeline.train.alignment import Alignment
+from sae.pipeline.train.trainer import Member
+
+
+@dataclass
+class Group:
+    """Members at one and the same step, and what pulls them together."""
+
+    members: list[Member]
+    alignment: Alignment | None
+
+    @property
+    def done(self) -> int:
+        """Steps that were taken."""
+        return self.members[0].done
+
+    def step(self, x: Tensor, clock: Clock, ranks: Ranks) -> list[dict[str, float] | None]:
+        """One optimiser step of each on a batch [batch, d] (this rank's share of it); metrics where they are shown."""
+        begun = time.perf_counter()
+        for member in self.members:
+            member.optimiser.zero_grad(set_to_none=True)
+        parts: list[list[Losses]] = [[] for _ in self.members]
+        apart: list[Tensor] = []
+        for part in x.tensor_split(self.members[0].config.accumulate):
+            each = [member.losses(part, clock) for member in self.members]
+            total = torch.stack([one.total for one in each]).sum() if len(each) > 1 else each[0].total
+            if self.alignment is not None:
+                if not apart:
+                    self.alignment.search(each, clock.step)
+                    self.alignment.share(ranks)
+                apart.append(self.alignment.term(each))
+                total = total + self.alignment.weight_at(clock.step) * apart[-1]
+            share = len(part) / len(x)
+            (total if share == 1 else total * share).backward()
+            for kept, one in zip(parts, each, strict=True):
+                kept.append(one)
+        logged = [member.update(x, losses, clock, ranks) for member, losses in zip(self.members, parts, strict=True)]
+        if self.alignment is not None:
+            self._add_agreement(logged, apart, clock, ranks)
+        spent = (time.perf_counter() - begun) / len(self.members)
+        for member in self.members:
+            member.spend(spent)
+        return logged
+
+    def _add_agreement(
+        self, logged: Sequence[dict[str, float] | None], apart: Sequence[Tensor], clock: Clock, ranks: Ranks
+    ) -> None:
+        """Beside each member's metrics: the term, its weight, and how much the member agrees with the others."""
+        assert self.alignment is not None
+        if logged[0] is None:  # their settings are the same, so all are logged at once
+            return
+        term = ranks.sum(torch.stack([one.detach() for one in apart]).mean()) / ranks.world
+        shared = {"alignment": term.item(), "alignment_weight": self.alignment.weight_at(clock.step)}
+        for metrics, agreement in zip(logged, self.alignment.agreement(), strict=True):
+            assert metrics is not None
+            metrics |= {**shared, "agreement": agreement}
+
+    def save(self, loader: dict[str, int], ranks: Ranks) -> None:
+        """Write all checkpoints. Whenever a kill comes they are of one step: none is published before all are written.
+
+        Raises Diverged for weights that are no numbers.
+        """
+        for i, member in enumerate(self.members):
+            shared = self.alignment.state() if self.alignment is not None and i == 0 else {}
+            member.save(loader, shared, ranks)
+        if ranks.rank == 0:
+            for member in self.members:
+                member.run.publish_checkpoint()
+
+    def restore(self, ranks: Ranks) -> dict[str, int] | None:
+        """Take up the checkpoints: the loader's state. None where there are none yet."""
+        if ranks.rank == 0:
+            self._publish_rest()
+        ranks.wait()
+        states = [member.restore(ranks) for member in self.members]
+        if len({member.done for member in self.members}) > 1:
+            raise DamagedStore(
+                f"{self.members[0].run.path}: not at the step of the dictionaries it is trained with; their "
+                "checkpoints belong together: remove the folders of all of them and train again"
+            )
+        if states[0] is None:
+            return None
+        tensors, loader = states[0]
+        if self.alignment is not None:
+            try:
+                self.alignment.restore(tensors)
+            except ValueError as error:
+                raise DamagedStore(f"{self.members[0].run.path / CHECKPOINT}: {error}") from error
+        return loader
+
+    def _publish_rest(self) -> None:
+        """Where a kill came when some checkpoints of a step were published: the others, too."""
+        runs = [member.run for member in self.members]
+        steps = [run.checkpoint_step() for run in runs]
+        latest = max(steps)
+        for run, step in zip(runs, steps, strict=True):
+            if step < latest and run.checkpoint_step(staged=True) == latest:
+                run.publish_checkpoint()
+
+
+def grouped(members: Sequence[Member]) -> list[Group]:
+    """Members by themselves, but for those whose settings pull them together.
+
+    Raises SaeError where some of the dictionaries that belong together are missing.
+    """
+    groups: list[Group] = []
+    together: dict[str, list[Member]] = {}
+    for member in members:
+        if member.config.align is None:
+            groups.append(Group([member], None))
+        else:
+            alike = member.config.model_dump_json(exclude={"seed"})
+            together.setdefault(alike, []).append(member)
+    for group in together.values():
+        align, seeds = group[0].config.align, [member.config.seed for member in group]
+        assert align is not None
+        if sorted(seeds) != sorted(align.seeds):
+            raise SaeError(
+                f"{group[0].run.path}: is trained together with seeds {', '.join(map(str, align.seeds))}; "
+                "repeat the command that began them, with --seeds"
+            )
+        groups.append(Group(group, Alignment(align, [member.sae for member in group])))
+    return groups

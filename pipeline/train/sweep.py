@@ -1,0 +1,193 @@
+"""One set of settings -> every combination of swept values and seeds, trained over as few streams as they allow.
+
+`--sweep k=16,32 --sweep lr=1e-4,3e-4 --seeds 3` is twelve dictionaries. Those that agree on batch, length and order of
+the rows see the same batches in one pass over the store; the others take turns. Each has a run folder of its own, named
+by its settings, so a repeated sweep trains only what is missing and continues what was interrupted.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sae.cache import catalogue
+from sae.cache.activations import ActivationStore
+from sae.cache.disk.identity import canonical
+from sae.cache.disk.paths import place
+from sae.cache.errors import NotFound, SaeError
+from sae.cache.runs import Run, discarding
+from sae.configs import parsed
+from sae.configs.base import WHOLE
+from sae.pipeline.parallel.launcher import launch
+from sae.pipeline.parallel.ranks import Alone, Ranks
+from sae.pipeline.parallel.torch_distributed import Seat, Together, together, torchrun_seat
+from sae.pipeline.runtime.progress import Progress, Silent
+from sae.pipeline.train.config import settings_of
+from sae.pipeline.train.stage import STREAM, TrainConfig, begun, on_rows, open_run, run_name, share, train
+from sae.pipeline.train.trainer import Diverged
+
+MOST = 10_000  # dictionaries of one sweep
+SHORT = {"arch": "sae.arch", "k": "sae.k", "d_sae": "sae.d_sae"}  # settings the command has short options for
+
+
+def combinations(axes: Sequence[str]) -> list[dict[str, Any]]:
+    """Every combination of the axes `KEY=VALUE,VALUE,...`, each as {"sae.k": 16, "lr": 1e-4}.
+
+    A key is a setting of the train section (`lr`, `sae.k`), one of the architecture (`arch.k`), or the name of a short
+    option (`k`, `d_sae`, `arch`). Raises SaeError for an axis that is not written so, or is there twice.
+    """
+    spread: dict[str, list[Any]] = {}
+    for axis in axes:
+        key, _, text = axis.partition("=")
+        path = SHORT.get(key, key).removeprefix("train.")
+        path = "sae." + path.removeprefix("arch.") if path.startswith("arch.") else path
+        try:
+            found: list[Any] = [] if text.rstrip().endswith(",") else parsed(f"[{text}]")
+        except ValueError:
+            found = []
+        if not found or not all(path.split(".")):
+            raise SaeError(f"--sweep {axis}: write it as KEY=VALUE,VALUE, for example k=16,32,64 or lr=1e-4,3e-4")
+        if path in spread:
+            raise SaeError(f"--sweep {axis}: {key} is swept twice; give all its values at once")
+        if any(value in found[:i] for i, value in enumerate(found)):
+            raise SaeError(f"--sweep {axis}: a value stands there twice")
+        spread[path] = found
+    _expect_few(math.prod(map(len, spread.values())))
+    return [dict(zip(spread, values, strict=True)) for values in itertools.product(*spread.values())]
+
+
+def of_seeds(configs: Sequence[TrainConfig], seeds: int) -> list[TrainConfig]:
+    """Each configuration with its own seed and the following ones, as many as `seeds` says."""
+    _expect_few(len(configs) * seeds)
+    if len({config.seed for config in configs}) > 1:
+        raise SaeError(f"--seeds {seeds}: the seed is swept already; give --seeds or --sweep seed=...")
+    first = configs[0].seed
+    if first + seeds > WHOLE:
+        raise SaeError(f"--seeds {seeds}: from seed {first} on they do not fit into 64 bits")
+    return [one.model_copy(update={"seed": seed}) for one in configs for seed in range(first, first + seeds)]
+
+
+def _expect_few(dictionaries: int) -> None:
+    if dictionaries > MOST:
+        raise SaeError(f"--sweep: that is {dictionaries:,} dictionaries; at most {MOST:,} are trained at once")
+
+
+def acquainted(configs: Sequence[TrainConfig]) -> list[TrainConfig]:
+    """The configurations, those that pull towards each other knowing each other's seeds.
+
+    Raises SaeError where one of these has nobody to agree with.
+    """
+    seeds: dict[str, list[int]] = {}
+    for config in configs:
+        seeds.setdefault(config.model_dump_json(exclude={"seed"}), []).append(config.seed)
+    known = []
+    for config in configs:
+        if config.align is not None:
+            others = tuple(seeds[config.model_dump_json(exclude={"seed"})])
+            if len(others) < 2:
+                raise SaeError("--align: takes dictionaries of two or more seeds; say how many with --seeds")
+            config = config.model_copy(update={"align": config.align.model_copy(update={"seeds": others})})
+        known.append(config)
+    return known
+
+
+def open_all(configs: Sequence[TrainConfig], store: ActivationStore, root: Path) -> list[Run]:
+    """The run folder of each configuration, begun or taken up. Raises SaeError where two configurations are one.
+
+    Where some were interrupted and the store has grown since, all are trained on as many rows as those.
+    """
+    there = [run for run in catalogue.readable_runs(root)[0] if _named_here(run, store)]
+    configs = acquainted(configs)
+    waiting = [run.seen.rows for config in configs for run in begun(config, store, there) if not run.finished]
+    if waiting:
+        configs = [one.model_copy(update={"store_rows": one.store_rows or max(waiting)}) for one in configs]
+    configs = [on_rows(config, store) for config in configs]
+    if len({run_name(config, store) for config in configs}) < len(configs):
+        raise SaeError("--sweep: two of the combinations are the same settings; does another option fix a swept key?")
+    runs: list[Run] = []
+    with discarding(runs):
+        for config in configs:
+            known = begun(config, store, there)
+            runs.append(known[0] if known else open_run(config, store, root, None, resume=False))
+    return runs
+
+
+def _named_here(run: Run, store: ActivationStore) -> bool:
+    """Whether a run on a store has the name that its settings give it; one that a user named is the user's."""
+    return run.seen.recipe == store.recipe and run.name == run_name(settings_of(run), store)
+
+
+def sweep(
+    runs: Sequence[Run], store: ActivationStore, progress: Progress, *, device: str = "auto", processes: int = 1
+) -> None:
+    """Train what is not finished of the runs, all that share a stream of batches in one pass.
+
+    With several processes of this machine, or several that torchrun has started, each takes its share of every batch.
+    Of torchrun's, only rank 0 calls this: the others call `follow`. Raises Diverged, once the others are finished,
+    where a dictionary diverged. A run folder that was made for this is removed where nothing came of it.
+    """
+    with discarding(runs):
+        _sweep(runs, store, progress, device, processes)
+
+
+def _sweep(runs: Sequence[Run], store: ActivationStore, progress: Progress, device: str, processes: int) -> None:
+    seat = torchrun_seat(device)
+    if seat is not None and processes > 1:
+        raise SaeError(f"--devices {processes}: torchrun has started the processes already; leave out --devices")
+    for run in runs:
+        share(settings_of(run), processes)  # said before anything is started
+    task = json.dumps({"runs": [str(run.path) for run in runs], "store": str(store.path)})
+    if processes > 1 and not all(run.finished for run in runs):
+        launch(processes, device, _take_part, task, progress)
+    elif seat is not None:
+        with together(seat) as ranks:
+            _take_part(ranks, seat.device, ranks.tell(task), progress)
+    else:
+        _passes(runs, store, progress, device, Alone())
+
+
+def follow(seat: Seat) -> None:
+    """What a process of torchrun other than rank 0 does: take part in what rank 0 trains, and write nothing."""
+    with together(seat) as ranks:
+        _take_part(ranks, seat.device, ranks.tell(""), Silent())
+
+
+def _take_part(ranks: Together, device: str, task: str, progress: Progress) -> None:
+    """One rank's part of the training that a task tells of."""
+    named = json.loads(task)
+    try:
+        runs = [Run(Path(path)) for path in named["runs"]]
+        store = ActivationStore(place(named["store"]))
+    except NotFound as error:
+        raise NotFound(f"{error} (rank {ranks.rank}); all machines need the same cache and runs") from error
+    _passes(runs, store, progress if ranks.rank == 0 else Silent(), device, ranks)
+
+
+def _passes(runs: Sequence[Run], store: ActivationStore, progress: Progress, device: str, ranks: Ranks) -> None:
+    """Train what is not finished, pass by pass."""
+    waiting = [run for run in runs if not run.finished]
+    ranks.wait()  # so that all have looked before the first is finished
+    # what is pulled together ends together: the finished ones of such a group are needed by the others
+    pulled = {_group(run) for run in waiting if settings_of(run).align is not None}
+    streams: dict[tuple[object, ...], list[Run]] = {}
+    for run in runs:
+        if run in waiting or _group(run) in pulled:
+            streams.setdefault(tuple(getattr(settings_of(run), name) for name in STREAM), []).append(run)
+    if len(runs) > 1:
+        done = len(runs) - len(waiting)
+        progress.note(f"{len(runs)} dictionaries, {done} finished before, {len(streams)} passes for the others")
+    diverged = []
+    for stream in streams.values():
+        try:
+            train(stream, store, progress, device=device, ranks=ranks)
+        except Diverged as error:
+            diverged.append(str(error))
+    if diverged:
+        raise Diverged("; ".join(diverged))
+
+
+def _group(run: Run) -> str:
+    """What is the same for dictionaries that are pulled together, and for no others."""
+    return canonical({name: value for name, value in run.settings.items() if name != "seed"})

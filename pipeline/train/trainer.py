@@ -1,0 +1,252 @@
+"""One dictionary in training: its weights, its optimiser, its part of a step, and its checkpoint.
+
+A dictionary depends on its own settings, seed and batches alone, whatever trains beside it: what it draws at random is
+a function of its seed and the step, so there is no random state to save.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae.cache.activations import ActivationStore
+from sae.cache.errors import DamagedStore, SaeError
+from sae.cache.outliers import some_rows
+from sae.cache.runs import CHECKPOINT, Run
+from sae.pipeline.formats import saelens
+from sae.pipeline.formats.base import Metadata
+from sae.pipeline.metrics.similarity import mmcs
+from sae.pipeline.parallel.ranks import Ranks, expect_same
+from sae.pipeline.runtime import devices
+from sae.pipeline.saes import (
+    SAE,
+    Clock,
+    Losses,
+    create,
+)
+from sae.pipeline.train.config import TrainConfig
+from sae.pipeline.train.resampling import (
+    NoRevival,
+    Resample,
+    inequality,
+    reinitialise,
+    resample,
+)
+
+DECODER = ("W_dec", "b_dec")  # the parameters with the decoder's learning rate; the others have the encoder's
+
+
+class Diverged(SaeError):
+    """A dictionary whose numbers are none any more. Those that train beside it need not end with it."""
+
+
+@dataclass
+class Member:
+    """One dictionary in training: its run, its weights, its optimiser, and how many steps it has taken.
+
+    store: where further rows come from, the first `rows` of it (what the run was promised), unless their norm is above
+        the run's largest.
+    truth: the features [G, d] of rows that were made of known ones.
+    """
+
+    run: Run
+    config: TrainConfig
+    sae: SAE
+    optimiser: torch.optim.Optimizer
+    store: ActivationStore
+    rows: int
+    truth: Tensor | None
+    done: int = 0
+    _spent: float = 0.0  # seconds in steps since `cost` was asked
+    _steps: int = 0
+    _shown: bool = False  # whether this process has computed metrics yet
+
+    @classmethod
+    def begin(cls, run: Run, config: TrainConfig, store: ActivationStore, rows: int, device: torch.device) -> "Member":
+        """A dictionary at step 0. Raises SaeError where the store's rows allow none."""
+        sae = create(config.sae, store.d, seed=config.seed).to(device)
+        first = some_rows(store, 0, config.initial_rows, rows=rows, batch=config.initial_rows, largest=run.largest_norm)
+        sample = torch.cat(list(first)).to(device)
+        try:
+            sae.initialise(sample)
+        except ValueError as error:
+            raise SaeError(f"{store.path}: {error}") from error
+        encoder, decoder = (
+            {"params": [p for name, p in sae.named_parameters() if (name in DECODER) == inside]}
+            for inside in (False, True)
+        )
+        optimiser = torch.optim.Adam([encoder, decoder], lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        truth = store.truth
+        return cls(run, config, sae, optimiser, store, rows, None if truth is None else truth.to(device))
+
+    def losses(self, part: Tensor, clock: Clock) -> Losses:
+        """The loss of a part of a batch [n, d]."""
+        with torch.autocast(part.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            return self.sae.loss(part, clock=clock)
+
+    def update(self, x: Tensor, parts: Sequence[Losses], clock: Clock, ranks: Ranks) -> dict[str, float] | None:
+        """What follows the gradients of a batch [batch, d] whose parts had these losses; metrics where it is logged,
+        and of the first step that this process takes, so that they are seen at once.
+
+        With several ranks `x` and `parts` are this rank's.
+        """
+        step, total = clock
+        ranks.average(parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None)
+        self.sae.before_step()
+        if self.config.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.config.clip)
+        for group, rate in zip(self.optimiser.param_groups, self.config.rates_at(step, total), strict=True):
+            group["lr"] = rate
+        self.optimiser.step()
+        self.sae.after_step()
+        self.sae.track(*ranks.gather([self.sae.observe(part) for part in parts]))
+        self.done = step + 1
+        self._revive(total, ranks)
+        first, self._shown = not self._shown, True
+        return self._metrics(x, parts, clock, ranks) if first or self.logs(total) else None  # which waits for a GPU
+
+    def logs(self, total: int) -> bool:
+        """Whether the metrics of the step just taken belong in the log."""
+        return self.done % self.config.log_every == 0 or self.done == total
+
+    def spend(self, seconds: float) -> None:
+        """Note what a step took."""
+        self._spent, self._steps = self._spent + seconds, self._steps + 1
+
+    def cost(self) -> dict[str, float]:
+        """What this dictionary costs: seconds a step since last asked, megabytes of weights, gradients and moments."""
+        weights = [*self.sae.parameters(), *self.sae.buffers(), *(p.grad for p in self.sae.parameters())]
+        moments = [value for entries in self.optimiser.state.values() for value in entries.values()]
+        held = sum(one.nbytes for one in [*weights, *moments] if isinstance(one, Tensor))
+        spent, self._spent, steps, self._steps = self._spent, 0.0, self._steps, 0
+        return {"seconds_per_step": round(spent / max(1, steps), 6), "megabytes": round(held / 1e6, 3)}
+
+    def on_disk(self) -> int:
+        """Bytes of its run folder: two checkpoints, while one takes the place of the other, and the dictionary."""
+        weights = sum(value.nbytes for value in self.sae.state_dict().values())
+        moments = 2 * sum(parameter.nbytes for parameter in self.sae.parameters())
+        return 2 * (weights + moments) + weights
+
+    def _revive(self, total: int, ranks: Ranks) -> None:
+        """What the settings do about dead latents between steps."""
+        revive, k = self.config.revive, getattr(self.config.sae, "k", 0)
+        if isinstance(revive, NoRevival) or not revive.due(self.done, total):
+            return
+        generator = self.sae.generator("revival", self.done)
+        if isinstance(revive, Resample):
+            resample(self.sae, self.optimiser, self._drawn(revive.rows, generator), revive, generator)
+        elif inequality(self.sae, k) > revive.threshold:
+            sample = torch.cat([x for x, _ in self._drawn(self.config.initial_rows, generator)])
+            try:
+                reinitialise(self.sae, self.optimiser, (sample, None), generator)
+            except ValueError as error:
+                raise SaeError(f"{self.store.path}: {error}") from error
+        ranks.copy(self.sae.state_dict().values())  # errors that devices round apart may have chosen other rows
+
+    def _drawn(self, count: int, generator: torch.Generator) -> Iterator[tuple[Tensor, None]]:
+        """So many rows of the store from a random place on (they were shuffled when written), a batch at a time."""
+        count = min(count, self.rows)
+        first = int(torch.randint(self.rows - count + 1, (), generator=generator))
+        drawn = some_rows(
+            self.store, first, count, rows=self.rows, batch=self.config.batch, largest=self.run.largest_norm
+        )
+        return ((x.to(self.sae.W_dec.device), None) for x in drawn)
+
+    def _metrics(self, x: Tensor, parts: Sequence[Losses], clock: Clock, ranks: Ranks) -> dict[str, float]:
+        batch = ranks.world * len(x)
+        terms = {name: _mean([part.terms[name] for part in parts], parts) for name in parts[0].terms}
+        error = (x - torch.cat([part.x_hat for part in parts])).square().sum()
+        spread = (x - ranks.sum(x.sum(dim=0)) / batch).square().sum()
+        active = torch.cat([part.latents.l0() for part in parts]).float().mean()
+        sums = [_mean([part.total for part in parts], parts), *terms.values(), error, spread, active]
+        loss, *each, error, spread, active = (ranks.sum(torch.stack(sums).double()) / ranks.world).tolist()
+        if not math.isfinite(loss):
+            raise Diverged(f"{self.run.path}: the loss is {loss} at step {self.done}; try a smaller --lr")
+        metrics = {"step": self.done, "rows": self.done * batch, "loss": loss}
+        metrics |= {f"loss_{name}": value for name, value in zip(terms, each, strict=True)}
+        if spread:  # without variance there is no share of it
+            metrics["fvu"] = error / spread
+        metrics["l0"] = active
+        metrics["dead"] = self.sae.dead().float().mean().item()
+        if self.truth is not None:
+            metrics["recovery"] = mmcs(self.truth, self.sae.W_dec.detach()).item()
+        metrics["lr"], decoder = self.config.rates_at(*clock)
+        return metrics if self.config.decoder is None else {**metrics, "lr_decoder": decoder}
+
+    def save(self, loader: dict[str, int], shared: dict[str, Tensor], ranks: Ranks) -> None:
+        """Write the next checkpoint, not yet published. Diverged for weights that are no numbers.
+
+        loader: where the next batch starts. shared: what it has in common with others, in one of their checkpoints.
+        """
+        tensors = self._tensors()
+        expect_same(tensors, ranks, f"{self.run.path}: step {self.done}")
+        if not all(value.isfinite().all() for value in self.sae.state_dict().values()):
+            raise Diverged(
+                f"{self.run.path}: the weights are no numbers any more at step {self.done}; try a smaller --lr"
+            )
+        if ranks.rank == 0:
+            threads = torch.get_num_threads() * ranks.world
+            self.run.stage_checkpoint(tensors | shared, {"step": self.done, "loader": loader, "threads": threads})
+
+    def restore(self, ranks: Ranks) -> tuple[dict[str, Tensor], dict[str, int]] | None:
+        """Take up the checkpoint: its tensors, and the loader's state. None where there is none yet."""
+        state: dict[str, Any] = {"step": 0}
+        tensors: dict[str, Tensor] = {}
+        if self.run.has_checkpoint:
+            tensors, state = self.run.load_checkpoint()
+            self._take(tensors)
+            if isinstance(before := state.get("threads"), int):  # older ones do not say
+                devices.take_threads_again(before // ranks.world)
+        self.done = state["step"]
+        expect_same({"the steps done": torch.tensor(self.done)}, ranks, str(self.run.path))
+        expect_same(self._tensors(), ranks, f"{self.run.path}: step {self.done}")
+        if ranks.rank == 0:
+            self.run.rewind_metrics(self.done)
+        return (tensors, state["loader"]) if tensors else None
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The weights and the optimiser's state, as a checkpoint has them."""
+        tensors = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
+        for index, entries in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{index}.{name}": torch.as_tensor(value) for name, value in entries.items()}
+        return tensors
+
+    def _take(self, tensors: dict[str, Tensor]) -> None:
+        """The weights and the optimiser's state of a checkpoint. Raises DamagedStore where they are of other shapes."""
+        weights = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
+        groups = self.optimiser.state_dict()["param_groups"]
+        parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+        places = [place for group in groups for place in group["params"]]
+        moments = {
+            f"optimiser.{place}.{key}": like
+            for place, parameter in zip(places, parameters, strict=True)
+            for key, like in (("step", torch.zeros(())), ("exp_avg", parameter), ("exp_avg_sq", parameter))
+            if any(name.startswith(f"optimiser.{place}.") for name in tensors)  # none for what had no gradient yet
+        }
+        for name, like in (weights | moments).items():
+            if name not in tensors or (tensors[name].shape, tensors[name].dtype) != (like.shape, like.dtype):
+                raise DamagedStore(
+                    f"{self.run.path / CHECKPOINT}: its {name} is missing, or not that of the run's settings; train "
+                    "again under another --name"
+                )
+        self.sae.load_state_dict({name.removeprefix("sae."): tensors[name] for name in weights})
+        entries: dict[int, dict[str, Tensor]] = {place: {} for place in places}
+        for name in moments:
+            _, place, key = name.split(".")
+            entries[int(place)][key] = tensors[name]
+        self.optimiser.load_state_dict({"state": entries, "param_groups": groups})
+
+    def finish(self, metadata: Metadata) -> None:
+        """Write the dictionary that was trained."""
+        self.run.save_weights(*saelens.written(self.sae.formula(), metadata))
+
+
+def _mean(values: Sequence[Tensor], parts: Sequence[Losses]) -> Tensor:
+    """Mean of what the parts of a batch have, weighed by their rows."""
+    rows = sum(part.latents.batch for part in parts)
+    return torch.stack(
+        [value.detach() * (part.latents.batch / rows) for value, part in zip(values, parts, strict=True)]
+    ).sum()

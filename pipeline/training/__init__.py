@@ -1,1 +1,0 @@
-"""What `pipeline.train` is made of: settings, one dictionary, dictionaries that step together, several processes."""

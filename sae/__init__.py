@@ -1,0 +1,1 @@
+"""Sparse dictionaries of language models: cached activations, training, evaluation."""

@@ -1,0 +1,594 @@
+"""The judge judged: dictionaries whose scores are known, and everything counted again by the plain model."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from support.small_models import (
+    BEGIN,
+    CONTEXT,
+    VOCAB,
+    WIDTH,
+    blocks,
+    plain_model,
+    row_places,
+    save_model,
+    small_stages,
+    token_store,
+)
+from torch import Tensor
+
+from sae.cache import catalogue
+from sae.cache.activations import ActivationStore
+from sae.cache.errors import NotFound, SaeError
+from sae.cache.runs import EVALUATION, LATENTS, Run
+from sae.cache.store.notes import write_note
+from sae.cache.store.store import HINTS
+from sae.cache.tokens import TokenStore
+from sae.pipeline.evaluate.judging import judge_tokens
+from sae.pipeline.evaluate.stage import EvalConfig, evaluate
+from sae.pipeline.harvest.stage import HarvestConfig, harvest
+from sae.pipeline.language_model import LanguageModel
+from sae.pipeline.metrics.downstream import Downstream, DownstreamScores
+from sae.pipeline.runtime.progress import Silent
+from sae.pipeline.saes import parse
+from sae.pipeline.train import trained
+from sae.pipeline.train.stage import TrainConfig, open_run, train
+
+DIRECTIONS = {"orthogonality", "jl", "encoder_decoder_cosine"}  # what does not depend on rows
+PROMISED = {
+    "fvu", "explained_variance", "mse", "l0", "sparsity", "dense_share", "rate_q25", "rate_median", "rate_q75",
+    "dead_fraction", "ce_clean", "ce_spliced", "ce_degradation", "ce_zero", "ce_mean", "ce_recovered_zero",
+    "ce_recovered_mean", "kl", "rows", "dead_rows", "tokens", "details", *DIRECTIONS,
+}  # fmt: skip
+D_SAE = 2 * WIDTH
+SITES = [(0, "resid_post"), (1, "mlp_out"), (1, "resid_mid"), (0, "mlp_post")]
+CONFIG = EvalConfig(tokens="all", dead_rows=64, batch_tokens=5 * CONTEXT)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small() -> Iterator[pytest.MonkeyPatch]:
+    with small_stages() as patch:
+        yield patch
+
+
+def spoken(model: Any, contexts: int, seed: int) -> np.ndarray:
+    """Tokens [contexts, T] drawn from the model itself, so that replacing its activations costs something.
+
+    Documents begin at the start and once in the middle of a context.
+    """
+    torch.manual_seed(seed)
+    tokens = torch.full((contexts, CONTEXT), BEGIN)
+    with torch.no_grad():
+        for place in range(1, CONTEXT):
+            chances = (3 * model(tokens[:, :place]).logits[:, -1]).softmax(1)
+            tokens[:, place] = torch.multinomial(chances, 1)[:, 0]
+            tokens[place::CONTEXT, place] = BEGIN
+    return tokens.numpy()
+
+
+@dataclass(frozen=True)
+class World:
+    """A model, what it was run on, and what was kept."""
+
+    root: Path
+    model: Path
+    training: np.ndarray
+    held_out: np.ndarray
+    lengths: np.ndarray
+
+    def store(self, layer: int, site: str, split: str = "train") -> ActivationStore:
+        stores = [ActivationStore(path) for path in catalogue.folders(self.root, "activations")]
+        (found,) = [s for s in stores if (s.recipe["layer"], s.recipe["site"], s.split) == (layer, site, split)]
+        return found
+
+    def tokens(self) -> TokenStore:
+        (found,) = [s for p in catalogue.folders(self.root, "tokens") for s in [TokenStore(p)] if s.split != "train"]
+        return found
+
+    def booted(self) -> LanguageModel:
+        return LanguageModel.boot(str(self.model))
+
+
+def make_world(root: Path, kind: str) -> World:
+    model = save_model(kind, root / kind)
+    plain = plain_model(model)
+    training, held_out = spoken(plain, 40, 1), spoken(plain, 30, 2)
+    lengths = np.full(30, CONTEXT)
+    lengths[3::5] = np.random.default_rng(3).integers(2, CONTEXT, len(lengths[3::5]))
+    for context, length in enumerate(lengths):
+        held_out[context, length:] = BEGIN
+    stores = [
+        token_store(root, training, packing="document"),
+        token_store(root, held_out, lengths, packing="document", split="validation"),
+    ]
+    config = HarvestConfig(
+        model=str(model), layer=(0, 1), site=("resid_post", "mlp_out", "resid_mid", "mlp_post"), codec="float32",
+        tokens="all", validation_tokens="all", batch_tokens=8 * CONTEXT,
+    )  # fmt: skip
+    harvest(config, stores, root, Silent())
+    return World(root, model, training, held_out, lengths)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory, small: pytest.MonkeyPatch) -> World:
+    return make_world(tmp_path_factory.mktemp("gpt2"), "gpt2")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory, small: pytest.MonkeyPatch) -> World:
+    return make_world(tmp_path_factory.mktemp("llama"), "llama")
+
+
+# Counted again
+
+
+def counted(world: World) -> list[tuple[int, int]]:
+    """(context, place) of the predictions that count: made from a token that is a row, of a token that is real."""
+    return [
+        divmod(place, CONTEXT)
+        for place in row_places(world.held_out, world.lengths)
+        if place % CONTEXT + 1 < world.lengths[place // CONTEXT]
+    ]
+
+
+@torch.no_grad()
+def plain_logits(
+    world: World, layer: int, site: str, new: Callable[[Tensor], Tensor] | None, places: list[int] | None = None
+) -> Tensor:
+    """Log-probabilities [contexts, T, vocabulary] of the plain model, with the rows (or some) at a site replaced."""
+    model = plain_model(world.model)
+    block = blocks(model)[layer]
+    rows = torch.zeros(world.held_out.shape, dtype=torch.bool)
+    rows.view(-1)[row_places(world.held_out, world.lengths) if places is None else places] = True
+
+    def replace(_module: Any, _args: Any, out: Any) -> Any:
+        value = (out[0] if isinstance(out, tuple) else out).clone()
+        assert new is not None
+        value[rows] = new(value[rows])
+        return (value, *out[1:]) if isinstance(out, tuple) else value
+
+    if new is not None:
+        (block if site == "resid_post" else block.mlp).register_forward_hook(replace)
+    return model(torch.from_numpy(world.held_out)).logits.double().log_softmax(-1)
+
+
+def scores(
+    sae: Callable[[Tensor], Tensor], world: World, store: ActivationStore, mean: Tensor, config: EvalConfig = CONFIG,
+    largest: float | None = None, tokens: TokenStore | None = None,
+) -> DownstreamScores:  # fmt: skip
+    """What splicing costs, with everything in `details`."""
+    metric = Downstream()
+    judge_tokens(sae, world.booted(), tokens or world.tokens(), store, mean, config, Silent(), [metric], largest)
+    return metric.scores()["sae"]
+
+
+def bent(x: Tensor) -> Tensor:
+    """A dictionary of sorts: it changes every row, each by itself."""
+    return 0.8 * x + 0.1 * x.abs() - 0.05
+
+
+@pytest.mark.parametrize(("layer", "site"), [(0, "resid_post"), (1, "mlp_out")])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_cross_entropies_equal_the_plain_models(
+    request: pytest.FixtureRequest, kind: str, layer: int, site: str
+) -> None:
+    """Every prediction that is stated to count, and no other; the mean is that of the training rows."""
+    world: World = request.getfixturevalue(kind)
+    store = world.store(layer, site, "validation")
+    training = world.store(layer, site)
+    mean = training.rows(0, training.n_rows).double().mean(0).float()
+    found = scores(bent, world, store, mean)
+    places = counted(world)
+    assert (found.tokens, found.contexts) == (len(places), len(world.held_out))
+    clean = plain_logits(world, layer, site, None)
+
+    def ce(chances: Tensor) -> float:
+        return float(np.mean([-chances[c, p, world.held_out[c, p + 1]] for c, p in places]))
+
+    def kl(chances: Tensor) -> float:
+        return float(np.mean([(clean[c, p].exp() * (clean[c, p] - chances[c, p])).sum() for c, p in places]))
+
+    spliced = plain_logits(world, layer, site, bent)
+    zero = plain_logits(world, layer, site, torch.zeros_like)
+    at_mean = plain_logits(world, layer, site, lambda x: mean.expand_as(x))
+    assert found.ce_zero is not None and found.ce_mean is not None
+    assert found.recovered_zero is not None and found.recovered_mean is not None
+    assert found.ce_clean.value == pytest.approx(ce(clean), abs=1e-6)
+    assert found.ce.value == pytest.approx(ce(spliced), abs=1e-6)
+    assert found.ce_zero.value == pytest.approx(ce(zero), abs=1e-6)
+    assert found.ce_mean.value == pytest.approx(ce(at_mean), abs=1e-6)
+    assert found.kl.value == pytest.approx(kl(spliced), abs=1e-6)
+    for recovered, baseline in ((found.recovered_zero, zero), (found.recovered_mean, at_mean)):
+        expected = (ce(baseline) - ce(spliced)) / (ce(baseline) - ce(clean))
+        assert recovered.value == pytest.approx(expected, abs=1e-4)
+    assert len({ce(clean), ce(spliced), ce(zero), ce(at_mean)}) == 4
+
+
+def test_positions_that_training_left_out_are_left_alone(gpt2: World) -> None:
+    """Those above the largest norm keep their activations, and what they predict does not count."""
+    store = gpt2.store(0, "resid_post", "validation")
+    norms, positions = store.norms(0, store.n_rows), store.positions(0, store.n_rows)
+    largest = float(np.quantile(norms, 0.7))
+    kept = {*positions[norms <= largest].tolist()}
+    assert 0 < len(kept) < len(positions)
+    found = scores(bent, gpt2, store, torch.ones(WIDTH), largest=largest)
+    places = [(c, p) for c, p in counted(gpt2) if c * CONTEXT + p in kept]
+    assert found.tokens == len(places)
+    for estimate, new in ((found.ce_clean, None), (found.ce, bent), (found.ce_zero, torch.zeros_like)):
+        chances = plain_logits(gpt2, 0, "resid_post", new, sorted(kept))
+        assert estimate is not None
+        assert estimate.value == pytest.approx(
+            float(np.mean([-chances[c, p, gpt2.held_out[c, p + 1]] for c, p in places])), abs=1e-6
+        )
+
+
+def test_what_is_left_alone_is_not_counted(gpt2: World) -> None:
+    """Begin tokens, first tokens and padding keep their activations, and what they predict has no say."""
+    places = counted(gpt2)
+    assert 0 < len(places) < len(row_places(gpt2.held_out, gpt2.lengths)) < gpt2.held_out.size
+    assert all(p > 0 and gpt2.held_out[c, p] != BEGIN and p + 1 < gpt2.lengths[c] for c, p in places)
+    assert any(gpt2.held_out[c, p + 1] == BEGIN for c, p in places)  # the end of a document is predicted, too
+    seen = []
+
+    def keep(x: Tensor) -> Tensor:
+        seen.append(x)
+        return x
+
+    store = gpt2.store(1, "mlp_out", "validation")
+    scores(keep, gpt2, store, torch.zeros(WIDTH))
+    rows = torch.cat(seen)
+    order = store.positions(0, store.n_rows).argsort()
+    torch.testing.assert_close(rows, store.rows(0, store.n_rows)[order], rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 7 * CONTEXT, 1000 * CONTEXT])
+def test_the_size_of_a_batch_does_not_matter(gpt2: World, batch_tokens: int) -> None:
+    store = gpt2.store(0, "resid_post", "validation")
+    expected = scores(bent, gpt2, store, torch.ones(WIDTH))
+    found = scores(bent, gpt2, store, torch.ones(WIDTH), EvalConfig(tokens="all", batch_tokens=batch_tokens))
+    assert found.ce.value == pytest.approx(expected.ce.value, abs=1e-6)
+    assert found.tokens == expected.tokens
+
+
+@pytest.mark.parametrize(("tokens", "contexts"), [(1, 1), (CONTEXT, 1), (CONTEXT + 1, 2), (10**9, 30)])
+def test_fewer_tokens_are_whole_contexts(gpt2: World, tokens: int, contexts: int) -> None:
+    store = gpt2.store(0, "resid_post", "validation")
+    found = scores(bent, gpt2, store, torch.ones(WIDTH), EvalConfig(tokens=tokens))
+    assert found.contexts == contexts
+    assert found.tokens == len([c for c, _ in counted(gpt2) if c < contexts])
+
+
+def test_tokens_of_which_none_counts(gpt2: World, tmp_path: Path) -> None:
+    empty = gpt2.held_out.copy()
+    empty[0, 1:] = BEGIN
+    tokens = token_store(tmp_path, empty, split="validation", packing="document", seed=5)
+    store = gpt2.store(0, "resid_post", "validation")
+    with pytest.raises(SaeError, match=r"^--tokens 3: none of their predictions counts; judge on more$"):
+        scores(bent, gpt2, store, torch.ones(WIDTH), EvalConfig(tokens=3), tokens=tokens)
+
+
+# Dictionaries whose scores are known
+
+
+def made(world: World, folder: Path, layer: int, site: str, **tensors: Tensor) -> Run:
+    """A finished run of given weights: a ReLU dictionary of 2 d latents, x+ and x- of every dimension, if not said."""
+    store = world.store(layer, site)
+    eye = torch.eye(store.d)
+    weights = {
+        "W_enc": torch.cat([eye, -eye], 1), "b_enc": torch.zeros(2 * store.d),
+        "W_dec": torch.cat([eye, -eye], 0), "b_dec": torch.zeros(store.d),
+    }  # fmt: skip
+    config = TrainConfig(sae=parse({"arch": "l1", "d_sae": 2 * store.d}), steps=1, batch=64)
+    run = open_run(config, store, folder, "made", resume=False)
+    run.save_weights({**weights, **tensors}, {})
+    return run
+
+
+def judged(world: World, run: Run, config: EvalConfig = CONFIG, **options: Any) -> dict[str, Any]:
+    return evaluate(config, run, world.root, Silent(), **options).as_json()
+
+
+@pytest.mark.parametrize(("layer", "site"), SITES)
+def test_an_identity_costs_nothing(tmp_path: Path, gpt2: World, layer: int, site: str) -> None:
+    """Exactly nothing, at every kind of site."""
+    found = judged(gpt2, made(gpt2, tmp_path, layer, site))
+    assert found["ce_spliced"] == found["ce_clean"] > 0
+    assert found["details"]["downstream"]["degradation"] == {"value": 0, "low": 0, "high": 0}
+    assert found["ce_recovered_zero"] == found["ce_recovered_mean"] == 1
+    assert found["kl"] == 0 and found["fvu"] == 0 and found["explained_variance"] == 1
+    assert found["l0"] == pytest.approx(gpt2.store(layer, site).d)  # of x+ and x-, one fires
+
+
+@pytest.mark.parametrize(("layer", "site"), SITES)
+def test_zeros_recover_nothing_of_zero_ablation(tmp_path: Path, gpt2: World, layer: int, site: str) -> None:
+    d = gpt2.store(layer, site).d
+    found = judged(gpt2, made(gpt2, tmp_path, layer, site, W_dec=torch.zeros(2 * d, d)))
+    assert found["ce_spliced"] == found["ce_zero"] > found["ce_clean"]
+    assert found["ce_recovered_zero"] == 0
+    x = gpt2.store(layer, site, "validation")
+    rows = x.rows(0, x.n_rows).double()
+    assert found["fvu"] == pytest.approx(float(rows.square().sum() / (rows - rows.mean(0)).square().sum()))
+
+
+@pytest.mark.parametrize(("layer", "site"), SITES)
+def test_the_mean_recovers_nothing_of_mean_ablation(tmp_path: Path, gpt2: World, layer: int, site: str) -> None:
+    """The mean of the training rows, not of the rows it is judged on."""
+    store = gpt2.store(layer, site)
+    mean = store.rows(0, store.n_rows).double().mean(0).float()
+    run = made(gpt2, tmp_path, layer, site, W_dec=torch.zeros(2 * store.d, store.d), b_dec=mean)
+    found = judged(gpt2, run)
+    assert found["ce_spliced"] == found["ce_mean"] > found["ce_clean"]
+    assert found["ce_recovered_mean"] == 0
+    assert 1 < found["fvu"] < 1.2
+    fewer = judged(gpt2, run, EvalConfig(mean_rows=64))
+    assert fewer["ce_mean"] != found["ce_mean"] and fewer["ce_spliced"] == found["ce_spliced"]
+
+
+def test_a_dictionary_that_never_fires(tmp_path: Path, gpt2: World) -> None:
+    run = made(gpt2, tmp_path, 0, "resid_post", b_enc=torch.full((D_SAE,), -1e6))
+    found = judged(gpt2, run)
+    assert (found["l0"], found["dead_fraction"]) == (0, 1)
+    json.dumps(found, allow_nan=False)
+
+
+# A trained one, counted again
+
+
+@pytest.fixture(scope="module")
+def run(gpt2: World, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    store = gpt2.store(0, "resid_post")
+    sae = parse({"arch": "topk", "d_sae": 64, "k": 5})
+    config = TrainConfig(sae=sae, steps=60, batch=64, lr=1e-2)
+    run = open_run(config, store, tmp_path_factory.mktemp("runs"), "trained", resume=False)
+    train([run], store, Silent(), device="cpu")
+    return run
+
+
+@pytest.mark.parametrize(("rows", "dead_rows"), [("all", 0), ("all", 64), (100, 10**9), (10**9, 64)])
+def test_rows_are_judged_as_brute_force_does(gpt2: World, run: Run, rows: Any, dead_rows: int) -> None:
+    found = judged(gpt2, run, EvalConfig(rows=rows, dead_rows=dead_rows, batch_tokens=96), replace_larger=True)
+    held_out, training = gpt2.store(0, "resid_post", "validation"), gpt2.store(0, "resid_post")
+    sae = trained.load(run)
+    x = held_out.rows(0, held_out.n_rows if rows == "all" else min(rows, held_out.n_rows))
+    searched = training.rows(0, min(dead_rows, training.n_rows))
+    latents, x_hat = sae.encode(x).dense(), sae(x).double()
+    fvu = ((x - x_hat).square().sum() / (x.double() - x.double().mean(0)).square().sum()).item()
+    fires = (latents != 0).any(0)
+    if len(searched):
+        fires |= (sae.encode(searched).dense() != 0).any(0)
+    assert found["rows"] == len(x)
+    assert found["fvu"] == pytest.approx(fvu, rel=1e-6) and found["explained_variance"] == 1 - found["fvu"]
+    assert found["l0"] == pytest.approx((latents != 0).sum(1).double().mean().item(), rel=1e-12)
+    assert found["dead_fraction"] == pytest.approx((~fires).double().mean().item(), abs=1e-12)
+    assert 0 < found["dead_fraction"] < 1
+    assert found["details"]["dead_rows"] == len(x) + len(searched)
+    written = safetensors.torch.load_file(run.path / LATENTS)
+    torch.testing.assert_close(written["density"].double(), (latents != 0).double().mean(0), rtol=1e-6, atol=0)
+    assert torch.equal(written["fired"], fires)
+
+
+def test_the_results_are_what_was_promised(gpt2: World, run: Run) -> None:
+    found = judged(gpt2, run)
+    assert found.keys() == PROMISED
+    assert run.read_json(EVALUATION) == found
+    assert found["rows"] == len(row_places(gpt2.held_out, gpt2.lengths)) and found["tokens"] == len(counted(gpt2))
+    assert all(isinstance(found[name], float | int) for name in PROMISED - {"details"})
+    assert found["details"].keys() == {"dead_rows", "reconstruction", "sparsity", "downstream", "held_out"}
+    down = found["details"]["downstream"]
+    assert down.keys() == set(DownstreamScores.__dataclass_fields__)
+    assert down["ce_clean"]["low"] <= found["ce_clean"] <= down["ce_clean"]["high"]
+    assert 0 < found["ce_recovered_mean"] < 1 and found["ce_clean"] < found["ce_spliced"] < found["ce_mean"]
+    assert judged(gpt2, run) == found
+
+
+def test_judging_leaves_the_run_and_the_cache_as_they_are(gpt2: World, run: Run) -> None:
+    def everything() -> dict[Path, bytes]:
+        folders = (run.path, gpt2.root)
+        return {p: p.read_bytes() for f in folders for p in f.rglob("*") if p.is_file() and p.parent.name != "eval"}
+
+    before = everything()
+    judged(gpt2, run)
+    assert everything() == before
+
+
+# Refusals
+
+
+def test_a_model_of_other_weights_is_refused(gpt2: World, run: Run, tmp_path: Path) -> None:
+    other = save_model("gpt2", tmp_path / "gpt2", seed=8)
+    with pytest.raises(
+        SaeError, match=r"^--model .*gpt2: its weights differ from those .* was harvested with"
+    ) as caught:
+        judged(gpt2, run, model=str(other))
+    assert "\n" not in str(caught.value)
+    moved = shutil.copytree(gpt2.model, tmp_path / "moved")
+    assert judged(gpt2, run, model=str(moved)) == judged(gpt2, run)
+    with pytest.raises(NotFound, match="no such folder"):
+        judged(gpt2, run, model=str(tmp_path / "nowhere" / "at" / "all"))
+
+
+def test_a_strangers_hint_loads_nothing(gpt2: World, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hint leads to a folder of this machine, and what is there is compared before any of it is loaded."""
+    world = without(gpt2, tmp_path / "cache")
+    store = catalogue.find(world.root, ActivationStore, str(world.root / "activations" / run.seen.key), "", "")
+    other = save_model("gpt2", tmp_path / "gpt2", seed=8)
+    loaded = []
+    monkeypatch.setattr(LanguageModel, "boot", lambda name, **_: loaded.append(name))
+    for hint, says in (
+        (str(other), r"^--model .*gpt2: its weights differ from those"),
+        ("owner/model", r"hints\.json: names the model owner/model; where that is right, repeat with --model"),
+        ("https://example.org/model", r"hints\.json: names the model https:"),
+        ("s3://bucket/model", r"hints\.json: names the model s3:"),
+        ("random:/etc", r"hints\.json: names the model random:/etc"),
+        ("../gpt2", r"hints\.json: names the model \.\./gpt2"),
+        ("/dev/null", r"hints\.json: the model is said to be at /dev/null, which is no folder; say --model"),
+    ):
+        write_note(store.path / HINTS, {"model": hint})
+        with pytest.raises(SaeError, match=says):
+            evaluate(EvalConfig(), run, world.root, Silent())
+    assert loaded == []
+
+
+def without(world: World, root: Path, *patterns: str) -> World:
+    """A copy of a world's cache that lacks some folders."""
+    shutil.copytree(world.root, root)
+    for pattern in patterns:
+        for folder in root.glob(pattern):
+            shutil.rmtree(folder)
+    return World(root, world.model, world.training, world.held_out, world.lengths)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "match"),
+    [
+        ("activations/*-validation-*", r"no held-out rows beside it; tokenize with a validation share, then harvest"),
+        ("tokens/*-validation-*", r"the validation tokens of .* are gone; run `sae tokenize` again"),
+        ("activations/*resid_post*", r"trained was trained on it, but it is not in .*; say --activations"),
+    ],
+)
+def test_what_is_missing_is_named(gpt2: World, run: Run, tmp_path: Path, pattern: str, match: str) -> None:
+    before = (run.path / EVALUATION).read_bytes() if (run.path / EVALUATION).exists() else None
+    with pytest.raises(NotFound, match=match) as caught:
+        judged(without(gpt2, tmp_path / "cache", pattern), run)
+    assert "\n" not in str(caught.value)
+    assert ((run.path / EVALUATION).read_bytes() if (run.path / EVALUATION).exists() else None) == before
+
+
+def test_a_run_that_has_not_finished(gpt2: World, tmp_path: Path) -> None:
+    config = TrainConfig(sae=parse({"arch": "topk", "d_sae": 64, "k": 5}), steps=60, batch=64)
+    unfinished = open_run(config, gpt2.store(0, "resid_post"), tmp_path, "unfinished", resume=False)
+    with pytest.raises(NotFound, match="training has not finished"):
+        judged(gpt2, unfinished)
+
+
+def test_other_rows_than_the_run_was_trained_on(gpt2: World, run: Run) -> None:
+    """Of its width: what one asks for is what one gets. Of another: refused."""
+    assert judged(gpt2, run, activations=gpt2.store(1, "mlp_out").key)["fvu"] != judged(gpt2, run)["fvu"]
+    wide = gpt2.store(0, "mlp_post").key
+    with pytest.raises(SaeError, match=rf"^--activations {wide}: its rows have {4 * WIDTH} values, trained reads 16"):
+        judged(gpt2, run, activations=wide)
+
+
+def test_settings_that_make_no_sense() -> None:
+    for wrong in ({"rows": 0}, {"tokens": "some"}, {"dead_rows": -1}, {"batch": 3}, {"mean_rows": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            EvalConfig(**wrong)
+    assert VOCAB > BEGIN
+
+
+# Rows that training left out
+
+
+def left_out(world: World, folder: Path, multiple: float, **tensors: Tensor) -> Run:
+    """A finished run that left out rows above so many medians of norms."""
+    store = world.store(0, "resid_post")
+    config = TrainConfig(sae=parse({"arch": "l1", "d_sae": 2 * store.d}), steps=1, batch=64, outliers=multiple)
+    made(world, folder, 0, "resid_post", **tensors)
+    weights, described = Run(folder / "made").load_weights()
+    run = open_run(config, store, folder, "left_out", resume=False)
+    run.save_weights(weights, described)
+    return run
+
+
+def test_both_are_shown_where_training_left_rows_out(tmp_path: Path, gpt2: World) -> None:
+    """All held-out rows as ever, and beside them those that would have been trained on, counted by hand."""
+    d = gpt2.store(0, "resid_post").d
+    shrink = {"W_dec": 0.5 * torch.cat([torch.eye(d), -torch.eye(d)])}
+    run = left_out(gpt2, tmp_path, 1.1, **shrink)
+    found = judged(gpt2, run)
+    every = judged(gpt2, Run(tmp_path / "made"))
+    kept = found.pop("kept")
+    for name in PROMISED - {"details"}:
+        assert found[name] == pytest.approx(every[name], rel=1e-9), name
+    assert "kept" not in every and run.read_json(EVALUATION)["kept"] == kept
+    assert {*kept} == {*every, "largest_norm"} - DIRECTIONS
+    held_out, training = gpt2.store(0, "resid_post", "validation"), gpt2.store(0, "resid_post")
+    assert kept["largest_norm"] == run.largest_norm == pytest.approx(1.1 * float(np.median(training.norms(0, 16))), 0.2)
+    rows = held_out.rows(0, held_out.n_rows)[held_out.norms(0, held_out.n_rows) <= kept["largest_norm"]].double()
+    assert 0 < kept["rows"] == len(rows) < every["rows"] and kept["tokens"] < every["tokens"]
+    spread = (rows - rows.mean(0)).square().sum()
+    assert kept["fvu"] == pytest.approx(float((rows / 2).square().sum() / spread), rel=1e-6)
+    searched = training.norms(0, CONFIG.dead_rows) <= kept["largest_norm"]
+    assert kept["details"]["dead_rows"] == len(rows) + int(searched.sum())
+    tensors = safetensors.torch.load_file(run.path / LATENTS)
+    assert {*tensors} == {"density", "fired", "density_kept", "fired_kept"}
+    assert float(tensors["density_kept"].sum()) == pytest.approx(kept["l0"], rel=1e-5)
+
+
+def test_the_norm_is_found_for_a_run_of_before_it_was_recorded(tmp_path: Path, gpt2: World) -> None:
+    run = left_out(gpt2, tmp_path, 1.1)
+    expected = judged(gpt2, run)
+    described = run.read_json("config.json")
+    del described["activations"]["largest_norm"]
+    run.write_json("config.json", described)
+    assert judged(gpt2, Run(run.path)) == expected
+
+
+def test_held_out_rows_that_are_all_left_out(tmp_path: Path, gpt2: World) -> None:
+    run = left_out(gpt2, tmp_path, 1.1)
+    described = run.read_json("config.json")
+    described["activations"]["largest_norm"] = 1e-9
+    run.write_json("config.json", described)
+    with pytest.raises(SaeError, match=r"^--rows \d+: training would have left all of them out for their norm"):
+        judged(gpt2, Run(run.path))
+
+
+# What is there already
+
+
+class Told(Silent):
+    """Keeps the notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
+
+
+def test_an_evaluation_on_less_leaves_one_on_more(tmp_path: Path, gpt2: World) -> None:
+    """It is returned and said, not written; one on as much or more, or on request, is."""
+    run = made(gpt2, tmp_path, 0, "resid_post")
+    full, told = judged(gpt2, run), Told()
+
+    def again(config: EvalConfig, **options: Any) -> tuple[dict[str, Any], dict[str, Any], bytes]:
+        found = evaluate(config, run, gpt2.root, told, **options).as_json()
+        return found, run.read_json(EVALUATION), (run.path / LATENTS).read_bytes()
+
+    latents = (run.path / LATENTS).read_bytes()
+    for less, unit in (
+        ({"tokens": 3 * CONTEXT}, "predictions"),
+        ({"rows": 50}, "rows"),
+        ({"dead_rows": 0}, "searched"),
+    ):
+        found, there, kept = again(CONFIG.model_copy(update=less))
+        assert found != full and there == full and kept == latents
+        assert unit in told.notes[-1] and told.notes[-1].endswith("; --replace puts this one in its place")
+    assert again(CONFIG)[1] == full and len(told.notes) == 3
+    found, there, _ = again(CONFIG.model_copy(update={"rows": 50}), replace_larger=True)
+    assert found == there != full and there["rows"] == 50
+    assert again(CONFIG)[1] == full and len(told.notes) == 3
+    there["details"]["held_out"] = "another-store"
+    run.write_json(EVALUATION, {**there, "rows": 1, "tokens": 1})
+    again(CONFIG)
+    assert "it is of another-store, this one of" in told.notes[-1]
+    run.write_json(EVALUATION, {})  # nothing to lose
+    assert again(CONFIG)[1] == full
+
+
+def test_it_looks_first_whether_it_can_write(
+    tmp_path: Path, gpt2: World, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    run = made(gpt2, tmp_path, 0, "resid_post")
+    (run.path / "eval").write_text("a file")
+    monkeypatch.setattr(LanguageModel, "boot", lambda *_, **__: pytest.fail("it went to work"))
+    with pytest.raises(SaeError, match=r"eval: cannot write here"):
+        judged(gpt2, run)

@@ -1,0 +1,303 @@
+"""Every architecture's formula written out, its exported form, and what it is for."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from support.saes_kit import CASES, B, D, M, Planted, batches, made, one_thread, settings, train
+from torch import Tensor
+
+from sae.pipeline import saes
+from sae.pipeline.formats import Metadata, saelens
+from sae.pipeline.saes import Clock, encoder
+
+single = pytest.fixture(autouse=True, scope="module")(one_thread)
+
+
+def by_saelens(tensors: dict[str, Tensor], described: dict[str, Any], x: Tensor) -> Tensor:
+    """What SAELens computes from these files, by the rules of its inference classes."""
+    mean, std = x.mean(1, keepdim=True), x.std(1, keepdim=True) + 1e-5
+    if described["normalize_activations"] == "layer_norm":
+        x = (x - mean) / std
+    p = (x - described["apply_b_dec_to_input"] * tensors["b_dec"]) @ tensors["W_enc"] + tensors.get("b_enc", 0)
+    match described["architecture"]:
+        case "standard":
+            f = p.relu()
+        case "topk":
+            top = p.topk(described["k"], dim=1)
+            f = torch.zeros_like(p).scatter(1, top.indices, top.values).relu()
+        case "jumprelu":
+            f = p.relu() * (p > tensors["threshold"])
+        case "gated":
+            f = (p + tensors["b_gate"] > 0) * (p * tensors["r_mag"].exp() + tensors["b_mag"]).relu()
+    found = f @ tensors["W_dec"] + tensors["b_dec"]
+    return found * std + mean if described["normalize_activations"] == "layer_norm" else found
+
+
+SAELENS = {
+    "standard": {"W_enc", "b_enc", "W_dec", "b_dec"},
+    "topk": {"W_enc", "b_enc", "W_dec", "b_dec"},
+    "jumprelu": {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"},
+    "gated": {"W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"},
+}
+"""The tensors of its classes: it refuses others and misses none."""
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_exported_tensors_run_by_saelens_rules(case: dict[str, Any]) -> None:
+    sae = made(settings(case))
+    train(sae, batches(None, 10), lr=1e-2)
+    sae.eval()
+    x, (tensors, described) = Planted(seed=5)(), saelens.written(sae.formula(), Metadata())
+    assert set(tensors) == SAELENS[described["architecture"]]
+    assert all(tensors[name].shape == (M,) for name in {"threshold", "b_gate", "b_mag", "r_mag"} & set(tensors))
+    torch.testing.assert_close(by_saelens(tensors, described, x), sae(x), rtol=1e-4, atol=1e-4)
+
+
+# Each architecture's loss, written out densely and left to autograd
+
+Terms = dict[str, Tensor]
+
+
+def squared_error(y: Tensor, y_hat: Tensor) -> Tensor:
+    return (y - y_hat).square().sum(1).mean()
+
+
+def before(sae: Any, y: Tensor) -> Tensor:
+    centre = sae.b_dec if sae.config.pre_encoder_bias else 0
+    return (y - centre) @ sae.W_enc_rows.T + sae.b_enc
+
+
+def auxk(sae: Any, p: Tensor, y: Tensor, y_hat: Tensor) -> Tensor:
+    e, p_dead = (y - y_hat).detach(), p[:, sae.dead()].relu()
+    kept = torch.zeros_like(p_dead).scatter(1, p_dead.topk(5, dim=1).indices, 1.0)
+    return (e - (p_dead * kept) @ sae.W_dec[sae.dead()]).square().sum() / (e - e.mean(0)).square().sum() / 32
+
+
+def topk(sae: Any, y: Tensor) -> Terms:
+    p = before(sae, y)
+    f = (p * torch.zeros_like(p).scatter(1, p.topk(4, dim=1).indices, 1.0)).relu()
+    y_hat = f @ sae.W_dec + sae.b_dec
+    return {"reconstruction": squared_error(y, y_hat), "auxk": auxk(sae, p, y, y_hat)}
+
+
+def of_batch(p: Tensor) -> Tensor:
+    chosen = p.relu().flatten().topk(4 * B).indices
+    return p.relu() * torch.zeros(p.numel(), dtype=p.dtype).index_fill(0, chosen, 1.0).view(p.shape)
+
+
+def batchtopk(sae: Any, y: Tensor) -> Terms:
+    p = before(sae, y)
+    y_hat = of_batch(p) @ sae.W_dec + sae.b_dec
+    return {"reconstruction": squared_error(y, y_hat), "auxk": auxk(sae, p, y, y_hat)}
+
+
+def matryoshka(sae: Any, y: Tensor) -> Terms:
+    p = before(sae, y)
+    f = of_batch(p)
+    y_hats = [f[:, :size] @ sae.W_dec[:size] + sae.b_dec for size in (8, 20, M)]
+    errors = [squared_error(y, y_hat) for y_hat in y_hats]
+    return {
+        "reconstruction": errors[2],
+        "prefix_8": errors[0],
+        "prefix_20": errors[1],
+        "auxk": auxk(sae, p, y, y_hats[2]),
+    }
+
+
+def relu(sae: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+    f = before(sae, y).relu()
+    error = squared_error(y, f @ sae.W_dec + sae.b_dec)
+    return f, error / D if sae.config.reduction == "mean_d" else error
+
+
+def l1(sae: Any, y: Tensor) -> Terms:
+    f, error = relu(sae, y)
+    sums = {
+        "plain": f.sum(1),
+        "per_token": f.sum(1) / y.norm(dim=1),
+        "decoder_norm": (f * sae.W_dec.norm(dim=1)).sum(1),
+    }
+    return {"reconstruction": error, "l1": 0.35 * sums[sae.config.penalty].mean()}
+
+
+def coherence(rows: Tensor) -> Tensor:
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    apart = (unit @ unit.T)[~torch.eye(M, dtype=torch.bool)]
+    return D**0.5 / M**2 * apart.abs().atanh().sum()
+
+
+def jl(sae: Any, y: Tensor) -> Terms:
+    _, error = relu(sae, y)
+    spread = coherence(sae.W_dec) + coherence(sae.W_enc_rows)
+    return {"reconstruction": error, "jl": (0.5 + 2 * math.cos(math.pi / 4)) * spread}
+
+
+def hybrid(sae: Any, y: Tensor) -> Terms:
+    f, error = relu(sae, y)
+    penalty = (f.sum(1) / y.norm(dim=1)).mean()
+    return {"reconstruction": error, "l1": 0.35 * penalty, "jl": 0.5 * coherence(sae.W_dec)}
+
+
+def jumped(p: Tensor, theta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """f and H with the gradients of theta the straight-through kernel gives them, as a term of value 0."""
+    kernel = ((p - theta).abs() < eps / 2).double().detach()
+    zero = theta - theta.detach()
+    step = (p > theta).double()
+    return p * step - theta.detach() / eps * kernel * zero, step - kernel / eps * zero
+
+
+def jumprelu(sae: Any, y: Tensor) -> Terms:
+    theta, eps, norms = sae.threshold, sae.config.bandwidth, sae.W_dec.norm(dim=1)
+    p = before(sae, y)
+    f, step = jumped(p, theta, eps)
+    terms = {"reconstruction": squared_error(y, f @ sae.W_dec + sae.b_dec)}
+    l0 = jumped(p.detach(), theta, eps)[1].sum(1).mean()
+    if sae.config.penalty == "tanh":
+        terms["tanh"] = 0.35 * (4 * f * norms).tanh().sum(1).mean()
+    else:
+        terms["l0"] = 0.35 * (l0 if sae.config.target_l0 is None else (l0 / sae.config.target_l0 - 1).square())
+    if sae.config.pre_act_coefficient:
+        below = (theta - p).relu() * norms
+        terms["pre_act"] = sae.config.pre_act_coefficient * below[:, sae.dead()].sum(1).mean()
+    assert step.sum() > 0
+    return terms
+
+
+def gated(sae: Any, y: Tensor) -> Terms:
+    q = (y - sae.b_dec) @ sae.W_enc_rows.T
+    pi = q + sae.b_enc
+    f = (pi > 0) * (q * sae.r_mag.exp() + sae.b_mag).relu()
+    gate = pi.relu() @ sae.W_dec.detach() + sae.b_dec.detach()
+    return {
+        "reconstruction": squared_error(y, f @ sae.W_dec + sae.b_dec),
+        "l1": 0.35 * pi.relu().sum(1).mean(),
+        "gate": squared_error(y, gate),
+    }
+
+
+def p_anneal(sae: Any, y: Tensor) -> Terms:
+    f, error = relu(sae, y)
+    return {"reconstruction": error, "lp": 0.35 * 3 * ((f + 1e-3) ** 0.6 - 1e-3**0.6).sum(1).mean()}
+
+
+def shifted_relu(sae: Any, y: Tensor) -> Terms:
+    f = (before(sae, y) - sae.shift).relu()
+    return {"reconstruction": squared_error(y, f @ sae.W_dec + sae.b_dec)}
+
+
+def ghosts(sae: Any, y: Tensor) -> Terms:
+    terms = l1(sae, y)
+    e = (y - before(sae, y).relu() @ sae.W_dec - sae.b_dec).detach()
+    g = before(sae, y)[:, sae.dead()].clamp_max(20).exp() @ sae.W_dec[sae.dead()]
+    g = g * (e.norm(dim=1, keepdim=True) / (2 * g.norm(dim=1, keepdim=True) + 1e-6)).detach()
+    error = (g - e).square().mean()
+    return {**terms, "ghosts": error * (terms["reconstruction"] / error).detach()}
+
+
+HALFWAY: dict[str, Any] = {"coefficient": 0.7, "warmup": 10}
+"""At step 5 the coefficient is 0.35."""
+
+FORMULAS: list[tuple[Any, dict[str, Any]]] = [
+    (topk, {"arch": "topk", "aux_k": 5}),
+    (batchtopk, {"arch": "batchtopk", "aux_k": 5}),
+    (matryoshka, {"arch": "matryoshka", "aux_k": 5}),
+    (l1, {"arch": "l1", "penalty": "plain", **HALFWAY}),
+    (l1, {"arch": "l1", "penalty": "per_token", **HALFWAY}),
+    (l1, {"arch": "l1", "penalty": "decoder_norm", **HALFWAY}),
+    (l1, {"arch": "l1", "penalty": "decoder_norm", "decoder_norm": "free", **HALFWAY}),
+    (ghosts, {"arch": "l1", "ghost_grads": True, **HALFWAY}),
+    (
+        jl,
+        {
+            "arch": "jl",
+            "jl_on": "both",
+            "jl_coefficient": 0.5,
+            "jl_start": 2.5,
+            "jl_warmup": 10,
+            "decoder_norm": "none",
+        },
+    ),
+    (hybrid, {"arch": "hybrid", "jl_coefficient": 0.5, "jl_warmup": 0, **HALFWAY}),
+    (jumprelu, {"arch": "jumprelu", "theta_init": 0.3, "bandwidth": 0.4, **HALFWAY}),
+    (jumprelu, {"arch": "jumprelu", "target_l0": 3.0, "pre_act_coefficient": 0.2, **HALFWAY}),
+    (jumprelu, {"arch": "jumprelu", "penalty": "tanh", "decoder_norm": "free", "bandwidth": 0.4, **HALFWAY}),
+    (gated, {"arch": "gated", **HALFWAY}),
+    (p_anneal, {"arch": "p_anneal", "anneal_start": 1, "stages": 1, "p_end": 0.6, **HALFWAY}),
+    (shifted_relu, {"arch": "shifted_relu"}),
+]
+
+
+def by_its_formula(formula: Any, case: dict[str, Any]) -> tuple[tuple[Terms, Any], tuple[Terms, Any]]:
+    """(terms, gradients) of the dictionary and of the formula, in float64, with dead latents and uneven parameters."""
+    sae = made(settings({"dead_after": 10, **case})).double()
+    sae.rows_since_fired[:9] = 10
+    noise = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in sae.named_parameters():
+            if not (name == "W_dec" and sae.config.decoder_norm == "unit"):
+                parameter += 0.1 * torch.randn(parameter.shape, generator=noise, dtype=torch.float64)
+        if case["arch"] == "p_anneal":
+            sae.factor.fill_(3)
+    x, parameters = Planted(seed=2)().double(), list(sae.parameters())
+    terms = sae.loss(x, clock=Clock(5, 100)).terms
+    expected = formula(sae, x * sae.scale)
+    found = torch.autograd.grad(sum(terms.values()), parameters)
+    return (terms, found), (expected, torch.autograd.grad(sum(expected.values()), parameters))
+
+
+@pytest.mark.parametrize(("formula", "case"), FORMULAS, ids=lambda value: str(value) if isinstance(value, dict) else "")
+@pytest.mark.parametrize("way", ["sparse", "dense"])
+def test_the_loss_and_its_gradients_are_the_formulas(
+    formula: Any, case: dict[str, Any], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoder, "SPARSE_BELOW", 1 if way == "sparse" else -1)
+    found, expected = by_its_formula(formula, case)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_every_architecture_has_a_formula() -> None:
+    assert {case["arch"] for _, case in FORMULAS} == set(saes.ARCHITECTURES)
+
+
+@pytest.mark.parametrize("reduction", ["sum_d", "mean_d", "fvu"])
+def test_reductions(reduction: str) -> None:
+    sae = made(settings({"arch": "topk", "reduction": reduction}))
+    y, y_hat = torch.randn(2, B, D, generator=torch.Generator().manual_seed(0))
+    total = (y - y_hat).square().sum()
+    expected = {"sum_d": total / B, "mean_d": total / (B * D), "fvu": total / (y - y.mean(0)).square().sum()}
+    torch.testing.assert_close(sae.squared_error(y_hat, y), expected[reduction])
+
+
+# What they are for
+
+
+def test_topk_recovers_a_planted_dictionary() -> None:
+    rows = Planted(width=16, features=24, active=2)
+    sae = saes.create(saes.parse({"arch": "topk", "d_sae": 32, "k": 2, "dead_after": 5000}), 16)
+    sae.initialise(rows(2048))
+    train(sae, ((rows(128), None) for _ in range(250)), lr=1e-2)
+    cosines = (sae.W_dec @ rows.features.T).amax(0)
+    assert (cosines > 0.95).float().mean() > 0.9
+    x = rows(1024)
+    assert (x - sae(x)).square().sum() < 0.1 * (x - x.mean(0)).square().sum()
+
+
+def test_auxk_revives_planted_dead_latents() -> None:
+    half, alive = M // 2, {}
+    for coefficient in (0.0, 1 / 32):
+        rows = Planted(features=64)
+        case = {"arch": "topk", "aux_coefficient": coefficient, "dead_after": 2 * B, "encoder_scale": 1}
+        sae = saes.create(settings(case), D)
+        sae.initialise(rows(512))
+        with torch.no_grad():
+            sae.b_enc[:half] = -3
+        history = train(sae, ((rows(), None) for _ in range(60)), lr=1e-2)
+        alive[coefficient] = int((sae.encode(rows(512)).fired()[:half] > 0).sum())
+        aux = [losses.terms["auxk"].item() for losses in history if "auxk" in losses.terms]
+        assert all(value == 0 for value in aux[:2])
+        assert any(value > 0 for value in aux) == (coefficient > 0)
+    assert alive[0.0] <= half // 4 and alive[1 / 32] >= half // 2

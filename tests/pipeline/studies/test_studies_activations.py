@@ -1,0 +1,144 @@
+"""Activation functions side by side: every variant, one L0 on request, the box."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.small_stores import few
+from support.small_studies import BASE, LONGER
+
+from sae.cache.activations import ActivationStore
+from sae.cache.runs import Run
+from sae.pipeline.studies import l0_matching
+from sae.pipeline.studies.activations import KINDS, activations, apart, box, losses, sparkline
+from sae.pipeline.studies.study import Lab, Result
+
+
+class TestMatching:
+    @few
+    @given(scale=st.floats(1, 500), power=st.floats(0.5, 3), target=st.integers(2, 64), start=st.floats(0.1, 10))
+    def test_a_power_law_is_met(self, scale: float, power: float, target: int, start: float) -> None:
+        def measure(guesses: dict[str, float]) -> dict[str, float]:
+            return {name: min(512.0, scale * c**-power) for name, c in guesses.items()}
+
+        seen = l0_matching.search({"a": start}, target, measure)["a"]
+        assert l0_matching.close(l0_matching.best(seen, target)[1], target)
+        assert not any(l0_matching.close(l0, target) for _, l0 in seen[:-1]), "stops when it is there"
+
+    @few
+    @given(at=st.floats(0.01, 100), target=st.integers(2, 64), start=st.floats(1e-2, 10))
+    def test_a_cliff_is_closed_in_on(self, at: float, target: int, start: float) -> None:
+        """Where L0 jumps over the target no coefficient gives it; the search ends beside the jump."""
+        seen = l0_matching.search({"a": start}, target, lambda guess: {"a": 500.0 if guess["a"] < at else 0.0})["a"]
+        assert len(seen) == l0_matching.ROUNDS
+        assert len({c for c, _ in seen}) == l0_matching.ROUNDS, "no coefficient is tried twice"
+
+    def test_only_what_is_not_there_yet_is_tried_again(self) -> None:
+        asked: list[set[str]] = []
+
+        def measure(guesses: dict[str, float]) -> dict[str, float]:
+            asked.append(set(guesses))
+            return {name: (10.0 if name == "easy" else 10 / c) for name, c in guesses.items()}
+
+        l0_matching.search({"easy": 1.0, "hard": 8.0}, 10, measure)
+        assert asked[0] == {"easy", "hard"} and all(names == {"hard"} for names in asked[1:]) and len(asked) > 1
+
+
+@pytest.fixture(scope="module")
+def result(store: ActivationStore, lab: Lab) -> Result:
+    """The activation functions as they come."""
+    return activations(BASE, store, lab)
+
+
+@pytest.fixture(scope="module")
+def matched(store: ActivationStore, lab: Lab) -> Result:
+    """The activation functions at one L0."""
+    return activations(LONGER, store, lab, match_l0=True)
+
+
+class TestActivations:
+    def test_every_variant_on_the_same_batches(self, result: Result, lab: Lab) -> None:
+        assert [row["activation"] for row in result.runs] == list(KINDS)
+        trainings = [Run(lab.runs / row["run"]).config["train"] for row in result.runs]
+        assert [one["sae"]["arch"] for one in trainings] == ["l1", "shifted_relu", "jumprelu", "topk", "batchtopk"]
+        assert [one["sae"].get("k") for one in trainings] == [None, None, None, 4, 4]
+        assert all({**one, "sae": None} == {**trainings[0], "sae": None} for one in trainings)
+        topk = result.runs[3]
+        assert topk["l0"] <= 4 and topk["sparsity"] >= 1 - 4 / 32
+
+    def test_different_l0s_are_said(self, result: Result) -> None:
+        (note,) = result.notes
+        assert note.startswith("L0 differs, from ") and "--match-l0" in note
+        assert apart([{"activation": "a", "l0": 10.0}, {"activation": "b", "l0": 12.0}]) == []
+        assert len(apart([{"activation": "a", "l0": 10.0}, {"activation": "b", "l0": 12.1}])) == 1
+        assert len(apart([{"activation": "a", "l0": 0.0}, {"activation": "b", "l0": 12.1}])) == 1
+
+    def test_matching_brings_the_l0s_together(self, matched: Result) -> None:
+        assert matched.extra["k"] == 4 and matched.extra["matched_l0"]
+        penalised = matched.runs[:3]
+        assert all(row["coefficient"] > 0 for row in penalised)
+        unmatched = [row["activation"] for row in penalised if abs(row["l0"] - 4) > 0.4]
+        assert unmatched == [], matched.notes
+        assert not [note for note in matched.notes if "nearest" in note]
+
+    def test_matching_again_only_reads(
+        self, matched: Result, store: ActivationStore, lab: Lab, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("sae.pipeline.train.sweep.train", lambda *_, **__: pytest.fail("nothing was left to train"))
+        again = activations(LONGER, store, lab, match_l0=True)
+        assert again.rows == matched.rows
+
+    def test_what_cannot_be_matched_is_said(
+        self, store: ActivationStore, lab: Lab, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(l0_matching, "ROUNDS", 1)
+        notes = activations(BASE, store, lab, match_l0=True).notes
+        assert any("is the nearest to 4 that 1 trainings found" in note for note in notes)
+
+    def test_the_plot_and_the_json_hold_every_variant(self, result: Result, tmp_path: Path) -> None:
+        found = json.loads(Path(result.write(tmp_path)["results"]).read_text())
+        assert list(found["history"]) == list(KINDS)
+        assert found["history"]["topk"] == [entry for entry in found["history"]["topk"] if entry > 0]
+        assert (tmp_path / "plot.png").stat().st_size > 1000
+
+    def test_the_box_shows_every_variant(self, result: Result) -> None:
+        for plain in (False, True):
+            lines = box(result, plain=plain)
+            assert len({len(line) for line in lines}) == 1
+            for name, row in zip(KINDS, result.runs, strict=True):
+                (line,) = [line for line in lines if line.split()[1:2] == [name]]
+                assert f"{100 * row['sparsity']:.2f} %" in line and f"{row['mse']:.4g}" in line
+        assert "\n".join(box(result, plain=True)).isascii()
+
+
+def test_the_box_to_the_letter() -> None:
+    columns = ("mse", "fvu", "l0", "sparsity", "dead_fraction")
+    values = {"relu": (0.12345, 0.25, 71.0, 0.2787, 0.0), "topk": (12.0, None, 5.0, 0.9805, 0.5)}
+    rows = [{"run": n, "activation": n, "seed": 0, **dict(zip(columns, v, strict=True))} for n, v in values.items()]
+    extra = {"history": {"relu": [3.0, 2.0, 1.0], "topk": [1.0]}}
+    result = Result("activations", ("activation",), columns, rows, lambda rows, path: None, extra=extra)
+    assert box(result) == [
+        "┌─────────────────────────────────────────────────────────────────────────────┐",
+        "│ activation  loss (mse)     FVU    L0  sparsity     dead  loss over training │",
+        "│ relu            0.1235  0.2500  71.0   27.87 %   0.00 %  █▅▁                │",
+        "│ topk                12       -   5.0   98.05 %  50.00 %  ▁                  │",
+        "└─────────────────────────────────────────────────────────────────────────────┘",
+    ]
+    assert box(result, plain=True)[0].strip("+-") == ""
+    assert box(result, plain=True)[2].endswith("%  #+_                |")
+
+
+def test_a_sparkline_goes_from_the_largest_to_the_smallest() -> None:
+    assert sparkline([8, 7, 6, 5, 4, 3, 2, 1]) == "█▇▆▅▄▃▂▁"
+    assert sparkline([2.0, 2.0], plain=True) == "__" and sparkline([]) == ""
+
+
+def test_a_long_history_is_thinned_and_ends_with_the_end() -> None:
+    class Logged:
+        def metrics(self) -> list[dict[str, float]]:
+            return [{"loss": float(i)} for i in range(1, 101)]
+
+    found = losses(Logged())  # type: ignore[arg-type]
+    assert len(found) == 24 and found[-1] == 100 and found == sorted(found)

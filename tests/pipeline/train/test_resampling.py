@@ -1,0 +1,158 @@
+"""Dead latents between steps: resampled, or the whole dictionary started again."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.saes_kit import B, D, M, Planted, batches, made, one_thread, settings, train
+from torch import Tensor
+
+from sae.pipeline import saes
+from sae.pipeline.saes import (
+    SAE,
+    Clock,
+)
+from sae.pipeline.train.resampling import (
+    Resample,
+    inequality,
+    reinitialise,
+    resample,
+)
+
+single = pytest.fixture(autouse=True, scope="module")(one_thread)
+
+RESAMPLE = Resample(kind="resample", rows=512)
+DEAD = 5
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def with_dead(case: dict[str, Any], d_out: int | None = None) -> tuple[SAE, torch.optim.Optimizer]:
+    """A dictionary after a few steps, in which the first DEAD latents then died."""
+    sae = made(settings({"dead_after": 1000, **case}), d_out)
+    optimiser = torch.optim.Adam(sae.parameters(), lr=1e-2, fused=True)
+    train(sae, batches(d_out, 5), optimizer=optimiser)
+    sae.rows_since_fired.zero_()
+    sae.rows_since_fired[:DEAD] = 1000
+    with torch.no_grad():
+        sae.b_enc[:DEAD] = -5
+    return sae, optimiser
+
+
+def moments(sae: SAE, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name} {moment}": optimiser.state[parameter][moment].clone()
+        for name, parameter in sae.named_parameters()
+        for moment in ("exp_avg", "exp_avg_sq")
+    }
+
+
+@pytest.mark.parametrize("arch", saes.ARCHITECTURES)
+@pytest.mark.parametrize("d_out", [None, 7])
+def test_only_dead_latents_and_their_moments_change(arch: str, d_out: int | None) -> None:
+    sae, optimiser = with_dead({"arch": arch}, d_out)
+    before, means = copy.deepcopy(sae.state_dict()), moments(sae, optimiser)
+    assert resample(sae, optimiser, batches(d_out, 4), RESAMPLE, generator()) == DEAD
+    for name, tensor in sae.state_dict().items():
+        if tensor.shape[:1] == (M,):
+            assert torch.equal(tensor[DEAD:], before[name][DEAD:]), name
+        elif name != "b_dec" or tensor.shape != (M,):
+            assert torch.equal(tensor, before[name]), name
+    for name, tensor in moments(sae, optimiser).items():
+        if name.startswith("b_dec"):
+            assert torch.equal(tensor, means[name])
+        else:
+            assert torch.equal(tensor[DEAD:], means[name][DEAD:]) and not tensor[:DEAD].any(), name
+    assert not sae.dead().any() and not sae.b_enc[:DEAD].any()
+    torch.testing.assert_close(sae.W_dec[:DEAD].norm(dim=1), torch.ones(DEAD))
+    alive = sae.W_enc_rows[DEAD:].norm(dim=1).mean()
+    torch.testing.assert_close(sae.W_enc_rows[:DEAD].norm(dim=1), (0.2 * alive).expand(DEAD))
+
+
+def test_new_directions_are_those_of_rows_by_their_error() -> None:
+    """Rows without an error are never drawn, others in proportion to its square, and none twice."""
+    sae, optimiser = with_dead({"arch": "l1", "decoder_norm": "free", "penalty": "decoder_norm"})
+    x = next(batches(None, 1))[0]
+    _, towards, _ = sae.directions(x)
+    resample(sae, optimiser, [(x[:40], None), (x[40:], None)], RESAMPLE, generator())
+    cosines = F.normalize(sae.W_dec[:DEAD], dim=1) @ towards.T
+    chosen = cosines.argmax(1)
+    torch.testing.assert_close(cosines.amax(1), torch.ones(DEAD))
+    assert len(set(chosen.tolist())) == DEAD
+    torch.testing.assert_close(sae.W_dec[:DEAD].norm(dim=1), sae.W_dec[DEAD:].norm(dim=1).mean().expand(DEAD))
+    torch.testing.assert_close(F.normalize(sae.W_enc_rows[:DEAD], dim=1), F.normalize(sae.W_dec[:DEAD], dim=1))
+
+    class Fixed:
+        """Stands for a dictionary: three rows, of which one has no error and one has twice the other's."""
+
+        W_enc_rows = W_dec = torch.zeros(1, 3)
+        d_in = d_out = 3
+
+        def directions(self, x: Tensor, target: None) -> tuple[Tensor, Tensor, Tensor]:
+            return torch.eye(3), torch.eye(3), torch.tensor([1.0, 2.0, 0.0])
+
+    stands: Any = Fixed()
+    drawn = torch.stack([saes.revival._draw(stands, [(x, None)], 1, generator(seed))[0][0] for seed in range(600)])
+    assert drawn.mean(0).tolist() == pytest.approx([0.2, 0.8, 0.0], abs=0.05)
+    assert len(saes.revival._draw(stands, [(x, None)], 9, generator())[0]) == 2
+
+
+def test_a_resampled_latent_fires_again() -> None:
+    sae, optimiser = with_dead({"arch": "l1", "coefficient": 0.05})
+    train(sae, batches(None, 50), optimizer=optimiser)
+    assert (sae.encode(Planted()(512)).fired()[:DEAD] == 0).all()
+    sae.rows_since_fired[:DEAD] = 1000
+    resample(sae, optimiser, batches(None, 4), RESAMPLE, generator())
+    train(sae, batches(None, 100), optimizer=optimiser)
+    assert (sae.encode(Planted()(512)).fired()[:DEAD] > 0).all()
+
+
+def test_nothing_to_resample_and_nothing_alive() -> None:
+    sae, optimiser = with_dead({"arch": "topk"})
+    sae.rows_since_fired.zero_()
+    before = copy.deepcopy(sae.state_dict())
+    assert resample(sae, optimiser, batches(None, 1), RESAMPLE, generator()) == 0
+    assert all(torch.equal(before[name], tensor) for name, tensor in sae.state_dict().items())
+    sae.rows_since_fired.fill_(10**6)
+    assert resample(sae, torch.optim.Adam(sae.parameters()), batches(None, 1), RESAMPLE, generator()) == M
+    assert sae.W_enc_rows.isfinite().all()
+
+
+def test_unequal_latents_start_again() -> None:
+    sae, optimiser = with_dead({"arch": "topk"})
+    sae.firing_rate.fill_(4 / M)
+    assert inequality(sae, 4) == 0
+    sae.firing_rate[0] = 5 * 4 / M
+    assert inequality(sae, 4) == pytest.approx(64 / M)
+    before = copy.deepcopy(sae.state_dict())
+    reinitialise(sae, optimiser, (Planted()(512), None), generator())
+    assert not torch.equal(sae.W_dec, before["W_dec"])
+    assert torch.equal(sae.W_enc_rows, sae.W_dec * sae.config.encoder_scale)
+    assert not sae.firing_rate.any() and not sae.rows_since_fired.any() and not sae.b_enc.any()
+    assert len(optimiser.state) == 0 and sae.scale != 1
+    train(sae, batches(None, 2), optimizer=optimiser)
+
+
+def test_rates_are_running_means() -> None:
+    sae = made(settings({"arch": "topk"}))
+    counts = []
+    for step, (x, _) in enumerate(batches(None, 5)):
+        losses = sae.loss(x, clock=Clock(step, 100))
+        counts.append(losses.latents.fired() / B)
+        sae.track(sae.observe(losses))
+        torch.testing.assert_close(sae.firing_rate, torch.stack(counts).mean(0))
+    assert sae.firing_rate.sum().item() == pytest.approx(4, abs=0.2) and sae.d_in == D
+
+
+def test_draws_depend_on_seed_purpose_and_step_alone() -> None:
+    one, two = made(settings({"arch": "topk"}), seed=1), made(settings({"arch": "l1"}), seed=1)
+    first = torch.rand(4, generator=one.generator("a", 3))
+    assert torch.equal(first, torch.rand(4, generator=two.generator("a", 3)))
+    others = [one.generator("a", 4), one.generator("b", 3), made(settings({"arch": "l1"}), seed=2).generator("a", 3)]
+    assert not any(torch.equal(first, torch.rand(4, generator=other)) for other in others)
