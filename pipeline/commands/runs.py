@@ -33,7 +33,7 @@ from sae.pipeline.commands.options import (  # fmt: skip
     unfinished,
 )
 from sae.pipeline.commands.upkeep import report_damage
-from sae.pipeline.commands.words import count
+from sae.pipeline.commands.words import count, several
 from sae.pipeline.runtime.interrupts import remedied
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ def compare(
     from sae.cache import catalogue
     from sae.pipeline.commands import console
     from sae.pipeline.report import compare as stage
-    from sae.pipeline.report.plots import DRAWN, expect_drawn, expect_plot, pareto
+    from sae.pipeline.report.plots import expect_drawn, expect_plot, pareto
 
     root = folder("--runs", runs)
     csv = None if csv is None else as_csv_file("--csv", csv)
@@ -259,9 +259,9 @@ def compare(
     chosen = found if names else [run for run in found if run.finished]
     if not chosen:
         report_damage(damage)
-    path, drawn = plot or root / "compare.png", DRAWN if y is None else y.split(",")
+    path, drawn = plot or root / "compare.png", several("--y", y)
     expect_plot(path)
-    expect_drawn(drawn)
+    expect_drawn(drawn or ())
     for wanted in (path, csv):
         if wanted is not None:
             expect_writable(wanted)

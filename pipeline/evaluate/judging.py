@@ -22,7 +22,7 @@ from sae.cache.tokens import TokenStore
 from sae.configs.base import Amount, Settings
 from sae.pipeline.language_model import LanguageModel, Point
 from sae.pipeline.language_model.token_mask import rule_of
-from sae.pipeline.metrics.figures import amounts, there
+from sae.pipeline.metrics.figures import OF_ROWS, amounts, available
 from sae.pipeline.metrics.metric import Encoded, Metric, Subject, Value, metrics_of
 from sae.pipeline.runtime.progress import Progress
 from sae.pipeline.saes import SAE
@@ -67,7 +67,9 @@ class Evaluation:
         details: dict[str, Any] = {}
         latents: dict[str, Tensor] = {}
         for metric in metrics:
-            figures |= metric.result()
+            found = metric.result()
+            assert {*found} == {one.key for one in metric.figures}, f"metric {metric.name}: tells {[*found]}"
+            figures |= found
             details |= metric.details()
             latents |= metric.latents()
         judged_on = {one.key for one in amounts()}
@@ -92,10 +94,10 @@ def judge(
 
     With a largest norm everything that depends on rows is counted over those kept as well.
     """
-    needs = there(model=text is not None, truth=subject.truth is not None)
+    needs = available(model=text is not None, truth=subject.truth is not None)
     sides = [metrics_of(subject, needs)]
     if largest is not None:  # of what does not depend on rows there is one value
-        sides.append(metrics_of(subject, needs - {"directions"}))
+        sides.append([one for one in metrics_of(subject, needs) if {*one.needs} & {*OF_ROWS, "model"}])
     sae, batch = subject.sae, config.batch_tokens
     judge_rows(sae, held_out, config.rows_of(held_out), batch, progress, sides, largest)
     search_rows(sae, training, min(config.dead_rows, training.n_rows), batch, progress, sides, largest)

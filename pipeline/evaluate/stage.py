@@ -22,7 +22,7 @@ from sae.cache.runs import EVALUATION, LATENTS, Run
 from sae.cache.tokens import TokenStore
 from sae.pipeline.evaluate.judging import EvalConfig, Evaluation, judge
 from sae.pipeline.language_model import LanguageModel, hints
-from sae.pipeline.metrics.figures import WITHOUT_MODEL, amounts, completed, lacking, there
+from sae.pipeline.metrics.figures import WITHOUT_MODEL, amounts, available, completed, lacking
 from sae.pipeline.metrics.metric import Subject
 from sae.pipeline.runtime import devices
 from sae.pipeline.runtime.progress import Progress, said_if_slow
@@ -121,7 +121,7 @@ def missing(
         more["tokens"] = max(contexts, asked) * tokens.context_length
         enough = enough and contexts >= asked
     # what an older version did not write is judged anew; of rows and weights alone it takes no evaluation to tell
-    lacks = lacking(found, there(model=tokens is not None, truth=store.truth is not None))
+    lacks = lacking(found, available(model=tokens is not None, truth=store.truth is not None))
     return None if enough and not {*lacks} - {*lacking(found, WITHOUT_MODEL)} else config.model_copy(update=more)
 
 

@@ -15,7 +15,7 @@ OF_ROWS: frozenset[Need] = frozenset({"rows", "codes", "training"})
 WITHOUT_MODEL: frozenset[Need] = OF_ROWS | {"directions"}
 
 
-def there(*, model: bool, truth: bool) -> frozenset[Need]:
+def available(*, model: bool, truth: bool) -> frozenset[Need]:
     """What there is to judge a dictionary of a store by, with a language model and true features or without."""
     more: tuple[tuple[Need, bool], ...] = (("model", model), ("truth", truth))
     return WITHOUT_MODEL | {need for need, is_there in more if is_there}

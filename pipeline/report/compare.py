@@ -14,7 +14,7 @@ from typing import Any
 from sae.cache.errors import NotFound, SaeError
 from sae.cache.printable import printable
 from sae.cache.runs import Run
-from sae.pipeline.metrics.figures import OF_ROWS, Figure, amounts, compared, completed, figures, lacking, there
+from sae.pipeline.metrics.figures import OF_ROWS, Figure, amounts, available, compared, completed, figures, lacking
 
 TRAINING = ("fvu", "l0", "dead", "agreement", "recovery", "seconds_per_step", "megabytes")
 FORMULA = tuple("=+-@＝＋－＠")
@@ -137,7 +137,7 @@ def outdated(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         if (found := run.evaluation()) is not None:
             found = completed(found)
-            for key in lacking(found, there(model="ce_clean" in found, truth="chance" in found)):
+            for key in lacking(found, available(model="ce_clean" in found, truth="chance" in found)):
                 without.setdefault(key, []).append(run.name)
     shown = [key for key in held_out() if key in without]
     return [f"judged before there was {key}: {named(without[key])}; `sae eval RUN` adds it" for key in shown]

@@ -32,22 +32,25 @@ def expect_plot(path: Path) -> None:
 
 def expect_drawn(keys: Sequence[str]) -> None:
     """Raise SaeError for what is no figure of a comparison."""
-    there = [one.key for one in compared()]
-    if unknown := [key for key in keys if key not in there]:
-        raise SaeError(f"--y {','.join(unknown)}: the figures are {', '.join(there)}")
+    known = [one.key for one in compared() if one.key != "l0"]  # which is what they are set against
+    if unknown := [key for key in keys if key not in known]:
+        raise SaeError(f"--y {','.join(unknown)}: the figures are {', '.join(known)}")
 
 
-def pareto(rows: Sequence[Row], path: Path, drawn: Sequence[str] = DRAWN) -> None:
-    """L0 against FVU and against cross-entropy degradation (or others), a colour an architecture, its best runs joined.
+def pareto(rows: Sequence[Row], path: Path, drawn: Sequence[str] | None = None) -> None:
+    """L0 against FVU and the cross-entropy added, or against `drawn`; a colour an architecture, its best runs joined.
 
     Joined are those judged on the most; what was judged on less is hollow, and the legend says on how much. Panels
     without two figures a run are left out; without held-out figures the last training batch's are shown. Runs without
     a place in the plot are named below it. Raises SaeError for a name whose ending is no format, and where there is
-    nothing to plot.
+    nothing to plot, or none of what was asked for.
     """
     expect_plot(path)
-    held_out = [axes_of(key) for key in drawn if any(_point(row, key, "l0") for row in rows)]
-    panels = held_out or [TRAINED] * any(_point(row, *TRAINED[:2]) for row in rows)
+    panels = [axes for axes in map(axes_of, drawn or DRAWN) if any(_point(row, *axes[:2]) for row in rows)]
+    if drawn and len(panels) < len(drawn):
+        lacks = {*drawn} - {key for key, *_ in panels}
+        raise SaeError(f"--y {','.join(drawn)}: no run has both L0 and {' or '.join(sorted(lacks))}; see `sae eval`")
+    panels = panels or [TRAINED] * any(_point(row, *TRAINED[:2]) for row in rows)
     if not panels:
         raise SaeError(f"--plot {path}: no run has both L0 and a figure to set against it")
     from matplotlib.backends.backend_agg import FigureCanvasAgg

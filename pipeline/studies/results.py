@@ -21,6 +21,7 @@ from sae.pipeline.runtime.progress import Progress
 from sae.pipeline.train import trained
 
 STUDY = "eval/study.json"
+NUMBERS = ("mse", "l0", "sparsity", "dead_fraction", "rows")  # which no rows leave undefined
 
 Figures = dict[str, float | None]
 
@@ -83,7 +84,9 @@ def _flat(evaluation: dict[str, Any]) -> Figures:
 
 
 def _enough(kept: Figures, rows: int) -> bool:
-    return {*of_rows()} <= kept.keys() and (kept["rows"] or 0) >= rows
+    """Whether every figure is there, judged on so many rows at least. What cannot be null and is, is not there."""
+    there = {*of_rows()} <= kept.keys() and all(kept[name] is not None for name in NUMBERS)
+    return there and (kept["rows"] or 0) >= rows
 
 
 def _read(run: Run) -> Figures:

@@ -25,8 +25,8 @@ from sae.cache.disk import durable
 from sae.cache.runs import Run
 from sae.cache.store.manifest import MANIFEST, Windows
 from sae.pipeline.commands import console
+from sae.pipeline.metrics.figures import available
 from sae.pipeline.metrics.figures import figures as figures_of
-from sae.pipeline.metrics.figures import there
 
 PROJECT = Path(__file__).resolve().parents[3]
 TOKENIZE = "tokenize --source text.txt --tokenizer tiny --context 16 --tokens all --validation 0.3 --workers 1"
@@ -383,7 +383,7 @@ def test_the_four_commands_and_what_they_say(world: Path) -> None:
         "ce_recovered_mean", "kl", "orthogonality", "jl", "encoder_decoder_cosine", "rows", "dead_rows", "tokens",
     ]  # fmt: skip
     assert [*judged.json] == [*figures, "details"]
-    assert {*figures} == {one.key for one in figures_of(needs=there(model=True, truth=False))}
+    assert {*figures} == {one.key for one in figures_of(needs=available(model=True, truth=False))}
     assert "run: " in (told := done("report one --json")).err
     assert Path(told.json["report"]).read_text(encoding="utf-8").startswith("<!doctype html>")
 

@@ -11,7 +11,8 @@ import torch
 from support.command_line import done, sae
 
 from sae.cache.runs import EVALUATION, Run
-from sae.pipeline.metrics.figures import Figure, completed, declared, figures, there
+from sae.pipeline.evaluate.judging import Evaluation
+from sae.pipeline.metrics.figures import Figure, available, completed, declared, figures
 from sae.pipeline.metrics.metric import METRICS, Encoded, Metric, Subject, metrics_of, register
 from sae.pipeline.report.compare import compare, outdated
 from sae.pipeline.report.scores import scores_html
@@ -57,11 +58,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_text_of_the_metrics_says_what_importing_them_does() -> None:
     program = (
-        "import sys; from sae.pipeline.metrics.figures import declared, there\n"
+        "import sys; from sae.pipeline.metrics.figures import declared, available\n"
         "before = declared(); assert 'torch' not in sys.modules\n"
         "from sae.pipeline.metrics.metric import METRICS, Subject, metrics_of\n"
         "from sae.pipeline.saes import create, parse\n"
-        "metrics_of(Subject(create(parse({'arch': 'topk', 'd_sae': 8, 'k': 2}), 4)), there(model=False, truth=False))\n"
+        "sae = create(parse({'arch': 'topk', 'd_sae': 8, 'k': 2}), 4)\n"
+        "metrics_of(Subject(sae), available(model=False, truth=False))\n"
         "assert before == declared() and len(before) == len(METRICS) > 5, (before, declared())\n"
         "assert all(one.help for one in before)"
     )
@@ -76,7 +78,7 @@ def test_every_figure_is_told_once_and_by_the_metric_that_declares_it() -> None:
     x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
     codes = sae.encode(x)
     losses = {name: (torch.rand(4, 5) + i, torch.rand(4, 5)) for i, name in enumerate(("sae", "zero", "mean"), 3)}
-    metrics = metrics_of(Subject(sae, torch.randn(9, 6)), there(model=True, truth=True))
+    metrics = metrics_of(Subject(sae, torch.randn(9, 6)), available(model=True, truth=True))
     assert [one.name for one in metrics] == [one.name for one in declared()]
     for metric in metrics:
         metric.update(Encoded(x, x, codes, sae.decode(codes)))
@@ -87,7 +89,7 @@ def test_every_figure_is_told_once_and_by_the_metric_that_declares_it() -> None:
 
 def test_what_a_metric_needs_decides_whether_it_is_made() -> None:
     subject = Subject(create(parse({"arch": "topk", "d_sae": 8, "k": 2}), 4))
-    told = {one.name for one in metrics_of(subject, there(model=False, truth=False))}
+    told = {one.name for one in metrics_of(subject, available(model=False, truth=False))}
     assert told == {one.name for one in declared()} - {"downstream", "recovery"}
     assert [one.name for one in metrics_of(subject, ["rows"])] == ["reconstruction"]
 
@@ -112,6 +114,15 @@ def test_figures_are_nobody_elses() -> None:
     assert "again" not in METRICS
 
 
+def test_a_metric_tells_what_it_declares_and_nothing_else() -> None:
+    class Silent(Worst):
+        figures = (*Worst.figures, Figure("best_row", "best row", "smallest squared error of a row", "low"))
+
+    assert Evaluation.of([Worst()]).as_json() == {"worst_row": 0.0, "details": {}}
+    with pytest.raises(AssertionError, match=r"metric worst: tells \['worst_row'\]"):
+        Evaluation.of([Silent()])
+
+
 def test_a_metric_of_a_file_of_its_own_is_seen_everywhere(home: Path, worst: None) -> None:
     """In `eval.json` and its table, compare's columns, CSV and plot, the report, a study's table, and `sae list`."""
     done(f"{TRAIN} --name one")
@@ -132,8 +143,10 @@ def test_a_metric_of_a_file_of_its_own_is_seen_everywhere(home: Path, worst: Non
 
 def test_what_no_figure_is_cannot_be_drawn(home: Path) -> None:
     done(f"{TRAIN} --name one")
-    for wrong in ("lustre", "train_fvu", "rows", "fvu,"):
-        assert f"--y {wrong.removeprefix('fvu,')}: the figures are fvu, l0," in sae(f"compare --y '{wrong}'").complaint
+    for wrong in ("lustre", "train_fvu", "rows", "l0"):
+        assert f"--y {wrong}: the figures are fvu, dead_fraction," in sae(f"compare --y {wrong}").complaint
+    assert "--y fvu,chance: no run has both L0 and chance or fvu" in sae("compare --y fvu,chance").complaint
+    assert sae("compare --y fvu,fvu").complaint == "--y fvu,fvu: fvu is there twice"
 
 
 # Evaluations of before a figure was there

@@ -229,6 +229,7 @@ class TestLab:
             whole | {"details": {"dead_rows": 384, "reconstruction": {}, "sparsity": {"l0": 1.0}}},
             whole | {"details": {}},
             {"rows": 256},
+            {**dict.fromkeys(figures.of_rows()), "rows": 256},
             {},
         ):
             run.write_json(EVALUATION, older)
