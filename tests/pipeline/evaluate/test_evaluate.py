@@ -288,7 +288,8 @@ def made(world: World, folder: Path, layer: int, site: str, **tensors: Tensor) -
     }  # fmt: skip
     config = TrainConfig(sae=parse({"arch": "l1", "d_sae": 2 * store.d}), steps=1, batch=64)
     run = open_run(config, store, folder, "made", resume=False)
-    run.save_weights({**weights, **tensors}, {})
+    described = {"architecture": "standard", "d_in": store.d, "d_sae": 2 * store.d}
+    run.save_weights({**weights, **tensors}, described)
     return run
 
 
