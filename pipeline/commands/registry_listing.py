@@ -12,7 +12,7 @@ from sae.pipeline.language_model import SITES
 from sae.pipeline.metrics.figures import declared, summary
 from sae.pipeline.tokenize.sources import registered
 
-HERE = Path(__file__).parent
+PIPELINE = Path(__file__).parent.parent
 
 
 def choices(runs: Sequence[Run]) -> dict[str, list[dict[str, str]]]:
@@ -60,7 +60,7 @@ def _registered(folder: str, tag: str) -> Iterator[tuple[str, str]]:
 
     The tag is what an attribute of this name is set to in that file.
     """
-    for path in sorted((HERE / folder).glob("*.py")):
+    for path in sorted((PIPELINE / folder).glob("*.py")):
         classes = [node for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.ClassDef)]
         for one in classes:
             if any(isinstance(mark, ast.Name) and mark.id == "register" for mark in one.decorator_list):

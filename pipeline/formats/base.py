@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar, NamedTuple, TypeVar
 
+from sae.cache.disk.durable import unreadable
 from sae.cache.errors import NotFound, SaeError
 from sae.pipeline.saes.dictionary import Dictionary, FixedDictionary
 from sae.pipeline.saes.inference import Formula
@@ -70,9 +71,12 @@ def register(format: F) -> F:
 def detect(path: Path | str) -> Format:
     """The format of a folder. Raises NotFound where there is no folder, SaeError where it has no known format."""
     folder = Path(path)
-    if not folder.is_dir():
-        raise NotFound(f"{path}: is no folder on this machine; name the one that holds a dictionary's files")
-    found = [format for format in FORMATS.values() if format.detects(folder)]
+    try:
+        if not folder.is_dir():
+            raise NotFound(f"{path}: is no folder on this machine; name the one that holds a dictionary's files")
+        found = [format for format in FORMATS.values() if format.detects(folder)]
+    except OSError as error:
+        raise unreadable(error, folder) from error
     if not found:
         raise SaeError(f"{path}: holds no dictionary in a format that is known; those are {', '.join(sorted(FORMATS))}")
     return found[0]
@@ -101,7 +105,11 @@ def write(dictionary: Dictionary, metadata: Metadata, path: Path | str, format: 
     if format not in FORMATS:
         raise SaeError(f"{format}: unknown format; those are {', '.join(sorted(FORMATS))}")
     folder = Path(path)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    try:
+        vacant = not (folder.exists() or folder.is_symlink()) or (folder.is_dir() and not any(folder.iterdir()))
+    except OSError as error:
+        raise unreadable(error, folder) from error
+    if not vacant:
         raise SaeError(f"{path}: is there already; name a folder that is not there or is empty")
     try:
         FORMATS[format].write(dictionary.formula(), metadata, folder)

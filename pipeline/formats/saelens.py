@@ -9,7 +9,6 @@ this. Source: SAELens 6.54.12 (`saes/`, `loading/pretrained_sae_loaders.py`).
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -17,9 +16,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from sae.cache.disk.durable import write_in
 from sae.cache.disk.parsing import inner, shown, whole
-from sae.cache.disk.tensors import write_tensors
 from sae.pipeline.saes.inference import RULES, Formula, Rule
 from sae.pipeline.saes.latents import RowScaling
 
@@ -49,17 +46,17 @@ class SAELens(Format):
         return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
 
     def formula(self, folder: Path) -> tuple[Formula, Metadata]:
-        config = current(files.settings(folder / CONFIG))
-        return formula_of(files.tensors(folder / WEIGHTS), config), metadata_of(inner(config, "metadata"))
+        said, tensors = files.read_pair(folder, CONFIG, WEIGHTS)
+        config = current(said)
+        return formula_of(tensors, config), metadata_of(inner(config, "metadata"))
 
     def write(self, formula: Formula, metadata: Metadata, folder: Path) -> None:
-        tensors, config = written(formula, metadata)
         if formula.rule.name not in ("relu", "topk", "threshold", "gated"):
             raise ValueError(f"it has no {formula.rule.name}")
         if formula.transcoder and formula.rule.name in ("topk", "gated"):
             raise ValueError(f"it has no {formula.rule.name} transcoder")
-        write_in(folder, CONFIG, json.dumps(config, indent=2, allow_nan=False).encode())
-        write_tensors(folder, WEIGHTS, tensors)
+        tensors, config = written(formula, metadata)
+        files.write_pair(folder, CONFIG, config, WEIGHTS, tensors)
 
 
 def written(formula: Formula, metadata: Metadata) -> tuple[dict[str, Tensor], dict[str, Any]]:

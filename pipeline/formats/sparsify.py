@@ -7,12 +7,9 @@ encoder.bias, where a transcoder subtracts nothing; the k largest of ReLU(p) are
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from sae.cache.disk.durable import write_in
 from sae.cache.disk.parsing import whole
-from sae.cache.disk.tensors import write_tensors
 from sae.pipeline.saes.inference import Formula, TopKRule
 
 from . import files
@@ -31,13 +28,13 @@ class Sparsify(Format):
         return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
 
     def formula(self, folder: Path) -> tuple[Formula, Metadata]:
-        config, left = files.settings(folder / CONFIG), files.tensors(folder / WEIGHTS)
+        config, left = files.read_pair(folder, CONFIG, WEIGHTS)
         files.choice(config, "activation", "topk")
         transcoder = files.flag(config, "transcode", False)
         if files.flag(config, "skip_connection", False):
             raise ValueError("skip_connection is true, which is not read")
         d_in = files.width(config, "d_in")
-        d_sae = whole(config, "num_latents") or d_in * files.width(config, "expansion_factor")
+        d_sae = whole(config, "num_latents", 0, files.MOST_WIDTH) or d_in * files.width(config, "expansion_factor")
         k = whole(config, "k", 1, d_sae)
         formula = Formula(
             W_enc=files.take(left, "encoder.weight", d_sae, d_in).T.contiguous(),
@@ -67,5 +64,4 @@ class Sparsify(Format):
             "encoder.weight": formula.W_enc.T, "encoder.bias": formula.b_enc, "W_dec": formula.W_dec,
             "b_dec": formula.b_dec,
         }  # fmt: skip
-        write_in(folder, CONFIG, json.dumps(config, indent=2).encode())
-        write_tensors(folder, WEIGHTS, tensors)
+        files.write_pair(folder, CONFIG, config, WEIGHTS, tensors)
