@@ -17,6 +17,7 @@ from sae.pipeline.commands.app import app
 from sae.pipeline.commands.words import amount
 from sae.pipeline.evaluate.stage import EvalConfig
 from sae.pipeline.harvest.stage import HarvestConfig
+from sae.pipeline.interpret.features import FeaturesConfig
 from sae.pipeline.saes import ARCHITECTURES
 from sae.pipeline.tokenize.stage import TokenizeConfig
 from sae.pipeline.train.stage import TrainConfig
@@ -26,6 +27,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.glob("docs/**/*.md")}
 STAGES: dict[str, type[BaseModel]] = {
     "tokenize": TokenizeConfig, "harvest": HarvestConfig, "train": TrainConfig, "eval": EvalConfig,
+    "report": FeaturesConfig,
 }  # fmt: skip
 SHELLS = ("console", "bash", "sh", "shell")
 

@@ -15,6 +15,7 @@ from sae.cache.errors import SaeError
 from sae.cache.runs import CONFIG, discarding
 from sae.pipeline.evaluate.stage import EvalConfig, evaluate
 from sae.pipeline.harvest.stage import HarvestConfig, harvest
+from sae.pipeline.interpret.features import FeaturesConfig
 from sae.pipeline.report.stage import report
 from sae.pipeline.runtime.progress import Progress
 from sae.pipeline.tokenize.stage import TokenizeConfig, tokenize
@@ -45,6 +46,7 @@ def demo(
     # all of them first: what is wrong with the last should not wait for the others
     tokenizing, harvesting = settings("tokenize", TokenizeConfig), settings("harvest", HarvestConfig)
     training, judging = settings("train", TrainConfig), settings("eval", EvalConfig)
+    showing = settings("report", FeaturesConfig)
     tokens = timed("tokenize", lambda: tokenize(tokenizing, root, progress, workers=workers))
     stores = list(tokens.stores.values())
     rows = timed("harvest", lambda: harvest(harvesting, stores, root, progress, device=device))
@@ -61,5 +63,5 @@ def demo(
     with discarding([run]):
         timed("train", lambda: train([run], activations, progress, device=device))
     found = timed("eval", lambda: evaluate(judging, run, root, progress, device=device))
-    path = timed("report", lambda: report(run, root, progress, device=device))
+    path = timed("report", lambda: report(run, root, progress, config=showing, device=device))
     return {**found.as_json(), "seconds": seconds, "run": str(run.path), "report": str(path)}

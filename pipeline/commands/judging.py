@@ -72,9 +72,10 @@ def evaluate(
 def report(
     run: Annotated[str | None, RunName] = None,
     latents: Annotated[str | None, typer.Option(metavar="N,...", help="Latents to show, as 3,17,256 or 0-9. Default: the strongest few and a sample of the others.")] = None,
-    rows: Annotated[str, count("Rows to search for contexts. Default: 262144.")] = "262144",
+    rows: Annotated[str | None, count("Rows to search for contexts. Default: 262144.")] = None,
     activations: TrainingStore = None,
-    device: Device = "auto", threads: Threads = None, cache: CacheRoot = None, runs: RunsRoot = Path("runs"), json: Json = False,
+    device: Device = "auto", threads: Threads = None, cache: CacheRoot = None, runs: RunsRoot = Path("runs"),
+    preset: Preset = None, config: ConfigFile = None, set_: Set = None, json: Json = False,
 ) -> None:  # fmt: skip
     """Write a page to look at: losses, densities, cross-entropies and the text that latents fire on. One HTML file.
 
@@ -84,6 +85,7 @@ def report(
 
         sae report
         sae report l1-first --latents 3,17,256
+        sae report --set report.top=16 --set report.before=40
     """
     from sae.cache import catalogue
     from sae.pipeline.commands import console
@@ -96,7 +98,7 @@ def report(
         from sae.pipeline.report.stage import report as stage
         from sae.pipeline.runtime import devices
 
-    values = settings("report", FeaturesConfig, None, None, None, latents=whole("--latents", latents), rows=rows)
+    values = settings("report", FeaturesConfig, preset, config, set_, latents=whole("--latents", latents), rows=rows)
     bars.note(f"run: {found.path}")
     devices.take_threads(threads, bars.note)
     path = stage(found, root, bars, config=values, activations=activations, device=device)

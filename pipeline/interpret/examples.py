@@ -41,7 +41,7 @@ class Example(Record):
 
 
 class Band(Record):
-    """Random firings between two quantiles (0 to 1) of a latent's own activation values."""
+    """Random firings between two quantiles (0 to 1) of the magnitudes of a latent's own activations."""
 
     low: float
     high: float
@@ -49,7 +49,7 @@ class Band(Record):
 
 
 class Bin(Record):
-    """How many activations lie in [low, high)."""
+    """How many activations have a magnitude in [low, high)."""
 
     low: float
     high: float
@@ -64,7 +64,8 @@ class TokenCount(Record):
 class Feature(Record):
     """One latent: how often (`density`: share of rows), how strongly, and where it fires.
 
-    `frequent` counts the tokens under a uniform random sample of `sampled` of its firings.
+    `max` and `mean` are of magnitudes; values of examples have their sign. `frequent` counts the tokens under a uniform
+    random sample of `sampled` of its firings.
     """
 
     latent: int

@@ -49,11 +49,11 @@ class FeaturesConfig(Settings):
     )
     count: int = Field(32, ge=1, description="how many latents to show, where none are named")
     top: int = Field(8, ge=1, description="top contexts of a latent, one a document")
-    weaker: int = Field(2, ge=0, description="contexts from each quarter of a latent's activation values")
+    weaker: int = Field(2, ge=0, description="contexts from each quarter of a latent's activations")
     sample: int = Field(64, ge=4, description="random firings of a latent the quarters are estimated from")
     before: int = Field(20, ge=0, description="tokens shown before the one that fired")
     after: int = Field(8, ge=0, description="tokens shown after it")
-    rows: Amount = Field("all", description="rows of the store to read")
+    rows: Amount = Field(262_144, description="rows of the store that are searched for contexts")
     seed: int = Field(0, ge=0, description="seed of every random choice")
 
 
@@ -138,7 +138,7 @@ class _Describer:
         """All firings of a latent to be shown."""
         top = [self._spot(latent, *firing) for firing in self.seen.top.of(latent)]
         drawn = self.seen.sample.of(latent)
-        ranked = sorted(drawn, key=lambda firing: (firing[0], firing[1]))
+        ranked = sorted(drawn, key=lambda firing: (abs(firing[0]), firing[1]))
         shown = {spot.document for spot in top}
         weaker: list[list[_Spot]] = []
         for low, high in QUARTERS:
@@ -148,7 +148,7 @@ class _Describer:
                 if firing in quarter and firing[2] not in shown and len(weaker[-1]) < self.config.weaker:
                     shown.add(firing[2])
                     weaker[-1].append(self._spot(latent, *firing))
-            weaker[-1].sort(key=lambda spot: -spot.value)
+            weaker[-1].sort(key=lambda spot: -abs(spot.value))
         self._spots[latent] = top, weaker
         return top + [spot for band in weaker for spot in band]
 

@@ -136,9 +136,10 @@ def _first_of_run(*columns: np.ndarray) -> np.ndarray:
 class Survey:
     """Statistics of every latent over `rows` rows, and its firings worth showing.
 
-    fired: int64 [d_sae], rows in which it fired. total: float64 [d_sae], sum of its values. max: float32 [d_sae],
-    largest value (0 for a latent that never fired). histogram: int64 [d_sae, BINS] of magnitudes, logarithmic bins.
-    top: the largest firings, one a document. sample: a uniform random sample of all firings.
+    A firing is as strong as its magnitude, for an architecture may let a latent fire with either sign.
+    fired: int64 [d_sae], rows in which it fired. total: float64 [d_sae], sum of its magnitudes. max: float32 [d_sae],
+    the largest of them (0 for a latent that never fired). histogram: int64 [d_sae, BINS] of them, logarithmic bins.
+    top: the strongest firings, one a document. sample: a uniform random sample of all firings; values have their sign.
     """
 
     def __init__(self, d_sae: int, *, top: int, sample: int, seed: int) -> None:
@@ -154,13 +155,14 @@ class Survey:
         """Count the firings of rows that came from tokens `position` [rows] of documents `document` [rows]."""
         self.rows += len(position)
         self.fired += np.bincount(found.latent, minlength=self.d_sae)
-        self.total += np.bincount(found.latent, found.value, self.d_sae)
-        np.maximum.at(self.max, found.latent, found.value)
-        octave = np.log2(np.abs(found.value)) - LOWEST_OCTAVE
+        strength = np.abs(found.value)
+        self.total += np.bincount(found.latent, strength, self.d_sae)
+        np.maximum.at(self.max, found.latent, strength)
+        octave = np.log2(strength) - LOWEST_OCTAVE
         box = np.clip(np.floor(octave * BINS_PER_OCTAVE), 0, BINS - 1).astype(np.int64)
         np.add.at(self.histogram.reshape(-1), found.latent * BINS + box, 1)
         at, by = position[found.row], document[found.row]
-        self.top.update(found.latent, found.value.astype(np.float64), found.value, at, by)
+        self.top.update(found.latent, strength.astype(np.float64), found.value, at, by)
         self.sample.update(found.latent, random_scores(found.latent, at, self.seed), found.value, at, by)
 
     @property

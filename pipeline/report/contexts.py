@@ -1,7 +1,7 @@
 """Latents and the text they fire on, as HTML. Token text is untrusted: all of it is escaped.
 
 A context is one line, the token that fired in the same column in every line (a concordance), shaded by how strongly the
-latent fires, as a share of its largest activation.
+latent fires, as a share of its largest activation. Where it fires with a negative sign, the token is underlined.
 """
 
 import codecs
@@ -107,9 +107,9 @@ def context_html(example: Example, largest: float, found: Features) -> str:
 
 def _token(text: str, value: float | None, largest: float, extra: str, begins: bool) -> str:
     """A token's HTML: marked where the latent fires, faint where it is a begin token or was never looked at."""
-    if value is not None and value > 0 and largest > 0:
-        level = min(LEVELS, max(1, math.ceil(LEVELS * value / largest)))
-        kind = f"a{level} {extra}".strip()
+    if value and largest > 0:
+        level = min(LEVELS, max(1, math.ceil(LEVELS * abs(value) / largest)))
+        kind = " ".join([f"a{level}", *(["minus"] if value < 0 else []), *([extra] if extra else [])])
         return f'<mark class="{kind}" title="{number(value)}">{text}</mark>'
     if extra:
         return f'<mark class="{extra}">{text}</mark>'

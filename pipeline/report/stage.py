@@ -38,7 +38,7 @@ def report(
             "give a store of the site it was trained on"
         )
     features = find_features(
-        sae, store, tokens, config or FeaturesConfig(rows=262_144), progress, device=where,
+        sae, store, tokens, config or FeaturesConfig(), progress, device=where,
         largest=trained.largest_norm(run, store),
     )  # fmt: skip
     run.write_json(FEATURES, features.model_dump(mode="json"))

@@ -19,6 +19,7 @@ from sae.configs.reading import nested
 from sae.pipeline.evaluate.stage import EvalConfig
 from sae.pipeline.harvest.stage import HarvestConfig
 from sae.pipeline.harvest.synthetic import SyntheticConfig
+from sae.pipeline.interpret.features import FeaturesConfig
 from sae.pipeline.saes import Config
 from sae.pipeline.tokenize.stage import TokenizeConfig
 from sae.pipeline.train.stage import TrainConfig
@@ -26,7 +27,7 @@ from sae.pipeline.train.sweep import combinations
 
 STAGES: dict[str, type[BaseModel]] = {
     "tokenize": TokenizeConfig, "harvest": HarvestConfig, "synthesize": SyntheticConfig, "train": TrainConfig,
-    "eval": EvalConfig,
+    "eval": EvalConfig, "report": FeaturesConfig,
 }  # fmt: skip
 
 

@@ -388,6 +388,26 @@ def test_the_four_commands_and_what_they_say(world: Path) -> None:
     assert Path(told.json["report"]).read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
+def test_a_report_shows_what_its_settings_say(world: Path, tmp_path: Path) -> None:
+    """From a file and `--set`, as for every other stage."""
+    file = tmp_path / "page.yaml"
+    file.write_text("report: {count: 2, top: 3, weaker: 0}\n", encoding="utf-8")
+    done(f"report one --config {file} --set report.before=1 --set report.after=0 --rows 500 --json")
+    found = json.loads((world / "runs" / "one" / "eval" / "features.json").read_text())
+    shown = [example for feature in found["features"] for example in feature["top"]]
+    assert len(found["features"]) == 2 and not any(feature["bands"] for feature in found["features"])
+    assert max(len(feature["top"]) for feature in found["features"]) == 3
+    assert {len(example["tokens"]) for example in shown} <= {1, 2}
+    for words, says in (
+        ("--set report.tops=3", "report.tops: unknown key; did you mean 'top'?"),
+        ("--set report.top=0", "report.top = 0: input should be greater than or equal to 1"),
+        ("--set eval.rows=3", "--set eval.rows=3: `sae report` reads report.*; give this one to `sae eval`"),
+        ("--rows 5 --set report.rows=6", "--rows 5: --set report.rows=6 says otherwise"),
+    ):
+        answer = sae(f"report one {words}")
+        assert answer.code == 2 and says in answer.complaint
+
+
 def test_results_for_people(world: Path) -> None:
     """Whole keys on stdout, and no progress there."""
     key = store_of(world, "model-1").name

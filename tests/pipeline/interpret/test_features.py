@@ -197,6 +197,58 @@ def test_statistics(small: Stores) -> None:
             assert int(((column >= one.low) & (column < one.high)).sum()) == one.count
 
 
+class Signed(Readout):
+    """The largest four by magnitude, with their sign, as AbsTopK has them; what is negative is so by this."""
+
+    def __init__(self, flip: bool) -> None:
+        super().__init__(D)
+        self.flip = flip
+
+    def encode(self, x: Tensor) -> Latents:
+        """Readout's latents; those of even number negative."""
+        dense = super().encode(x).dense()
+        if self.flip:
+            dense = dense * torch.where(torch.arange(D) % 2 == 0, -1, 1)
+        indices = dense.abs().topk(4, dim=1).indices
+        return Latents.of_rows(dense.gather(1, indices), indices, D)
+
+
+def test_strength_is_magnitude_whatever_the_sign(large: Stores) -> None:
+    """A dictionary whose latents fire with either sign shows the same contexts as one without signs, and the signs."""
+    plain, signed = (find(large, Signed(flip), count=100, top=5, sample=256) for flip in (False, True))
+    assert sum(feature.latent % 2 == 0 and bool(feature.top) for feature in signed.features) > 3
+    for one, other in zip(plain.features, signed.features, strict=True):
+        sign = -1 if other.latent % 2 == 0 else 1
+        for was, now in zip(examples(one), examples(other), strict=True):
+            assert (now.position, now.value) == (was.position, sign * was.value)
+            assert now.activations == [value and sign * value for value in was.activations]
+        assert other.model_copy(update={"top": [], "bands": []}) == one.model_copy(update={"top": [], "bands": []})
+
+
+def test_a_latent_of_both_signs(large: Stores) -> None:
+    """No firing is missing from what is counted, and the strongest of either sign come first."""
+    _, store = large
+    rows = store.rows(0, store.n_rows)
+    values = torch.where(torch.arange(store.n_rows)[:, None] % 2 == 0, rows, -rows) * (rows > 0)
+    by_row = {row.numpy().tobytes(): value for row, value in zip(rows, values, strict=True)}
+
+    class Both:
+        d_sae = D
+
+        def encode(self, x: Tensor) -> Latents:
+            return Latents.of_dense(torch.stack([by_row[row.numpy().tobytes()] for row in x]))
+
+    for feature in find(large, Both(), latents=range(1, D), top=6).features:
+        column = values[:, feature.latent]
+        assert feature.fired == int((column != 0).sum()) == sum(one.count for one in feature.histogram)
+        assert feature.max == abs(feature.top[0].value) == pytest.approx(column.abs().max().item(), rel=1e-5)
+        assert feature.mean == pytest.approx(column.abs().sum().item() / feature.fired, rel=1e-5)
+        strengths = [abs(example.value) for example in feature.top]
+        assert strengths == sorted(strengths, reverse=True)
+    shown = [e.value for f in find(large, Both(), latents=range(1, D), top=6).features for e in examples(f)]
+    assert min(shown) < 0 < max(shown)
+
+
 def test_a_latent_that_never_fires(small: Stores) -> None:
     (feature,) = find(small, latents=[BEGIN]).features
     assert (feature.fired, feature.max, feature.mean, feature.density) == (0, 0, 0, 0)

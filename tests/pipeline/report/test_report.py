@@ -19,7 +19,7 @@ from sae.cache.runs import Run
 from sae.pipeline.interpret.examples import Band, Bin, Example, Feature, Features, TokenCount
 from sae.pipeline.report import page as report
 from sae.pipeline.report.charts import MOST_POINTS, Scale, Series, histogram, ladder, line_chart, number, steady
-from sae.pipeline.report.contexts import LEVELS, pieces
+from sae.pipeline.report.contexts import LEVELS, context_html, pieces
 from sae.pipeline.report.page import write_report
 from sae.pipeline.report.scores import density_html
 
@@ -211,6 +211,13 @@ def test_the_marked_token_is_the_one_that_fired(page: Page) -> None:
         assert attributes["class"] == f"a{ {4.0: 8, 2.0: 4, 0.4: 1}[one.value] } peak"
     assert [text for _, text in page.all("i", "begin")] == ["<|endoftext|>"] * 3
     assert {text for _, text in page.all("i", "unseen")} == {VOCABULARY[3]}
+
+
+def test_a_negative_activation_is_shaded_as_strongly_and_underlined() -> None:
+    shown = Page(context_html(example(-2.0, 2, [3, 5, 6]), 4.0, features()))
+    ((attributes, _),) = [mark for mark in shown.all("mark") if "peak" in mark[0]["class"]]
+    assert (attributes["class"], attributes["title"]) == ("a4 minus peak", "-2")
+    assert "mark.minus" in (Path(report.__file__).parent / "page.css").read_text("utf-8")
 
 
 def test_untrusted_text_stays_text(text: str, page: Page) -> None:
