@@ -206,11 +206,10 @@ def judge_tokens(
             rows = _Replaced(torch.from_numpy(rule.mask(ids, lengths, begin)).to(model.device), largest)
             found = model.compare(
                 torch.from_numpy(ids),
-                point,
                 {
-                    "sae": rows.by(sae),
-                    "zero": rows.by(torch.zeros_like),
-                    "mean": rows.by(lambda x: mean.to(x.dtype).expand_as(x)),
+                    "sae": {point: rows.by(sae)},
+                    "zero": {point: rows.by(torch.zeros_like)},
+                    "mean": {point: rows.by(lambda x: mean.to(x.dtype).expand_as(x))},
                 },
             )
             if not all(bool(each.ce.isfinite().all()) for each in found.spliced.values()):

@@ -9,6 +9,7 @@ loading     the folder -> a Hugging Face model, whole or an error; random weight
 wrapping    transformer_lens' bridge around it; attention and norms stay the model's own
 promises    whether a site holds what its name says, by trying
 bridge      its hook points, and passes that stop where nothing more is needed
+interventions  what is done to activations while a model runs
 model       `LanguageModel`: the passes the stages ask for
 sites       the names of the places
 """
@@ -18,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 from sae.pipeline.language_model.sites import SITES, Point
 
 if TYPE_CHECKING:
-    from sae.pipeline.language_model.model import Comparison, LanguageModel, Replacement, Spliced
+    from sae.pipeline.language_model.model import Comparison, LanguageModel, Spliced
 
-__all__ = ["SITES", "Comparison", "LanguageModel", "Point", "Replacement", "Spliced"]
+__all__ = ["SITES", "Comparison", "LanguageModel", "Point", "Spliced"]
 
 
 def __getattr__(name: str) -> Any:

@@ -100,11 +100,14 @@ class Bridge:
             self._widths[layer] = {site: there[site].shape[-1] for site in _HOOKS if site in found}
         return self._widths[layer]
 
-    def replacing(self, layer: int, site: str, change: Callable[[Tensor], Tensor]) -> Hooked:
-        """A hook that puts `change(value)` [B, T, width] in the place of the value at a site."""
+    def replacing(self, layer: int, site: str, change: Hook) -> Hooked:
+        """A hook that puts `change(value)` [B, T, width], if anything, in the place of the value at a site."""
 
-        def put(value: Tensor) -> Tensor:
-            new = change(value).to(value.dtype)
+        def put(value: Tensor) -> Tensor | None:
+            new = change(value)
+            if new is None:
+                return None
+            new = new.to(value.dtype)
             # The hook point of resid_mid is the second norm's input. The block keeps the same tensor to add the MLP's
             # output to, so it is written in place: a returned one would leave the residual stream as it was.
             return value.copy_(new) if site == "resid_mid" else new

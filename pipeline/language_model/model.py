@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from sae.cache.errors import SaeError
 from sae.pipeline.language_model.files import RANDOM, find_model, slug
+from sae.pipeline.language_model.interventions import Intervention, changed
 from sae.pipeline.language_model.sites import SITES, Point
 from sae.pipeline.runtime import devices
 
 if TYPE_CHECKING:
-    from sae.pipeline.language_model.bridge import Hook, Hooked
+    from sae.pipeline.language_model.bridge import Hooked
     from sae.pipeline.language_model.loading import Loaded
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -23,18 +25,16 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # and large enough to fill a GPU.
 _LOGITS_AT_ONCE = {"cpu": 2**23 - 1, "cuda": 2**27}
 
-Replacement = Callable[..., Tensor]
-
 
 class Spliced(NamedTuple):
-    """What a replacement did to each prediction. float32 [B, T-1], nats."""
+    """What an intervention did to each prediction. float32 [B, T-1], nats."""
 
     ce: Tensor  # cross-entropy of tokens[:, 1:]
     kl: Tensor  # KL(clean || spliced)
 
 
 class Comparison(NamedTuple):
-    """Losses of one batch: clean, and with each replacement in place."""
+    """Losses of one batch: clean, and with each intervention in place."""
 
     clean: Tensor  # cross-entropy of tokens[:, 1:], float32 [B, T-1], nats
     spliced: dict[str, Spliced]
@@ -52,6 +52,7 @@ class LanguageModel:
         self.device = device
         self._loaded = loaded
         self._bridge = Bridge(loaded.model, loaded.name, device)
+        self._interventions: list[Intervention] = []
         self.n_layers = self._bridge.n_layers
         self.n_vocab = self._bridge.n_vocab
         self.context_length = self._bridge.context_length
@@ -129,6 +130,24 @@ class LanguageModel:
                 f"{SITES[point.site]}; it has {', '.join(there) or 'no site that is what its name says'}"
             )
 
+    @contextmanager
+    def intervene(self, changes: Intervention) -> Iterator[None]:
+        """Within this context every pass sends the activations at each point through the function given for it.
+
+        A function gets [B, T, width] in the model's precision, and returns what goes on in their place, or None where
+        it only looks; an identity changes nothing, to the last bit. It is called in each pass that reaches its point,
+        in the order in which the model computes the points. Contexts nest: at a point of both the inner one is given
+        what the outer one left. Raises SaeError where the model has no such point.
+        """
+        changes = dict(changes)
+        for point in changes:
+            self.check(point)
+        self._interventions.append(changes)
+        try:
+            yield
+        finally:
+            self._interventions = [other for other in self._interventions if other is not changes]
+
     def activations(self, tokens: Tensor, points: Sequence[Point]) -> dict[Point, Tensor]:
         """One pass, no further than needed: [B, T, width] for each point, in the model's precision, on its device.
 
@@ -136,51 +155,39 @@ class LanguageModel:
         """
         for point in points:
             self.check(point)
-        return self._bridge.capture(self._ids(tokens), {point: self._bridge.point(*point) for point in points})
+        wanted = {point: self._bridge.point(*point) for point in points}
+        return self._bridge.capture(self._ids(tokens), wanted, self._hooks())
 
     @torch.no_grad()
-    def losses(self, tokens: Tensor, point: Point | None = None, replace: Replacement | None = None) -> Tensor:
-        """Cross-entropy of tokens[:, 1:], nats, float32 [B, T-1]; with the activations at `point` replaced if given."""
-        assert (point is None) == (replace is None), "a point and its replacement go together"
-        ids = self._ids(tokens)
-        hooks = []
-        if point is not None and replace is not None:
-            self.check(point)
-            hooks.append(self._splice(point, replace))
-        return self._compare(ids, self._bridge.final(ids, hooks), {}).clean
+    def losses(self, tokens: Tensor) -> Tensor:
+        """Cross-entropy of tokens[:, 1:], nats, float32 [B, T-1]."""
+        return self.compare(tokens, {}).clean
 
     @torch.no_grad()
-    def compare(
-        self, tokens: Tensor, point: Point, replacements: Mapping[str, Replacement], *, reads: Point | None = None
-    ) -> Comparison:
-        """Losses of a batch, clean and with the activations at `point` replaced by each replacement in turn.
-
-        A replacement maps the point's activations [B, T, width] to the same shape; which positions to leave alone is
-        its own business. With `reads` (a point computed before `point`: a transcoder reads mlp_in and writes mlp_out)
-        it is called as `replacement(value, read)`. An identity changes nothing, to the last bit.
+    def compare(self, tokens: Tensor, interventions: Mapping[str, Intervention]) -> Comparison:
+        """Losses of a batch, clean (that is, as the open contexts of `intervene` have it) and with each intervention.
 
         Layers before the points run once, and logits are held for a few rows at a time: memory does not grow with
         [B, T, n_vocab].
         """
-        self.check(point)
-        first = point.layer
-        if reads is not None:
-            self.check(reads)
-            first = min(first, reads.layer)
+        from sae.pipeline.language_model.bridge import Hooked
+
         ids = self._ids(tokens)
+        points = [point for changes in [*self._interventions, *interventions.values()] for point in changes]
+        for point in points:
+            self.check(point)
+        first = min((point.layer for point in points), default=0)
         entry = self._bridge.point(first, "resid_pre")
         start: list[Tensor] = []
-        clean = self._bridge.final(ids, [_hooked(entry, start.append)])
+        # copies, so that a function which writes into its argument spoils its own pass only
+        enters = Hooked(entry, lambda value: start.append(value.clone()))
+        clean = self._bridge.final(ids, [enters, *self._hooks()] if interventions else self._hooks())
         finals = {}
         with self._bridge.blocks_skipped(first):
-            for name, replace in replacements.items():
-                read: list[Tensor] = []
-                # a copy, so that a replacement which writes into its argument spoils its own pass only
-                hooks = [_hooked(entry, lambda _: start[0].clone())]
-                if reads is not None:
-                    hooks.append(_hooked(self._bridge.point(*reads), read.append))
-                hooks.append(self._splice(point, replace, reads, read))
-                finals[name] = self._bridge.final(ids, hooks)
+            for name, changes in interventions.items():
+                resumed = Hooked(entry, lambda _: start[0].clone())
+                with self.intervene(changes):
+                    finals[name] = self._bridge.final(ids, [resumed, *self._hooks()])
         return self._compare(ids, clean, finals)
 
     @cached_property
@@ -203,20 +210,13 @@ class LanguageModel:
             )
         return tokens.to(self.device, torch.long)
 
-    def _splice(
-        self, point: Point, replace: Replacement, reads: Point | None = None, read: Sequence[Tensor] = ()
-    ) -> Hooked:
-        """The hook that puts a replacement in place; `read` holds the activations at `reads` once they have passed."""
-
-        def splice(value: Tensor) -> Tensor:
-            if reads is not None and not read:
-                raise SaeError(f"{reads} is computed after {point}, so it cannot decide what goes there; swap them")
-            new = replace(value, *read)
-            if new.shape != value.shape:
-                raise ValueError(f"a replacement at {point} must return {list(value.shape)}, not {list(new.shape)}")
-            return new
-
-        return self._bridge.replacing(*point, splice)
+    def _hooks(self) -> list[Hooked]:
+        """The interventions of every context that is open, as hooks; the outermost first."""
+        return [
+            self._bridge.replacing(*point, partial(changed, change, point=point))
+            for changes in self._interventions
+            for point, change in changes.items()
+        ]
 
     def _compare(self, ids: Tensor, clean: Tensor, finals: Mapping[str, Tensor]) -> Comparison:
         """Cross-entropies and divergences from what the unembedding reads, a few rows of logits at a time."""
@@ -241,9 +241,3 @@ class LanguageModel:
         return Comparison(
             ce.view(shape), {name: Spliced(both.ce.view(shape), both.kl.view(shape)) for name, both in spliced.items()}
         )
-
-
-def _hooked(at: torch.nn.Module, call: Hook) -> Hooked:
-    from sae.pipeline.language_model.bridge import Hooked
-
-    return Hooked(at, call)

@@ -261,7 +261,7 @@ def compared(name: str, folder: Path) -> dict[str, float]:
         _check_identities(found)
         for site in found:
             changes = {"same": lambda x: x, "equal": torch.clone, "half": lambda x: 0.5 * x}
-            losses = model.compare(tokens, Point(layer, site), changes)
+            losses = model.compare(tokens, {name: {Point(layer, site): change} for name, change in changes.items()})
             for same in ("same", "equal"):
                 assert torch.equal(losses.spliced[same].ce, losses.clean), (name, layer, site)
                 assert (losses.spliced[same].kl == 0).all(), (name, layer, site)

@@ -27,6 +27,7 @@ from transformers import (
 
 from sae.cache.errors import NotFound, SaeError
 from sae.pipeline.language_model import SITES, LanguageModel, Point
+from sae.pipeline.language_model.interventions import Change, Intervention, predicting
 from sae.pipeline.runtime import network
 
 VOCAB, LAYERS, WIDTH, HEADS = 53, 3, 24, 4
@@ -112,6 +113,16 @@ def changing(module: nn.Module, is_input: bool, change: Callable[[Tensor], Tenso
         yield
     finally:
         handle.remove()
+
+
+def at(point: Point, changes: dict[str, Change]) -> dict[str, Intervention]:
+    """Each of the changes as an intervention at one point."""
+    return {name: {point: change} for name, change in changes.items()}
+
+
+def intervened(model: LanguageModel, tokens: Tensor, changes: Intervention) -> Tensor:
+    with model.intervene(changes):
+        return model.losses(tokens)
 
 
 def save(config: Any, folder: Path) -> Path:
@@ -205,11 +216,11 @@ def test_other_architectures_are_themselves_too(config: Any, tmp_path: Path) -> 
         out = plain(tokens, output_hidden_states=True)
     last = Point(model.n_layers - 1, "resid_pre")
     torch.testing.assert_close(model.activations(tokens, [last])[last], out.hidden_states[-2], rtol=1e-5, atol=1e-6)
-    found = model.compare(tokens, Point(1, "mlp_out"), {"same": lambda x: x, "zero": torch.zeros_like})
+    found = model.compare(tokens, at(Point(1, "mlp_out"), {"same": lambda x: x, "zero": torch.zeros_like}))
     chances = out.logits[:, :-1].log_softmax(-1)
     torch.testing.assert_close(found.clean, -chances.gather(-1, tokens[:, 1:, None])[..., 0], rtol=1e-5, atol=1e-5)
     assert torch.equal(found.spliced["same"].ce, found.clean)
-    assert torch.equal(found.spliced["zero"].ce, model.losses(tokens, Point(1, "mlp_out"), torch.zeros_like))
+    assert torch.equal(found.spliced["zero"].ce, intervened(model, tokens, {Point(1, "mlp_out"): torch.zeros_like}))
     assert plain.config._attn_implementation == model._loaded.model.config._attn_implementation
 
 
@@ -258,7 +269,7 @@ def test_a_replacement_does_what_it_does_to_the_plain_model(twins: Twins, site: 
         return lambda x: torch.cat([x[:, :3], by * x[:, 3:]], dim=1)
 
     changes = {"half": scaled(0.5), "zero": scaled(0.0), "same": lambda x: x, "equal": torch.clone}
-    found = twins.ours.compare(tokens, point, changes)
+    found = twins.ours.compare(tokens, at(point, changes))
     with torch.no_grad():
         clean = twins.plain(tokens).logits[:, :-1].log_softmax(-1)
     targets = tokens[:, 1:, None]
@@ -270,7 +281,7 @@ def test_a_replacement_does_what_it_does_to_the_plain_model(twins: Twins, site: 
         torch.testing.assert_close(ce, -changed.gather(-1, targets)[..., 0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(kl, (clean.exp() * (clean - changed)).sum(-1), rtol=1e-3, atol=1e-5)
         assert kl.mean() > 1e-4, "the replacement should matter"
-        assert torch.equal(ce, twins.ours.losses(tokens, point, changes[name]))
+        assert torch.equal(ce, intervened(twins.ours, tokens, {point: changes[name]}))
     for name in ("same", "equal"):
         assert torch.equal(found.spliced[name].ce, found.clean)
         assert (found.spliced[name].kl == 0).all()
@@ -290,7 +301,7 @@ def test_replacing_resid_mid_reaches_the_residual_stream_too(twins: Twins) -> No
         with changing(norm, True, mids.append), changing(twins.block(1), False, rebuilt), torch.no_grad():
             logits = twins.plain(tokens).logits[:, :-1]
         expected = -logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
-        found = twins.ours.compare(tokens, point, {"it": change, "same": lambda x: x})
+        found = twins.ours.compare(tokens, at(point, {"it": change, "same": lambda x: x}))
         torch.testing.assert_close(found.spliced["it"].ce, expected, rtol=1e-4, atol=1e-5)
         assert torch.equal(found.spliced["same"].ce, found.clean)
 
@@ -306,19 +317,20 @@ def test_one_site_may_decide_what_replaces_another(gpt2: LanguageModel) -> None:
         seen.append((value, source))
         return value
 
-    found = gpt2.compare(tokens, write, {"spy": spy, "double": lambda value, source: value + source}, reads=read)
+    double = predicting(lambda value, source: value + source, read, write)
+    found = gpt2.compare(tokens, {"spy": predicting(spy, read, write), "double": double})
     assert torch.equal(seen[0][0], clean[write]) and torch.equal(seen[0][1], clean[read])
     assert torch.equal(found.spliced["spy"].ce, found.clean)
-    added = gpt2.losses(tokens, write, lambda value: value + clean[read])
+    added = intervened(gpt2, tokens, {write: lambda value: value + clean[read]})
     assert torch.equal(found.spliced["double"].ce, added)
     with pytest.raises(SaeError, match=r"1\.mlp_out is computed after 0\.mlp_in"):
-        gpt2.compare(tokens, read, {"it": spy}, reads=write)
+        gpt2.compare(tokens, {"it": predicting(spy, write, read)})
 
 
 def test_a_replacement_that_writes_into_its_argument_spoils_only_its_own_pass(gpt2: LanguageModel) -> None:
     tokens = some_tokens(gpt2)
     for site in ("resid_pre", "resid_mid", "mlp_out"):
-        found = gpt2.compare(tokens, Point(1, site), {"zero": lambda x: x.zero_(), "same": lambda x: x})
+        found = gpt2.compare(tokens, at(Point(1, site), {"zero": lambda x: x.zero_(), "same": lambda x: x}))
         assert torch.equal(found.spliced["same"].ce, found.clean)
         assert not torch.equal(found.spliced["zero"].ce, found.clean)
         assert torch.equal(found.clean, gpt2.losses(tokens))
@@ -328,9 +340,9 @@ def test_losses_do_not_depend_on_how_many_rows_of_logits_are_held(
     gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens, point = some_tokens(gpt2), Point(2, "resid_pre")
-    whole = gpt2.compare(tokens, point, {"half": lambda x: x / 2})
+    whole = gpt2.compare(tokens, {"half": {point: lambda x: x / 2}})
     monkeypatch.setattr("sae.pipeline.language_model.model._LOGITS_AT_ONCE", {"cpu": VOCAB * 4})
-    pieces = gpt2.compare(tokens, point, {"half": lambda x: x / 2})
+    pieces = gpt2.compare(tokens, {"half": {point: lambda x: x / 2}})
     torch.testing.assert_close(pieces.clean, whole.clean)
     torch.testing.assert_close(pieces.spliced["half"].kl, whole.spliced["half"].kl)
 
@@ -338,8 +350,8 @@ def test_losses_do_not_depend_on_how_many_rows_of_logits_are_held(
 def test_a_replacement_of_another_shape_is_refused_and_leaves_no_hooks(gpt2: LanguageModel) -> None:
     tokens = some_tokens(gpt2)
     before = gpt2.losses(tokens)
-    with pytest.raises(ValueError, match="must return"):
-        gpt2.compare(tokens, Point(2, "attn_z"), {"short": lambda x: x[:, 1:]})
+    with pytest.raises(ValueError, match="must have its shape"):
+        gpt2.compare(tokens, {"short": {Point(2, "attn_z"): lambda x: x[:, 1:]}})
     assert torch.equal(gpt2.losses(tokens), before)
 
 
@@ -395,7 +407,7 @@ def test_bfloat16_is_float32_to_its_precision(folders: dict[str, Path], gpt2: La
     found, exact = (model.activations(tokens, [point])[point] for model in (short, gpt2))
     assert found.dtype == torch.bfloat16
     assert (found.float() - exact).norm() < 0.02 * exact.norm()
-    compared = short.compare(tokens, point, {"same": lambda x: x})
+    compared = short.compare(tokens, {"same": {point: lambda x: x}})
     assert compared.clean.dtype == torch.float32 and torch.equal(compared.spliced["same"].ce, compared.clean)
 
 
