@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 Need = Literal["rows", "codes", "training", "model", "directions", "truth"]
 """What a metric may ask for: held-out rows and their reconstructions; the codes of these; training rows to search as
 well; a language model to splice into; a direction for every latent; the features that the rows were made of."""
+Better = Literal["low", "high"] | None
 NEEDS: tuple[Need, ...] = get_args(Need)
 OF_ROWS: frozenset[Need] = frozenset({"rows", "codes", "training"})
 WITHOUT_MODEL: frozenset[Need] = OF_ROWS | {"directions"}
@@ -32,7 +33,7 @@ class Figure(NamedTuple):
     key: str
     title: str
     meaning: str
-    better: Literal["low", "high"] | None = None
+    better: Better = None
     shown: Literal["everywhere", "evaluation", "studies"] = "everywhere"
     share: bool = False
     amount: bool = False
@@ -85,6 +86,11 @@ def amounts() -> list[Figure]:
 def evaluation_table() -> list[Figure]:
     """The figures of one evaluation, for its table: results first, then on how much they were judged."""
     return sorted(figures(shown=("everywhere", "evaluation")), key=lambda figure: figure.amount)
+
+
+def better(key: str) -> Better:
+    """Which end of a figure is better, where one is."""
+    return _of(key)[1].better
 
 
 def label(key: str) -> str:

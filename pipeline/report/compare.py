@@ -14,7 +14,17 @@ from typing import Any
 from sae.cache.errors import NotFound, SaeError
 from sae.cache.printable import printable
 from sae.cache.runs import Run
-from sae.pipeline.metrics.figures import OF_ROWS, Figure, amounts, available, compared, completed, figures, lacking
+from sae.pipeline.metrics.figures import (
+    OF_ROWS,
+    Better,
+    Figure,
+    amounts,
+    available,
+    compared,
+    completed,
+    figures,
+    lacking,
+)
 
 TRAINING = ("fvu", "l0", "dead", "agreement", "recovery", "seconds_per_step", "megabytes")
 FORMULA = tuple("=+-@＝＋－＠")
@@ -63,11 +73,15 @@ def over_seeds(rows: Sequence[Row], figures: Sequence[str] | None = None) -> lis
     return merged
 
 
-def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points no other is better than in both coordinates (smaller is better), by the first one."""
+def front(points: Sequence[tuple[float, float]], better: Better = "low") -> list[tuple[float, float]]:
+    """The points no other is better than in both coordinates, by the first one, of which less is better.
+
+    better: which end of the second one is; where neither is, no point is better than another.
+    """
+    sign = {"low": 1, "high": -1, None: 0}[better]
     best: list[tuple[float, float]] = []
-    for point in sorted(set(points)):
-        if not best or point[1] < best[-1][1]:
+    for point in sorted(set(points), key=lambda point: (point[0], sign * point[1], point[1])):
+        if not best or not sign or sign * point[1] < sign * best[-1][1]:
             best.append(point)
     return best
 

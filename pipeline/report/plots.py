@@ -3,12 +3,12 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sae.cache.disk.durable import write_atomic
 from sae.cache.errors import SaeError
 from sae.cache.printable import printable
-from sae.pipeline.metrics.figures import compared, judged_on, label
+from sae.pipeline.metrics.figures import Better, better, compared, judged_on, label
 from sae.pipeline.report.compare import Row, front, named
 
 if TYPE_CHECKING:
@@ -20,8 +20,19 @@ LEAST_RANGE = 0.1  # of a y axis, as a share of its values
 MOST_LETTERS, MOST_LINE = 40, 400  # of a label, of a line below
 FORMATS = (".png", ".svg", ".pdf")
 DRAWN = ("fvu", "ce_degradation")  # a panel each, over L0
-PanelAxes = tuple[str, str, str, tuple[str, ...]]  # what is on y and on x, the label of y, what both were judged on
-TRAINED: PanelAxes = ("train_fvu", "train_l0", "FVU, last training batch", ())
+
+
+class PanelAxes(NamedTuple):
+    """What is on y and on x, the label of y, which amounts both were judged on, and which end of y is better."""
+
+    y: str
+    x: str
+    title: str
+    amounts: tuple[str, ...]
+    better: Better
+
+
+TRAINED = PanelAxes("train_fvu", "train_l0", "FVU, last training batch", (), "low")
 
 
 def expect_plot(path: Path) -> None:
@@ -46,11 +57,11 @@ def pareto(rows: Sequence[Row], path: Path, drawn: Sequence[str] | None = None) 
     nothing to plot, or none of what was asked for.
     """
     expect_plot(path)
-    panels = [axes for axes in map(axes_of, drawn or DRAWN) if any(_point(row, *axes[:2]) for row in rows)]
+    panels = [axes for axes in map(axes_of, drawn or DRAWN) if any(_point(row, axes) for row in rows)]
     if drawn and len(panels) < len(drawn):
-        lacks = {*drawn} - {key for key, *_ in panels}
+        lacks = {*drawn} - {panel.y for panel in panels}
         raise SaeError(f"--y {','.join(drawn)}: no run has both L0 and {' or '.join(sorted(lacks))}; see `sae eval`")
-    panels = panels or [TRAINED] * any(_point(row, *TRAINED[:2]) for row in rows)
+    panels = panels or [TRAINED] * any(_point(row, TRAINED) for row in rows)
     if not panels:
         raise SaeError(f"--plot {path}: no run has both L0 and a figure to set against it")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -68,7 +79,7 @@ def pareto(rows: Sequence[Row], path: Path, drawn: Sequence[str] | None = None) 
 
 def axes_of(key: str) -> PanelAxes:
     """The panel of a figure over L0."""
-    return key, "l0", label(key), judged_on(key)
+    return PanelAxes(key, "l0", label(key), judged_on(key), better(key))
 
 
 def save(figure: "Figure", path: Path) -> None:
@@ -79,23 +90,23 @@ def save(figure: "Figure", path: Path) -> None:
 
 
 def _fill(axis: "Axes", panel: PanelAxes, rows: Sequence[Row], kinds: list[str]) -> None:
-    y_name, x_name, title, amounts = panel
     points: dict[tuple[tuple[int, ...], str], list[tuple[float, float]]] = {}
     for row in rows:
-        if (point := _point(row, y_name, x_name)) is not None:
-            points.setdefault((tuple(row.get(name) or 0 for name in amounts), str(row["sae.arch"])), []).append(point)
+        if (point := _point(row, panel)) is not None:
+            amount = tuple(row.get(name) or 0 for name in panel.amounts)
+            points.setdefault((amount, str(row["sae.arch"])), []).append(point)
     most = max(amount for amount, _ in points)
     alike = all(amount == most for amount, _ in points)
     for (amount, kind), group in sorted(points.items(), key=lambda one: (kinds.index(one[0][1]), one[0][0])):
         colour, full = f"C{kinds.index(kind) % 10}", amount == most
-        on = " and ".join(f"{n:,} {name}" for n, name in zip(amount, amounts, strict=True))
+        on = " and ".join(f"{n:,} {name}" for n, name in zip(amount, panel.amounts, strict=True))
         axis.plot(
             *zip(*group, strict=True), "o", color=colour, alpha=0.75, fillstyle="full" if full else "none",
             label=plain_text(kind) if alike else f"{plain_text(kind)}, on {on}",
         )  # fmt: skip
         if full:
-            axis.plot(*zip(*front(group), strict=True), "-", color=colour, linewidth=1.2)
-    axis.set(xlabel="L0", ylabel=title, xscale="log")
+            axis.plot(*zip(*front(group, panel.better), strict=True), "-", color=colour, linewidth=1.2)
+    axis.set(xlabel="L0", ylabel=panel.title, xscale="log")
     calm(axis)
     plain_numbers(axis)
     axis.grid(alpha=0.25)
@@ -109,14 +120,14 @@ def plain_text(said: str, most: int = MOST_LETTERS) -> str:
 
 def absent(rows: Sequence[Row], panels: Sequence[PanelAxes]) -> str:
     """Which runs have no point in a panel that is drawn, and why; empty where all have."""
-    held_out = any(amounts for *_, amounts in panels)
+    held_out = any(panel.amounts for panel in panels)
     unjudged, silent = [], []
     for row in rows:
         if "run" not in row:  # a mean over several
             continue
         if held_out and row["rows"] is None:
             unjudged.append(str(row["run"]))
-        elif not any(_point(row, *panel[:2]) for panel in panels):
+        elif not any(_point(row, panel) for panel in panels):
             silent.append(str(row["run"]))
     said = [("not judged", unjudged), ("L0 of 0", silent)]
     return "; ".join(f"{why}: {named(names)}" for why, names in said if names)
@@ -142,7 +153,7 @@ def plain_numbers(axis: "Axes") -> None:
     axis.xaxis.set_minor_formatter(plain if high < ROOM * low else NullFormatter())
 
 
-def _point(row: Row, y_name: str, x_name: str) -> tuple[float, float] | None:
+def _point(row: Row, axes: PanelAxes) -> tuple[float, float] | None:
     """(L0, figure) of a row, or None where one of them is missing or L0 has no place on a logarithmic axis."""
-    x, y = row[x_name], row[y_name]
+    x, y = row[axes.x], row[axes.y]
     return (x, y) if x is not None and y is not None and x > 0 else None

@@ -222,3 +222,6 @@ def test_the_front_is_what_nothing_beats() -> None:
     points = [(1.0, 5.0), (2.0, 3.0), (2.0, 4.0), (3.0, 3.0), (4.0, 1.0), (0.5, 6.0)]
     slow = sorted(p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points))
     assert front(points) == slow == [(0.5, 6.0), (1.0, 5.0), (2.0, 3.0), (4.0, 1.0)]
+    mirrored = [(x, -y) for x, y in points]
+    assert front(mirrored, "high") == [(x, -y) for x, y in slow]
+    assert front(points, None) == sorted(points)  # of a figure with no better end nothing is left out
