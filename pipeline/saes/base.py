@@ -3,8 +3,9 @@
 An architecture is one file in this package: its Config (frozen, tagged by `arch`) and its final class, under @register.
 Importing the package imports every file in it, so a new architecture is found by being there. A class fills in `rule`
 (which latents are active at inference, from the pre-activations), and `_activate` where training chooses otherwise. It
-may add parameters (`_build`, and then `_reset` and `_constrain`), loss terms (`_terms`), what follows a step
-(`_update`), and what a file says of it (`_written`, `_take`). Everything else is implemented once, and not overridden.
+may add parameters (`_build`, and then `latent_parameters`, `_reset` and `_constrain`), loss terms (`_terms`), what
+follows a step (`_update`), and what a file says of it (`_written`, `_take`). Everything else is implemented once, and
+not overridden.
 
 A training step, for a batch x [B, d_in] (and target y [B, d_out] for a transcoder):
 
@@ -276,9 +277,26 @@ class SAE(Dictionary):
         inputs = F.normalize(scaled, dim=1) if self.is_transcoder else towards
         return inputs, towards, (y - losses.reconstruction).square().sum(1)
 
-    def per_latent(self) -> list[nn.Parameter]:
-        """The parameters whose first dimension counts latents."""
-        return [parameter for name, parameter in self.named_parameters() if name != "b_dec"]
+    def latent_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters [d_sae, ...] that hold a row or a number for each latent, by name.
+
+        An architecture adds its own. A latent that starts again loses what the optimiser remembers of its part of them.
+        """
+        return self._learned("W_enc_rows", "b_enc", "W_dec")
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Every parameter once, by what decides its learning rate: the decoder's own, or the encoder's.
+
+        Checkpoints number the optimiser's state in this order.
+        """
+        decoder = self._learned("W_dec", "b_dec")
+        encoder = [parameter for name, parameter in self.named_parameters() if name not in decoder]
+        return {"encoder": encoder, "decoder": [*decoder.values()]}
+
+    def _learned(self, *names: str) -> dict[str, nn.Parameter]:
+        """Those of these tensors that are parameters; a bias that is not learned is a buffer."""
+        found = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in found.items() if isinstance(value, nn.Parameter)}
 
     @torch.no_grad()
     def restart(self, which: Tensor, encoder_rows: Tensor, decoder_rows: Tensor) -> None:

@@ -54,6 +54,9 @@ class Gated(SAE):
             "gate": self.squared_error(through_gate, batch.y),
         }
 
+    def latent_parameters(self) -> dict[str, nn.Parameter]:
+        return super().latent_parameters() | self._learned("r_mag", "b_mag")
+
     def _reset(self, which: Tensor) -> None:
         for parameter in (self.b_enc, self.b_mag, self.r_mag):
             parameter[which] = 0

@@ -114,6 +114,9 @@ class JumpReLU(SAE):
         l0 = active.map(lambda _: steps).total().mean()
         return l0 if self.config.target_l0 is None else (l0 / self.config.target_l0 - 1).square()
 
+    def latent_parameters(self) -> dict[str, nn.Parameter]:
+        return super().latent_parameters() | self._learned("threshold")
+
     def _constrain(self) -> None:
         self.threshold.clamp_(min=0)
 

@@ -83,7 +83,7 @@ def resample(
     norms = [torch.linalg.vector_norm(table[living], dim=1).mean() for table in (sae.W_enc_rows, sae.W_dec)]
     unit = sae.config.decoder_norm == "unit"
     sae.restart(which, settings.scale * norms[0] * inputs, outputs * (1 if unit else norms[1]))
-    for parameter in sae.per_latent():
+    for parameter in sae.latent_parameters().values():
         for moment in ("exp_avg", "exp_avg_sq"):
             if moment in (state := optimiser.state[parameter]):
                 state[moment][which] = 0

@@ -36,8 +36,6 @@ from sae.pipeline.train.resampling import (
     resample,
 )
 
-DECODER = ("W_dec", "b_dec")  # the parameters with the decoder's learning rate; the others have the encoder's
-
 
 class Diverged(SaeError):
     """A dictionary whose numbers are none any more. Those that train beside it need not end with it."""
@@ -74,11 +72,8 @@ class Member:
             sae.initialise(sample)
         except ValueError as error:
             raise SaeError(f"{store.path}: {error}") from error
-        encoder, decoder = (
-            {"params": [p for name, p in sae.named_parameters() if (name in DECODER) == inside]}
-            for inside in (False, True)
-        )
-        optimiser = torch.optim.Adam([encoder, decoder], lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        groups = [{"params": parameters, "name": name} for name, parameters in sae.parameter_groups().items()]
+        optimiser = torch.optim.Adam(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
         truth = store.truth
         return cls(run, config, sae, optimiser, store, rows, None if truth is None else truth.to(device))
 
@@ -98,8 +93,9 @@ class Member:
         self.sae.before_step()
         if self.config.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.config.clip)
-        for group, rate in zip(self.optimiser.param_groups, self.config.rates_at(step, total), strict=True):
-            group["lr"] = rate
+        rates = dict(zip(("encoder", "decoder"), self.config.rates_at(step, total), strict=True))
+        for group in self.optimiser.param_groups:
+            group["lr"] = rates[group["name"]]
         self.optimiser.step()
         self.sae.after_step()
         self.sae.track(*ranks.gather([self.sae.observe(part) for part in parts]))

@@ -129,6 +129,23 @@ def test_terms_add_up_exactly_and_loss_changes_nothing(config: saes.Config, d_ou
         torch.testing.assert_close(losses.terms["reconstruction"], error)
 
 
+def test_an_architecture_says_what_is_per_latent_and_what_learns_at_which_rate(
+    config: saes.Config, d_out: int | None
+) -> None:
+    """M is no width of anything else here, so that the shapes tell what must be said."""
+    sae = made(config, d_out)
+    named = dict(sae.named_parameters())
+    said = sae.latent_parameters()
+    assert all(value is named[name] for name, value in said.items())
+    assert said.keys() == {name for name, value in named.items() if value.shape[:1] == (M,)}
+    groups = sae.parameter_groups()
+    assert list(groups) == ["encoder", "decoder"]
+    grouped = [id(one) for group in groups.values() for one in group]
+    assert sorted(grouped) == sorted(map(id, named.values()))
+    before = [[value for name, value in named.items() if (name in ("W_dec", "b_dec")) == inside] for inside in (0, 1)]
+    assert [[id(one) for one in group] for group in groups.values()] == [[id(one) for one in group] for group in before]
+
+
 def test_gradients_reach_every_parameter(config: saes.Config, d_out: int | None) -> None:
     sae = made(config, d_out)
     x, y = next(batches(d_out, 1))

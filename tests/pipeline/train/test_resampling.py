@@ -9,13 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.saes_kit import B, D, M, Planted, batches, made, one_thread, settings, train
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae.pipeline import saes
 from sae.pipeline.saes import (
     SAE,
     Clock,
 )
+from sae.pipeline.saes.losses import Batch
+from sae.pipeline.saes.topk import TopK
+from sae.pipeline.train import resampling
 from sae.pipeline.train.resampling import (
     Resample,
     inequality,
@@ -75,6 +78,34 @@ def test_only_dead_latents_and_their_moments_change(arch: str, d_out: int | None
     torch.testing.assert_close(sae.W_enc_rows[:DEAD].norm(dim=1), (0.2 * alive).expand(DEAD))
 
 
+class Sharpened(TopK):
+    """TopK with a parameter that no latent has for itself, and one that is no architecture's so far."""
+
+    def _build(self, generator: torch.Generator) -> None:
+        self.sharpness = nn.Parameter(torch.ones(()))
+        self.mixing = nn.Parameter(torch.eye(3))
+
+    def _terms(self, batch: Batch) -> dict[str, Tensor]:
+        return super()._terms(batch) | {"sharp": (self.sharpness - 2).square() + (self.mixing - 1).square().sum()}
+
+
+def test_a_parameter_that_is_not_per_latent_keeps_what_the_optimiser_knows_of_it() -> None:
+    sae = Sharpened(settings({"arch": "topk", "dead_after": 1000}), D)
+    sae.initialise(Planted()(512))
+    groups = sae.parameter_groups()
+    optimiser = torch.optim.Adam([{"params": group} for group in groups.values()], lr=1e-2, fused=True)
+    train(sae, batches(None, 5), optimizer=optimiser)
+    sae.rows_since_fired[:DEAD] = 1000
+    means = moments(sae, optimiser)
+    assert resample(sae, optimiser, batches(None, 4), RESAMPLE, generator()) >= DEAD
+    after = moments(sae, optimiser)
+    for name in ("sharpness exp_avg", "mixing exp_avg", "mixing exp_avg_sq", "b_dec exp_avg"):
+        assert means[name].any() and torch.equal(after[name], means[name]), name
+    assert not after["W_dec exp_avg"][:DEAD].any()
+    reinitialise(sae, optimiser, (Planted()(512), None), generator())
+    train(sae, batches(None, 2), optimizer=optimiser)
+
+
 def test_new_directions_are_those_of_rows_by_their_error() -> None:
     """Rows without an error are never drawn, others in proportion to its square, and none twice."""
     sae, optimiser = with_dead({"arch": "l1", "decoder_norm": "free", "penalty": "decoder_norm"})
@@ -98,9 +129,9 @@ def test_new_directions_are_those_of_rows_by_their_error() -> None:
             return torch.eye(3), torch.eye(3), torch.tensor([1.0, 2.0, 0.0])
 
     stands: Any = Fixed()
-    drawn = torch.stack([saes.revival._draw(stands, [(x, None)], 1, generator(seed))[0][0] for seed in range(600)])
+    drawn = torch.stack([resampling._draw(stands, [(x, None)], 1, generator(seed))[0][0] for seed in range(600)])
     assert drawn.mean(0).tolist() == pytest.approx([0.2, 0.8, 0.0], abs=0.05)
-    assert len(saes.revival._draw(stands, [(x, None)], 9, generator())[0]) == 2
+    assert len(resampling._draw(stands, [(x, None)], 9, generator())[0]) == 2
 
 
 def test_a_resampled_latent_fires_again() -> None:
