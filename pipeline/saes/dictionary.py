@@ -70,17 +70,38 @@ class Dictionary(nn.Module, ABC):
         return self.W_enc_rows.T
 
     def encode(self, x: Tensor) -> Latents:
-        """x [B, d_in] in the data's units -> its latents."""
-        scaled, frame = self._scaled(x)
-        return self._framed(self._activate(self._preactivations(scaled), FINISHED), frame)
+        """x [..., d_in] in the data's units, in any precision -> its latents. ValueError for rows of another width."""
+        if not x.dim() or x.shape[-1] != self.d_in:
+            raise ValueError(f"x has the shape {list(x.shape)}; this dictionary reads [..., {self.d_in}]")
+        scaled, frame = self._scaled(x.reshape(-1, self.d_in).to(self.W_dec.dtype))
+        active = self._framed(self._activate(self._preactivations(scaled), FINISHED), frame)
+        return active if x.dim() == 2 else replace(active, lead=tuple(x.shape[:-1]))
 
-    def decode(self, active: Latents) -> Tensor:
-        """Latents, of `encode` or edited, -> [B, d_out] in the data's units."""
-        return in_data_units(self._reconstruct(active), self.target_scale, active.frame)
+    def decode(self, active: Latents | Tensor) -> Tensor:
+        """Latents, of `encode` or edited, or their values [..., d_sae] -> [..., d_out] in the data's units.
+
+        ValueError for values of another width, and for values alone where the dictionary scales each row by itself:
+        only latents know what their rows were (`Latents.edited` gives them other values).
+        """
+        if isinstance(active, Tensor):
+            if not active.dim() or active.shape[-1] != self.d_sae:
+                raise ValueError(f"latents have the shape {list(active.shape)}; this dictionary has {self.d_sae}")
+            if self.row_scaling != "none" and not self.is_transcoder:
+                raise ValueError(
+                    "this dictionary scales each row by itself, so values alone do not say where a row was; decode "
+                    "what encode gave, or latents.edited(values) of it"
+                )
+            active = Latents.of_dense(active.to(self.W_dec.dtype))
+        return active.in_lead(in_data_units(self._reconstruct(active), self.target_scale, active.frame))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, d_in] -> its reconstruction (or prediction of y) [B, d_out], in the data's units."""
+        """x [..., d_in] -> its reconstruction (or prediction of y) [..., d_out], in the data's units."""
         return self.decode(self.encode(x))
+
+    def extra_repr(self) -> str:
+        """What it is, in one line: widths, and the numbers of its rule."""
+        numbers = [f"{name}={value}" for name, value in self.rule.values().items() if not isinstance(value, Tensor)]
+        return ", ".join([f"d_in={self.d_in}", f"d_sae={self.d_sae}", f"d_out={self.d_out}", *numbers])
 
     def _scaled(self, x: Tensor) -> tuple[Tensor, Frame | None]:
         """x in the space the dictionary lives in, and what takes it back where that is the row's own affair."""

@@ -49,6 +49,7 @@ class Latents:
     entries: where the values sit, or None when dense.
     before: laid out as `values`, the pre-activations they were made from, where an architecture's loss needs them.
     frame: of the rows they were encoded from, where those were standardised one by one.
+    lead: the shape [...] of rows that came as [..., d]; None where they came as [B, d].
     An entry may hold the value 0 (TopK followed by ReLU): it counts as not firing everywhere here.
     """
 
@@ -57,6 +58,7 @@ class Latents:
     d_sae: int
     before: Tensor | None = None
     frame: Frame | None = None
+    lead: tuple[int, ...] | None = None
 
     @classmethod
     def of_rows(cls, values: Tensor, indices: Tensor, d_sae: int) -> Latents:
@@ -65,8 +67,15 @@ class Latents:
 
     @classmethod
     def of_dense(cls, values: Tensor) -> Latents:
-        """From a dense [B, d_sae] tensor."""
-        return cls(values, None, values.shape[1])
+        """From a dense [..., d_sae] tensor."""
+        lead = None if values.dim() == 2 else tuple(values.shape[:-1])
+        return cls(values.reshape(-1, values.shape[-1]), None, values.shape[-1], lead=lead)
+
+    def edited(self, values: Tensor) -> Latents:
+        """Other values [..., d_sae] of the same rows, for `decode` to put where these rows were."""
+        if values.shape[-1:] != (self.d_sae,) or values.shape[:-1].numel() != self.batch:
+            raise ValueError(f"{self.batch} rows of {self.d_sae} latents cannot have values {list(values.shape)}")
+        return replace(Latents.of_dense(values), frame=self.frame)
 
     @property
     def batch(self) -> int:
@@ -91,16 +100,20 @@ class Latents:
         return weights.index_select(0, self.entries.indices).view(self.values.shape)
 
     def dense(self) -> Tensor:
-        """[B, d_sae], differentiable in the values."""
+        """[B, d_sae] or [..., d_sae], differentiable in the values."""
         if self.entries is None:
-            return self.values
+            return self.in_lead(self.values)
         flat = self.entries.rows * self.d_sae + self.entries.indices
         zeros = self.values.new_zeros(self.batch * self.d_sae)
-        return zeros.index_put((flat,), self.values.reshape(-1)).view(self.batch, self.d_sae)
+        return self.in_lead(zeros.index_put((flat,), self.values.reshape(-1)).view(self.batch, self.d_sae))
 
     def l0(self) -> Tensor:
-        """int64 [B]: how many latents fired in each row."""
-        return _per_row(self, (self.values != 0).long())
+        """int64 [B] or [...]: how many latents fired in each row."""
+        return self.in_lead(_per_row(self, (self.values != 0).long()))
+
+    def in_lead(self, rows: Tensor) -> Tensor:
+        """Something of each row, [B, ...], in the shape in which the rows came."""
+        return rows if self.lead is None else rows.view((*self.lead, *rows.shape[1:]))
 
     def fired(self) -> Tensor:
         """int64 [d_sae]: in how many of the rows each latent fired."""

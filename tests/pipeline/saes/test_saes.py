@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ValidationError
-from support.saes_kit import CASES, B, D, GroundTruth, M, batches, made, one_thread, settings, train
+from support.saes_kit import CASES, B, D, GroundTruth, M, Planted, batches, made, one_thread, settings, train
 from torch import Tensor
 
 from sae.pipeline import saes
@@ -377,3 +377,52 @@ def test_no_rows_are_encoded_and_decoded_but_have_no_loss(config: saes.Config, d
         assert mode.decode(active).shape == (0, d_out or D)
     with pytest.raises(ValueError, match="without rows"):
         sae.loss(x[:0], None if y is None else y[:0])
+
+
+def test_rows_may_come_in_any_shape_and_precision(config: saes.Config, d_out: int | None) -> None:
+    sae = made(config, d_out).eval()
+    x = Planted(seed=3)(6)
+    with torch.no_grad():
+        latents = sae.encode(x)
+        dense, y_hat = latents.dense(), sae.decode(latents)
+        for lead in ((2, 3), (1, 6, 1), (3, 2)):
+            shaped = sae.encode(x.view(*lead, D))
+            assert torch.equal(shaped.dense(), dense.view(*lead, M))
+            assert torch.equal(shaped.l0(), latents.l0().view(lead))
+            assert torch.equal(sae.decode(shaped), y_hat.view(*lead, sae.d_out))
+            assert torch.equal(sae(x.view(*lead, D)), y_hat.view(*lead, sae.d_out))
+        one = sae.encode(x[0])
+        assert one.dense().shape == (M,) and one.l0().shape == () and sae.decode(one).shape == (sae.d_out,)
+        assert sae.encode(x.bfloat16()).dense().dtype == torch.float32
+        assert sae(x.view(2, 3, D)[:0]).shape == (0, 3, sae.d_out)
+
+
+def test_dense_values_decode_as_latents_do(config: saes.Config, d_out: int | None) -> None:
+    sae = made(config, d_out).eval()
+    with torch.no_grad():
+        latents = sae.encode(Planted(seed=3)(6).view(2, 3, D))
+        values = latents.dense()
+        torch.testing.assert_close(sae.decode(latents.edited(values)), sae.decode(latents))
+        doubled = latents.edited(2 * values)
+        assert torch.equal(doubled.dense(), 2 * values)
+        if sae.row_scaling == "none" or sae.is_transcoder:
+            assert torch.equal(sae.decode(values), sae.decode(latents.edited(values)))
+            assert sae.decode(values[0, 0]).shape == (sae.d_out,)
+            assert torch.equal(sae.decode(values.double()), sae.decode(values))
+        else:
+            with pytest.raises(ValueError, match=r"latents\.edited"):
+                sae.decode(values)
+
+
+def test_rows_and_latents_of_another_width_are_refused() -> None:
+    sae = made(settings({"arch": "topk"}))
+    for x in (torch.zeros(2, D + 1), torch.zeros(D, 2), torch.zeros(())):
+        with pytest.raises(ValueError, match=rf"reads \[\.\.\., {D}\]"):
+            sae.encode(x)
+    for values in (torch.zeros(2, D), torch.zeros(())):
+        with pytest.raises(ValueError, match=f"this dictionary has {M}"):
+            sae.decode(values)
+    latents = sae.encode(torch.ones(2, D))
+    for values in (torch.zeros(3, M), torch.zeros(2, M - 1), torch.zeros(())):
+        with pytest.raises(ValueError, match="cannot have values"):
+            latents.edited(values)
