@@ -154,7 +154,7 @@ class SAE(Dictionary):
 
     @torch.no_grad()
     def formula(self) -> Formula:
-        return self.fold()._written()
+        return self.fold().requires_grad_(False)._written()
 
     @classmethod
     @torch.no_grad()

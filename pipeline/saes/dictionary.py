@@ -128,7 +128,8 @@ class FixedDictionary(Dictionary):
     def __init__(self, formula: Formula) -> None:
         super().__init__()
         self.d_in, self.d_sae, self.d_out = formula.d_in, formula.d_sae, formula.d_out
-        self.is_transcoder, self._formula = formula.transcoder, formula
+        self.is_transcoder, self._rule = formula.transcoder, formula.rule
+        self._centred, self._row_scaling = formula.centred, formula.row_scaling
         self.register_buffer("W_enc_rows", formula.W_enc.T.contiguous())
         for name in ("b_enc", "W_dec", "b_dec"):
             self.register_buffer(name, getattr(formula, name))
@@ -142,17 +143,18 @@ class FixedDictionary(Dictionary):
     @property
     def rule(self) -> Rule:
         own = {name.removeprefix("rule_"): buffer for name, buffer in self.named_buffers() if name.startswith("rule_")}
-        return replace(self._formula.rule, **own)
+        return replace(self._rule, **own)
 
     @property
     def b_dec_applied_to_input(self) -> bool:
-        return self._formula.centred
+        return self._centred
 
     @property
     def row_scaling(self) -> RowScaling:
-        return self._formula.row_scaling
+        return self._row_scaling
 
     def formula(self) -> Formula:
-        return replace(
-            self._formula, W_enc=self.W_enc, b_enc=self.b_enc, W_dec=self.W_dec, b_dec=self.b_dec, rule=self.rule
-        )
+        return Formula(
+            self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.rule, self._centred, self._row_scaling,
+            self.is_transcoder,
+        )  # fmt: skip

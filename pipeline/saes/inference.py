@@ -28,6 +28,7 @@ class Rule(ABC):
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
+        assert cls.name not in RULES, f"the name {cls.name!r} is taken"
         RULES[cls.name] = cls
 
     @abstractmethod

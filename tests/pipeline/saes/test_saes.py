@@ -293,6 +293,7 @@ def test_fold_and_export_are_the_function_that_was_trained(config: saes.Config, 
         torch.testing.assert_close(other.encode(x).dense() * sae.target_scale, latents, rtol=1e-4, atol=1e-5)
     assert formula.W_enc.shape == (D, M) and formula.W_dec.shape == (M, d_out or D)
     assert sae.scale != 1 or config.input_scale in ("none", "per_token")
+    assert not fixed(x).requires_grad and sae.W_dec.requires_grad
     assert FixedDictionary(fixed.formula()).encode(x).dense().equal(fixed.encode(x).dense())
 
 
