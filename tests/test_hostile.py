@@ -24,7 +24,7 @@ from sae.cache.store.store import Store
 from sae.cache.tokens import TokenStore
 from sae.cache.upkeep import garbage, usage
 from sae.cache.upkeep.damage import salvage, verify
-from sae.pipeline.commands import console
+from sae.pipeline.commands import bars
 from sae.pipeline.language_model import hints
 from sae.pipeline.language_model.token_mask import rule_of
 from sae.pipeline.report.compare import compare
@@ -47,7 +47,7 @@ COMMANDS = (
 def small() -> Iterator[None]:
     with small_stages() as patch:
         patch.setattr(tokens, "CHUNK_TOKENS", 64)
-        patch.setattr(console, "QUIET_SECONDS", float("inf"))
+        patch.setattr(bars, "QUIET_SECONDS", float("inf"))
         yield
 
 

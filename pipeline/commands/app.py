@@ -5,10 +5,10 @@ Puts the commands together, and turns every error into one line and an exit code
 
 import signal
 import traceback
+from collections.abc import Callable
 from enum import IntEnum
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,9 +16,16 @@ from typer.core import TyperGroup
 
 from sae.cache.disk.paths import outage
 from sae.cache.errors import SaeError
-from sae.pipeline.commands import judging, looking, making, runs, studies
-from sae.pipeline.commands.options import CacheRoot, Device, Json, RunsRoot, Set, Threads, cache_root, folder
-from sae.pipeline.commands.upkeep import report_damage
+from sae.pipeline.commands import cache, study
+from sae.pipeline.commands.compare import compare
+from sae.pipeline.commands.demo import demo
+from sae.pipeline.commands.evaluate import evaluate
+from sae.pipeline.commands.harvest import harvest
+from sae.pipeline.commands.list import list_
+from sae.pipeline.commands.report import report
+from sae.pipeline.commands.synthesize import synthesize
+from sae.pipeline.commands.tokenize import tokenize
+from sae.pipeline.commands.train import train
 from sae.pipeline.commands.words import Command
 from sae.pipeline.runtime.interrupts import Interrupted
 
@@ -45,8 +52,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(looking.app, name="cache")
-app.add_typer(studies.app, name="study")
+app.add_typer(cache.app, name="cache")
+app.add_typer(study.app, name="study")
 
 
 class Exit(IntEnum):
@@ -57,68 +64,19 @@ class Exit(IntEnum):
     INTERRUPTED = 130
 
 
-app.command()(making.tokenize)
-app.command()(making.harvest)
-app.command()(making.synthesize)
-app.command()(runs.train)
-app.command("eval")(judging.evaluate)
-app.command()(judging.report)
-app.command()(runs.compare)
-
-
-@app.command()
-def demo(
-    workers: Annotated[int, typer.Option(metavar="N", min=1, show_default=False, help="Processes that encode text. Default: 1.")] = 1,
-    device: Device = "auto", threads: Threads = None, cache: CacheRoot = None, runs: RunsRoot = Path("runs"), set_: Set = None, json: Json = False,
-) -> None:  # fmt: skip
-    """All four stages and a report on the embedded default: real text, a small real model, no network, two minutes.
-
-    The `tiny` preset through the same stages that the commands run. Repeated, it does not do finished ones again.
-
-    Examples:
-
-        sae demo
-        sae demo --set train.steps=4000 --json
-    """
-    from sae.pipeline.commands import console
-    from sae.pipeline.runtime.progress import said_if_slow
-
-    root, bars = cache_root(cache), console.Bars()
-    with said_if_slow(bars, "loading torch"):
-        from sae.pipeline.commands.demo import demo as stage
-        from sae.pipeline.runtime import devices
-
-    devices.device(device)
-    devices.take_threads(threads, bars.note)
-    result = stage(root, folder("--runs", runs), bars, overrides=set_ or [], device=device, workers=workers)
-    if json:
-        console.as_json(result)
-        return
-    console.evaluation(result, f"run {result['run']}")
-    console.table("seconds", list(result["seconds"]), [list(result["seconds"].values())])
-    console.say(f"report: {result['report']}")
-
-
-@app.command("list")
-def list_(runs: RunsRoot = Path("runs"), json: Json = False) -> None:
-    """What there is to choose from: runs, architectures, codecs, formats, sites, sources, presets.
-
-    Exit code 3 where a run cannot be read; the others are listed all the same.
-
-    Example: `sae list --json`.
-    """
-    from sae.cache import catalogue
-    from sae.pipeline.commands import console
-    from sae.pipeline.commands.registry_listing import choices
-
-    there, damage = catalogue.readable_runs(folder("--runs", runs))
-    found = choices(there)
-    if json:
-        console.as_json(found)
-    for title, entries in {} if json else found.items():
-        rows = [[entry["name"], entry["help"]] for entry in entries] or [["none yet", f"{runs} is where they would be"]]
-        console.table(title, ["name", "what it is"], rows, prose=True)
-    report_damage(damage)
+VERBS: dict[str, Callable[..., None]] = {
+    "tokenize": tokenize,
+    "harvest": harvest,
+    "synthesize": synthesize,
+    "train": train,
+    "eval": evaluate,
+    "report": report,
+    "compare": compare,
+    "demo": demo,
+    "list": list_,
+}
+for verb, command in VERBS.items():
+    app.command(verb)(command)
 
 
 def show_version(wanted: bool) -> None:
@@ -163,7 +121,7 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or torch_says
 
 
-for group in (app, looking.app, studies.app):
+for group in (app, cache.app, study.app):
     for registered in group.registered_commands:
         registered.cls = Command
 

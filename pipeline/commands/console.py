@@ -1,24 +1,14 @@
-"""Everything a person sees in a terminal: bars and notes on stderr, tables and JSON on stdout."""
+"""What a person sees in a terminal: tables and JSON on stdout, notes and errors on stderr; `bars` has the bars."""
 
 import json
 import math
 import sys
 import textwrap
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TaskID,
-    TextColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
@@ -28,132 +18,9 @@ from sae.pipeline.metrics.figures import evaluation_table
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
-TITLE = 24  # letters of a bar's title
-REST_OF_BAR = 38  # columns of everything in a bar but its title, amount, unit and the values beside it
 BYTES = "bytes"  # the unit that is said as kB, MB, GB
 GAP = "  "  # between the columns of a plain table
 LEAST_PROSE = 24  # columns that folded text gets at least
-QUIET_SECONDS = 15.0  # between two progress lines where there is no terminal to draw a bar on
-
-
-class Told(ProgressColumn):
-    """A column that says what `Bars` knows, whenever rich draws it."""
-
-    def __init__(self, says: Callable[[], str], style: str = "") -> None:
-        super().__init__()
-        self._says, self._style = says, style
-
-    def render(self, task: Task) -> Text:
-        return Text(self._says(), style=self._style)
-
-
-class Bars:
-    """A `pipeline.runtime.progress.Progress` on stderr: a live bar on a terminal, a line now and then elsewhere.
-
-    Rate and time left are those since the task began, so that steps of any length have them. Values beside the bar are
-    the last ones told. `worked` tells whether anything was counted at all, in this task or an earlier one.
-    """
-
-    def __init__(self) -> None:
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
-        self._title, self._unit = "", ""
-        self._total: int | None = None
-        self._done = self._begun_at = 0
-        self._begun = self._counted = self._said = 0.0
-        self._beside: dict[str, str] = {}
-        self.worked = False
-
-    def start(self, title: str, total: int | None, unit: str, done: int = 0) -> None:
-        self._title, self._unit, self._total = printable(title), unit, total
-        self._done = self._begun_at = done
-        self._begun = self._counted = self._said = time.monotonic()
-        self._beside = {}
-        if not err.is_terminal:
-            return
-        self._bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(12),
-            TextColumn("{task.fields[amount]}", markup=False),
-            Told(lambda: f"{self._rate()}/s" if self._new else ""),
-            Told(self._clock, "progress.remaining"),
-            TextColumn("{task.fields[extra]}", style="dim", markup=False),
-            console=err,
-            transient=True,
-        )
-        name = self._title if len(self._title) <= TITLE else f"{self._title[: TITLE - 1]}…"
-        self._task = self._bar.add_task(name, total=total, completed=done, unit=unit, amount="", extra="")
-        self._bar.start()
-
-    def advance(self, n: int, **fields: float | int | str) -> None:
-        self._done += n
-        self._counted = time.monotonic()
-        self.worked = self.worked or n > 0
-        self._beside |= {name: printable(f"{name} {short(value)}") for name, value in fields.items()}
-        extra = list(self._beside.values())
-        if self._bar is not None and self._task is not None:
-            figure = size if self._unit == BYTES else short
-            amount = figure(self._done) + (f"/{figure(self._total)}" if self._total else "")
-            taken = len(self._bar.tasks[0].description) + len(amount) + len(self._unit) + REST_OF_BAR
-            self._bar.update(self._task, advance=n, amount=amount, extra=_fitting(extra, err.width - taken))
-        elif self._counted - self._said > QUIET_SECONDS:
-            self._said = self._counted
-            left = [] if self._left is None else [f"{self._left:,.0f} s left"]
-            shown = ["  ".join(extra)] if extra else []
-            self.note(f"{self._title}: {', '.join([self._amount(), f'{self._rate()}/s', *left, *shown])}")
-
-    def finish(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = self._task = None
-        if not self._new:
-            return  # nothing to do, or an error before the first step, which says enough by itself
-        self._counted = time.monotonic()
-        took = self._counted - self._begun
-        self.note(f"{self._title}: {self._amount()} in {took:,.1f} s ({self._rate()}/s)")
-
-    def note(self, line: str) -> None:
-        err.print(Text(printable(line)), soft_wrap=True)
-
-    @property
-    def _new(self) -> int:
-        return self._done - self._begun_at
-
-    def _amount(self) -> str:
-        unfinished = self._total and self._done < self._total
-        if self._unit == BYTES:
-            return size(self._done) + (f" of {size(self._total)}" if self._total and unfinished else "")
-        return f"{self._done:,}" + (f" of {self._total:,}" if unfinished else "") + f" {self._unit}"
-
-    def _rate(self) -> str:
-        """Units a second, from the beginning of the task to the last time something was counted."""
-        return quantity(self._new / max(self._counted - self._begun, 1e-9), self._unit)
-
-    @property
-    def _left(self) -> float | None:
-        """Seconds to the end; None where the end is not known, or nothing yet that would tell."""
-        if not self._total or not self._new:
-            return None
-        left = (self._counted - self._begun) / self._new * (self._total - self._done)
-        return max(0.0, left - (time.monotonic() - self._counted))
-
-    def _clock(self) -> str:
-        """The time left as h:mm:ss."""
-        if self._left is None:
-            return "-:--:--"
-        minutes, seconds = divmod(round(self._left), 60)
-        return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
-def _fitting(parts: list[str], room: int) -> str:
-    """As many of the parts as there is room for: rich would shorten every column alike, the time left included."""
-    line = ""
-    for part in parts:
-        if len(line) + len(part) + 2 > room:
-            break
-        line += f"{part}  "
-    return line
 
 
 def short(value: float | int | str | None) -> str:
@@ -290,6 +157,11 @@ def _finite(value: Any) -> Any:
 def say(line: str) -> None:
     """One line of result on stdout."""
     out.print(Text(printable(line)), soft_wrap=True)
+
+
+def note(line: str) -> None:
+    """One line beside the result, on stderr."""
+    err.print(Text(printable(line)), soft_wrap=True)
 
 
 def agreed(question: str) -> bool:

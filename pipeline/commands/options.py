@@ -90,6 +90,7 @@ Seeds = Annotated[int | None, typer.Option(metavar="N", min=1, max=10_000, help=
 RunName = typer.Argument(metavar="RUN", autocompletion=complete_run, show_default=False, help="Run folder or its name. Default: the newest finished run.")
 StoreName = Annotated[str, typer.Argument(metavar="STORE", autocompletion=complete_store, help="Key, the beginning of a key, or a path.")]
 TrainingStore = Annotated[str | None, typer.Option(metavar="STORE", autocompletion=complete_store, help="Activations it was trained on: key, beginning of a key, or path. Default: those the run names.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", metavar="", help="Remove without asking.")]
 # fmt: on
 
 
@@ -132,6 +133,13 @@ def length_of(steps: int | None, rows: str | None) -> tuple[list[str], dict[str,
         raise SaeError(f"--steps {steps} and --rows {rows}: give one of them")
     freed = [other for given, other in ((steps, "rows"), (rows, "steps")) if given is not None]
     return freed, {"steps": steps, "rows": rows}
+
+
+def team(workers: int | None, scheduler: str | None, usual: int) -> int:
+    """How many processes are to work on this machine, where no scheduler says who works."""
+    if workers is not None and scheduler is not None:
+        raise SaeError(f"--workers {workers}: a scheduler brings its own workers; give --workers or --scheduler")
+    return workers or usual
 
 
 def settings(

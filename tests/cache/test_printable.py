@@ -12,6 +12,7 @@ from support.small_stores import some
 
 from sae.cache.printable import printable
 from sae.pipeline.commands import console
+from sae.pipeline.commands.bars import Bars
 from sae.pipeline.report.compare import as_csv
 from sae.pipeline.report.escaping import escape
 
@@ -45,7 +46,7 @@ def test_the_terminal_obeys_nothing_of_others(
     console.say(text)
     console.outline({text: {"inner": text, "list": [text, {"a": text}]}})
     console.evaluation({"fvu": 0.5}, text)
-    bars = console.Bars()
+    bars = Bars()
     bars.start(text, 2, "rows")
     bars.advance(1, **{text: text})
     bars.finish()

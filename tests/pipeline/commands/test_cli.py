@@ -24,7 +24,7 @@ from sae.cache import activations, catalogue, tokens
 from sae.cache.disk import durable
 from sae.cache.runs import Run
 from sae.cache.store.manifest import MANIFEST, Windows
-from sae.pipeline.commands import console
+from sae.pipeline.commands import bars
 from sae.pipeline.metrics.figures import available
 from sae.pipeline.metrics.figures import figures as figures_of
 
@@ -41,7 +41,7 @@ def small() -> Iterator[pytest.MonkeyPatch]:
         patch.setattr(activations, "CHUNK_ROWS", 512)
         patch.setattr(activations, "WINDOWS", Windows(512, 2048))
         patch.setattr("sae.pipeline.harvest.stage.WINDOWS", activations.WINDOWS)
-        patch.setattr(console, "QUIET_SECONDS", float("inf"))
+        patch.setattr(bars, "QUIET_SECONDS", float("inf"))
         yield patch
 
 
@@ -477,15 +477,15 @@ def test_rows_take_the_place_of_a_presets_steps(world: Path, tmp_path: Path) -> 
 
 def interrupted_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Ctrl-C at a step of training, once."""
-    advance, left = console.Bars.advance, [step]
+    advance, left = bars.Bars.advance, [step]
 
-    def counted(bars: console.Bars, n: int, **fields: Any) -> None:
+    def counted(told: bars.Bars, n: int, **fields: Any) -> None:
         left[0] -= 1
         if left[0] == 0:
             signal.raise_signal(signal.SIGINT)
-        advance(bars, n, **fields)
+        advance(told, n, **fields)
 
-    monkeypatch.setattr(console.Bars, "advance", counted)
+    monkeypatch.setattr(bars.Bars, "advance", counted)
 
 
 def test_ctrl_c_and_resume(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

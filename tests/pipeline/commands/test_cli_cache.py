@@ -24,7 +24,8 @@ from sae.cache.store.head import RECIPE
 from sae.cache.store.manifest import MANIFEST
 from sae.cache.store.store import Store
 from sae.cache.upkeep import garbage, removing
-from sae.pipeline.commands import console, upkeep
+from sae.pipeline.commands import bars, console
+from sae.pipeline.commands.cache_gc import span
 
 N = 5 * CHUNK + 3
 DAY = 86_400.0
@@ -33,7 +34,7 @@ DAY = 86_400.0
 @pytest.fixture(autouse=True, scope="module")
 def small() -> Iterator[pytest.MonkeyPatch]:
     with shrunk() as patch:
-        patch.setattr(console, "QUIET_SECONDS", float("inf"))
+        patch.setattr(bars, "QUIET_SECONDS", float("inf"))
         yield patch
 
 
@@ -301,13 +302,13 @@ def test_a_folder_that_became_a_store_is_kept(root: Path) -> None:
 
 @pytest.mark.parametrize(("text", "days"), [("12h", 0.5), ("30d", 30), ("2w", 14), ("1.5d", 1.5), ("0d", 0)])
 def test_lengths_of_time(text: str, days: float) -> None:
-    assert upkeep.span(text) == days * DAY
+    assert span(text) == days * DAY
 
 
 @pytest.mark.parametrize("text", ["", "30", "d", "-3d", "30 d", "3m", "1e3d"])
 def test_no_lengths_of_time(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="is no length of time; write 12h, 30d or 2w"):
-        upkeep.span(text)
+        span(text)
 
 
 def test_gc_of_a_wrong_time(root: Path) -> None:

@@ -11,8 +11,8 @@ from support.small_stores import shrunk, write_activations
 from sae.cache import activations
 from sae.cache.runs import Run
 from sae.cache.store.manifest import Windows
-from sae.pipeline.commands.console import Bars
-from sae.pipeline.commands.runs import say_rows
+from sae.pipeline.commands.bars import Bars
+from sae.pipeline.commands.train import say_rows
 from sae.pipeline.train.stage import TrainConfig
 
 

@@ -10,7 +10,7 @@ from support.small_models import made_up, save_model, small_stages, token_store
 from typer.main import get_command
 
 from sae.cache import catalogue
-from sae.pipeline.commands import studies
+from sae.pipeline.commands import study, words
 from sae.pipeline.harvest.stage import HarvestConfig, harvest
 from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.studies import coefficients, rates
@@ -198,6 +198,6 @@ def test_missing_layers_come_with_a_command_that_makes_them(cache: Path, tmp_pat
     ],
 )  # fmt: skip
 def test_the_grids_that_the_help_states(command: str, option: str, usual: tuple[float, ...]) -> None:
-    (param,) = [p for p in get_command(studies.app).commands[command].params if p.name == option]
+    (param,) = [p for p in get_command(study.app).commands[command].params if p.name == option]
     stated = param.help.split("Default: ")[1].rstrip(".")
-    assert studies.grid("--x", stated, ()) == usual
+    assert words.grid("--x", stated, ()) == usual

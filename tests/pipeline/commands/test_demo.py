@@ -13,7 +13,7 @@ from sae.cache import catalogue
 from sae.cache.activations import ActivationStore
 from sae.cache.errors import SaeError
 from sae.cache.runs import Run
-from sae.pipeline.commands.demo import demo
+from sae.pipeline.commands.all_stages import all_stages
 from sae.pipeline.evaluate.stage import EvalConfig, evaluate
 from sae.pipeline.harvest.stage import HarvestConfig, harvest
 from sae.pipeline.runtime.progress import Silent
@@ -51,7 +51,7 @@ class Steps(Silent):
 
 
 def show(folder: Path, progress: Silent, overrides: list[str]) -> dict[str, Any]:
-    return demo(folder / "cache", folder / "runs", progress, overrides=overrides, device="cpu", workers=1)
+    return all_stages(folder / "cache", folder / "runs", progress, overrides=overrides, device="cpu", workers=1)
 
 
 @pytest.fixture(scope="module")

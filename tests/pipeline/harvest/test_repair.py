@@ -29,7 +29,8 @@ from sae.cache.store.notes import write_note
 from sae.cache.tokens import VOCABULARY
 from sae.cache.upkeep import repair
 from sae.cache.upkeep.damage import inspect_damage, verify
-from sae.pipeline.commands import console, upkeep
+from sae.pipeline.commands import bars
+from sae.pipeline.commands.cache_verify import inspect_stores
 from sae.pipeline.harvest.repair import Origins, repair_all
 from sae.pipeline.harvest.windows import Passes
 from sae.pipeline.language_model import LanguageModel, loading
@@ -57,7 +58,7 @@ CHANGES: dict[str, Change] = {
 def small() -> Iterator[pytest.MonkeyPatch]:
     with small_stages() as patch:
         patch.setattr(tokens, "CHUNK_TOKENS", 64)
-        patch.setattr(console, "QUIET_SECONDS", float("inf"))
+        patch.setattr(bars, "QUIET_SECONDS", float("inf"))
         yield patch
 
 
@@ -576,7 +577,7 @@ def test_any_damage_is_mended(workbench: Path, kind: str) -> None:
         try:
             for name, data in changed.items():
                 (store / name).unlink() if data is None else (store / name).write_bytes(data)
-            found, hopeless, restored = upkeep.inspect_stores(root, None, repair=True)
+            found, hopeless, restored = inspect_stores(root, None, repair=True)
             assert not hopeless
             findings = verify(found, lambda size: None)
             mended, problems = repair_all(found, findings, Origins(root, device="cpu"), Silent())
@@ -602,7 +603,7 @@ def test_a_manifest_and_every_witness_of_it_lost(workbench: Path, kind: str) -> 
         for name in whole:
             if name == MANIFEST or name.endswith("/zarr.json"):
                 (store / name).write_bytes(b"")
-        found, hopeless, _ = upkeep.inspect_stores(workbench / "cache", None, repair=True)
+        found, hopeless, _ = inspect_stores(workbench / "cache", None, repair=True)
         (one,) = [one for one in found if one.store.path == store]
         assert not hopeless and one.lines and len(one.lost) == len(one.store.manifest.windows) > 1
         mended, problems = repair_all(

@@ -27,8 +27,8 @@ from sae.cache.runs import Run
 from sae.cache.store.manifest import MANIFEST
 from sae.cache.upkeep.damage import salvage, verify
 from sae.configs import resolve
-from sae.pipeline.commands import console
 from sae.pipeline.commands.app import app
+from sae.pipeline.commands.bars import Bars
 from sae.pipeline.harvest import synthetic
 from sae.pipeline.harvest.repair import Origins, repair_all
 from sae.pipeline.harvest.synthesize import synthesize, synthetic_recipe
@@ -366,14 +366,14 @@ def test_training_resumes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a checkpoint before the step it was killed at, to the same bits."""
     steps = itertools.count(1)
 
-    def cut_short(bars: console.Bars, n: int, **fields: float | int | str) -> None:
+    def cut_short(bars: Bars, n: int, **fields: float | int | str) -> None:
         if next(steps) == 40:
             raise KeyboardInterrupt
 
     done(MAKE)
     done(f"{TRAIN} --name whole")
     with monkeypatch.context() as patch:
-        patch.setattr(console.Bars, "advance", cut_short)
+        patch.setattr(Bars, "advance", cut_short)
         assert sae(f"{TRAIN} --name cut").code == 130
     assert not Run(home / "runs/cut").finished
     done("train --resume --name cut")

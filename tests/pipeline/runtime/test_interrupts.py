@@ -152,9 +152,9 @@ import os, sys, time
 terminal = os.open(sys.argv[1], os.O_RDWR)  # the first one that the leader of a session opens becomes its own
 for number in (0, 1, 2):
     os.dup2(terminal, number)
-from sae import cli; import sae.pipeline.commands.app; from sae.pipeline.commands import console
+from sae import cli; import sae.pipeline.commands.app; from sae.pipeline.commands.bars import Bars
 def waits():
-    bars = console.Bars()
+    bars = Bars()
     bars.start("harvest", 10, "rows")
     bars.advance(1)
     try:
@@ -162,7 +162,7 @@ def waits():
         time.sleep(60)
     finally:
         bars.finish()
-pipeline.commands.app.run = waits
+sae.pipeline.commands.app.run = waits
 cli.main()
 """
 

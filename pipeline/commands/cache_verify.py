@@ -1,6 +1,5 @@
-"""`sae cache verify` and `sae cache gc`: finding damage and mending it, finding what nobody needs and removing it."""
+"""`sae cache verify`: finds damage and mends it."""
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,24 +16,12 @@ from sae.pipeline.commands.options import (
     complete_store,
     folder,
 )
+from sae.pipeline.commands.shown import raise_last
 
 if TYPE_CHECKING:
     from sae.cache.upkeep.damage import DamagedStoreView
     from sae.cache.upkeep.repair import Repaired
-    from sae.pipeline.commands.console import Bars
-
-REMEDY = "; `sae cache verify --repair` makes it again, `sae cache rm` removes the store"
-SPANS = {"h": 3600.0, "d": 86_400.0, "w": 7 * 86_400.0}
-
-Yes = Annotated[bool, typer.Option("--yes", "-y", metavar="", help="Remove without asking.")]
-
-
-def span(text: str) -> float:
-    """A length of time in seconds: 12h, 30d, 2w."""
-    found = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]+)?)([hdw])", text)
-    if found is None:
-        raise typer.BadParameter(f"{text}: is no length of time; write 12h, 30d or 2w")
-    return float(found[1]) * SPANS[found[2]]
+    from sae.pipeline.commands.bars import Bars
 
 
 def verify(
@@ -61,8 +48,9 @@ def verify(
     """
     from sae.cache.upkeep import damage
     from sae.pipeline.commands import console
+    from sae.pipeline.commands.bars import Bars
 
-    root, bars = cache_root(cache), console.Bars()
+    root, bars = cache_root(cache), Bars()
     runs = folder("--runs", runs)
     found, hopeless, done = inspect_stores(root, store, repair)
     bars.start("verify", sum(sum(one.files.values()) for one in found), console.BYTES)
@@ -90,7 +78,7 @@ def verify(
     elif not problems:
         looked_at = [counted(len(found), "store"), *([counted(len(checked), "run")] if checked else [])]
         console.say(f"{' and '.join(looked_at)}, every byte as committed")
-    report(problems)
+    raise_last(problems)
 
 
 def check_runs(root: Path, bars: "Bars") -> tuple[list[str], list[str]]:
@@ -111,66 +99,6 @@ def check_runs(root: Path, bars: "Bars") -> tuple[list[str], list[str]]:
 def counted(n: int, what: str) -> str:
     """`1 store`, `2 stores`."""
     return f"{n} {what}{'s' if n != 1 else ''}"
-
-
-def gc(
-    older_than: Annotated[float, typer.Option(parser=span, metavar="TIME", show_default=False, help="Age from which a store that no run uses is not needed. Write 12h, 30d or 2w. Default: 30d.")] = "30d",  # type: ignore[assignment]
-    yes: Yes = False, cache: CacheRoot = None, runs: RunsRoot = Path("runs"), json: Json = False,
-) -> None:  # fmt: skip
-    """List what nothing needs, and with `--yes` remove it.
-
-    That is what crashes left (temporary files of stores and runs, chunks that were never committed, folders without a
-    recipe, halves of exports), and stores
-    that no run in `--runs` was trained on, that no last command made, on which no needed store is built, and that are
-    old, or were never completed and not continued for a day. A store somebody is writing is never touched. Where there
-    is no folder of runs, nobody knows which stores are needed: then none is listed.
-
-    Examples:
-
-        sae cache gc
-        sae cache gc --older-than 2w --runs experiments --yes
-    """
-    from sae.cache import catalogue
-    from sae.cache.upkeep import garbage, loose, removing
-    from sae.pipeline.commands import console
-
-    root, runs, bars = cache_root(cache), folder("--runs", runs), console.Bars()
-    removing.finish(root)
-    used, damage = catalogue.readable_runs(runs, all_tools=True) if runs.is_dir() else (None, [])
-    if damage:
-        used = None
-        bars.note("a run cannot be read, so which stores are needed is not known, and only remains are looked for")
-    elif used is None:
-        bars.note(
-            f"--runs {runs}: is not there, so which stores are needed is not known, and only remains are looked for"
-        )
-    found = [*garbage.survey(root, used, older_than), *loose.survey(root, runs if runs.is_dir() else None)]
-    busy = []
-    freed = 0
-    for one in found if yes else ():
-        try:
-            freed += one.remove()
-        except SaeError as error:
-            busy.append(str(error))
-    total = sum(one.bytes for one in found)
-    if json:
-        console.as_json({"garbage": [one.as_json() for one in found], "bytes": total, "freed": freed, "busy": busy})
-        report_damage(damage)
-        return
-    if found:
-        rows = [
-            [one.path.name, len(one.files) if one.files else "all", console.size(one.bytes), one.why] for one in found
-        ]
-        console.table(str(root), ["folder", "files", "size", "why"], rows)
-    if not found:
-        console.say("nothing to remove")
-    elif yes:
-        console.say(f"freed {console.size(freed)}")
-    else:
-        console.say(f"{console.size(total)} nobody needs; --yes removes them")
-    for line in busy:
-        bars.note(line)
-    report_damage(damage)
 
 
 def inspect_stores(
@@ -197,20 +125,3 @@ def inspect_stores(
                 found.append(inspect_damage(path))
     found.sort(key=lambda one: list(catalogue.kinds()).index(one.store.kind))  # repaired in this order
     return found, damage, done
-
-
-def report_damage(damage: list[str]) -> None:
-    """Raise DamagedStore with the last of what is wrong, after a line of stderr for each of the others."""
-    report([DamagedStore(line) for line in damage])
-
-
-def report(problems: list[SaeError]) -> None:
-    """Raise the last of some errors, after a line of stderr for each of the others."""
-    from sae.pipeline.commands import console
-
-    for error in problems:
-        error.args = (re.sub("; `sae cache verify.*", REMEDY, str(error)),)
-    for error in problems[:-1]:
-        console.complain(str(error))
-    if problems:
-        raise problems[-1]

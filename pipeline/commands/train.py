@@ -1,4 +1,4 @@
-"""The commands that make and compare run folders: `sae train`, `sae compare`."""
+"""`sae train`: rows to run folders."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sae.cache.disk.durable import expect_writable, write_atomic
 from sae.cache.errors import NotFound, SaeError
-from sae.pipeline.commands.options import (  # fmt: skip
+from sae.pipeline.commands.options import (
     PLACES,
     ActiveLatents,
     Arch,
@@ -23,7 +22,6 @@ from sae.pipeline.commands.options import (  # fmt: skip
     Set,
     Steps,
     Threads,
-    as_csv_file,
     cache_root,
     complete_run,
     complete_store,
@@ -32,16 +30,15 @@ from sae.pipeline.commands.options import (  # fmt: skip
     settings,
     unfinished,
 )
-from sae.pipeline.commands.upkeep import report_damage
-from sae.pipeline.commands.words import count, several
+from sae.pipeline.commands.shown import show_runs
+from sae.pipeline.commands.words import count
 from sae.pipeline.runtime.interrupts import remedied
 
 if TYPE_CHECKING:
     from sae.cache.activations import ActivationStore
     from sae.cache.runs import Run
-    from sae.pipeline.commands.console import Bars
+    from sae.pipeline.commands.bars import Bars
     from sae.pipeline.train.stage import TrainConfig
-
 
 LONGEST = 200  # bytes in the name of a run: files in it and locks beside it have longer ones
 
@@ -80,10 +77,10 @@ def train(
         sae train --devices 4 --batch 16384
     """
     from sae.cache import catalogue
-    from sae.pipeline.commands import console
+    from sae.pipeline.commands.bars import Bars
     from sae.pipeline.runtime.progress import said_if_slow
 
-    root, runs, bars = cache_root(cache), folder("--runs", runs), console.Bars()
+    root, runs, bars = cache_root(cache), folder("--runs", runs), Bars()
     if activations is not None:  # these names before the seconds that torch takes
         store_named(root, activations)
     if resume and name is not None:
@@ -223,74 +220,9 @@ def train_every(
         sweep(runs, store, bars, device=device, processes=processes)
     except Diverged:
         if finished := [run for run in runs if run.finished]:
-            show(rows_of(finished), f"{len(finished)} of {len(runs)} runs in {root}", json)
+            show_runs(rows_of(finished), f"{len(finished)} of {len(runs)} runs in {root}", json)
         raise
-    show(rows_of(runs), f"{len(runs)} runs in {root}", json)
-
-
-def compare(
-    names: Annotated[list[str] | None, typer.Argument(metavar="RUN", autocompletion=complete_run, show_default=False, help="Run folders or their names. Default: all under `--runs` that have figures.")] = None,
-    over_seeds: Annotated[bool, typer.Option("--over-seeds", metavar="", help="One row for runs that differ in the seed alone: mean and standard deviation.")] = False,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", show_default=False, help="Where the plot goes: .png, .svg or .pdf. Default: `compare.png` beside the runs.")] = None,
-    y: Annotated[str | None, typer.Option(metavar="FIGURE,...", show_default=False, help="What the plot sets against L0. Default: fvu,ce_degradation.")] = None,
-    csv: Annotated[Path | None, typer.Option(metavar="FILE", show_default=False, help="Write the table as CSV, too.")] = None,
-    runs: RunsRoot = Path("runs"), json: Json = False,
-) -> None:  # fmt: skip
-    """Runs side by side: the settings they differ in, their figures, and L0 against FVU and cross-entropy as a plot.
-
-    Figures on held-out documents are those `sae eval` found, with the amounts they were judged on where those differ;
-    the ones of the last training batch have names of their own (`train_fvu`).
-
-    Examples:
-
-        sae compare
-        sae compare topk-8192 batchtopk-8192 --plot front.svg
-        sae compare --over-seeds --csv table.csv --json
-    """
-    from sae.cache import catalogue
-    from sae.pipeline.commands import console
-    from sae.pipeline.report import compare as stage
-    from sae.pipeline.report.plots import expect_drawn, expect_plot, pareto
-
-    root = folder("--runs", runs)
-    csv = None if csv is None else as_csv_file("--csv", csv)
-    names = list(dict.fromkeys(names or ()))
-    found, damage = ([catalogue.find_run(root, name) for name in names], []) if names else catalogue.readable_runs(root)
-    chosen = found if names else [run for run in found if run.finished]
-    if not chosen:
-        report_damage(damage)
-    path, drawn = plot or root / "compare.png", several("--y", y)
-    expect_plot(path)
-    expect_drawn(drawn or ())
-    for wanted in (path, csv):
-        if wanted is not None:
-            expect_writable(wanted)
-    rows = stage.compare(chosen)
-    pareto(rows, path, drawn)
-    notes = [*stage.notes(rows), *stage.outdated(chosen)]
-    rows = stage.over_seeds(rows) if over_seeds else rows
-    if csv is not None:
-        write_atomic(csv, stage.as_csv(rows).encode())
-    for note in notes:
-        console.Bars().note(note)
-    show(rows, f"{len(chosen)} runs in {root}", json, plot=str(path))
-    report_damage(damage)
-
-
-def show(rows: list[dict[str, Any]], title: str, json: bool, **files: str) -> None:
-    """A comparison as a table without its empty columns, or as JSON."""
-    from sae.pipeline.commands import console
-    from sae.pipeline.metrics.figures import amounts
-    from sae.pipeline.report.compare import unlike
-
-    if json:
-        console.as_json({"runs": rows, **files})
-        return
-    alike = {one.key for one in amounts()} - {one.key for one in unlike(rows)}
-    filled = [key for key in rows[0] if key not in alike and any(row[key] is not None for row in rows)]
-    console.table(title, filled, [[row[key] for key in filled] for row in rows])
-    for what, path in files.items():
-        console.say(f"{what}: {path}")
+    show_runs(rows_of(runs), f"{len(runs)} runs in {root}", json)
 
 
 def run_to_resume(runs: Path, name: str | None) -> "Run":

@@ -1,12 +1,10 @@
 """`sae study`: questions that take many dictionaries, a command each. Every one leaves a table, a plot and JSON."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sae.cache.disk.durable import expect_writable
 from sae.cache.errors import SaeError
 from sae.pipeline.commands.options import (
     ActiveLatents,
@@ -23,18 +21,13 @@ from sae.pipeline.commands.options import (
     Set,
     Steps,
     Threads,
-    cache_root,
     complete_store,
-    folder,
-    length_of,
-    unfinished,
 )
+from sae.pipeline.commands.study_lab import finish, lab, results_folder, store_of, training
 from sae.pipeline.commands.words import count, grid, several, whole
 
 if TYPE_CHECKING:
-    from sae.cache.activations import ActivationStore
-    from sae.pipeline.studies.study import Lab, Result
-    from sae.pipeline.train.stage import TrainConfig
+    pass
 
 app = typer.Typer(
     help="Train and judge the dictionaries that a question takes, and put them in a table and a plot. Runs are named by "
@@ -208,106 +201,3 @@ def alignment(
     known = [what for what in BY if what in chosen]
     store = store_of(where, activations)
     finish(stage.alignment(base, store, where, by=known, weights=pulls, seeds=seeds or 3), folder_, json)
-
-
-def training(
-    preset: str | None, file: Path | None, overrides: list[str] | None, steps: int | None, rows: str | None,
-    *, itself: Sequence[str] = (), of: Sequence[str] = (), **sae: Any,
-) -> "TrainConfig":  # fmt: skip
-    """What all dictionaries of a study have in common.
-
-    itself: settings that the study decides. of: the architectures it trains, where it chooses them. sae: what options
-    say of the dictionary. Raises SaeError for a `--set` that would come to nothing.
-    """
-    from sae.configs import SECTIONS, resolve, settings_of
-    from sae.pipeline.saes import Config
-    from sae.pipeline.train.stage import TrainConfig
-
-    for item in overrides or ():
-        if (section := item.partition(".")[0]) in SECTIONS and section not in ("train", "eval"):
-            raise SaeError(f"--set {item}: `sae study` reads train.* and eval.*; give this one to `sae {section}`")
-    freed, length = length_of(steps, rows)
-    flags = {"sae": sae, **length}
-    base = resolve("train", TrainConfig, preset=preset, file=file, overrides=overrides or (), flags=flags, freed=freed)
-    for item in overrides or ():
-        for key in settings_of(item, "train"):
-            if any(f"{key}.".startswith(f"{one}.") for one in itself):
-                raise SaeError(f"--set {item}: this study decides {key} itself; its options say how")
-            stage, _, name = key.partition(".")
-            shared = {*Config.model_fields, *(["k"] if "topk" in of else [])} - {"arch"}
-            if of and stage == "sae" and name not in shared and base.sae.arch not in of:
-                raise SaeError(
-                    f"--set {item}: this study trains {', '.join(of)}; say of which, as train.sae.arch={of[0]}"
-                )
-    return base
-
-
-def lab(
-    cache: str | None, runs: Path, preset: str | None, file: Path | None, overrides: list[str] | None, no_ce: bool,
-    device: str, threads: int | None, offline: bool,
-) -> "Lab":  # fmt: skip
-    """Where the study is carried out, from the options that say so."""
-    from sae.configs import resolve
-    from sae.pipeline.commands import console
-    from sae.pipeline.evaluate.stage import EvalConfig
-    from sae.pipeline.runtime import devices
-    from sae.pipeline.studies.study import Lab
-
-    devices.device(device)
-    judging = resolve("eval", EvalConfig, preset=preset, file=file, overrides=overrides or ())
-    bars = console.Bars()
-    devices.take_threads(threads, bars.note)
-    return Lab(cache_root(cache), folder("--runs", runs), bars, judging, not no_ce, device=device, offline=offline)
-
-
-def store_of(where: "Lab", name: str | None, *, any_of_the_last: bool = False) -> "ActivationStore":
-    """The store to train on, said on stderr. any_of_the_last: several that one harvest made are as good as one."""
-    from sae.cache import catalogue
-    from sae.cache.activations import ActivationStore
-
-    if name is None and any_of_the_last:
-        name = next(iter(catalogue.latest(where.root).get(ActivationStore.kind, [])), None)
-    store = catalogue.find(where.root, ActivationStore, name, "--activations", "sae harvest")
-    where.progress.note(f"activations: {store.key}{unfinished(store)}")
-    return store
-
-
-def results_folder(out: Path | None, study: str) -> Path:
-    """Where the results go. Raises SaeError for a file, where they would replace what is no study's, and where nothing
-    can be written.
-    """
-    from sae.pipeline.studies.study import expect_results
-
-    chosen = folder("--out", out or Path("studies") / study)
-    expect_results(chosen)
-    expect_writable(chosen / "results.json")
-    return chosen
-
-
-def finish(result: "Result", out: Path, json: bool, lines: list[str] | None = None) -> None:
-    """Write what a study found and show it: as a table (and further lines), or as JSON."""
-    from sae.pipeline.commands import console
-
-    files = result.write(out)
-    for note in result.notes:
-        console.Bars().note(note)
-    if json:
-        console.as_json({**result.as_json(), "files": files})
-        return
-    several_seeds = "seeds" in result.table[0]
-    columns = [*result.labels, *(["seeds"] if several_seeds else []), *result.unlike, *result.columns]
-    shown = [name for name in columns if any(row[name] is not None for row in result.table)]
-    cells = [[spread(row, name) if several_seeds else row[name] for name in shown] for row in result.table]
-    console.table(f"study of {result.study}, {len(result.runs)} runs", shown, cells)
-    for line in lines or ():
-        console.say(line)
-    for what, path in files.items():
-        console.say(f"{what}: {path}")
-
-
-def spread(row: dict[str, Any], name: str) -> Any:
-    """A figure as mean ± standard deviation where there is one."""
-    from sae.pipeline.commands import console
-
-    deviation = row.get(f"{name}_sd")
-    return row[name] if deviation is None else f"{console.short(row[name])} ± {console.short(deviation)}"

@@ -1,18 +1,25 @@
-"""`sae cache`: the stores on disk."""
+"""`sae cache`: the stores on disk; `export`, `gc` and `verify` have files of their own."""
 
 import os
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sae.cache.disk.paths import is_remote
 from sae.cache.errors import SaeError
-from sae.pipeline.commands.options import CacheRoot, Json, StoreName, cache_root, complete_store, folder
-from sae.pipeline.commands.upkeep import Yes, gc, report_damage, verify
-from sae.pipeline.commands.words import count
+from sae.pipeline.commands.cache_export import export
+from sae.pipeline.commands.cache_gc import gc
+from sae.pipeline.commands.cache_verify import verify
+from sae.pipeline.commands.options import (
+    CacheRoot,
+    Json,
+    StoreName,
+    Yes,
+    cache_root,
+    complete_store,
+)
+from sae.pipeline.commands.shown import report_damage
 
 if TYPE_CHECKING:
     from sae.cache.upkeep.usage import Part, Usage
@@ -137,71 +144,7 @@ def rm(
         console.say(f"removed {key}, {'which had been cut short' if key in finished else what}")
 
 
-@app.command("export")
-def export(
-    store: StoreName,
-    destination: Annotated[Path, typer.Argument(metavar="DEST", help="Folder to make. It must not be there yet.")],
-    dtype: Annotated[str, typer.Option(metavar="NAME", show_default=False, help="float32, float16, or bfloat16 (as the uint16 of its bits, which is what Zarr can hold). Default: float32.")] = "float32",
-    rows: Annotated[str, count("Rows to write, from the first on. Default: all.")] = "all",
-    order: Annotated[str, typer.Option(metavar="NAME", show_default=False, help="stored: shuffled, as training reads them; token: as they stand in the text. Default: stored.")] = "stored",
-    with_tokens: Annotated[bool, typer.Option("--with-tokens", metavar="", help="Write the contexts as well that the rows came from.")] = False,
-    cache: CacheRoot = None, json: Json = False,
-) -> None:  # fmt: skip
-    """Write activations as a plain Zarr v3 array of floats, for tools that know nothing of this cache.
-
-    DEST gets `rows` [N, d] and `position` [N] (context times context length plus place in it), and with `--with-tokens`
-    `tokens` [contexts, T]; its attributes hold the recipe. It appears when it is whole.
-
-    Examples:
-
-        sae cache export gpt2-6.mlp_out mlp_out.zarr
-        sae cache export gpt2-6.mlp_out first.zarr --rows 1M --order token --with-tokens --dtype float16
-    """
-    from sae.cache import catalogue
-    from sae.cache.activations import ActivationStore
-    from sae.cache.tokens import TokenStore
-    from sae.pipeline.commands import console
-
-    root, bars, destination = cache_root(cache), console.Bars(), folder("DEST", destination)
-    found = catalogue.any_store(root, store)  # before the seconds that torch takes
-    from sae.cache.upkeep import export as writing
-
-    if not isinstance(found, ActivationStore):
-        raise SaeError(f"{store}: holds {found.kind}, not activations; `sae cache ls` lists the stores")
-    tokens = None
-    if with_tokens:
-        if "tokens" not in found.recipe:
-            raise SaeError(f"--with-tokens: the rows of {found.key} come from no tokens; leave it out")
-        tokens = catalogue.of_recipe(root, TokenStore, found.recipe["tokens"])
-        if tokens is None:
-            raise SaeError(
-                f"--with-tokens: the tokens of {found.key} are not in {root}; leave it out, or tokenize again"
-            )
-    n = found.n_rows if rows == "all" else min(int(rows), found.n_rows)
-    if rows != "all" and int(rows) > n:
-        bars.note(f"--rows {int(rows):,}: {found.key} has {n:,}, all of which are written")
-    bars.start("export", n, "rows")
-    try:
-        made = writing.export(found, destination, bars.advance, dtype=dtype, rows=n, order=order, tokens=tokens)
-    finally:
-        bars.finish()
-    if json:
-        result = {"path": str(made.path), "store": found.key, "rows": made.rows, "bytes": made.bytes}
-        console.as_json({**result, "dtype": dtype, "order": order})
-    else:
-        console.say(f"{made.path}: {made.rows:,} rows of {found.key} as {dtype}, {console.size(made.bytes)}")
-
-
-def show_stores(stores: list[Any], json: bool, name: str, extra: Callable[[Any], int]) -> None:
-    """The stores a stage made, with one figure more: a table or JSON."""
-    from sae.cache import catalogue
-    from sae.pipeline.commands import console
-
-    if json:
-        console.as_json({"stores": [{**catalogue.entry(store).as_json(), name: extra(store)} for store in stores]})
-        return
-    rows = [[s.key, s.n_rows, extra(s), console.size(s.manifest.stored_bytes)] for s in stores]
-    console.table("stores", ["key", "rows", name, "size"], rows)
+app.command("export")(export)
 
 
 def since(written: float | None) -> str:

@@ -1,0 +1,102 @@
+"""`sae harvest`: tokens to activation stores."""
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sae.pipeline.commands.options import (
+    CacheRoot,
+    ConfigFile,
+    Device,
+    Json,
+    Offline,
+    Preset,
+    Scheduler,
+    Set,
+    Threads,
+    cache_root,
+    complete_store,
+    settings,
+    team,
+    unfinished,
+)
+from sae.pipeline.commands.shown import show_stores
+from sae.pipeline.commands.words import count, several, whole
+
+if TYPE_CHECKING:
+    pass
+
+
+def harvest(
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="gpt2, any hub model transformer_lens boots, a local Hugging Face folder, or tiny (embedded). Default: gpt2.")] = None,
+    layer: Annotated[str | None, typer.Option(metavar="N,...", help="Layers, from 0: one, or several as 4,6,8 or 0-3. Default: 6.")] = None,
+    site: Annotated[str | None, typer.Option(metavar="NAME,...", help="Sites: one, or several as resid_post,mlp_out; `sae list` explains each. Default: mlp_out.")] = None,
+    codec: Annotated[str | None, typer.Option(metavar="NAME", help="int8, bfloat16, float16 or float32; with settings as int8:step=0.11. Default: int8.")] = None,
+    tokens: Annotated[str | None, count("Training tokens to run. Default: all.")] = None,
+    tokens_from: Annotated[str | None, typer.Option(metavar="STORE", autocompletion=complete_store, help="Token store: key, beginning of a key, or path. Default: the last one made.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", metavar="", help="Only say how many rows, bytes and minutes it would take.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", metavar="", help="Wait where another process is writing the same store.")] = False,
+    workers: Annotated[int | None, typer.Option(metavar="N", min=1, help="Processes that run the model, each with a copy of it and its share of the cores. Default: 1, this one alone.")] = None,
+    scheduler: Scheduler = None,
+    device: Device = "auto", threads: Threads = None, cache: CacheRoot = None, offline: Offline = False, preset: Preset = None,
+    config: ConfigFile = None, set_: Set = None, json: Json = False,
+) -> None:  # fmt: skip
+    """Run the model over a token store and keep its activations: one pass, one store for each layer and site.
+
+    GPT-2 small, MLP output of block 6, over the tokens made last, unless options, a preset or a file say otherwise. The
+    validation tokens beside them are harvested as well. An interrupted run continues where it was; a second call for
+    more tokens grows the same stores.
+
+    Examples:
+
+        sae harvest --layer 6 --site mlp_out --dry-run
+        sae harvest --layer 4,6,8 --site resid_post,mlp_out --codec bfloat16
+        sae harvest --model my-llama/ --layer 2 --site resid_post --offline
+        sae harvest --set harvest.dtype=bfloat16 --set "harvest.rows.positions=[1,64]"
+        sae harvest --scheduler tcp://10.0.0.7:8786
+    """
+    from sae.cache import catalogue
+    from sae.cache.tokens import TokenStore
+    from sae.pipeline.commands.bars import Bars
+    from sae.pipeline.runtime.progress import said_if_slow
+
+    root, bars, together = cache_root(cache), Bars(), team(workers, scheduler, 1)
+    if tokens_from is not None:  # before the seconds that torch takes
+        catalogue.find(root, TokenStore, tokens_from, "--tokens-from", "sae tokenize")
+    with said_if_slow(bars, "loading torch"):
+        from sae.pipeline.harvest.stage import HarvestConfig
+        from sae.pipeline.harvest.stage import harvest as stage
+        from sae.pipeline.runtime import devices
+
+    values = settings(
+        "harvest", HarvestConfig, preset, config, set_,
+        model=model, layer=whole("--layer", layer), site=several("--site", site), codec=codec, tokens=tokens,
+    )  # fmt: skip
+    devices.take_threads(threads, bars.note)
+    train = catalogue.find(root, TokenStore, tokens_from, "--tokens-from", "sae tokenize")
+    validation = catalogue.sibling_of(root, train, "validation")
+    bars.note(f"tokens: {train.key}{unfinished(train)}")
+    stores = [train, *([validation] if validation is not None and validation.n_contexts else [])]
+    result = stage(
+        values, stores, root, bars, device=device, offline=offline, dry_run=dry_run, wait=wait,
+        workers=together, scheduler=scheduler,
+    )  # fmt: skip
+    if dry_run:
+        show_plans([asdict(plan) for plan in result.plans], json)
+        return
+    catalogue.remember(root, "activations", [store.key for store in result.stores["train"]])
+    if not bars.worked:
+        bars.note("nothing to do: the rows asked for were there already")
+    show_stores([s for split in result.stores.values() for s in split], json, "width", lambda store: store.d)
+
+
+def show_plans(plans: list[dict[str, Any]], json: bool) -> None:
+    """What a harvest would do: a table or JSON."""
+    from sae.pipeline.commands import console
+
+    if json:
+        console.as_json({"plans": plans})
+        return
+    rows = [[p["split"], p["rows"], p["rows_to_do"], console.size(p["stored_bytes"]), p["seconds"] or 0] for p in plans]
+    console.table("what harvest would do", ["split", "rows", "rows to write", "size", "seconds"], rows)

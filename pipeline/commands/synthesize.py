@@ -1,0 +1,68 @@
+"""`sae synthesize`: rows whose true features are known."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sae.cache.errors import SaeError
+from sae.pipeline.commands.options import (
+    CacheRoot,
+    ConfigFile,
+    Json,
+    Preset,
+    Set,
+    cache_root,
+    settings,
+)
+from sae.pipeline.commands.shown import show_stores
+from sae.pipeline.commands.words import count
+
+if TYPE_CHECKING:
+    pass
+
+
+def synthesize(
+    rows: Annotated[str | None, count("Training rows, rounded up to a whole window. Default: 1M.")] = None,
+    d: Annotated[int | None, typer.Option("--d", metavar="N", help="Width of a row. Default: 256.")] = None,
+    features: Annotated[int | None, typer.Option(metavar="N", help="True features: random directions of length 1. Default: 512.")] = None,
+    mode: Annotated[str | None, typer.Option(metavar="NAME", help="groups: a row has some members of one group of features; iid: each feature is in a row or not, independently. Default: groups.")] = None,
+    groups: Annotated[int | None, typer.Option(metavar="N", help="Groups the features are divided into. Default: 12.")] = None,
+    active: Annotated[int | None, typer.Option(metavar="N", help="Members of its group in a row. Default: 32.")] = None,
+    probability: Annotated[float | None, typer.Option(metavar="P", help="With `--mode iid`: that a feature is in a row. Default: 0.015625.")] = None,
+    noise: Annotated[float | None, typer.Option(metavar="X", help="Standard deviation of noise on each value. Default: 0.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of the features and the samples. Default: 0.")] = None,
+    codec: Annotated[str | None, typer.Option(metavar="NAME", help="int8, bfloat16, float16 or float32; with settings as int8:step=0.11. Default: int8.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", metavar="", help="Wait where another process is writing the same store.")] = False,
+    cache: CacheRoot = None, preset: Preset = None, config: ConfigFile = None, set_: Set = None, json: Json = False,
+) -> None:  # fmt: skip
+    """Make rows whose true features are known, in the place of a language model's activations.
+
+    A row is a sparse sum of random directions with coefficients between 0 and 1. `sae train` takes the rows up as it
+    does a harvest's, and `sae eval` says how many of the directions a dictionary found. Held-out rows are made as well.
+    An interrupted run continues where it was; a second call for more rows grows the same store.
+
+    Examples:
+
+        sae synthesize --preset synthetic
+        sae synthesize --rows 10M --d 64 --features 256 --active 4 --groups 8
+        sae synthesize --mode iid --probability 0.02 --noise 0.01 --codec float32
+        sae synthesize --set synthesize.presence.decay=0.9 --set synthesize.validation_rows=16384
+    """
+    from sae.cache import catalogue
+    from sae.pipeline.commands.bars import Bars
+    from sae.pipeline.harvest.synthesize import synthesize as stage
+    from sae.pipeline.harvest.synthetic import SyntheticConfig
+
+    if rows == "all":
+        raise SaeError("--rows all: synthetic rows have no end; say how many, as 1M")
+    values = settings(
+        "synthesize", SyntheticConfig, preset, config, set_,
+        presence={"mode": mode, "groups": groups, "active": active, "probability": probability},
+        rows=rows, d=d, features=features, noise=noise, seed=seed, codec=codec,
+    )  # fmt: skip
+    root, bars = cache_root(cache), Bars()
+    stores = stage(values, root, bars, wait=wait)
+    catalogue.remember(root, "activations", [stores["train"].key])
+    if not bars.worked:
+        bars.note("nothing to do: the rows asked for were there already")
+    show_stores(list(stores.values()), json, "width", lambda store: store.d)
