@@ -1,1 +1,74 @@
-"""Sparse dictionaries of language models: cached activations, training, evaluation."""
+"""Sparse dictionaries of language models: cached activations, training, evaluation.
+
+    import sae
+    coder = sae.load("topk-8192-k32-...")        # a run, or sae.read(folder) for another tool's dictionary
+    latents = coder.encode(x)                    # x [..., d]; latents.dense() is [..., d_sae]
+
+`docs/python.md` teaches the rest. Every name below is imported when it is first used, so that this takes no seconds;
+an architecture's settings go by the name of its class (`sae.TopK(k=32, d_sae=8192)`), and each is found by being there.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sae.cache.errors import Busy, DamagedStore, NotFound, SaeError
+    from sae.dictionaries import load, read
+    from sae.pipeline.saes.batchtopk import BatchTopKConfig as BatchTopK
+    from sae.pipeline.saes.dictionary import Dictionary
+    from sae.pipeline.saes.gated import GatedConfig as Gated
+    from sae.pipeline.saes.hybrid import HybridConfig as Hybrid
+    from sae.pipeline.saes.jl import JLConfig as JL
+    from sae.pipeline.saes.jumprelu import JumpReLUConfig as JumpReLU
+    from sae.pipeline.saes.l1 import L1Config as L1
+    from sae.pipeline.saes.latents import Latents
+    from sae.pipeline.saes.matryoshka import MatryoshkaConfig as Matryoshka
+    from sae.pipeline.saes.p_anneal import PAnnealConfig as PAnneal
+    from sae.pipeline.saes.shifted_relu import ShiftedReLUConfig as ShiftedReLU
+    from sae.pipeline.saes.topk import TopKConfig as TopK
+
+    __version__: str
+
+_HOMES = {
+    "sae.cache.errors": ("Busy", "DamagedStore", "NotFound", "SaeError"),
+    "sae.dictionaries": ("load", "read"),
+    "sae.pipeline.saes.dictionary": ("Dictionary",),
+    "sae.pipeline.saes.latents": ("Latents",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_ARCHITECTURES = "sae.pipeline.saes"
+_REGISTERED = r"^@register\s+class (\w+)"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__all__":
+        return __dir__()
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("sae-cache")
+    if name in _HOME_OF:
+        globals()[name] = value = getattr(import_module(_HOME_OF[name]), name)
+        return value
+    if name in _architectures():
+        classes = import_module(_ARCHITECTURES).ARCHITECTURES.values()
+        return next(one.config_type for one in classes if one.__name__ == name)
+    raise AttributeError(f"module 'sae' has no attribute {name!r}; it has {', '.join(__dir__())}")
+
+
+def __dir__() -> list[str]:
+    return sorted({"__version__", *_HOME_OF, *_architectures()})
+
+
+def _architectures() -> set[str]:
+    """Names of the classes of all architectures. Before they are imported, those of the files that are there."""
+    imported = sys.modules.get(_ARCHITECTURES)
+    if imported is not None and hasattr(imported, "create"):  # wholly imported
+        return {one.__name__ for one in imported.ARCHITECTURES.values()}
+    files = (Path(__file__).parent / "pipeline" / "saes").glob("*.py")
+    return {name for path in files for name in re.findall(_REGISTERED, path.read_text("utf-8"), re.MULTILINE)}

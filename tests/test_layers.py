@@ -18,7 +18,8 @@ def modules() -> dict[str, Path]:
     """Every module of ours by its dotted name."""
     paths = [path for top in TOPS for path in (ROOT / top).rglob("*.py")]
     found = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
-    own = {"cli": ROOT / "cli.py", "": ROOT / "sae" / "__init__.py"}
+    door = {path.stem.replace("__init__", ""): path for path in (ROOT / "sae").glob("*.py") if not path.is_symlink()}
+    own = {"cli": ROOT / "cli.py", **door}
     return {f"sae.{name}".rstrip("."): path for name, path in {**found, **own}.items() if name != "pipeline"}
 
 

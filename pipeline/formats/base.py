@@ -14,20 +14,10 @@ from typing import ClassVar, NamedTuple, TypeVar
 
 from sae.cache.disk.durable import unreadable
 from sae.cache.errors import NotFound, SaeError
-from sae.pipeline.saes.dictionary import Dictionary, FixedDictionary
+from sae.pipeline.saes.dictionary import Dictionary, FixedDictionary, Metadata
 from sae.pipeline.saes.inference import Formula
 
-
-class Metadata(NamedTuple):
-    """Where a dictionary belongs: the model, the hook point of its inputs (and of its outputs, for a transcoder), the
-    text it was trained on. None where that is not known or there is none, as for rows of no language model."""
-
-    model: str | None = None
-    hook: str | None = None
-    hook_out: str | None = None
-    context_length: int | None = None
-    begin_token: bool | None = None
-    dataset: str | None = None
+__all__ = ["FORMATS", "Format", "Metadata", "Reading", "detect", "read", "register", "write"]
 
 
 class Reading(NamedTuple):
@@ -94,7 +84,9 @@ def read(path: Path | str) -> Reading:
         raise
     except ValueError as error:
         raise SaeError(f"{path}: is no {format.name} dictionary that can be read: {error}") from error
-    return Reading(FixedDictionary(formula), metadata)
+    dictionary = FixedDictionary(formula)
+    dictionary.metadata = metadata
+    return Reading(dictionary, metadata)
 
 
 def write(dictionary: Dictionary, metadata: Metadata, path: Path | str, format: str = "saelens") -> None:

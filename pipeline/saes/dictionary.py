@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,18 @@ from .encoder import Preactivations
 from .inference import Formula, Rule
 from .latents import Frame, Latents, RowScaling
 from .losses import in_data_units
+
+
+class Metadata(NamedTuple):
+    """Where a dictionary belongs: the model, the hook point of its inputs (and of its outputs, for a transcoder), the
+    text it was trained on. None where that is not known or there is none, as for rows of no language model."""
+
+    model: str | None = None
+    hook: str | None = None
+    hook_out: str | None = None
+    context_length: int | None = None
+    begin_token: bool | None = None
+    dataset: str | None = None
 
 
 class Dictionary(nn.Module, ABC):
@@ -40,6 +53,7 @@ class Dictionary(nn.Module, ABC):
     b_dec: Tensor
     scale: Tensor
     target_scale: Tensor
+    metadata = Metadata()
 
     @property
     @abstractmethod

@@ -3,6 +3,7 @@
 from pydantic import ValidationError
 
 from sae.cache.activations import ActivationStore
+from sae.cache.disk.parsing import inner
 from sae.cache.errors import DamagedStore
 from sae.cache.outliers import largest_norm as multiple_of_norms
 from sae.cache.runs import CONFIG, Run
@@ -30,6 +31,7 @@ def load(run: Run) -> SAE:
     config = dictionary_of(run)
     try:
         sae = ARCHITECTURES[config.arch].from_formula(config, saelens.formula_of(tensors, described))
+        sae.metadata = saelens.metadata_of(inner(described, "metadata") if "metadata" in described else {})
     except ValueError as error:
         raise DamagedStore(f"{run.path}: the weights do not fit the run's settings: {error}") from error
     return sae.eval().requires_grad_(False)

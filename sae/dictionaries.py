@@ -1,0 +1,50 @@
+"""Dictionaries that are there already: of a run of ours, or in the files of another tool."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from sae.cache import catalogue
+from sae.cache.errors import NotFound
+from sae.cache.runs import Run
+from sae.pipeline import formats
+from sae.pipeline.runtime import devices
+from sae.pipeline.saes import SAE
+from sae.pipeline.saes.dictionary import Dictionary
+from sae.pipeline.train import trained
+
+Named = str | os.PathLike[str]
+
+
+def load(run: Named | Run, *, runs: Named | None = None, device: str = "cpu") -> SAE:
+    """The dictionary of a finished run, ready to encode: in evaluation mode, without gradients, in the data's units.
+
+    `run` is a run folder, or its name in the folder `runs` (default: SAE_RUNS, else `runs` here). Raises NotFound where
+    there is none or training has not finished, DamagedStore where its files are not those that were written.
+    """
+    if not isinstance(run, Run):
+        run = _found(Path(run).expanduser(), runs_folder(runs))
+    return trained.load(run).to(devices.device(device))
+
+
+def read(folder: Named, *, device: str = "cpu") -> Dictionary:
+    """The dictionary in a folder of another tool (SAELens, sparsify, ...), likewise ready; `metadata` says what of.
+
+    It is in the units of that tool's data, in float32. Raises SaeError where there is none.
+    """
+    return formats.read(Path(folder).expanduser()).dictionary.to(devices.device(device))
+
+
+def runs_folder(runs: Named | None) -> Path:
+    """The folder of runs, where none is given the one that the command line would take."""
+    return Path(runs if runs is not None else os.environ.get("SAE_RUNS") or "runs").expanduser()
+
+
+def _found(name: Path, root: Path) -> Run:
+    try:
+        return catalogue.find_run(root, str(name))
+    except NotFound as error:
+        if name.is_dir():
+            raise NotFound(f"{name}: is no run of ours; sae.read opens dictionaries of other tools") from error
+        raise
