@@ -119,7 +119,6 @@ def test_pipeline_has_no_loose_files() -> None:
 
 
 BETWEEN_STAGES = ("sae.pipeline.train.trained",)  # a run folder's reader
-REPAIR = "sae.pipeline.harvest.repair"  # makes again what two stages made
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -127,7 +126,7 @@ def test_stages_lead_to_each_other_through_the_cache_alone(stage: str) -> None:
     for name in MODULES:
         if room(name) == stage:
             meets = [target for target in ours(name) if room(target) in STAGES and room(target) != stage]
-            assert set(meets) <= {*BETWEEN_STAGES} or name == REPAIR, (name, meets)
+            assert set(meets) <= {*BETWEEN_STAGES}, (name, meets)
 
 
 def test_the_library_knows_no_terminal() -> None:

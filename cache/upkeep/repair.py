@@ -23,7 +23,7 @@ import numpy as np
 
 from sae.cache import catalogue
 from sae.cache.activations import ActivationStore
-from sae.cache.disk.durable import checksum, read, write_in
+from sae.cache.disk.durable import checksum, expect_no_link, read, write_in
 from sae.cache.disk.identity import digest
 from sae.cache.disk.locks import Lock
 from sae.cache.errors import DamagedStore, SaeError
@@ -33,7 +33,7 @@ from sae.cache.store.manifest import MANIFEST, Manifest, Window
 from sae.cache.store.notes import note_bytes
 from sae.cache.store.store import HINTS, REQUEST, Store
 from sae.cache.store.writer import encoders
-from sae.cache.upkeep.damage import DamagedStoreView, inspect_damage
+from sae.cache.upkeep.damage import DamagedStoreView, Finding, inspect_damage
 
 
 class Made(NamedTuple):
@@ -78,6 +78,25 @@ def repair(folder: Path, damaged: Collection[str], maker: Callable[[Store], Make
     """
     with Lock(folder):
         return _Repair(inspect_damage(folder), maker).run(damaged)
+
+
+def repair_all(
+    found: Sequence[DamagedStoreView], findings: Sequence[Finding], maker: Callable[[Store], Maker]
+) -> tuple[list[Repaired], list[SaeError]]:
+    """Repair the stores that have damage, one after the other: what was done, and what could not be."""
+    done: list[Repaired] = []
+    problems: list[SaeError] = []
+    for one in found:
+        damaged = [finding.name for finding in findings if finding.store is one.store]
+        if not damaged and not one.lines:
+            continue
+        try:
+            if one.link is not None:
+                expect_no_link(one.link)
+            done.append(repair(one.store.path, damaged, maker))
+        except SaeError as error:
+            problems.append(error)
+    return done, problems
 
 
 def restore_recipe(folder: Path) -> Repaired | None:

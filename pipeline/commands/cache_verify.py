@@ -19,9 +19,11 @@ from sae.pipeline.commands.options import (
 from sae.pipeline.commands.shown import raise_last
 
 if TYPE_CHECKING:
-    from sae.cache.upkeep.damage import DamagedStoreView
+    from sae.cache.upkeep.damage import DamagedStoreView, Finding
     from sae.cache.upkeep.repair import Repaired
     from sae.pipeline.commands.bars import Bars
+    from sae.pipeline.runtime.origins import Origins
+    from sae.pipeline.runtime.progress import Progress
 
 
 def verify(
@@ -63,10 +65,10 @@ def verify(
     damaged = [*hopeless, *lines, *(finding.says for finding in findings)]
     problems: list[SaeError] = [DamagedStore(line) for line in damaged]
     if repair and damaged:
-        from sae.pipeline.harvest.repair import Origins, repair_all
+        from sae.pipeline.runtime.origins import Origins
 
         origins = Origins(root, model=model, source=source, tokenizer=tokenizer, device=device, offline=offline)
-        mended, problems = repair_all(found, findings, origins, bars)
+        mended, problems = mend(found, findings, origins, bars)
         done += mended
         problems = [DamagedStore(line) for line in hopeless] + problems
     problems += [DamagedStore(line) for line in broken]
@@ -79,6 +81,26 @@ def verify(
         looked_at = [counted(len(found), "store"), *([counted(len(checked), "run")] if checked else [])]
         console.say(f"{' and '.join(looked_at)}, every byte as committed")
     raise_last(problems)
+
+
+def mend(
+    found: list["DamagedStoreView"], findings: list["Finding"], origins: "Origins", progress: "Progress"
+) -> tuple[list["Repaired"], list[SaeError]]:
+    """Make what is damaged again, each kind of store by the stage that made it: what was done, what could not be."""
+    from sae.cache.activations import ActivationStore
+    from sae.cache.store.store import Store
+    from sae.cache.tokens import TokenStore
+    from sae.cache.upkeep.repair import Maker, repair_all
+    from sae.pipeline.harvest.repair import maker as rows
+    from sae.pipeline.tokenize.repair import TokenMaker
+
+    def maker(store: Store) -> Maker:
+        if isinstance(store, TokenStore):
+            return TokenMaker(store, origins, progress)
+        assert isinstance(store, ActivationStore), store.kind
+        return rows(store, origins, progress)
+
+    return repair_all(found, findings, maker)
 
 
 def check_runs(root: Path, bars: "Bars") -> tuple[list[str], list[str]]:

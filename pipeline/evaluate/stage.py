@@ -28,7 +28,7 @@ from sae.pipeline.runtime import devices
 from sae.pipeline.runtime.progress import Progress, said_if_slow
 from sae.pipeline.train import trained
 
-__all__ = ["EvalConfig", "Evaluation", "boot", "evaluate", "missing"]
+__all__ = ["EvalConfig", "Evaluation", "evaluate", "missing"]
 
 
 def evaluate(
@@ -57,7 +57,7 @@ def evaluate(
     if "tokens" in training.recipe:
         tokens = _tokens(root, training, held_out)
         with said_if_slow(progress, f"loading {training.recipe['model']['model']}"):
-            text = tokens, language_model or boot(training, model, device, offline)
+            text = tokens, language_model or hints.boot(training, model, device, offline)
     elif model is not None:
         raise SaeError(f"--model {model}: the rows of {training.key} come from no language model; leave it out")
     for line in _not_so_many(config, held_out, None if text is None else text[0]):
@@ -143,17 +143,6 @@ def _tokens(root: Path, training: ActivationStore, held_out: ActivationStore) ->
     if tokens is None:
         raise NotFound(f"{root}: the validation tokens of {training.key} are gone; run `sae tokenize` again")
     return tokens
-
-
-def boot(store: ActivationStore, model: str | None, device: str, offline: bool) -> LanguageModel:
-    """The language model a store was harvested from. Raises SaeError when what is found has other weights."""
-    name = hints.model_of(store, model, offline)
-    wanted = store.recipe["model"]
-    found = LanguageModel.boot(name, device=device, dtype=wanted["dtype"], revision=wanted["revision"], offline=offline)
-    differs = [key for key, value in found.recipe().items() if key != "model" and wanted[key] != value]
-    if differs:
-        raise hints.other_model(store, name, differs)
-    return found
 
 
 def _held_out(root: Path, training: ActivationStore) -> ActivationStore:

@@ -7,7 +7,7 @@ itself has (a hub's commit included), the embedded model. Everything else is sai
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sae.cache.activations import ActivationStore
 from sae.cache.disk.identity import Recipe
@@ -18,6 +18,9 @@ from sae.cache.store.store import HINTS, Store
 from sae.cache.tokens import TokenStore
 from sae.pipeline import embedded
 from sae.pipeline.language_model.files import RANDOM, find_model
+
+if TYPE_CHECKING:
+    from sae.pipeline.language_model import LanguageModel
 
 
 def expect_model(recipe: Recipe) -> None:
@@ -54,6 +57,19 @@ def model_of(store: ActivationStore, given: str | None, offline: bool) -> str:
     if differs := [key for key, value in found.items() if wanted[key] != value]:
         raise other_model(store, name, differs)
     return name
+
+
+def boot(store: ActivationStore, model: str | None, device: str, offline: bool) -> "LanguageModel":
+    """The language model a store was harvested from. Raises SaeError when what is found has other weights."""
+    from sae.pipeline.language_model import LanguageModel
+
+    name = model_of(store, model, offline)
+    wanted = store.recipe["model"]
+    found = LanguageModel.boot(name, device=device, dtype=wanted["dtype"], revision=wanted["revision"], offline=offline)
+    differs = [key for key, value in found.recipe().items() if key != "model" and wanted[key] != value]
+    if differs:
+        raise other_model(store, name, differs)
+    return found
 
 
 def other_model(store: ActivationStore, name: str, differs: list[str]) -> SaeError:

@@ -20,8 +20,9 @@ from sae.cache.disk.identity import canonical
 from sae.cache.errors import NotFound, SaeError
 from sae.cache.runs import Run
 from sae.cache.tokens import TokenStore
-from sae.pipeline.evaluate.stage import EvalConfig, boot, evaluate, missing
+from sae.pipeline.evaluate.stage import EvalConfig, evaluate, missing
 from sae.pipeline.language_model import LanguageModel
+from sae.pipeline.language_model.hints import boot
 from sae.pipeline.report.compare import Row, as_csv, over_seeds
 from sae.pipeline.runtime.progress import Progress, said_if_slow
 from sae.pipeline.saes import ARCHITECTURES, Config, parse

@@ -30,11 +30,11 @@ from sae.cache.tokens import VOCABULARY
 from sae.cache.upkeep import repair
 from sae.cache.upkeep.damage import inspect_damage, verify
 from sae.pipeline.commands import bars
-from sae.pipeline.commands.cache_verify import inspect_stores
-from sae.pipeline.harvest.repair import Origins, repair_all
+from sae.pipeline.commands.cache_verify import inspect_stores, mend
 from sae.pipeline.harvest.windows import Passes
 from sae.pipeline.language_model import LanguageModel, loading
 from sae.pipeline.runtime import network
+from sae.pipeline.runtime.origins import Origins
 from sae.pipeline.runtime.progress import Silent
 
 Change = Callable[[bytes], bytes | None]
@@ -580,7 +580,7 @@ def test_any_damage_is_mended(workbench: Path, kind: str) -> None:
             found, hopeless, restored = inspect_stores(root, None, repair=True)
             assert not hopeless
             findings = verify(found, lambda size: None)
-            mended, problems = repair_all(found, findings, Origins(root, device="cpu"), Silent())
+            mended, problems = mend(found, findings, Origins(root, device="cpu"), Silent())
             assert not problems and bool(mended or restored) == any(whole[name] != changed[name] for name in changed)
             (one,) = [one for one in found if one.store.path == store]
             if kind == "activations" and len(one.lost) == len(one.store.manifest.windows):
@@ -606,7 +606,7 @@ def test_a_manifest_and_every_witness_of_it_lost(workbench: Path, kind: str) -> 
         found, hopeless, _ = inspect_stores(workbench / "cache", None, repair=True)
         (one,) = [one for one in found if one.store.path == store]
         assert not hopeless and one.lines and len(one.lost) == len(one.store.manifest.windows) > 1
-        mended, problems = repair_all(
+        mended, problems = mend(
             found, verify(found, lambda size: None), Origins(workbench / "cache", device="cpu"), Silent()
         )
         assert mended and not problems

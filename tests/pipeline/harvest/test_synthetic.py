@@ -29,12 +29,13 @@ from sae.cache.upkeep.damage import salvage, verify
 from sae.configs import resolve
 from sae.pipeline.commands.app import app
 from sae.pipeline.commands.bars import Bars
+from sae.pipeline.commands.cache_verify import mend
 from sae.pipeline.harvest import synthetic
-from sae.pipeline.harvest.repair import Origins, repair_all
 from sae.pipeline.harvest.synthesize import synthesize, synthetic_recipe
 from sae.pipeline.harvest.synthetic import HELD_OUT, GroundTruth, Groups, Independent, SyntheticConfig, ground_truth
 from sae.pipeline.metrics.recovery import Recovery
 from sae.pipeline.metrics.similarity import chance
+from sae.pipeline.runtime.origins import Origins
 from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.saes import create
 from sae.pipeline.saes.topk import TopKConfig
@@ -291,7 +292,7 @@ def test_every_damaged_file_is_made_again(tmp_path: Path, small: pytest.MonkeyPa
         found = [salvage(path) for path in catalogue.folders(tmp_path, "activations")]
         findings = verify(found, lambda size: None)
         assert findings or any(one.lines for one in found)
-        _, problems = repair_all(found, findings, Origins(tmp_path), Silent())
+        _, problems = mend(found, findings, Origins(tmp_path), Silent())
         assert problems == []
         assert files(store.path) == whole
 

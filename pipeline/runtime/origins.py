@@ -1,0 +1,21 @@
+"""Where a stage looks for what stores are made of."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Where what stores are made of is now, as far as the user says; None: where their makers found it.
+
+    `loaded` holds language models by their canonical recipe, so that several stores of one model load it once.
+    """
+
+    root: Path
+    model: str | None = None
+    source: str | None = None
+    tokenizer: str | None = None
+    device: str = "auto"
+    offline: bool = False
+    loaded: dict[str, Any] = field(default_factory=dict)
