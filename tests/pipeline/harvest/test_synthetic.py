@@ -25,7 +25,7 @@ from sae.cache.errors import DamagedStore, SaeError
 from sae.cache.loader.loader import Loader
 from sae.cache.runs import Run
 from sae.cache.store.manifest import MANIFEST
-from sae.cache.upkeep.damage import salvage, verify
+from sae.cache.upkeep.damage import inspect_damage, verify
 from sae.configs import resolve
 from sae.pipeline.commands.app import app
 from sae.pipeline.commands.bars import Bars
@@ -289,7 +289,7 @@ def test_every_damaged_file_is_made_again(tmp_path: Path, small: pytest.MonkeyPa
     whole = files(store.path)
 
     def mended() -> None:
-        found = [salvage(path) for path in catalogue.folders(tmp_path, "activations")]
+        found = [inspect_damage(path) for path in catalogue.folders(tmp_path, "activations")]
         findings = verify(found, lambda size: None)
         assert findings or any(one.lines for one in found)
         _, problems = mend(found, findings, Origins(tmp_path), Silent())
