@@ -23,7 +23,7 @@ from sae.cache.runs import Run
 from sae.cache.store.store import Store
 from sae.cache.tokens import TokenStore
 from sae.cache.upkeep import garbage, usage
-from sae.cache.upkeep.damage import salvage, verify
+from sae.cache.upkeep.damage import inspect_damage, verify
 from sae.pipeline.commands import bars
 from sae.pipeline.language_model import hints
 from sae.pipeline.language_model.token_mask import rule_of
@@ -115,7 +115,7 @@ def readings(home: Path, about: str) -> Iterator[Callable[[], object]]:
     yield lambda: [catalogue.entry(store).as_json() for store in catalogue.readable(root)[0]]
     yield lambda: (catalogue.latest(root), catalogue.readable_runs(home / "runs"))
     for path in sorted((root / about).iterdir()) if about in catalogue.kinds() else ():
-        yield lambda path=path: verify([salvage(path)], lambda _: None)
+        yield lambda path=path: verify([inspect_damage(path)], lambda _: None)
         yield lambda path=path: catalogue.opened(path).describe()
         yield lambda path=path: (catalogue.opened(path).hints, catalogue.opened(path).requested)
         yield lambda path=path: usage.usage(catalogue.opened(path))

@@ -3,6 +3,7 @@
 import os
 import pickle
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -119,7 +120,7 @@ cli.main()
 
 @pytest.mark.parametrize(
     ("module", "number"),
-    [("commands", signal.SIGINT), ("typer", signal.SIGTERM), ("rich", signal.SIGINT), ("torch", signal.SIGHUP)],
+    [("sae.pipeline.commands", signal.SIGINT), ("typer", signal.SIGTERM), ("rich", signal.SIGINT), ("torch", signal.SIGHUP)],
 )
 def test_while_modules_are_imported(module: str, number: signal.Signals, tmp_path: Path) -> None:
     """One line, the exit code of the signal, no traceback, and no advice that is another command's."""
@@ -176,7 +177,9 @@ def test_a_terminal_that_is_closed() -> None:
     )  # fmt: skip
     shown = b""
     while b"ready" not in shown:
-        shown += os.read(master, 4096)
+        assert child.poll() is None, shown.decode()
+        if select.select([master], [], [], 0.1)[0]:
+            shown += os.read(master, 4096)
     os.close(master)
     os.close(slave)
     assert child.wait(30) == 128 + signal.SIGHUP
