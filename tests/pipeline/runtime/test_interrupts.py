@@ -125,7 +125,7 @@ cli.main()
         ("typer", signal.SIGTERM),
         ("rich", signal.SIGINT),
         ("torch", signal.SIGHUP),
-    ],  # fmt: skip
+    ],
 )
 def test_while_modules_are_imported(module: str, number: signal.Signals, tmp_path: Path) -> None:
     """One line, the exit code of the signal, no traceback, and no advice that is another command's."""
