@@ -24,6 +24,7 @@ from bench import subjects
 from bench.planted import planted_rows
 from bench.rows import Row, show
 from sae.cache.activations import ActivationStore
+from sae.cache.loader.loader import Batch
 from sae.pipeline.parallel.launcher import launch
 from sae.pipeline.parallel.ranks import Alone, Ranks
 from sae.pipeline.parallel.torch_distributed import Together
@@ -39,7 +40,7 @@ def taken(member: Member, x: torch.Tensor, ranks: Ranks, steps: int) -> tuple[fl
     """Wall and CPU seconds of some steps."""
     wall, used = time.perf_counter(), time.process_time()
     for _ in range(steps):
-        Group([member], None).step(x, Clock(member.done, subjects.STEPS), ranks)
+        Group([member], None).step(Batch(x, x), Clock(member.done, subjects.STEPS), ranks)
     return time.perf_counter() - wall, time.process_time() - used
 
 

@@ -15,6 +15,8 @@ from support.small_stores import write_activations
 
 from bench.planted import planted_rows
 from sae.cache.activations import ActivationStore
+from sae.cache.loader.dataset import Dataset
+from sae.cache.loader.loader import Batch
 from sae.pipeline import saes
 from sae.pipeline.parallel.ranks import Alone
 from sae.pipeline.saes.jl import JLConfig
@@ -38,13 +40,13 @@ def settings(sae: dict[str, Any], **train: Any) -> TrainConfig:
 
 def member(config: TrainConfig, store: ActivationStore, runs: Path, name: str) -> Member:
     """A dictionary at its first step, with a run folder of that name, on the CPU."""
-    run = open_run(config, store, runs, name, resume=False)
-    return Member.begin(run, config, store, store.n_rows, torch.device("cpu"))
+    run = open_run(config, Dataset.of(store), runs, name, resume=False)
+    return Member.begin(run, config, Dataset.of(store), torch.device("cpu"))
 
 
 def take_step(member: Member, x: torch.Tensor) -> None:
     """One training step of a dictionary by itself on a batch [batch, d]."""
-    Group([member], None).step(x, saes.Clock(member.done, STEPS), Alone())
+    Group([member], None).step(Batch(x, x), saes.Clock(member.done, STEPS), Alone())
 
 
 def learns_its_sparsity(config: saes.Config) -> bool:

@@ -46,6 +46,7 @@ from sae.cache.disk.durable import PARTIAL
 from sae.cache.disk.locks import held
 from sae.cache.disk.paths import listing
 from sae.cache.errors import SaeError
+from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import CONFIG, STAGED, WEIGHTS_CONFIG, Run
 from sae.cache.store.manifest import Windows
 from sae.pipeline.runtime.progress import Silent
@@ -144,7 +145,11 @@ class Training:
 
     def child(self, store: ActivationStore, root: Path) -> Child:
         """Begin, or resume, the training in `root`."""
-        return Child(lambda say: told(lambda: sweep(open_all(self.configs, store, root), store, Silent()), say))
+        return Child(
+            lambda say: told(
+                lambda: sweep(open_all(self.configs, Dataset.of(store), root), Dataset.of(store), Silent()), say
+            )
+        )
 
     def rehearse(self, store: ActivationStore, root: Path) -> None:
         """Train without a kill, for what comes out and for how long it takes."""

@@ -28,6 +28,7 @@ import torch
 from bench import subjects
 from bench.rows import Row, show
 from sae.cache.activations import ActivationStore
+from sae.cache.loader.dataset import Dataset
 from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.train.coupled import Group
 from sae.pipeline.train.stage import train
@@ -78,9 +79,9 @@ def trained(store: ActivationStore, dictionaries: int, args: argparse.Namespace)
     ]
     times = Times(time.process_time if args.threads == 1 else time.perf_counter)
     with tempfile.TemporaryDirectory() as folder:
-        runs = open_all(configs, store, Path(folder))
+        runs = open_all(configs, Dataset.of(store), Path(folder))
         with noting(times.steps, time.thread_time if args.threads == 1 else time.perf_counter):
-            train(runs, store, times, device="cpu")
+            train(runs, Dataset.of(store), times, device="cpu")
     return times
 
 

@@ -20,7 +20,7 @@ from sae.cache.disk.locks import held
 from sae.cache.disk.parsing import MOST_BYTES, name_of_file, parsed_mapping, shown
 from sae.cache.disk.paths import is_remote, place
 from sae.cache.errors import DamagedStore, NotFound, SaeError
-from sae.cache.runs import CONFIG, Run
+from sae.cache.runs import CONFIG, Run, SeenStore
 from sae.cache.store.head import RECIPE, read_head
 from sae.cache.store.manifest import MANIFEST, Manifest
 from sae.cache.store.store import Store
@@ -235,14 +235,14 @@ def readable_runs(root: Path, *, all_tools: bool = False) -> tuple[list[Run], li
     return found, damage
 
 
-def trained_on(root: Path, run: Run, given: str | None) -> ActivationStore:
-    """The store that a run was trained on: the one `given`, else that of the recipe which the run names.
+def trained_on(root: Path, seen: SeenStore, run: str, given: str | None) -> ActivationStore:
+    """A store that a run was trained on: the one `given`, else that of the recipe which the run names.
 
     A path or a URL is only ever what the user gives, never what a run says.
     """
-    if given is None and run.seen.key not in {path.name for path in folders(root, ActivationStore.kind)}:
-        raise NotFound(f"{run.seen.key}: {run.name} was trained on it, but it is not in {root}; say --activations")
-    name = given if given is not None else str(root / ActivationStore.kind / run.seen.key)
+    if given is None and seen.key not in {path.name for path in folders(root, ActivationStore.kind)}:
+        raise NotFound(f"{seen.key}: {run} was trained on it, but it is not in {root}; say --activations")
+    name = given if given is not None else str(root / ActivationStore.kind / seen.key)
     return find(root, ActivationStore, name, "--activations", "sae harvest")
 
 

@@ -1,6 +1,6 @@
 """A run folder: everything one trained dictionary is, in files any tool reads.
 
-config.json               what was asked for, with the recipe of the activations it was trained on
+config.json               what was asked for, with the recipes of the activations it was trained on
 metrics.jsonl             one line a logged step
 checkpoint.safetensors    the whole training state, replaced atomically; its JSON part is in the header
 failure.json              the step and the error, where the numbers were none any more and training ended early
@@ -37,7 +37,7 @@ from sae.cache.disk.durable import (
 )
 from sae.cache.disk.identity import Recipe
 from sae.cache.disk.locks import LOCK, Lock
-from sae.cache.disk.parsing import MOST_BYTES, figure, inner, name_of_file, parsed_mapping, text, whole
+from sae.cache.disk.parsing import MOST_BYTES, figure, inner, name_of_file, parsed_mapping, shown, text, whole
 from sae.cache.disk.processes import final_name
 from sae.cache.disk.sealed import sealed, unsealed
 from sae.cache.disk.tensors import read_header, read_tensors, write_tensors
@@ -57,16 +57,79 @@ MOST_METRICS = 1 << 30  # bytes
 EVALUATION, LATENTS, FEATURES = "eval/eval.json", "eval/latents.safetensors", "eval/features.json"
 
 
-class Seen(NamedTuple):
-    """What a run was to be trained on: the first `rows` rows of a store, its key and its recipe.
+class SeenStore(NamedTuple):
+    """A store that a run reads: its key and its recipe.
 
     largest_norm: the norm above which rows were left out, None where none were (or that was not yet recorded).
     """
 
     key: str
-    rows: int
     recipe: Recipe
-    largest_norm: float | None
+    largest_norm: float | None = None
+
+
+class Seen(NamedTuple):
+    """What a run was to be trained on: the first `rows` rows of aligned stores.
+
+    targets: what is reconstructed, none where that is what is read. Both sides have one store in `config.json`.
+    """
+
+    rows: int
+    inputs: tuple[SeenStore, ...]
+    targets: tuple[SeenStore, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The keys of the stores, for people."""
+        return " -> ".join(" + ".join(one.key for one in side) for side in (self.inputs, self.targets) if side)
+
+    @property
+    def stores(self) -> tuple[SeenStore, ...]:
+        return self.inputs + self.targets
+
+    @property
+    def recipes(self) -> tuple[list[Recipe], list[Recipe]]:
+        """The recipes of the inputs and of the targets."""
+        return [one.recipe for one in self.inputs], [one.recipe for one in self.targets]
+
+    @property
+    def limits(self) -> tuple[float, ...] | None:
+        """The norm above which rows of each store were left out; None where all were trained on.
+
+        Also None for a run with `train.outliers` of before these were recorded: it left rows out of its batches alone.
+        """
+        known = tuple(one.largest_norm for one in self.stores if one.largest_norm is not None)
+        return known if len(known) == len(self.stores) else None
+
+    def as_json(self) -> dict[str, Any]:
+        """The part of `config.json` that says it; `activations` is all of it for an autoencoder."""
+        (source,) = self.inputs
+        said: dict[str, Any] = {"activations": {"key": source.key, "rows": self.rows} | _of_store(source)}
+        if self.targets:
+            said["targets"] = [{"key": one.key} | _of_store(one) for one in self.targets]
+        return said
+
+    @classmethod
+    def from_json(cls, config: dict[str, Any]) -> Seen:
+        """What a `config.json` of any version says. Raises ValueError where that is nothing that can be."""
+        source = inner(config, "activations")
+        targets = config.get("targets", [])
+        if not isinstance(targets, list):
+            raise ValueError("targets is not a list")
+        both = tuple(_seen_store(one) for one in targets)
+        return cls(whole(source, "rows", 1), (_seen_store(source),), both)
+
+
+def _of_store(one: SeenStore) -> dict[str, Any]:
+    return {"recipe": one.recipe} | ({} if one.largest_norm is None else {"largest_norm": one.largest_norm})
+
+
+def _seen_store(said: Any) -> SeenStore:
+    if not isinstance(said, dict):
+        raise ValueError(f"{shown(said)} where a store should be")
+    recipe = inner(said, "recipe")
+    ActivationStore.expect(recipe)
+    return SeenStore(name_of_file(said, "key"), recipe, figure(said, "largest_norm"))
 
 
 class Run:
@@ -100,9 +163,7 @@ class Run:
     def seen(self) -> Seen:
         """What it was asked to be trained on. Raises DamagedStore where that is nothing that can be."""
         with _reading(self.path / CONFIG):
-            said = inner(self.config, "activations")
-            ActivationStore.expect(inner(said, "recipe"))
-            return Seen(name_of_file(said, "key"), whole(said, "rows", 1), said["recipe"], figure(said, "largest_norm"))
+            return Seen.from_json(self.config)
 
     @classmethod
     def create(cls, path: Path, config: dict[str, Any]) -> Run:
@@ -140,14 +201,6 @@ class Run:
     def finished(self) -> bool:
         """Whether training ended: the dictionary is there (weights last)."""
         return (self.path / WEIGHTS).exists()
-
-    @property
-    def largest_norm(self) -> float | None:
-        """The norm above which rows were left out; None where all were trained on.
-
-        Also None for a run with `train.outliers` of before it was recorded, which left rows out of its batches alone.
-        """
-        return self.seen.largest_norm
 
     @property
     def failure(self) -> dict[str, Any] | None:

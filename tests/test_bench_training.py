@@ -16,6 +16,7 @@ from support.small_stores import shrunk
 from bench import step, subjects, train_drill, train_memory, train_shared
 from bench.peer import Peer
 from sae.cache.activations import ActivationStore
+from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import CHECKPOINT, METRICS, Run
 from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.saes import ARCHITECTURES
@@ -85,8 +86,8 @@ class TestDrill:
         """A training with what comes out of it, and its folders again."""
         dictionary: dict[str, Any] = {"sae": train_drill.TOPK | {"d_sae": 32}, "steps": 6, "log_every": 2}
         training = train_drill.Training("topk", [dictionary])
-        run, *_ = open_all(training.configs, store, tmp_path)
-        sweep([run], store, Silent(), device="cpu")
+        run, *_ = open_all(training.configs, Dataset.of(store), tmp_path)
+        sweep([run], Dataset.of(store), Silent(), device="cpu")
         training.whole = {run.name: train_drill.outcome(run)}
         return training, run.path
 

@@ -17,9 +17,11 @@ import inspect
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self, TypedDict, Unpack, final
+from functools import lru_cache
+from typing import Any, NamedTuple, Self, TypedDict, Unpack, final
 from weakref import WeakSet, finalize
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,9 +30,30 @@ from sae.cache.disk.identity import canonical
 from sae.cache.disk.parsing import whole
 from sae.cache.errors import DamagedStore, SaeError
 from sae.cache.loader.prefetch import Buffer, Filler
-from sae.cache.loader.schedule import OPEN_CHUNKS, Batch, Place, Schedule, shares
+from sae.cache.loader.schedule import OPEN_CHUNKS, BatchRows, Place, Schedule, Spans, shares
 from sae.cache.outliers import Outliers, largest_norm
-from sae.cache.store.codecs import Columns, Encoded
+from sae.cache.store.codecs import Columns, Encoded, from_numpy
+
+
+class Batch(NamedTuple):
+    """Some rows of a dataset. x: float32 [B, *d_in]. y: float32 [B, *d_out], x itself where the inputs are the targets.
+    position: int64 [B], the token or the sample that each row came from, where it was asked for."""
+
+    x: Tensor
+    y: Tensor
+    position: Tensor | None = None
+
+    def split(self, parts: int) -> "list[Batch]":
+        """The batch in so many parts of (almost) equal size; y stays x where it is."""
+        xs = self.x.tensor_split(parts)
+        ys = xs if self.y is self.x else self.y.tensor_split(parts)
+        positions = [None] * parts if self.position is None else self.position.tensor_split(parts)
+        return [Batch(*each) for each in zip(xs, ys, positions, strict=True)]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch with its rows on a device; y stays x where it is."""
+        x = self.x.to(device)
+        return self._replace(x=x, y=x if self.y is self.x else self.y.to(device))
 
 
 class Settings(TypedDict, total=False):
@@ -45,10 +68,12 @@ class Settings(TypedDict, total=False):
     rank: int  # which share of every round of world * batch rows is this loader's; default 0
     world: int  # default 1
     outliers: float | None  # leave out rows whose norm is above so many medians of norms; default None: keep all
-    largest: float | None  # leave out rows of a larger norm; default None: as `outliers` says
+    largest: (
+        float | Sequence[float] | None
+    )  # leave out rows of a larger norm (in any store); default: as `outliers` says
 
 
-class _Batches:
+class _Stored:
     """What both loaders are: the order, the state, and batches as stored."""
 
     def __init__(
@@ -65,7 +90,7 @@ class _Batches:
         rank: int = 0,
         world: int = 1,
         outliers: float | None = None,
-        largest: float | None = None,
+        largest: float | Sequence[float] | None = None,
     ) -> None:
         assert batch > 0 and open_chunks > 0 and seed >= 0 and 0 <= rank < world, (batch, open_chunks, seed, rank)
         self.stores, self.batch, self.epochs = tuple(stores), batch, epochs
@@ -76,13 +101,14 @@ class _Batches:
                 raise SaeError(f"{store.path}: {self.rows:,} rows asked for, {store.n_rows:,} are there; harvest more")
         limits: list[float] | None = None
         if largest is not None:
-            limits = [largest] * len(self.stores)
+            limits = [largest] * len(self.stores) if isinstance(largest, float | int) else [*largest]
         elif outliers is not None:
             limits = [largest_norm(store, outliers) for store in self.stores]
+        alike = limits is not None and len({*limits}) == 1
         self._order: dict[str, Any] = {
             "rows": self.rows, "batch": batch * world, "open_chunks": open_chunks, "seed": seed,
             **({} if outliers is None else {"outliers": outliers}),
-            **({} if outliers is not None or largest is None else {"largest": largest}),
+            **({} if outliers is not None or limits is None else {"largest": limits[0] if alike else limits}),
         }  # fmt: skip
         sizes = [store.chunk_rows for store in self.stores]
         dropped = None if limits is None else Outliers(self.stores, max(sizes), limits)
@@ -91,6 +117,7 @@ class _Batches:
         )
         self._columns = [Columns(*(column.to(self.device) for column in store.columns)) for store in self.stores]
         self._place = Place()
+        self._last: list[tuple[Spans, int, int]] = []  # the steps, and rows [low, high) of each, of the last batch
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
         self._running: WeakSet[Generator[list[Encoded], None, None]] = WeakSet()
@@ -141,7 +168,8 @@ class _Batches:
 
     def _encoded(self) -> Generator[list[Encoded], None, None]:
         begun: list[list[Encoded]] = []  # the parts of a batch, store by store
-        coming: deque[Batch] = deque()
+        spans: list[tuple[Spans, int, int]] = []  # and which rows of a step they are
+        coming: deque[BatchRows] = deque()
         got = 0
         with self._filler() as shares_of_steps:
             for share, buffer in shares_of_steps:
@@ -151,11 +179,12 @@ class _Batches:
                     size = coming[0].rows
                     high = min(there, low + size - got)
                     begun.append(self._taken(buffer, low, high, keep=high - low < size))
+                    spans.append((share.spans, low, high))
                     got, low = got + high - low, high
                     if got == size:
-                        self._place = coming.popleft().after
+                        self._place, self._last = coming.popleft().after, spans
                         yield [_joined(parts) for parts in zip(*begun, strict=True)]
-                        begun, got = [], 0
+                        begun, spans, got = [], [], 0
 
     def _filler(self) -> Filler:
         plan = shares(
@@ -181,7 +210,7 @@ class _Batches:
 
 
 @final
-class Loader(_Batches):
+class Loader(_Stored):
     """Iterates float32 batches [batch, d] of a store's rows, each with memory of its own.
 
     With finite `epochs` the last batch may be short. With `world` ranks each takes its own `batch` rows of a round of
@@ -199,23 +228,52 @@ class Loader(_Batches):
 
 
 @final
-class AlignedLoader(_Batches):
-    """As `Loader`, over several stores at once: tuples of float32 batches, row i of each of one and the same token.
+class Batches(_Stored):
+    """As `Loader`, over aligned stores at once: a `Batch` of the inputs' rows and the targets'.
 
-    Raises SaeError where the stores' rows do not align: other tokens, another rule which tokens become rows, or
-    different numbers of rows (unless `rows` says how many).
+    Where several stores are one side their rows are stacked: [B, stores, d].
+
+    targets: none where the inputs are what is to be reconstructed. positions: whether batches say what each row is of,
+    which takes reading it. Raises SaeError where the stores' rows do not align.
     """
 
-    def __init__(self, stores: Sequence[ActivationStore], batch: int = 4096, **settings: Unpack[Settings]) -> None:
-        expect_aligned(stores)
+    def __init__(
+        self, inputs: Sequence[ActivationStore], targets: Sequence[ActivationStore] = (), batch: int = 4096, *,
+        positions: bool = False, **settings: Unpack[Settings],
+    ) -> None:  # fmt: skip
+        stores = [*inputs, *targets]
+        expect_aligned(stores, settings.get("rows"))
         super().__init__(stores, batch, **settings)
+        self._inputs, self._with_positions = len(inputs), positions
+        chunk = stores[0].arrays["position"].chunk_rows
+        self._positions = lru_cache(maxsize=self.schedule.open + 2)(
+            lambda index: stores[0].positions(index * chunk, min((index + 1) * chunk, stores[0].n_rows))
+        )
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        return self._decoded()
+    def __iter__(self) -> Iterator[Batch]:
+        for rows in self._decoded():
+            x = stacked(rows[: self._inputs])
+            y = stacked(rows[self._inputs :]) if rows[self._inputs :] else x
+            yield Batch(x, y, self._positions_of_last() if self._with_positions else None)
+
+    def _positions_of_last(self) -> Tensor:
+        """int64 [B]: the positions of the rows of the last batch."""
+        chunk = self.stores[0].arrays["position"].chunk_rows
+        found = [
+            self._positions(start // chunk)[start % chunk : start % chunk + stop - start]
+            for step, low, high in self._last
+            for start, stop in zip(*step.split([low, high])[1], strict=True)
+        ]
+        return from_numpy(np.concatenate(found))
 
 
-def expect_aligned(stores: Sequence[ActivationStore]) -> None:
-    """Raise SaeError unless row i of every store came from one and the same token."""
+def stacked(rows: Sequence[Tensor]) -> Tensor:
+    """Rows [n, d] of one store as they are; of several, [n, stores, d]."""
+    return rows[0] if len(rows) == 1 else torch.stack([*rows], dim=1)
+
+
+def expect_aligned(stores: Sequence[ActivationStore], rows: int | None = None) -> None:
+    """Raise SaeError unless row i of every store came from one and the same token, for the first `rows` (None: all)."""
     first = stores[0]
     for other in stores[1:]:
         mine, its = first.recipe, other.recipe
@@ -228,6 +286,14 @@ def expect_aligned(stores: Sequence[ActivationStore]) -> None:
                     f"{other.path}: was made {what} than {first.key}, so their rows do not align; "
                     "make both from one token store with the same settings"
                 )
+        # rows are permuted inside their window: one that ended early, with its source, is in an order of its own
+        there = first.n_rows if rows is None else rows
+        ends = [{w.stop for w in one.manifest.windows if w.start < there} for one in (first, other)]
+        if rows is not None and ends[0] != ends[1] and min(max(each, default=0) for each in ends) >= there:
+            raise SaeError(
+                f"{other.path}: its last rows lie in another order than those of {first.key}, as one of them was made "
+                "when the text ended earlier; use fewer rows, or remove the shorter one and harvest it again"
+            )
 
 
 def _common_rows(stores: Sequence[ActivationStore]) -> int:

@@ -146,7 +146,7 @@ class Schedule:
         return given, Place(epoch, step, taken)
 
 
-class Batch(NamedTuple):
+class BatchRows(NamedTuple):
     """A batch: where it starts in its share, its rows (the next shares may have some), and the place after it."""
 
     start: int
@@ -158,7 +158,7 @@ class Share(NamedTuple):
     """What a rank takes of one step: its rows, and the batches that start among them."""
 
     spans: Spans
-    batches: list[Batch]
+    batches: list[BatchRows]
 
 
 def shares(
@@ -175,12 +175,12 @@ def shares(
     while size:
         spans, rows = schedule.spans(epoch, step), schedule.count(epoch, step)
         parts: list[tuple[int, int]] = []
-        begun: list[Batch] = []
+        begun: list[BatchRows] = []
         mine = 0
         while taken < rows and size:
             low, high = size * rank // world, size * (rank + 1) // world
             if done <= low < high and low - done < rows - taken:
-                begun.append(Batch(mine, high - low, end))
+                begun.append(BatchRows(mine, high - low, end))
             used = min(size - done, rows - taken)
             first, last = max(low - done, 0), min(high - done, used)
             mine += max(last - first, 0)

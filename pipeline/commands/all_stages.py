@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from sae import configs
 from sae.cache import catalogue
 from sae.cache.errors import SaeError
+from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import CONFIG, discarding
 from sae.pipeline.evaluate.stage import EvalConfig, evaluate
 from sae.pipeline.harvest.stage import HarvestConfig, harvest
@@ -53,15 +54,16 @@ def all_stages(
     activations = rows.stores["train"][0]
     catalogue.remember(root, "tokens", [tokens.stores["train"].key])
     catalogue.remember(root, "activations", [activations.key])
+    dataset = Dataset.of(activations)
     started = (runs / name / CONFIG).exists()
     try:
-        run = open_run(training, activations, runs, name, resume=started)
+        run = open_run(training, dataset, runs, name, resume=started)
     except SaeError as error:
         if not started:
             raise
         raise SaeError(f"{runs / name}: is of other settings; remove it, or name another folder with --runs") from error
     with discarding([run]):
-        timed("train", lambda: train([run], activations, progress, device=device))
+        timed("train", lambda: train([run], dataset, progress, device=device))
     found = timed("eval", lambda: evaluate(judging, run, root, progress, device=device))
     path = timed("report", lambda: report(run, root, progress, config=showing, device=device))
     return {**found.as_json(), "seconds": seconds, "run": str(run.path), "report": str(path)}

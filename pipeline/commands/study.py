@@ -23,7 +23,7 @@ from sae.pipeline.commands.options import (
     Threads,
     complete_store,
 )
-from sae.pipeline.commands.study_lab import finish, lab, results_folder, store_of, training
+from sae.pipeline.commands.study_lab import dataset_of, finish, lab, results_folder, store_of, training
 from sae.pipeline.commands.words import count, grid, several, whole
 
 if TYPE_CHECKING:
@@ -71,8 +71,8 @@ def coefficients(
     base = training(preset, config, set_, steps, rows, itself=stage.ITSELF, of=stage.ARCHITECTURES)
     where = lab(cache, runs, preset, config, set_, no_ce, device, threads, offline)
     folder_ = results_folder(out, "coefficients")
-    store = store_of(where, activations)
-    finish(stage.coefficients(base, store, where, **grids, d_sae=d_sae, seeds=seeds or 1), folder_, json)
+    dataset = dataset_of(where, activations)
+    finish(stage.coefficients(base, dataset, where, **grids, d_sae=d_sae, seeds=seeds or 1), folder_, json)
 
 
 @app.command("activations")
@@ -98,8 +98,8 @@ def activation_functions(
     base = training(preset, config, set_, steps, rows, of=[kind.arch for kind in stage.KINDS.values()])
     where = lab(cache, runs, preset, config, set_, no_ce, device, threads, offline)
     folder_ = results_folder(out, "activations")
-    store = store_of(where, activations)
-    result = stage.activations(base, store, where, k=k, d_sae=d_sae, match_l0=match_l0, seeds=seeds or 1)
+    dataset = dataset_of(where, activations)
+    result = stage.activations(base, dataset, where, k=k, d_sae=d_sae, match_l0=match_l0, seeds=seeds or 1)
     finish(result, folder_, json, stage.box(result, plain=console.out.options.ascii_only))
 
 
@@ -131,8 +131,8 @@ def rates(
     base = training(preset, config, set_, steps, rows, itself=stage.ITSELF, arch=arch, k=k, d_sae=d_sae)
     where = lab(cache, runs, preset, config, set_, no_ce, device, threads, offline)
     folder_ = results_folder(out, "rates")
-    store = store_of(where, activations)
-    finish(stage.rates(base, store, where, ratios=chosen, decays=known, seeds=seeds or 1), folder_, json)
+    dataset = dataset_of(where, activations)
+    finish(stage.rates(base, dataset, where, ratios=chosen, decays=known, seeds=seeds or 1), folder_, json)
 
 
 @app.command()
@@ -199,5 +199,5 @@ def alignment(
     where = lab(cache, runs, preset, config, set_, no_ce, device, threads, offline)
     folder_ = results_folder(out, "alignment")
     known = [what for what in BY if what in chosen]
-    store = store_of(where, activations)
-    finish(stage.alignment(base, store, where, by=known, weights=pulls, seeds=seeds or 3), folder_, json)
+    dataset = dataset_of(where, activations)
+    finish(stage.alignment(base, dataset, where, by=known, weights=pulls, seeds=seeds or 3), folder_, json)

@@ -15,6 +15,7 @@ from sae.pipeline.commands.options import (
 
 if TYPE_CHECKING:
     from sae.cache.activations import ActivationStore
+    from sae.cache.loader.dataset import Dataset
     from sae.pipeline.studies.study import Lab, Result
     from sae.pipeline.train.stage import TrainConfig
 
@@ -79,6 +80,13 @@ def store_of(where: "Lab", name: str | None, *, any_of_the_last: bool = False) -
     store = catalogue.find(where.root, ActivationStore, name, "--activations", "sae harvest")
     where.progress.note(f"activations: {store.key}{unfinished(store)}")
     return store
+
+
+def dataset_of(where: "Lab", name: str | None) -> "Dataset":
+    """The rows to train on, said on stderr."""
+    from sae.cache.loader.dataset import Dataset
+
+    return Dataset.of(store_of(where, name))
 
 
 def results_folder(out: Path | None, study: str) -> Path:

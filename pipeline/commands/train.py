@@ -36,6 +36,7 @@ from sae.pipeline.runtime.interrupts import remedied
 
 if TYPE_CHECKING:
     from sae.cache.activations import ActivationStore
+    from sae.cache.loader.dataset import Dataset
     from sae.cache.runs import Run
     from sae.pipeline.commands.bars import Bars
     from sae.pipeline.train.stage import TrainConfig
@@ -127,14 +128,14 @@ def train(
     if resume and (name is not None or not said):
         before = run_to_resume(runs, name)
         runs, name = before.path.parent, before.name
-        activations = activations or str(catalogue.trained_on(root, before, None).path)
+        activations = activations or str(catalogue.trained_on(root, before.seen.inputs[0], before.name, None).path)
         values = values if said else settings_of(before)
     elif name is not None:
         expect_name(name)
     if not resume:
         acquainted([values])  # one that is to agree with others has none here
-    store = activations_of(root, activations, bars)
-    train_one(open_run(values, store, runs, name, resume=resume), store, bars, device, devices, json)
+    dataset = activations_of(root, activations, bars)
+    train_one(open_run(values, dataset, runs, name, resume=resume), dataset, bars, device, devices, json)
 
 
 def expect_name(name: str) -> None:
@@ -153,11 +154,13 @@ def say_rows(every: "Iterable[TrainConfig]", bars: "Bars") -> None:
             bars.note(f"rows {rows:,}: steps see {batch:,} each, so {steps * batch:,} are seen in {steps:,}")
 
 
-def activations_of(root: Path, name: str | None, bars: "Bars") -> "ActivationStore":
-    """The store to train on, said on stderr."""
+def activations_of(root: Path, name: str | None, bars: "Bars") -> "Dataset":
+    """The rows to train on, said on stderr."""
+    from sae.cache.loader.dataset import Dataset
+
     store = store_named(root, name)
     bars.note(f"activations: {store.key}{unfinished(store)}")
-    return store
+    return Dataset.of(store)
 
 
 def store_named(root: Path, name: str | None) -> "ActivationStore":
@@ -186,14 +189,14 @@ def took_part(device: str) -> bool:
     return True
 
 
-def train_one(run: "Run", store: "ActivationStore", bars: "Bars", device: str, processes: int, json: bool) -> None:
+def train_one(run: "Run", dataset: "Dataset", bars: "Bars", device: str, processes: int, json: bool) -> None:
     """Train (or continue) one dictionary and show its last figures."""
     from sae.pipeline.commands import console
     from sae.pipeline.train.sweep import sweep
 
     bars.note(f"run: {run.path}{'; nothing to do, it is finished' if run.finished else ''}")
     with remedied(f"continue with `sae train --resume --name {run.name}`"):
-        sweep([run], store, bars, device=device, processes=processes)
+        sweep([run], dataset, bars, device=device, processes=processes)
     result = [{}, *run.metrics()][-1]
     if json:
         console.as_json({"run": str(run.path), **result})
@@ -203,7 +206,7 @@ def train_one(run: "Run", store: "ActivationStore", bars: "Bars", device: str, p
 
 def train_every(
     every: list["TrainConfig"],
-    store: "ActivationStore",
+    dataset: "Dataset",
     root: Path,
     bars: "Bars",
     device: str,
@@ -215,9 +218,9 @@ def train_every(
     from sae.pipeline.train.sweep import open_all, sweep
     from sae.pipeline.train.trainer import Diverged
 
-    runs = open_all(every, store, root)
+    runs = open_all(every, dataset, root)
     try:
-        sweep(runs, store, bars, device=device, processes=processes)
+        sweep(runs, dataset, bars, device=device, processes=processes)
     except Diverged:
         if finished := [run for run in runs if run.finished]:
             show_runs(rows_of(finished), f"{len(finished)} of {len(runs)} runs in {root}", json)

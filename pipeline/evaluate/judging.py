@@ -1,7 +1,7 @@
 """A dictionary on held-out rows and on held-out tokens: what `pipeline.evaluate.stage` and the studies judge by.
 
 Where a run left rows out by their norm, everything is counted twice: over all held-out rows, and over those that it
-would have been trained on (`largest`: the largest norm of such a row). In the second a language model's tokens whose
+would have been trained on (the limits of the datasets). In the second a language model's tokens whose
 rows are left out are treated as those that never become rows.
 """
 
@@ -14,13 +14,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sae.cache.activations import ActivationStore, norms_of
+from sae.cache.activations import norms_of
 from sae.cache.errors import SaeError
-from sae.cache.loader.loader import Loader
-from sae.cache.outliers import kept_rows, outlier_rows
+from sae.cache.loader.dataset import Dataset
+from sae.cache.loader.loader import Batch
+from sae.cache.provenance import LanguageModelRows, Provenance
 from sae.cache.tokens import TokenStore
 from sae.configs.base import Amount, Settings
 from sae.pipeline.language_model import LanguageModel, Point
+from sae.pipeline.language_model.interventions import predicting
 from sae.pipeline.language_model.token_mask import rule_of
 from sae.pipeline.metrics.figures import OF_ROWS, amounts, available
 from sae.pipeline.metrics.metric import Encoded, Metric, Subject, Value, metrics_of
@@ -37,9 +39,9 @@ class EvalConfig(Settings):
     mean_rows: int = Field(65_536, ge=1, description="training rows whose mean is the mean ablation")
     batch_tokens: int = Field(4096, ge=1, description="tokens in one forward pass, rows in one batch")
 
-    def rows_of(self, store: ActivationStore) -> int:
-        """Rows of a held-out store that are judged."""
-        return store.n_rows if self.rows == "all" else min(self.rows, store.n_rows)
+    def rows_of(self, dataset: Dataset) -> int:
+        """Rows of a held-out dataset that are judged."""
+        return dataset.n_rows if self.rows == "all" else min(self.rows, dataset.n_rows)
 
     def contexts_of(self, tokens: TokenStore) -> int:
         """Contexts of held-out tokens that are judged: whole ones, as many as the tokens begin."""
@@ -51,14 +53,14 @@ class EvalConfig(Settings):
 class Evaluation:
     """What was found: figures by key, everything else under `details`, and what is known of each latent [d_sae].
 
-    kept: the same over the rows up to the norm above which training left rows out (`largest_norm`), where it did.
+    kept: the same over the rows up to the norms above which training left rows out (`limits`), where it did.
     """
 
     figures: dict[str, Value]
     details: dict[str, Any]
     latents: dict[str, Tensor]
     kept: "Evaluation | None" = None
-    largest_norm: float | None = None
+    limits: tuple[float, ...] | None = None
 
     @classmethod
     def of(cls, metrics: Sequence[Metric]) -> "Evaluation":
@@ -77,8 +79,11 @@ class Evaluation:
 
     def as_json(self) -> dict[str, Any]:
         """The figures by name, and everything else under `details`. Undefined ones are null."""
-        kept = {} if self.kept is None else {"kept": {"largest_norm": self.largest_norm, **self.kept.as_json()}}
-        return {**self.figures, **kept, "details": self.details}
+        found: dict[str, Any] = {**self.figures}
+        if self.kept is not None:
+            norms = zip(("largest_norm", "largest_norm_target"), self.limits or (), strict=False)
+            found["kept"] = {**dict(norms), **self.kept.as_json()}
+        return {**found, "details": self.details}
 
     def tensors(self) -> dict[str, Tensor]:
         """What is known of each latent, by name; over the kept rows with `_kept` behind it."""
@@ -87,111 +92,103 @@ class Evaluation:
 
 
 def judge(
-    subject: Subject, training: ActivationStore, held_out: ActivationStore, config: EvalConfig, progress: Progress,
-    *, largest: float | None = None, text: tuple[TokenStore, LanguageModel] | None = None,
+    subject: Subject, training: Dataset, held_out: Dataset, config: EvalConfig, progress: Progress, *,
+    text: tuple[TokenStore, LanguageModel] | None = None,
 ) -> Evaluation:  # fmt: skip
     """Show a dictionary's held-out rows, training rows and, given one, language model to every metric they suffice.
 
-    With a largest norm everything that depends on rows is counted over those kept as well.
+    Where the datasets have limits everything that depends on rows is counted over those kept as well.
     """
     needs = available(model=text is not None, truth=subject.truth is not None)
     sides = [metrics_of(subject, needs)]
-    if largest is not None:  # of what does not depend on rows there is one value
+    if held_out.limits is not None:  # of what does not depend on rows there is one value
         sides.append([one for one in metrics_of(subject, needs) if {*one.needs} & {*OF_ROWS, "model"}])
     sae, batch = subject.sae, config.batch_tokens
-    judge_rows(sae, held_out, config.rows_of(held_out), batch, progress, sides, largest)
-    search_rows(sae, training, min(config.dead_rows, training.n_rows), batch, progress, sides, largest)
-    for side, limit in zip(sides, (None, largest), strict=False):
+    judge_rows(sae, held_out, config.rows_of(held_out), batch, progress, sides)
+    search_rows(sae, training, min(config.dead_rows, training.n_rows), batch, progress, sides)
+    for side, limits in zip(sides, (None, held_out.limits), strict=False):
         if text is not None:
-            mean = mean_row(training, min(config.mean_rows, training.n_rows), limit)
-            judge_tokens(sae, text[1], text[0], held_out, mean, config, progress, side, limit)
+            mean = mean_target(training.kept_up_to(limits), min(config.mean_rows, training.n_rows))
+            judge_tokens(sae, text[1], text[0], held_out.kept_up_to(limits), mean, config, progress, side)
     every, *kept = [Evaluation.of(side) for side in sides]
-    return replace(every, kept=kept[0], largest_norm=largest) if kept else every
+    return replace(every, kept=kept[0], limits=held_out.limits) if kept else every
 
 
-def mean_row(store: ActivationStore, rows: int, largest: float | None = None) -> Tensor:
-    """float32 [d]: the mean of a store's first rows (of those kept), one chunk in memory at a time."""
-    total, count = torch.zeros(store.d, dtype=torch.float64), 0
-    for start in range(0, rows, store.chunk_rows):
-        found = kept_rows(store, start, min(start + store.chunk_rows, rows), largest)
-        total, count = total + found.sum(0, dtype=torch.float64), count + len(found)
+def mean_target(dataset: Dataset, rows: int) -> Tensor:
+    """float32 [d_out]: the mean of the kept ones of the first target rows, one chunk in memory at a time."""
+    total, count = torch.zeros(dataset.d_out, dtype=torch.float64), 0
+    for batch in dataset.in_order(rows):
+        total, count = total + batch.y.sum(0, dtype=torch.float64), count + len(batch.y)
     if not count:
         raise SaeError(f"eval.mean_rows = {rows}: training left all of them out for their norm; give more")
     return (total / count).float()
 
 
 def judge_rows(
-    sae: SAE, store: ActivationStore, rows: int, batch: int, progress: Progress, sides: Sequence[Sequence[Metric]],
-    largest: float | None = None,
-) -> None:  # fmt: skip
-    """Show metrics a store's first rows; with a largest norm, the second side only those kept."""
+    sae: SAE, dataset: Dataset, rows: int, batch: int, progress: Progress, sides: Sequence[Sequence[Metric]]
+) -> None:
+    """Show metrics a dataset's first rows; where there is a second side it is shown those kept alone."""
     seen = [0 for _ in sides]
 
-    def show(x: Tensor, kept: bool) -> None:
-        codes = sae.encode(x)
-        encoded = Encoded(x, x, codes, sae.decode(codes))
+    def show(part: Batch, kept: bool) -> None:
+        codes = sae.encode(part.x)
+        encoded = Encoded(part.x, part.y, codes, sae.decode(codes))
         for i, side in enumerate(sides if kept else sides[:1]):
-            seen[i] += len(x)
+            seen[i] += len(part.x)
             for metric in side:
                 metric.update(encoded)
 
-    _each_batch(sae, store, rows, batch, "eval rows", show, progress, largest)
+    _each_batch(sae, dataset, rows, batch, "eval rows", show, progress)
     if not seen[-1]:
         raise SaeError(f"--rows {rows}: training would have left all of them out for their norm; judge on more")
 
 
 def search_rows(
-    sae: SAE, store: ActivationStore, rows: int, batch: int, progress: Progress, sides: Sequence[Sequence[Metric]],
-    largest: float | None = None,
-) -> None:  # fmt: skip
-    """Show metrics the latents that fire in a store's first rows; with a largest norm, the second side those kept."""
+    sae: SAE, dataset: Dataset, rows: int, batch: int, progress: Progress, sides: Sequence[Sequence[Metric]]
+) -> None:
+    """Show metrics the latents that fire in a dataset's first rows; a second side is shown those of kept rows alone."""
 
-    def show(x: Tensor, kept: bool) -> None:
-        codes = sae.encode(x)
+    def show(part: Batch, kept: bool) -> None:
+        codes = sae.encode(part.x)
         for side in sides if kept else sides[:1]:
             for metric in side:
                 metric.search(codes)
 
-    _each_batch(sae, store, rows, batch, "eval dead latents", show, progress, largest)
+    _each_batch(sae, dataset, rows, batch, "eval dead latents", show, progress)
 
 
 @torch.no_grad()
 def _each_batch(
-    sae: SAE,
-    store: ActivationStore,
-    rows: int,
-    batch: int,
-    title: str,
-    call: Callable[[Tensor, bool], None],
+    sae: SAE, dataset: Dataset, rows: int, batch: int, title: str, call: Callable[[Batch, bool], None],
     progress: Progress,
-    largest: float | None,
-) -> None:
-    """Call with every batch of a store's first rows, and with whether they are kept: those first, then the others."""
+) -> None:  # fmt: skip
+    """Call with every batch of a dataset's first rows, and with whether they are kept: those first, then the others."""
     if not rows:
         return
     progress.start(title, rows, "rows")
     try:
-        with Loader(store, batch, epochs=1, rows=rows, device=sae.W_dec.device, largest=largest) as loader:
-            for x in loader:
-                call(x, True)
-                progress.advance(len(x))
-        for x in () if largest is None else outlier_rows(store, rows, largest, batch):
-            call(x.to(sae.W_dec.device), False)
-            progress.advance(len(x))
+        with dataset.first(rows).batches(batch, epochs=1, device=sae.W_dec.device) as loader:
+            for part in loader:
+                call(part, True)
+                progress.advance(len(part.x))
+        for part in dataset.left_out(rows, batch):
+            call(part.to(sae.W_dec.device), False)
+            progress.advance(len(part.x))
     finally:
         progress.finish()
 
 
 def judge_tokens(
-    sae: Callable[[Tensor], Tensor], model: LanguageModel, tokens: TokenStore, store: ActivationStore, mean: Tensor,
-    config: EvalConfig, progress: Progress, metrics: Sequence[Metric], largest: float | None = None,
+    sae: Callable[[Tensor], Tensor], model: LanguageModel, tokens: TokenStore, dataset: Dataset, mean: Tensor,
+    config: EvalConfig, progress: Progress, metrics: Sequence[Metric],
 ) -> None:  # fmt: skip
-    """Show metrics the cross-entropies with the site of `store` replaced by a reconstruction, zero and `mean` [d].
+    """Show metrics the cross-entropies with the targets' site replaced by a reconstruction, zero and `mean` [d_out].
 
-    With a largest norm, positions above it keep their own activations, and what they predict does not count.
+    The reconstruction is of what is read at the inputs' site. Where the dataset has limits, positions above them keep
+    their own activations, and what they predict does not count.
     """
-    point = Point(store.recipe["layer"], store.recipe["site"])
-    rule = rule_of(store)
+    reads, writes = (_site(origin) for origin in (dataset.provenance, dataset.target_provenance))
+    rule = rule_of(dataset.inputs[0])
     begin = int(tokens.recipe["tokenizer"]["begin"])
     length = tokens.context_length
     contexts = config.contexts_of(tokens)
@@ -203,18 +200,18 @@ def judge_tokens(
         for start in range(0, contexts, step):
             stop = min(start + step, contexts)
             ids, lengths = tokens.contexts(start, stop), tokens.lengths(start, stop)
-            rows = _Replaced(torch.from_numpy(rule.mask(ids, lengths, begin)).to(model.device), largest)
+            rows = _Replaced(torch.from_numpy(rule.mask(ids, lengths, begin)).to(model.device), dataset)
+            by: dict[str, Callable[[Tensor], Tensor]] = {
+                "sae": sae,
+                "zero": lambda x: x.new_zeros(len(x), len(mean)),
+                "mean": lambda x: mean.to(x.dtype).expand(len(x), -1),
+            }
             found = model.compare(
-                torch.from_numpy(ids),
-                {
-                    "sae": {point: rows.by(sae)},
-                    "zero": {point: rows.by(torch.zeros_like)},
-                    "mean": {point: rows.by(lambda x: mean.to(x.dtype).expand_as(x))},
-                },
+                torch.from_numpy(ids), {name: predicting(rows.by(new), reads, writes) for name, new in by.items()}
             )
             if not all(bool(each.ce.isfinite().all()) for each in found.spliced.values()):
                 raise SaeError(
-                    f"{store.path}: with its rows' reconstruction or mean in place a cross-entropy is no number; they "
+                    f"{dataset.key}: with its rows' reconstruction or mean in place a cross-entropy is no number; they "
                     "are too large for the model"
                 )
             real = torch.from_numpy(np.arange(1, length) < lengths[:, None])
@@ -229,24 +226,30 @@ def judge_tokens(
         raise SaeError(f"--tokens {config.tokens}: none of their predictions counts; judge on more")
 
 
+def _site(origin: Provenance) -> Point:
+    assert isinstance(origin, LanguageModelRows), "only such rows come with tokens"
+    return Point(origin.layer, origin.site)
+
+
 @dataclass
 class _Replaced:
-    """The positions of a batch of contexts that are replaced: mask bool [B, T], without those above a largest norm.
+    """The positions of a batch of contexts that are replaced: mask bool [B, T], without those above the limits.
 
     Norms are seen when the first replacement is asked for; each of them is given the same activations.
     """
 
     mask: Tensor
-    largest: float | None
+    dataset: Dataset
 
-    def by(self, new: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """A replacement of activations [B, T, d] at these positions, row by row; the others stay as they are."""
+    def by(self, new: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        """What activations [B, T, d_out] become: at these positions a function of those read there, row by row."""
 
-        def replace(value: Tensor) -> Tensor:
-            if self.largest is not None:
-                self.mask = self.mask & (norms_of(value) <= self.largest)
-            out = value.clone()
-            out[self.mask] = new(value[self.mask].float()).to(value.dtype)
+        def replace(written: Tensor, read: Tensor) -> Tensor:
+            each = (read, written) if self.dataset.targets else (read,)
+            for values, most in zip(each, self.dataset.limits or (), strict=False):
+                self.mask = self.mask & (norms_of(values) <= most)
+            out = written.clone()
+            out[self.mask] = new(read[self.mask].float()).to(written.dtype)
             return out
 
         return replace

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from sae.cache import catalogue
-from sae.cache.activations import ActivationStore
 from sae.cache.disk.durable import expect_no_link, expect_writable
 from sae.cache.errors import DamagedStore, NotFound, SaeError
+from sae.cache.loader.dataset import Dataset
+from sae.cache.provenance import LanguageModelRows
 from sae.cache.runs import EVALUATION, LATENTS, Run
 from sae.cache.tokens import TokenStore
 from sae.pipeline.evaluate.judging import EvalConfig, Evaluation, judge
@@ -46,26 +47,21 @@ def evaluate(
         expect_no_link(run.path, name)
         expect_writable(run.path / name)
     sae = trained.load(run)
-    training = catalogue.trained_on(root, run, activations)
-    if training.d != sae.d_in:
-        raise SaeError(
-            f"--activations {training.key}: its rows have {training.d} values, {run.name} reads {sae.d_in}; "
-            "give a store of the site it was trained on"
-        )
-    held_out = _held_out(root, training)
+    training = trained.dataset_of(run, root, activations)
+    trained.expect_fits(training, sae, run)
+    held_out = training.held_out(root)
+    source, target = training.provenance, (training.targets or training.inputs)[0]
     text: tuple[TokenStore, LanguageModel] | None = None
-    if "tokens" in training.recipe:
+    if isinstance(source, LanguageModelRows):
         tokens = _tokens(root, training, held_out)
-        with said_if_slow(progress, f"loading {training.recipe['model']['model']}"):
-            text = tokens, language_model or hints.boot(training, model, device, offline)
+        with said_if_slow(progress, f"loading {source.model}"):
+            text = tokens, language_model or hints.boot(target, model, device, offline)
     elif model is not None:
         raise SaeError(f"--model {model}: the rows of {training.key} come from no language model; leave it out")
     for line in _not_so_many(config, held_out, None if text is None else text[0]):
         progress.note(line)
     sae.to(devices.device(device) if text is None else text[1].device)
-    largest = trained.largest_norm(run, training)
-    subject = Subject(sae, training.truth)
-    result = judge(subject, training, held_out, config, progress, largest=largest, text=text)
+    result = judge(Subject(sae, training.truth), training, held_out, config, progress, text=text)
     result.details["held_out"] = held_out.key
     found = result.as_json()
     if not replace_larger and (less := _less(run, found)):
@@ -97,9 +93,7 @@ def _amount(evaluation: dict[str, Any], key: str) -> int:
     return value if isinstance(value := evaluation.get(key), int) else 0
 
 
-def missing(
-    run: Run, config: EvalConfig, store: ActivationStore, held_out: ActivationStore, root: Path
-) -> EvalConfig | None:
+def missing(run: Run, config: EvalConfig, training: Dataset, held_out: Dataset, root: Path) -> EvalConfig | None:
     """What to evaluate a run on so that it was judged on no less than is asked for; None where it was.
 
     On no less than it was judged on before, either.
@@ -111,21 +105,21 @@ def missing(
     rows, wanted = _amount(found, "rows"), config.rows_of(held_out)
     more: dict[str, Any] = {"rows": max(rows, wanted)}
     more["dead_rows"] = max(_amount(found, "dead_rows") - rows, config.dead_rows)
-    enough = rows >= wanted and ("kept" in found or trained.largest_norm(run, store) is None)
+    enough = rows >= wanted and ("kept" in found or training.limits is None)
     tokens = None
-    if "tokens" in held_out.recipe:
-        tokens = catalogue.of_recipe(root, TokenStore, held_out.recipe["tokens"])
+    if held_out.provenance.text is not None:
+        tokens = catalogue.of_recipe(root, TokenStore, held_out.provenance.text.recipe)
     if tokens is not None:
         downstream = (found.get("details") or {}).get("downstream") or {}
         contexts, asked = int(downstream.get("contexts", 0)), config.contexts_of(tokens)
         more["tokens"] = max(contexts, asked) * tokens.context_length
         enough = enough and contexts >= asked
     # what an older version did not write is judged anew; of rows and weights alone it takes no evaluation to tell
-    lacks = lacking(found, available(model=tokens is not None, truth=store.truth is not None))
+    lacks = lacking(found, available(model=tokens is not None, truth=training.truth is not None))
     return None if enough and not {*lacks} - {*lacking(found, WITHOUT_MODEL)} else config.model_copy(update=more)
 
 
-def _not_so_many(config: EvalConfig, held_out: ActivationStore, tokens: TokenStore | None) -> Iterator[str]:
+def _not_so_many(config: EvalConfig, held_out: Dataset, tokens: TokenStore | None) -> Iterator[str]:
     """What to say where more was asked for than there is to judge on."""
     if config.rows != "all" and config.rows > held_out.n_rows:
         yield f"--rows {config.rows:,}: {held_out.key} has {held_out.n_rows:,}, all of which are judged"
@@ -137,18 +131,10 @@ def _not_so_many(config: EvalConfig, held_out: ActivationStore, tokens: TokenSto
         yield f"--tokens {config.tokens:,}: {tokens.key} has {tokens.n_tokens:,}, all of which are judged"
 
 
-def _tokens(root: Path, training: ActivationStore, held_out: ActivationStore) -> TokenStore:
+def _tokens(root: Path, training: Dataset, held_out: Dataset) -> TokenStore:
     """What cross-entropy is judged on."""
-    tokens = catalogue.of_recipe(root, TokenStore, held_out.recipe["tokens"])
+    text = held_out.provenance.text
+    tokens = None if text is None else catalogue.of_recipe(root, TokenStore, text.recipe)
     if tokens is None:
         raise NotFound(f"{root}: the validation tokens of {training.key} are gone; run `sae tokenize` again")
     return tokens
-
-
-def _held_out(root: Path, training: ActivationStore) -> ActivationStore:
-    found = catalogue.sibling_of(root, training, "validation")
-    if found is None or not found.n_rows:
-        remedy = "tokenize with a validation share, then harvest again"
-        remedy = remedy if "tokens" in training.recipe else "repeat `sae synthesize`"
-        raise NotFound(f"{training.key}: no held-out rows beside it; {remedy}")
-    return found

@@ -19,6 +19,7 @@ from pydantic import Field
 
 from sae.cache.activations import ActivationStore
 from sae.cache.errors import DamagedStore, SaeError
+from sae.cache.loader.dataset import Dataset
 from sae.cache.store.codecs import Encoded
 from sae.cache.tokens import VOCABULARY, TokenStore
 from sae.configs.base import Amount, Distinct, Settings
@@ -70,28 +71,29 @@ class _Spot:
 
 
 def find_features(
-    sae: Dictionary, store: ActivationStore, tokens: TokenStore, config: FeaturesConfig, progress: Progress, *,
-    device: torch.device | str = "cpu", largest: float | None = None,
+    sae: Dictionary, dataset: Dataset, tokens: TokenStore, config: FeaturesConfig, progress: Progress, *,
+    device: torch.device | str = "cpu",
 ) -> Features:  # fmt: skip
-    """Survey a store with a dictionary that lives on `device`, and describe some of its latents.
+    """Survey what a dictionary on `device` reads of a dataset, and describe some of its latents.
 
-    `tokens` is the token store the rows came from. Rows above the largest norm, which training left out, are not looked
-    at: they are shown like tokens that never became rows. Equal inputs give equal records. Raises SaeError for a latent
+    `tokens` is the token store the rows came from. Rows that are not kept, which training left out, are not looked at:
+    they are shown like tokens that never became rows. Equal inputs give equal records. Raises SaeError for a latent
     that does not exist and for a token store the rows did not come from.
     """
-    if store.recipe["tokens"] != tokens.recipe:
+    store = dataset.inputs[0]
+    if dataset.provenance.text is None or dataset.provenance.text.recipe != tokens.recipe:
         raise SaeError(f"{tokens.key}: not the tokens {store.key} was harvested from; name the store its recipe names")
     if beyond := [latent for latent in config.latents or () if not 0 <= latent < sae.d_sae]:
         raise SaeError(f"latents {beyond}: the dictionary has latents 0 to {sae.d_sae - 1}")
-    rows = store.n_rows if config.rows == "all" else min(config.rows, store.n_rows)
+    rows = dataset.n_rows if config.rows == "all" else min(config.rows, dataset.n_rows)
     seen = Survey(sae.d_sae, top=config.top, sample=config.sample, seed=config.seed)
     where = torch.device(device)
     with judging(sae):
-        survey(sae, store, tokens, rows, seen, progress, where, largest)
+        survey(sae, dataset, tokens, rows, seen, progress, where)
         chosen = choose(seen, config)
         described = _Describer(seen, tokens, config, list(chosen))
         spots = [spot for latent in chosen for spot in described.spots(latent)]
-        values = _values_around(sae, store, spots, progress, where, largest)
+        values = _values_around(sae, dataset, spots, progress, where)
     features = [described.feature(latent, group, *values) for latent, group in chosen.items()]
     vocabulary, mentioned = tokens.vocabulary(), sorted(_mentioned(features))
     if mentioned and mentioned[-1] >= len(vocabulary):
@@ -216,17 +218,13 @@ def _contexts(tokens: TokenStore, wanted: set[int]) -> dict[int, tuple[np.ndarra
 
 
 def _values_around(
-    sae: Dictionary,
-    store: ActivationStore,
-    spots: Sequence[_Spot],
-    progress: Progress,
-    device: torch.device,
-    largest: float | None,
+    sae: Dictionary, dataset: Dataset, spots: Sequence[_Spot], progress: Progress, device: torch.device
 ) -> tuple[dict[tuple[int, int], float], set[int]]:
     """The values of the spots' latents on every token around them, by (latent, place), and the places that have a row.
 
     Reads every window's positions, but decodes and encodes only the rows it needs.
     """
+    store = dataset.inputs[0]
     values: dict[tuple[int, int], float] = {}
     there: set[int] = set()
     wanted = np.unique([place for spot in spots for place in range(spot.first, spot.stop)])
@@ -235,10 +233,13 @@ def _values_around(
     progress.start("features: reading contexts", len(store.manifest.windows), "windows")
     try:
         for window in store.manifest.windows:
-            position = store.positions(window.start, window.stop)
+            if window.start >= dataset.n_rows:
+                break
+            stop = min(window.stop, dataset.n_rows)
+            position = store.positions(window.start, stop)
             index = np.flatnonzero(np.isin(position, wanted))
-            if largest is not None and len(index):
-                index = index[store.norms(window.start, window.stop)[index] <= largest]
+            if len(index) and (kept := dataset.kept(window.start, stop)) is not None:
+                index = index[kept[index]]
             there.update(position[index].tolist())
             for rows in np.split(index, np.flatnonzero(np.diff(index // store.chunk_rows)) + 1):
                 for at in range(0, len(rows), BATCH_ROWS):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sae.cache.activations import ActivationStore
+from sae.cache.loader.dataset import Dataset
 from sae.cache.tokens import TokenStore
 from sae.pipeline.interpret.examples import BINS, BINS_PER_OCTAVE, LOWEST_OCTAVE
 from sae.pipeline.runtime.progress import Progress
@@ -189,18 +190,18 @@ def _mix(z: np.ndarray) -> np.ndarray:
 
 
 def survey(
-    sae: Dictionary, store: ActivationStore, tokens: TokenStore, rows: int, result: Survey,
-    progress: Progress, device: torch.device, largest: float | None = None,
+    sae: Dictionary, dataset: Dataset, tokens: TokenStore, rows: int, result: Survey, progress: Progress,
+    device: torch.device,
 ) -> None:  # fmt: skip
-    """Add the first `rows` rows of the store to `result`, but for those above the largest norm."""
+    """Add the first `rows` rows that are read of the dataset to `result`, but for those that are not kept."""
+    store = dataset.inputs[0]
     progress.start("features: reading rows", rows, "rows")
     try:
         for start, position, document in _windows(store, tokens, rows):
             for first in range(start, start + len(position), store.chunk_rows):
                 stop = min(first + store.chunk_rows, start + len(position))
                 chunk, inside = store.rows(first, stop), np.arange(first - start, stop - start)
-                if largest is not None:
-                    kept = store.norms(first, stop) <= largest
+                if (kept := dataset.kept(first, stop)) is not None:
                     chunk, inside = chunk[kept], inside[kept]
                 for at in range(0, len(chunk), BATCH_ROWS):
                     part, where = chunk[at : at + BATCH_ROWS].to(device), inside[at : at + BATCH_ROWS]

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from sae.cache.disk.durable import expect_no_link, write_atomic
 from sae.cache.errors import DamagedStore
+from sae.cache.provenance import LanguageModelRows, provenance
 from sae.cache.runs import CONFIG, FEATURES, LATENTS, Run, Seen
 from sae.pipeline.interpret.examples import Features
 from sae.pipeline.report.charts import Series, framed, line_chart, number
@@ -30,7 +31,6 @@ from sae.pipeline.saes import Config
 from sae.pipeline.train.trained import dictionary_of
 
 LEAST_SHARE = 1e-19  # of the rows of a store that a latent fires on, where it does at all
-MOST_FILES = 3  # named in the first sentence
 
 
 class Found(NamedTuple):
@@ -111,15 +111,19 @@ def page(found: Found) -> str:
 
 
 def _place(found: Found) -> str:
-    """Where in which model the dictionary sits; the store's name for rows that come from no model."""
-    recipe = found.seen.recipe
-    if "model" not in recipe or "layer" not in recipe:
+    """Where in which model the dictionary sits; the stores' names for rows that come from no model."""
+    sides = [provenance(recipe) for side in found.seen.recipes for recipe in side]
+    if not all(isinstance(side, LanguageModelRows) for side in sides):
         return found.seen.key
-    return f"{Path(str(recipe['model']['model'])).name} · layer {recipe['layer']} · {recipe['site']}"
+    first, *others = [side for side in sides if isinstance(side, LanguageModelRows)]
+    place = f"{Path(first.model).name} · layer {first.layer} · {first.site}"
+    return " → ".join(
+        [place, *(one.site if one.layer == first.layer else f"layer {one.layer} · {one.site}" for one in others)]
+    )
 
 
 def _heading(found: Found) -> str:
-    sae, recipe = found.sae, found.seen.recipe
+    sae, recipe = found.sae, found.seen.inputs[0].recipe
     k, width = getattr(sae, "k", None), recipe["d"]
     chosen = f" with k = {k}" if k is not None else ""
     wider = f", {number(sae.d_sae / width, 3)} for each of the {width:,} dimensions it reads"
@@ -127,25 +131,16 @@ def _heading(found: Found) -> str:
     if found.metrics and (seen := found.metrics[-1].get("rows")):
         there = found.seen.rows
         text += f", trained on {number(seen)} rows ({number(seen / there, 3)} passes over {number(there)})"
-    named = _text(recipe.get("tokens", {}).get("source", {}))
-    text += f", from the text of <b>{escape(named)}</b>." if named else "."
+    origin = provenance(recipe).text
+    text += "." if origin is None or not origin.described else f", from the text of <b>{escape(origin.described)}</b>."
     return f'<p class="eyebrow">Sparse dictionary report</p><h1>{escape(_place(found))}</h1><p class="lede">{text}</p>'
-
-
-def _text(source: dict[str, Any]) -> str:
-    """What a source of text is called: a data set, the names of files, or how it was asked for."""
-    listed = source.get("files")
-    if source.get("source") == "files" and isinstance(listed, list):
-        names = [str(file.get("name")) for file in listed if isinstance(file, dict)]
-        return ", ".join(names[:MOST_FILES]) + (f" and {len(names) - MOST_FILES:,} more" if names[MOST_FILES:] else "")
-    return str(source.get("dataset") or source.get("source") or "")
 
 
 def _scores(found: Found) -> str:
     if found.evaluation is None:
         return _missing(f"This run has not been judged yet: sae eval {found.name}")
-    tokens = found.seen.recipe.get("tokens")
-    vocabulary = None if tokens is None else tokens["tokenizer"]["n_vocab"]
+    text = provenance(found.seen.inputs[0].recipe).text
+    vocabulary = None if text is None else text.n_vocab
     return scores_html(found.evaluation, found.sae.d_sae, vocabulary)
 
 
@@ -232,10 +227,9 @@ def _latents(found: Found) -> str:
 
 def _settings(found: Found) -> str:
     train = {k: v for k, v in found.config["train"].items() if k != "sae"}
-    sides = {
-        "Dictionary": found.config["train"]["sae"], "Training": train, "Activations": found.config["activations"]
-    }  # fmt: skip
-    body = "".join(f"<div><h3>{title}</h3>{tree(values)}</div>" for title, values in sides.items())
+    sides = {"Dictionary": found.config["train"]["sae"], "Training": train, "Activations": found.config["activations"]}
+    sides |= {"Targets": {str(i): one for i, one in enumerate(found.config.get("targets", []), 1)}}
+    body = "".join(f"<div><h3>{title}</h3>{tree(values)}</div>" for title, values in sides.items() if values)
     raw = escape(json.dumps(found.config, indent=2, ensure_ascii=False))
     return (
         f'<div class="sides">{body}</div>'

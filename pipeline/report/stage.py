@@ -25,21 +25,15 @@ def report(
         expect_no_link(run.path, name)
         expect_writable(run.path / name)
     where = devices.device(device)
-    store = catalogue.trained_on(root, run, activations)
-    if "tokens" not in store.recipe:
-        raise SaeError(f"{run.name}: a report shows text, and the rows of {store.key} come from none; see `sae eval`")
-    tokens = catalogue.of_recipe(root, TokenStore, store.recipe["tokens"])
+    dataset = trained.dataset_of(run, root, activations)
+    text = dataset.provenance.text
+    if text is None:
+        raise SaeError(f"{run.name}: a report shows text, and the rows of {dataset.key} come from none; see `sae eval`")
+    tokens = catalogue.of_recipe(root, TokenStore, text.recipe)
     if tokens is None:
-        raise NotFound(f"{root}: the tokens {store.key} was harvested from are gone; run `sae tokenize` again")
+        raise NotFound(f"{root}: the tokens {dataset.key} was harvested from are gone; run `sae tokenize` again")
     sae = trained.load(run).to(where)
-    if store.d != sae.d_in:
-        raise SaeError(
-            f"--activations {store.key}: its rows have {store.d} values, {run.name} reads {sae.d_in}; "
-            "give a store of the site it was trained on"
-        )
-    features = find_features(
-        sae, store, tokens, config or FeaturesConfig(), progress, device=where,
-        largest=trained.largest_norm(run, store),
-    )  # fmt: skip
+    trained.expect_fits(dataset, sae, run)
+    features = find_features(sae, dataset, tokens, config or FeaturesConfig(), progress, device=where)
     run.write_json(FEATURES, features.model_dump(mode="json"))
     return write_report(run, run.path / REPORT)

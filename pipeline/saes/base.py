@@ -215,8 +215,8 @@ class SAE(Dictionary):
         return Losses(terms, active, y_hat, self.target_scale, clock)
 
     def _targets(self, x: Tensor, target: Tensor | None) -> Tensor:
-        if self.is_transcoder == (target is None):
-            raise ValueError("a transcoder needs targets; an autoencoder's target is its input, so it takes none")
+        if target is None if self.is_transcoder else not (target is None or target is x):
+            raise ValueError("a transcoder needs targets; an autoencoder's target is its input, so it takes no other")
         return x if target is None else target
 
     def squared_error(self, y_hat: Tensor, y: Tensor) -> Tensor:

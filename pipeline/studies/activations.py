@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from sae.cache.activations import ActivationStore
+from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import Run
 from sae.pipeline.metrics.figures import label
 from sae.pipeline.metrics.geometry import random_cosine
@@ -50,18 +50,18 @@ FIRST = ("mse", "fvu", "l0", "sparsity", "dead_fraction", *RATES, "orthogonality
 
 
 def activations(
-    base: TrainConfig, store: ActivationStore, lab: Lab, *, k: int | None = None, d_sae: int | None = None,
+    base: TrainConfig, dataset: Dataset, lab: Lab, *, k: int | None = None, d_sae: int | None = None,
     match_l0: bool = False, seeds: int = 1,
 ) -> Result:  # fmt: skip
     """A run for every activation function; with `match_l0` at an L0 within a tenth of k, or as near as was found.
 
     k, d_sae: active latents and latents in all, in the place of the base's.
     """
-    configs = variants(of_equal_rows(base, [store]), k, d_sae)
+    configs = variants(of_equal_rows(base, [dataset]), k, d_sae)
     target = int(getattr(configs["topk"].sae, "k"))  # noqa: B009 - a setting of TopK alone
-    notes = _match(configs, target, store, lab) if match_l0 else []
+    notes = _match(configs, target, dataset, lab) if match_l0 else []
     trials = [
-        Trial({"activation": name, "coefficient": getattr(config.sae, "coefficient", None)}, config, store)
+        Trial({"activation": name, "coefficient": getattr(config.sae, "coefficient", None)}, config, dataset)
         for name, config in configs.items()
     ]
     rows = lab.rows([seeded for trial in trials for seeded in trial.seeded(seeds)])
@@ -70,7 +70,7 @@ def activations(
     extra = {
         "k": target,
         "matched_l0": match_l0,
-        "orthogonality_of_random_directions": random_cosine(store.d),
+        "orthogonality_of_random_directions": random_cosine(dataset.d_out),
         "history": history,
     }
 
@@ -90,7 +90,7 @@ def variants(base: TrainConfig, k: int | None, d_sae: int | None) -> dict[str, T
     }
 
 
-def _match(configs: dict[str, TrainConfig], target: int, store: ActivationStore, lab: Lab) -> list[str]:
+def _match(configs: dict[str, TrainConfig], target: int, dataset: Dataset, lab: Lab) -> list[str]:
     """Give the penalised variants the coefficients that bring their L0 to the target; what to say about it."""
     starts = {
         name: getattr(configs[name].sae, "coefficient") or kind.start  # noqa: B009 - only penalised ones have it
@@ -103,7 +103,7 @@ def _match(configs: dict[str, TrainConfig], target: int, store: ActivationStore,
         return config.model_copy(update={"sae": config.sae.model_copy(update={"coefficient": coefficient})})
 
     def measure(guesses: dict[str, float]) -> dict[str, float]:
-        trials = [Trial({"activation": name}, at(name, c), store) for name, c in guesses.items()]
+        trials = [Trial({"activation": name}, at(name, c), dataset) for name, c in guesses.items()]
         found = {row["activation"]: row["l0"] for row in lab.rows(trials, whole=False)}
         told = ", ".join(f"{name} {guesses[name]:g}: {l0:.3g}" for name, l0 in found.items())
         lab.progress.note(f"L0 for coefficients, wanted {target}: {told}")

@@ -11,7 +11,7 @@ A dictionary with the Johnson-Lindenstrauss penalty alone is not sparse; its L0 
 from collections.abc import Sequence
 from pathlib import Path
 
-from sae.cache.activations import ActivationStore
+from sae.cache.loader.dataset import Dataset
 from sae.pipeline.report.compare import Row
 from sae.pipeline.report.plots import pareto
 from sae.pipeline.studies.results import columns
@@ -34,7 +34,7 @@ ITSELF = tuple(
 
 
 def coefficients(
-    base: TrainConfig, store: ActivationStore, lab: Lab, *, l1: Sequence[float] = L1_GRID,
+    base: TrainConfig, dataset: Dataset, lab: Lab, *, l1: Sequence[float] = L1_GRID,
     jl: Sequence[float] = JL_GRID, hybrid_jl: Sequence[float] = HYBRID_JL, d_sae: int | None = None,
     seeds: int = 1,
 ) -> Result:  # fmt: skip
@@ -42,13 +42,13 @@ def coefficients(
 
     d_sae: number of latents, in the place of the base's.
     """
-    trials = trials_of(of_equal_rows(base, [store]), store, l1, jl, hybrid_jl, d_sae)
+    trials = trials_of(of_equal_rows(base, [dataset]), dataset, l1, jl, hybrid_jl, d_sae)
     rows = lab.rows([seeded for trial in trials for seeded in trial.seeded(seeds)])
     return Result("coefficients", LABELS, columns(*FIRST), rows, draw)
 
 
 def trials_of(
-    base: TrainConfig, store: ActivationStore, l1: Sequence[float], jl: Sequence[float], hybrid_jl: Sequence[float],
+    base: TrainConfig, dataset: Dataset, l1: Sequence[float], jl: Sequence[float], hybrid_jl: Sequence[float],
     d_sae: int | None,
 ) -> list[Trial]:  # fmt: skip
     """Every dictionary of the ablation, with one seed."""
@@ -58,7 +58,7 @@ def trials_of(
         penalty = {} if c is None else {"penalty": "per_token", "coefficient": c, "warmup": WARMUP}
         spread = {} if j is None else {"jl_coefficient": j, "jl_start": START * j, "jl_warmup": WARMUP}
         config = variant(base, arch, **penalty, **spread, **size, reduction="mean_d")
-        return Trial(dict(zip(LABELS, (arch, c, j), strict=True)), config, store)
+        return Trial(dict(zip(LABELS, (arch, c, j), strict=True)), config, dataset)
 
     return [
         *(trial("l1", c, None) for c in l1),

@@ -16,6 +16,7 @@ from sae.cache import catalogue
 from sae.cache.activations import ActivationStore
 from sae.cache.disk.identity import Recipe, canonical
 from sae.cache.errors import NotFound, SaeError
+from sae.cache.loader.dataset import Dataset
 from sae.cache.outliers import largest_norm
 from sae.cache.runs import Run
 from sae.cache.tokens import TokenStore
@@ -49,11 +50,11 @@ def layers(
     Raises NotFound, with the command that makes them, where stores are missing.
     """
     stores = found(lab.root, reference, layers, site)
-    base = of_equal_rows(base, stores.values())
+    base = of_equal_rows(base, map(Dataset.of, stores.values()))
     trials = []
     for layer, store in sorted(stores.items()):
         config = base.model_copy(update={"seed": base.seed + SEEDS_APART * layer})
-        trials += Trial({"layer": layer}, config, store).seeded(seeds)
+        trials += Trial({"layer": layer}, config, Dataset.of(store)).seeded(seeds)
     norms = {layer: mean_norm(store, base.outliers) for layer, store in stores.items()}
     rows = [{**row, "norm": norms[row["layer"]]} for row in lab.rows(trials)]
     if site not in RESIDUAL:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from sae.cache.activations import ActivationStore
+from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import Run
 from sae.pipeline.metrics.figures import label
 from sae.pipeline.metrics.similarity import best, chance, mutual
@@ -40,7 +40,7 @@ ITSELF = ("align.by", "align.weight", "align.seeds")  # settings that the study 
 
 
 def alignment(
-    base: TrainConfig, store: ActivationStore, lab: Lab, *, by: Sequence[By] = ("dec",),
+    base: TrainConfig, dataset: Dataset, lab: Lab, *, by: Sequence[By] = ("dec",),
     weights: Sequence[float] = WEIGHTS, seeds: int = 3,
 ) -> Result:  # fmt: skip
     """A group of `seeds` dictionaries for every weight and every one of what it acts on; without weight, one for all.
@@ -54,10 +54,10 @@ def alignment(
     for what, weight in pairs:
         config = base.model_copy(update={"align": align.model_copy(update={"by": what, "weight": weight})})
         group = [config.model_copy(update={"seed": base.seed + i}) for i in range(seeds)]
-        trials += [Trial({"by": what, "weight": weight}, one, store) for one in acquainted(group)]
+        trials += [Trial({"by": what, "weight": weight}, one, dataset) for one in acquainted(group)]
     rows = lab.rows(trials)
-    latents = compare(rows, lab.runs, store.truth)
-    d, d_sae = store.d, base.sae.d_sae
+    latents = compare(rows, lab.runs, dataset.truth)
+    d, d_sae = dataset.d_out, base.sae.d_sae
     by_chance = chance(d_sae, d_sae, d)
     for row in rows:
         row["agreement_chance"] = by_chance

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from sae.cache.activations import ActivationStore
+from sae.cache.loader.dataset import Dataset
 from sae.pipeline.metrics.figures import label
 from sae.pipeline.report.compare import Row
 from sae.pipeline.studies.plots import Panel
@@ -29,13 +29,13 @@ ITSELF = ("decoder", "decay", "shape")  # settings that the study decides
 
 
 def rates(
-    base: TrainConfig, store: ActivationStore, lab: Lab, *, ratios: Sequence[float] = RATIOS,
+    base: TrainConfig, dataset: Dataset, lab: Lab, *, ratios: Sequence[float] = RATIOS,
     decays: Sequence[Decay] = DECAYS, seeds: int = 1,
 ) -> Result:  # fmt: skip
     """A run for every ratio of decoder to encoder learning rate and every decay of the encoder's."""
-    base = of_equal_rows(base, [store])
+    base = of_equal_rows(base, [dataset])
     trials = [
-        Trial({"ratio": ratio, "encoder_decay": decay}, decoupled(base, ratio, decay), store)
+        Trial({"ratio": ratio, "encoder_decay": decay}, decoupled(base, ratio, decay), dataset)
         for decay in decays
         for ratio in ratios
     ]

@@ -5,13 +5,11 @@ computed without a language model, once, and kept in `eval/study.json`. Cross-en
 features were found where those are known, are those of `eval/eval.json`.
 """
 
-from pathlib import Path
 from typing import Any
 
-from sae.cache import catalogue
-from sae.cache.activations import ActivationStore
 from sae.cache.disk.parsing import figure
 from sae.cache.errors import DamagedStore
+from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import Run
 from sae.pipeline.evaluate.judging import EvalConfig, judge
 from sae.pipeline.metrics.figures import WITHOUT_MODEL, compared, completed, figures
@@ -41,23 +39,21 @@ def of_rows() -> list[str]:
 
 
 def of_run(
-    run: Run, store: ActivationStore, root: Path, config: EvalConfig, progress: Progress, device: str
+    run: Run, dataset: Dataset, held_out: Dataset, config: EvalConfig, progress: Progress, device: str
 ) -> Figures:
     """The figures of `of_rows`, and `train_loss`: the total loss of the last logged step, in the run's own terms.
 
     What is kept serves where it has every figure and was judged on no fewer rows than are asked for. Raises NotFound
     while training has not finished.
     """
-    held_out = catalogue.sibling_of(root, store, "validation")
-    assert held_out is not None, "checked before training"
-    largest, rows = trained.largest_norm(run, store), config.rows_of(held_out)
+    rows = config.rows_of(held_out)
     evaluated = run.evaluation() or {}
-    kept = {} if largest is not None and "kept" not in evaluated else _flat(evaluated)
+    kept = {} if dataset.limits is not None and "kept" not in evaluated else _flat(evaluated)
     if not _enough(kept, rows):
         kept = _read(run)
     if not _enough(kept, rows):
         sae = trained.load(run).to(devices.device(device))
-        kept = _flat(judge(Subject(sae), store, held_out, config, progress, largest=largest).as_json())
+        kept = _flat(judge(Subject(sae), dataset, held_out, config, progress).as_json())
         run.write_json(STUDY, {name: kept[name] for name in of_rows()})
     return {**{name: kept[name] for name in of_rows()}, "train_loss": (run.metrics() or [{}])[-1].get("loss")}
 

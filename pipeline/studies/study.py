@@ -14,10 +14,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from sae.cache import catalogue
-from sae.cache.activations import ActivationStore
 from sae.cache.disk.durable import make_folder, read, write_atomic
 from sae.cache.disk.identity import canonical
 from sae.cache.errors import NotFound, SaeError
+from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import Run
 from sae.cache.tokens import TokenStore
 from sae.pipeline.evaluate.stage import EvalConfig, evaluate, missing
@@ -27,6 +27,7 @@ from sae.pipeline.report.compare import Row, as_csv, over_seeds
 from sae.pipeline.runtime.progress import Progress, said_if_slow
 from sae.pipeline.saes import ARCHITECTURES, Config, parse
 from sae.pipeline.studies import results as figures
+from sae.pipeline.train import trained
 from sae.pipeline.train.stage import TrainConfig, run_name
 from sae.pipeline.train.sweep import open_all, sweep
 
@@ -39,12 +40,12 @@ class Trial:
 
     labels: dict[str, Any]
     config: TrainConfig
-    store: ActivationStore
+    dataset: Dataset
 
     def seeded(self, count: int) -> "list[Trial]":
         """This trial with `count` seeds, its own first."""
         seeds = range(self.config.seed, self.config.seed + count)
-        return [Trial(self.labels, self.config.model_copy(update={"seed": seed}), self.store) for seed in seeds]
+        return [Trial(self.labels, self.config.model_copy(update={"seed": seed}), self.dataset) for seed in seeds]
 
 
 @dataclass
@@ -69,17 +70,17 @@ class Lab:
 
         Raises SaeError, before anything is trained, where a store lacks what its runs will be judged on.
         """
-        for store in {trial.store.key: trial.store for trial in trials}.values():
-            self._expect_judgeable(store)
+        for dataset in {trial.dataset.key: trial.dataset for trial in trials}.values():
+            self._expect_judgeable(dataset)
         runs: dict[str, Run] = {}
-        for key in dict.fromkeys(trial.store.key for trial in trials):
-            together = [trial for trial in trials if trial.store.key == key]
-            store = together[0].store
-            configs = {run_name(trial.config, store): trial.config for trial in together}
-            opened = open_all(list(configs.values()), store, self.runs)
-            sweep(opened, store, self.progress, device=self.device)
+        for key in dict.fromkeys(trial.dataset.key for trial in trials):
+            together = [trial for trial in trials if trial.dataset.key == key]
+            dataset = together[0].dataset
+            configs = {run_name(trial.config, dataset): trial.config for trial in together}
+            opened = open_all(list(configs.values()), dataset, self.runs)
+            sweep(opened, dataset, self.progress, device=self.device)
             runs |= dict(zip(configs, opened, strict=True))
-        return [runs[run_name(trial.config, trial.store)] for trial in trials]
+        return [runs[run_name(trial.config, trial.dataset)] for trial in trials]
 
     def rows(self, trials: Sequence[Trial], *, whole: bool = True) -> list[Row]:
         """Train and judge the trials: a row each, of its run, labels, seed and every figure there is.
@@ -88,47 +89,43 @@ class Lab:
         """
         found = []
         for trial, run in zip(trials, self.train(trials), strict=True):
-            judged = self._judge(run, trial.store, whole and (self.cross_entropy or not _is_text(trial.store)))
+            of_text = trial.dataset.provenance.text is not None
+            judged = self._judge(run, trial.dataset, whole and (self.cross_entropy or not of_text))
             found.append({"run": run.name, **trial.labels, "seed": trial.config.seed, **judged})
         return found
 
-    def _judge(self, run: Run, store: ActivationStore, whole: bool) -> figures.Figures:
+    def _judge(self, run: Run, dataset: Dataset, whole: bool) -> figures.Figures:
         """Every figure of a finished run; only what is missing is computed."""
-        held_out = catalogue.sibling_of(self.root, store, "validation")
-        assert held_out is not None, "checked before training"
-        if whole and (judging := missing(run, self.judging, store, held_out, self.root)) is not None:
+        dataset = dataset.kept_up_to(trained.limits(run, dataset))
+        held_out = dataset.held_out(self.root)
+        if whole and (judging := missing(run, self.judging, dataset, held_out, self.root)) is not None:
             evaluate(
-                judging, run, self.root, self.progress, activations=str(store.path), device=self.device,
-                language_model=self._model(store) if _is_text(store) else None,
+                judging, run, self.root, self.progress, activations=str(dataset.inputs[0].path), device=self.device,
+                language_model=None if dataset.provenance.text is None else self._model(dataset),
             )  # fmt: skip
-        found = figures.of_run(run, store, self.root, self.judging, self.progress, self.device)
+        found = figures.of_run(run, dataset, held_out, self.judging, self.progress, self.device)
         return {**found, **(figures.judged(run) if whole else dict.fromkeys(figures.of_more()))}
 
-    def _model(self, store: ActivationStore) -> LanguageModel:
+    def _model(self, dataset: Dataset) -> LanguageModel:
+        store = (dataset.targets or dataset.inputs)[0]
         name = canonical(store.recipe["model"])
         if name not in self._models:
             with said_if_slow(self.progress, f"loading {name}"):
                 self._models[name] = boot(store, None, self.device, self.offline)
         return self._models[name]
 
-    def _expect_judgeable(self, store: ActivationStore) -> None:
-        held_out = catalogue.sibling_of(self.root, store, "validation")
-        if held_out is None or not held_out.n_rows:
+    def _expect_judgeable(self, dataset: Dataset) -> None:
+        try:
+            text = dataset.held_out(self.root).provenance.text
+        except NotFound as error:
             raise NotFound(
-                f"{store.key}: no held-out rows beside it to judge on; make them, as `sae eval` asks for too"
-            )
-        if not (self.cross_entropy and _is_text(store)):
-            return
-        if catalogue.of_recipe(self.root, TokenStore, held_out.recipe["tokens"]) is None:
+                f"{dataset.key}: no held-out rows beside it to judge on; make them, as `sae eval` asks for too"
+            ) from error
+        if text is not None and self.cross_entropy and catalogue.of_recipe(self.root, TokenStore, text.recipe) is None:
             raise NotFound(
-                f"{store.key}: its validation tokens are not in {self.root}; leave out cross-entropy with --no-ce, or "
-                "run `sae tokenize` again"
+                f"{dataset.key}: its validation tokens are not in {self.root}; leave out cross-entropy with --no-ce, "
+                "or run `sae tokenize` again"
             )
-
-
-def _is_text(store: ActivationStore) -> bool:
-    """Whether a language model computed the rows."""
-    return "tokens" in store.recipe
 
 
 @dataclass(frozen=True)
@@ -193,14 +190,14 @@ def expect_results(out: Path) -> None:
         raise SaeError(f"--out {out}: {there} there is no study's; move it away or name another folder")
 
 
-def of_equal_rows(base: TrainConfig, stores: Iterable[ActivationStore]) -> TrainConfig:
-    """The base with its length in writing: where it has none, the rows that the smallest of the stores has now.
+def of_equal_rows(base: TrainConfig, datasets: Iterable[Dataset]) -> TrainConfig:
+    """The base with its length in writing: where it has none, the rows that the smallest of the datasets has now.
 
-    So that what is trained later, when a store may have grown, sees as many.
+    So that what is trained later, when one may have grown, sees as many.
     """
     if base.steps is not None or base.rows is not None:
         return base
-    return base.model_copy(update={"rows": min(store.n_rows for store in stores)})
+    return base.model_copy(update={"rows": min(dataset.n_rows for dataset in datasets)})
 
 
 def variant(base: TrainConfig, arch: str, **settings: Any) -> TrainConfig:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sae.cache.errors import DamagedStore, SaeError
+from sae.cache.loader.loader import Batch
 from sae.cache.runs import CHECKPOINT
 from sae.pipeline.parallel.ranks import Ranks
 from sae.pipeline.saes import Clock, Losses
@@ -27,14 +28,14 @@ class Group:
         """Steps that were taken."""
         return self.members[0].done
 
-    def step(self, x: Tensor, clock: Clock, ranks: Ranks) -> list[dict[str, float] | None]:
-        """One optimiser step of each on a batch [batch, d] (this rank's share of it); metrics where they are shown."""
+    def step(self, batch: Batch, clock: Clock, ranks: Ranks) -> list[dict[str, float] | None]:
+        """One optimiser step of each on a batch (this rank's share of it); metrics where they are shown."""
         begun = time.perf_counter()
         for member in self.members:
             member.optimiser.zero_grad(set_to_none=True)
         parts: list[list[Losses]] = [[] for _ in self.members]
         apart: list[Tensor] = []
-        for part in x.tensor_split(self.members[0].config.accumulate):
+        for part in batch.split(self.members[0].config.accumulate):
             each = [member.losses(part, clock) for member in self.members]
             total = torch.stack([one.total for one in each]).sum() if len(each) > 1 else each[0].total
             if self.alignment is not None:
@@ -43,11 +44,13 @@ class Group:
                     self.alignment.share(ranks)
                 apart.append(self.alignment.term(each))
                 total = total + self.alignment.weight_at(clock.step) * apart[-1]
-            share = len(part) / len(x)
+            share = len(part.x) / len(batch.x)
             (total if share == 1 else total * share).backward()
             for kept, one in zip(parts, each, strict=True):
                 kept.append(one)
-        logged = [member.update(x, losses, clock, ranks) for member, losses in zip(self.members, parts, strict=True)]
+        logged = [
+            member.update(batch, losses, clock, ranks) for member, losses in zip(self.members, parts, strict=True)
+        ]
         if self.alignment is not None:
             self._add_agreement(logged, apart, clock, ranks)
         spent = (time.perf_counter() - begun) / len(self.members)

@@ -13,12 +13,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from sae.cache.loader.loader import Batch
 from sae.configs.base import Settings
 from sae.pipeline.saes.base import SAE
 from sae.pipeline.saes.config import Clock, steps_of
-
-Rows = Iterable[tuple[Tensor, Tensor | None]]
-"""Inputs [b, d_in], and for a transcoder their targets [b, d_out]."""
 
 
 class NoRevival(Settings):
@@ -67,7 +65,7 @@ class Reinitialise(_AtSteps):
 
 @torch.no_grad()
 def resample(
-    sae: SAE, optimiser: torch.optim.Optimizer, rows: Rows, settings: Resample, generator: torch.Generator
+    sae: SAE, optimiser: torch.optim.Optimizer, rows: Iterable[Batch], settings: Resample, generator: torch.Generator
 ) -> int:
     """Give dead latents new directions, and fresh Adam moments; how many were.
 
@@ -90,7 +88,7 @@ def resample(
     return len(which)
 
 
-def _draw(sae: SAE, rows: Rows, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _draw(sae: SAE, rows: Iterable[Batch], count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Up to `count` rows, weighted, without replacement, as unit directions [n, d_in] and [n, d_out].
 
     One pass and `count` rows held at a time: the smallest of exponential draws over their weights win (Efraimidis and
@@ -98,8 +96,8 @@ def _draw(sae: SAE, rows: Rows, count: int, generator: torch.Generator) -> tuple
     """
     inputs, outputs = sae.W_enc_rows.new_empty(0, sae.d_in), sae.W_dec.new_empty(0, sae.d_out)
     keys = torch.empty(0, dtype=torch.float64)
-    for x, y in rows:
-        ins, outs, errors = sae.directions(x, y)
+    for batch in rows:
+        ins, outs, errors = sae.directions(batch.x, batch.y)
         weights = errors.double().cpu().square()
         new = torch.empty_like(weights).exponential_(generator=generator) / weights  # infinite for a weight of 0
         keys = torch.cat([keys, new])
@@ -117,12 +115,10 @@ def inequality(sae: SAE, k: int) -> float:
 
 
 @torch.no_grad()
-def reinitialise(
-    sae: SAE, optimiser: torch.optim.Optimizer, sample: tuple[Tensor, Tensor | None], generator: torch.Generator
-) -> None:
+def reinitialise(sae: SAE, optimiser: torch.optim.Optimizer, sample: Batch, generator: torch.Generator) -> None:
     """All weights, biases and counters as those of a new dictionary of another seed; the optimiser forgets."""
     seed = int(torch.randint(2**31, (), generator=generator))
     fresh = type(sae)(sae.config, sae.d_in, sae.d_out if sae.is_transcoder else None, seed=seed).to(sae.W_dec.device)
-    fresh.initialise(*sample)
+    fresh.initialise(sample.x, sample.y)
     sae.load_state_dict(fresh.state_dict())
     optimiser.state.clear()

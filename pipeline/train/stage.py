@@ -1,4 +1,4 @@
-"""Activation store -> run folders: any number of dictionaries over one stream of batches.
+"""Dataset -> run folders: any number of dictionaries over one stream of batches.
 
 Every dictionary sees identical batches, so the first of many equals a solo run. Everything that must survive a restart
 is in the checkpoint: weights, optimiser, dead counters, loader position; a resumed run equals one that was never
@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sae.cache import catalogue
 from sae.cache.activations import ActivationStore
 from sae.cache.disk.identity import digest, readable
 from sae.cache.disk.locks import reading
 from sae.cache.errors import NotFound, SaeError
-from sae.cache.loader.loader import Loader
-from sae.cache.outliers import expect_kept, largest_norm
-from sae.cache.runs import CONFIG, FAILURE, Run
+from sae.cache.loader.dataset import Dataset
+from sae.cache.loader.loader import Batch, Batches
+from sae.cache.provenance import LanguageModelRows, provenance
+from sae.cache.runs import CONFIG, FAILURE, Run, Seen, SeenStore
 from sae.cache.store.space import expect_room
 from sae.pipeline.formats.base import Metadata
 from sae.pipeline.parallel.ranks import Alone, Ranks
@@ -41,21 +41,29 @@ SHOWN = ("loss", "fvu", "l0", "dead", "agreement", "recovery")  # beside the pro
 __all__ = ["STREAM", "TrainConfig", "begun", "on_rows", "open_run", "run_name", "share", "train"]
 
 
-def run_name(config: TrainConfig, store: ActivationStore) -> str:
-    """The name of a configuration's run folder on a store, where none is given: what usually varies, and a hash of all.
+def run_name(config: TrainConfig, dataset: Dataset) -> str:
+    """The name of a configuration's run folder on a dataset, where none is given: what varies, and a hash of all.
 
-    The number of rows is part of it: on a store that has grown the same settings are another run.
+    The number of rows is part of it: on stores that have grown the same settings are another run.
     """
-    config = on_rows(config, store)
-    point = f"{store.recipe['layer']}.{store.recipe['site']}" if "layer" in store.recipe else readable(store.slug)
+    config = on_rows(config, dataset)
+    inputs, targets = dataset.recipes
+    points = "-to-".join("+".join(map(_point, side)) for side in (dataset.inputs, dataset.targets) if side)
     sparsity = [
         f"{letter}{_short(getattr(config.sae, name))}"
         for letter, name in (("k", "k"), ("c", "coefficient"), ("jl", "jl_coefficient"))
         if hasattr(config.sae, name)
     ]
-    identity = {"train": config.model_dump(mode="json"), "activations": store.recipe}
-    parts = [config.sae.arch, str(config.sae.d_sae), *sparsity, f"lr{_short(config.lr)}", f"s{config.seed}", point]
+    identity: dict[str, Any] = {"train": config.model_dump(mode="json"), "activations": inputs[0]}
+    identity |= {"targets": targets} if targets else {}
+    parts = [config.sae.arch, str(config.sae.d_sae), *sparsity, f"lr{_short(config.lr)}", f"s{config.seed}", points]
     return "-".join([*parts, digest(identity)])
+
+
+def _point(store: ActivationStore) -> str:
+    """What the name of a run calls a store."""
+    origin = provenance(store.recipe)
+    return origin.point if isinstance(origin, LanguageModelRows) else readable(store.slug)
 
 
 def _short(value: float) -> str:
@@ -63,20 +71,22 @@ def _short(value: float) -> str:
     return re.sub(r"e([+-])0?", lambda sign: "e-" if sign[1] == "-" else "e", f"{value:g}")
 
 
-def on_rows(config: TrainConfig, store: ActivationStore) -> TrainConfig:
-    """The configuration with the number of rows that it means on a store as it is now: all, where it says none.
+def on_rows(config: TrainConfig, dataset: Dataset) -> TrainConfig:
+    """The configuration with the number of rows that it means on a dataset as it is now: all, where it says none.
 
     Raises SaeError where it wants more than there are.
     """
-    rows = config.store_rows or store.n_rows
-    if rows > store.n_rows:
-        raise SaeError(f"train.store_rows = {rows}: {store.key} has {store.n_rows:,} rows; lower it, or harvest more")
+    rows = config.store_rows or dataset.n_rows
+    if rows > dataset.n_rows:
+        raise SaeError(
+            f"train.store_rows = {rows}: {dataset.key} has {dataset.n_rows:,} rows; lower it, or harvest more"
+        )
     return config.model_copy(update={"store_rows": rows})
 
 
-def begun(config: TrainConfig, store: ActivationStore, runs: Sequence[Run]) -> list[Run]:
-    """The runs that have a configuration and a store; where it says no number of rows, with any."""
-    return [run for run in runs if run.seen.recipe == store.recipe and not _differing(run, config)]
+def begun(config: TrainConfig, dataset: Dataset, runs: Sequence[Run]) -> list[Run]:
+    """The runs that have a configuration and a dataset; where it says no number of rows, with any."""
+    return [run for run in runs if run.seen.recipes == dataset.recipes and not _differing(run, config)]
 
 
 def _differing(run: Run, config: TrainConfig) -> list[str]:
@@ -87,34 +97,39 @@ def _differing(run: Run, config: TrainConfig) -> list[str]:
     return sorted(name for name in saved if saved[name] != given[name])
 
 
-def open_run(config: TrainConfig, store: ActivationStore, root: Path, name: str | None, *, resume: bool) -> Run:
+def open_run(config: TrainConfig, dataset: Dataset, root: Path, name: str | None, *, resume: bool) -> Run:
     """The run folder for a configuration: new, or with `resume` the one that has the same configuration.
 
     Raises SaeError where a new one exists, where there is none to resume, or where its configuration differs.
     """
     if resume:
-        return _continued(config, store, root, name)
-    config = on_rows(config, store)
+        return _continued(config, dataset, root, name)
+    config = on_rows(config, dataset)
     rows = config.store_rows
     assert rows is not None
     if config.batch > rows:
-        raise SaeError(f"--batch {config.batch}: {store.key} has {rows:,} rows; lower it, or harvest more")
-    activations: dict[str, Any] = {"key": store.key, "rows": rows, "recipe": store.recipe}
-    if config.outliers is not None:
-        activations["largest_norm"] = largest_norm(store, config.outliers)
-        expect_kept(store, config.batch, activations["largest_norm"], "--batch")
-    content = {"train": config.model_dump(mode="json"), "activations": activations}
-    return Run.create(root / (name or run_name(config, store)), content)
+        raise SaeError(f"--batch {config.batch}: {dataset.key} has {rows:,} rows; lower it, or harvest more")
+    limits = None if config.outliers is None else dataset.usual_limits(config.outliers)
+    dataset.kept_up_to(limits).expect_kept(config.batch, "--batch")
+    content = {"train": config.model_dump(mode="json"), **_seen(dataset, rows, limits).as_json()}
+    return Run.create(root / (name or run_name(config, dataset)), content)
 
 
-def _continued(config: TrainConfig, store: ActivationStore, root: Path, name: str | None) -> Run:
+def _seen(dataset: Dataset, rows: int, limits: tuple[float, ...] | None) -> Seen:
+    """What a run folder says of its dataset."""
+    norms = [None] * len(dataset.stores) if limits is None else limits
+    stores = tuple(SeenStore(store.key, store.recipe, most) for store, most in zip(dataset.stores, norms, strict=True))
+    return Seen(rows, stores[: len(dataset.inputs)], stores[len(dataset.inputs) :])
+
+
+def _continued(config: TrainConfig, dataset: Dataset, root: Path, name: str | None) -> Run:
     if name is None:
-        found = begun(config, store, catalogue.readable_runs(root)[0])
+        found = begun(config, dataset, catalogue.readable_runs(root)[0])
         waiting = [run for run in found if not run.finished] or found
         if not waiting:
             raise NotFound(
-                f"--resume: no run {run_name(config, store)} in {root}; `sae list` shows the runs, without --resume it "
-                "is started"
+                f"--resume: no run {run_name(config, dataset)} in {root}; `sae list` shows the runs, without --resume "
+                "it is started"
             )
         if len(waiting) > 1:
             raise SaeError(f"--resume: which one? Give --name: {', '.join(run.name for run in waiting)}")
@@ -122,11 +137,21 @@ def _continued(config: TrainConfig, store: ActivationStore, root: Path, name: st
     if not (root / name / CONFIG).exists():
         raise NotFound(f"--resume: no run {name} in {root}; `sae list` shows the runs, without --resume it is started")
     run = Run(root / name)
-    saved, given = run.seen.recipe, store.recipe
-    differs = sorted(key for key in {*saved, *given} if saved.get(key) != given.get(key)) or _differing(run, config)
+    differs = _other_rows(run.seen, dataset) or _differing(run, config)
     if differs:
         raise SaeError(f"--resume: {run.path} was started with other settings ({', '.join(differs)}); repeat those")
     return run
+
+
+def _other_rows(seen: Seen, dataset: Dataset) -> list[str]:
+    """In what the stores of a run differ from those of a dataset, by the names in their recipes."""
+    for saved, given in zip(seen.recipes, dataset.recipes, strict=True):
+        if len(saved) != len(given):
+            return ["target"]
+        for one, other in zip(saved, given, strict=True):
+            if one != other:
+                return sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+    return []
 
 
 @dataclass
@@ -134,7 +159,7 @@ class TrainState:
     """Everything that must survive a restart."""
 
     groups: list[Group]
-    loader: Loader
+    loader: Batches
     total: int
     step: int = 0
     started: float = field(default_factory=time.monotonic)
@@ -171,9 +196,9 @@ class TrainState:
 
 
 def train(
-    runs: Sequence[Run], store: ActivationStore, progress: Progress, *, device: str = "auto", ranks: Ranks | None = None
+    runs: Sequence[Run], dataset: Dataset, progress: Progress, *, device: str = "auto", ranks: Ranks | None = None
 ) -> list[dict[str, Any]]:
-    """Train (or continue) the dictionaries of `runs` over one stream of `store`'s rows; their last metrics (of rank 0).
+    """Train (or continue) the dictionaries of `runs` over one stream of batches; their last metrics (of rank 0).
 
     With several ranks each calls this and takes its share of every batch; what is written is written by rank 0.
     Raises Diverged, once the others are finished, where a dictionary diverged.
@@ -184,14 +209,15 @@ def train(
         if ranks.rank == 0:
             for run in runs:
                 stack.enter_context(run.lock())
-            stack.enter_context(reading(store.path))
-        state = _begin(runs, store, where, progress, ranks)
+            for store in dataset.stores:
+                stack.enter_context(reading(store.path))
+        state = _begin(runs, dataset, where, progress, ranks)
         stack.enter_context(state.loader)
         stopping = stack.enter_context(interruptible())
         progress.start("train", state.total, "steps", done=state.step)
         stack.callback(progress.finish)
-        for x in state.loader if state.step < state.total else ():
-            shown = _step(state, x, ranks)
+        for batch in state.loader if state.step < state.total else ():
+            shown = _step(state, batch, ranks)
             progress.advance(1, **shown)
             if not state.groups:
                 break
@@ -206,21 +232,21 @@ def train(
                 break
         if ranks.rank == 0:
             for member in state.members:
-                member.finish(_metadata(store.recipe))
+                member.finish(_metadata(dataset))
         ranks.wait()
         if state.diverged:
             raise Diverged("; ".join(map(str, state.diverged)))
         return [run.metrics()[-1] for run in runs] if ranks.rank == 0 else []
 
 
-def _step(state: TrainState, x: Tensor, ranks: Ranks) -> dict[str, float]:
+def _step(state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
     """One step of every group that has not taken it yet; the figures worth showing, where there are some."""
     shown: dict[str, float] = {}
     for group in [*state.groups]:
         if group.done > state.step:
             continue
         try:
-            logged = group.step(x, Clock(state.step, state.total), ranks)
+            logged = group.step(batch, Clock(state.step, state.total), ranks)
         except Diverged as error:
             state.end(group, error, ranks)
             continue
@@ -235,24 +261,24 @@ def _step(state: TrainState, x: Tensor, ranks: Ranks) -> dict[str, float]:
     return shown
 
 
-def _begin(
-    runs: Sequence[Run], store: ActivationStore, device: torch.device, progress: Progress, ranks: Ranks
-) -> TrainState:
+def _begin(runs: Sequence[Run], dataset: Dataset, device: torch.device, progress: Progress, ranks: Ranks) -> TrainState:
     """Fresh or restored state for the runs, which must share their stream."""
     configs = [settings_of(run) for run in runs]
     for name in STREAM:
         if len({getattr(config, name) for config in configs}) > 1:
             raise SaeError(f"train.{name}: dictionaries trained together must agree on it")
-    first, rows, largest = configs[0], runs[0].seen.rows, runs[0].largest_norm
-    loader = Loader(
-        store, share(first, ranks.world), seed=first.data_seed, rows=rows, device=device, outliers=first.outliers,
-        largest=largest, rank=ranks.rank, world=ranks.world,
+    first, rows = configs[0], runs[0].seen.rows
+    for run in runs:
+        if run.seen.recipes != dataset.recipes or run.seen.rows != rows:
+            raise SaeError(
+                f"{run.path}: is for {run.seen.rows:,} rows of {run.seen.key}, not {rows:,} of {dataset.key}"
+            )
+    dataset = dataset.first(rows).kept_up_to(runs[0].seen.limits)
+    loader = dataset.batches(
+        share(first, ranks.world), seed=first.data_seed, device=device, outliers=first.outliers, rank=ranks.rank,
+        world=ranks.world,
     )  # fmt: skip
-    members = []
-    for run, config in zip(runs, configs, strict=True):
-        if run.seen.recipe != store.recipe or run.seen.rows != rows:
-            raise SaeError(f"{run.path}: is for {run.seen.rows:,} rows of {run.seen.key}, not {rows:,} of {store.key}")
-        members.append(Member.begin(run, config, store, rows, device))
+    members = [Member.begin(run, config, dataset, device) for run, config in zip(runs, configs, strict=True)]
     for member in members:
         ranks.copy(member.sae.state_dict().values())  # to the bit, however each device rounds a mean
     if any(not run.has_checkpoint for run in runs) and ranks.rank == 0:
@@ -286,15 +312,16 @@ def share(config: TrainConfig, world: int) -> int:
     return rows
 
 
-def _metadata(recipe: dict[str, Any]) -> Metadata:
-    """Where a dictionary trained on rows of this recipe belongs."""
-    if "tokens" not in recipe:  # rows of no language model
-        return Metadata(dataset=recipe["source"]["source"])
-    tokens = recipe["tokens"]
+def _metadata(dataset: Dataset) -> Metadata:
+    """Where a dictionary trained on a dataset belongs."""
+    source, target = dataset.provenance, dataset.target_provenance
+    if not isinstance(source, LanguageModelRows):
+        return Metadata(dataset=source.kind)
     return Metadata(
-        model=recipe["model"]["model"],
-        hook=recipe["hook"],
-        context_length=tokens["context_length"],
-        begin_token=tokens.get("begin") == "context",
-        dataset=tokens["source"].get("dataset"),  # of the hub; other sources have none
+        model=source.model,
+        hook=source.hook,
+        hook_out=target.hook if dataset.targets and isinstance(target, LanguageModelRows) else None,
+        context_length=source.text.context_length,
+        begin_token=source.text.begins_contexts,
+        dataset=source.text.dataset,
     )

@@ -17,6 +17,7 @@ from sae.cache.activations import ActivationStore
 from sae.cache.disk.identity import canonical
 from sae.cache.disk.paths import place
 from sae.cache.errors import NotFound, SaeError
+from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import Run, discarding
 from sae.configs import parsed
 from sae.configs.base import WHOLE
@@ -93,34 +94,34 @@ def acquainted(configs: Sequence[TrainConfig]) -> list[TrainConfig]:
     return known
 
 
-def open_all(configs: Sequence[TrainConfig], store: ActivationStore, root: Path) -> list[Run]:
+def open_all(configs: Sequence[TrainConfig], dataset: Dataset, root: Path) -> list[Run]:
     """The run folder of each configuration, begun or taken up. Raises SaeError where two configurations are one.
 
     Where some were interrupted and the store has grown since, all are trained on as many rows as those.
     """
-    there = [run for run in catalogue.readable_runs(root)[0] if _named_here(run, store)]
+    there = [run for run in catalogue.readable_runs(root)[0] if _named_here(run, dataset)]
     configs = acquainted(configs)
-    waiting = [run.seen.rows for config in configs for run in begun(config, store, there) if not run.finished]
+    waiting = [run.seen.rows for config in configs for run in begun(config, dataset, there) if not run.finished]
     if waiting:
         configs = [one.model_copy(update={"store_rows": one.store_rows or max(waiting)}) for one in configs]
-    configs = [on_rows(config, store) for config in configs]
-    if len({run_name(config, store) for config in configs}) < len(configs):
+    configs = [on_rows(config, dataset) for config in configs]
+    if len({run_name(config, dataset) for config in configs}) < len(configs):
         raise SaeError("--sweep: two of the combinations are the same settings; does another option fix a swept key?")
     runs: list[Run] = []
     with discarding(runs):
         for config in configs:
-            known = begun(config, store, there)
-            runs.append(known[0] if known else open_run(config, store, root, None, resume=False))
+            known = begun(config, dataset, there)
+            runs.append(known[0] if known else open_run(config, dataset, root, None, resume=False))
     return runs
 
 
-def _named_here(run: Run, store: ActivationStore) -> bool:
+def _named_here(run: Run, dataset: Dataset) -> bool:
     """Whether a run on a store has the name that its settings give it; one that a user named is the user's."""
-    return run.seen.recipe == store.recipe and run.name == run_name(settings_of(run), store)
+    return run.seen.recipes == dataset.recipes and run.name == run_name(settings_of(run), dataset)
 
 
 def sweep(
-    runs: Sequence[Run], store: ActivationStore, progress: Progress, *, device: str = "auto", processes: int = 1
+    runs: Sequence[Run], dataset: Dataset, progress: Progress, *, device: str = "auto", processes: int = 1
 ) -> None:
     """Train what is not finished of the runs, all that share a stream of batches in one pass.
 
@@ -129,23 +130,26 @@ def sweep(
     where a dictionary diverged. A run folder that was made for this is removed where nothing came of it.
     """
     with discarding(runs):
-        _sweep(runs, store, progress, device, processes)
+        _sweep(runs, dataset, progress, device, processes)
 
 
-def _sweep(runs: Sequence[Run], store: ActivationStore, progress: Progress, device: str, processes: int) -> None:
+def _sweep(runs: Sequence[Run], dataset: Dataset, progress: Progress, device: str, processes: int) -> None:
     seat = torchrun_seat(device)
     if seat is not None and processes > 1:
         raise SaeError(f"--devices {processes}: torchrun has started the processes already; leave out --devices")
     for run in runs:
         share(settings_of(run), processes)  # said before anything is started
-    task = json.dumps({"runs": [str(run.path) for run in runs], "store": str(store.path)})
+    sides = [[str(store.path) for store in side] for side in (dataset.inputs, dataset.targets)]
+    task = json.dumps(
+        {"runs": [str(run.path) for run in runs], "inputs": sides[0], "targets": sides[1], "rows": dataset.n_rows}
+    )
     if processes > 1 and not all(run.finished for run in runs):
         launch(processes, device, _take_part, task, progress)
     elif seat is not None:
         with together(seat) as ranks:
             _take_part(ranks, seat.device, ranks.tell(task), progress)
     else:
-        _passes(runs, store, progress, device, Alone())
+        _passes(runs, dataset, progress, device, Alone())
 
 
 def follow(seat: Seat) -> None:
@@ -159,13 +163,16 @@ def _take_part(ranks: Together, device: str, task: str, progress: Progress) -> N
     named = json.loads(task)
     try:
         runs = [Run(Path(path)) for path in named["runs"]]
-        store = ActivationStore(place(named["store"]))
+        inputs, targets = (
+            tuple(ActivationStore(place(path)) for path in named[side]) for side in ("inputs", "targets")
+        )
+        dataset = Dataset.of(inputs, targets, rows=named["rows"])
     except NotFound as error:
         raise NotFound(f"{error} (rank {ranks.rank}); all machines need the same cache and runs") from error
-    _passes(runs, store, progress if ranks.rank == 0 else Silent(), device, ranks)
+    _passes(runs, dataset, progress if ranks.rank == 0 else Silent(), device, ranks)
 
 
-def _passes(runs: Sequence[Run], store: ActivationStore, progress: Progress, device: str, ranks: Ranks) -> None:
+def _passes(runs: Sequence[Run], dataset: Dataset, progress: Progress, device: str, ranks: Ranks) -> None:
     """Train what is not finished, pass by pass."""
     waiting = [run for run in runs if not run.finished]
     ranks.wait()  # so that all have looked before the first is finished
@@ -181,7 +188,7 @@ def _passes(runs: Sequence[Run], store: ActivationStore, progress: Progress, dev
     diverged = []
     for stream in streams.values():
         try:
-            train(stream, store, progress, device=device, ranks=ranks)
+            train(stream, dataset, progress, device=device, ranks=ranks)
         except Diverged as error:
             diverged.append(str(error))
     if diverged:

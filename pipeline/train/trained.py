@@ -1,11 +1,13 @@
-"""A finished run -> the dictionary it trained."""
+"""A finished run -> the dictionary it trained, and the dataset it was trained on."""
+
+from pathlib import Path
 
 from pydantic import ValidationError
 
-from sae.cache.activations import ActivationStore
+from sae.cache import catalogue
 from sae.cache.disk.parsing import inner
-from sae.cache.errors import DamagedStore
-from sae.cache.outliers import largest_norm as multiple_of_norms
+from sae.cache.errors import DamagedStore, SaeError
+from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import CONFIG, Run
 from sae.pipeline.formats import saelens
 from sae.pipeline.saes import ARCHITECTURES, SAE, Config, parse
@@ -37,9 +39,31 @@ def load(run: Run) -> SAE:
     return sae.eval().requires_grad_(False)
 
 
-def largest_norm(run: Run, store: ActivationStore) -> float | None:
-    """The norm above which a run left out rows of its store; None where all were trained on."""
+def dataset_of(run: Run, root: Path, activations: str | None = None) -> Dataset:
+    """The dataset that a run was trained on, with all the rows there are now and the limits of the run.
+
+    `activations` names the store of its inputs, where that is not the one the run names; its target is beside it then.
+    """
+    inputs = (catalogue.trained_on(root, run.seen.inputs[0], run.name, activations),)
+    beside = inputs[0].path.parent.parent
+    targets = tuple(catalogue.trained_on(beside, one, run.name, None) for one in run.seen.targets)
+    rows = min(store.n_rows for store in inputs + targets)
+    found = Dataset.of(inputs, targets, rows=rows)
+    return found.kept_up_to(limits(run, found))
+
+
+def expect_fits(dataset: Dataset, sae: SAE, run: Run) -> None:
+    """Raise SaeError unless a dictionary reads and writes rows as wide as a dataset's."""
+    if (dataset.d_in, dataset.d_out) != (sae.d_in, sae.d_out):
+        raise SaeError(
+            f"--activations {dataset.key}: its rows have {dataset.d_in} values, {run.name} reads {sae.d_in}; "
+            "give a store of the site it was trained on"
+        )
+
+
+def limits(run: Run, dataset: Dataset) -> tuple[float, ...] | None:
+    """The norms above which a run left out rows of its dataset; None where all were trained on."""
     multiple = run.settings.get("outliers")
-    if run.largest_norm is not None or multiple is None:
-        return run.largest_norm
-    return multiple_of_norms(store, multiple)
+    if run.seen.limits is not None or multiple is None:
+        return run.seen.limits
+    return dataset.usual_limits(multiple)

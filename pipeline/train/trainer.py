@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae.cache.activations import ActivationStore
 from sae.cache.errors import DamagedStore, SaeError
-from sae.cache.outliers import some_rows
+from sae.cache.loader.dataset import Dataset
+from sae.cache.loader.loader import Batch
 from sae.cache.runs import CHECKPOINT, Run
 from sae.pipeline.formats import saelens
 from sae.pipeline.formats.base import Metadata
@@ -45,17 +45,15 @@ class Diverged(SaeError):
 class Member:
     """One dictionary in training: its run, its weights, its optimiser, and how many steps it has taken.
 
-    store: where further rows come from, the first `rows` of it (what the run was promised), unless their norm is above
-        the run's largest.
-    truth: the features [G, d] of rows that were made of known ones.
+    dataset: the rows that the run was promised, of which further ones are drawn.
+    truth: the features [G, d_out] of rows that were made of known ones.
     """
 
     run: Run
     config: TrainConfig
     sae: SAE
     optimiser: torch.optim.Optimizer
-    store: ActivationStore
-    rows: int
+    dataset: Dataset
     truth: Tensor | None
     done: int = 0
     _spent: float = 0.0  # seconds in steps since `cost` was asked
@@ -63,30 +61,29 @@ class Member:
     _shown: bool = False  # whether this process has computed metrics yet
 
     @classmethod
-    def begin(cls, run: Run, config: TrainConfig, store: ActivationStore, rows: int, device: torch.device) -> "Member":
-        """A dictionary at step 0. Raises SaeError where the store's rows allow none."""
-        sae = create(config.sae, store.d, seed=config.seed).to(device)
-        first = some_rows(store, 0, config.initial_rows, rows=rows, batch=config.initial_rows, largest=run.largest_norm)
-        sample = torch.cat(list(first)).to(device)
+    def begin(cls, run: Run, config: TrainConfig, dataset: Dataset, device: torch.device) -> "Member":
+        """A dictionary at step 0. Raises SaeError where the rows allow none."""
+        sae = create(config.sae, dataset.d_in, dataset.d_out if dataset.targets else None, seed=config.seed).to(device)
+        sample = dataset.sample(config.initial_rows).to(device)
         try:
-            sae.initialise(sample)
+            sae.initialise(sample.x, sample.y)
         except ValueError as error:
-            raise SaeError(f"{store.path}: {error}") from error
+            raise SaeError(f"{dataset.key}: {error}") from error
         groups = [{"params": parameters, "name": name} for name, parameters in sae.parameter_groups().items()]
         optimiser = torch.optim.Adam(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-        truth = store.truth
-        return cls(run, config, sae, optimiser, store, rows, None if truth is None else truth.to(device))
+        truth = dataset.truth
+        return cls(run, config, sae, optimiser, dataset, None if truth is None else truth.to(device))
 
-    def losses(self, part: Tensor, clock: Clock) -> Losses:
-        """The loss of a part of a batch [n, d]."""
-        with torch.autocast(part.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            return self.sae.loss(part, clock=clock)
+    def losses(self, part: Batch, clock: Clock) -> Losses:
+        """The loss of a part of a batch."""
+        with torch.autocast(part.x.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            return self.sae.loss(part.x, part.y, clock)
 
-    def update(self, x: Tensor, parts: Sequence[Losses], clock: Clock, ranks: Ranks) -> dict[str, float] | None:
-        """What follows the gradients of a batch [batch, d] whose parts had these losses; metrics where it is logged,
-        and of the first step that this process takes, so that they are seen at once.
+    def update(self, batch: Batch, parts: Sequence[Losses], clock: Clock, ranks: Ranks) -> dict[str, float] | None:
+        """What follows the gradients of a batch whose parts had these losses; metrics where it is logged, and of the
+        first step that this process takes, so that they are seen at once.
 
-        With several ranks `x` and `parts` are this rank's.
+        With several ranks `batch` and `parts` are this rank's.
         """
         step, total = clock
         ranks.average(parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None)
@@ -102,7 +99,9 @@ class Member:
         self.done = step + 1
         self._revive(total, ranks)
         first, self._shown = not self._shown, True
-        return self._metrics(x, parts, clock, ranks) if first or self.logs(total) else None  # which waits for a GPU
+        return (
+            self._metrics(batch.y, parts, clock, ranks) if first or self.logs(total) else None
+        )  # which waits for a GPU
 
     def logs(self, total: int) -> bool:
         """Whether the metrics of the step just taken belong in the log."""
@@ -135,27 +134,27 @@ class Member:
         if isinstance(revive, Resample):
             resample(self.sae, self.optimiser, self._drawn(revive.rows, generator), revive, generator)
         elif inequality(self.sae, k) > revive.threshold:
-            sample = torch.cat([x for x, _ in self._drawn(self.config.initial_rows, generator)])
+            drawn = [*self._drawn(self.config.initial_rows, generator)]
+            x = torch.cat([one.x for one in drawn])
+            sample = Batch(x, torch.cat([one.y for one in drawn]) if self.dataset.targets else x)
             try:
-                reinitialise(self.sae, self.optimiser, (sample, None), generator)
+                reinitialise(self.sae, self.optimiser, sample, generator)
             except ValueError as error:
-                raise SaeError(f"{self.store.path}: {error}") from error
+                raise SaeError(f"{self.dataset.key}: {error}") from error
         ranks.copy(self.sae.state_dict().values())  # errors that devices round apart may have chosen other rows
 
-    def _drawn(self, count: int, generator: torch.Generator) -> Iterator[tuple[Tensor, None]]:
-        """So many rows of the store from a random place on (they were shuffled when written), a batch at a time."""
-        count = min(count, self.rows)
-        first = int(torch.randint(self.rows - count + 1, (), generator=generator))
-        drawn = some_rows(
-            self.store, first, count, rows=self.rows, batch=self.config.batch, largest=self.run.largest_norm
-        )
-        return ((x.to(self.sae.W_dec.device), None) for x in drawn)
+    def _drawn(self, count: int, generator: torch.Generator) -> Iterator[Batch]:
+        """So many rows from a random place on (they were shuffled when written), a batch at a time."""
+        count = min(count, self.dataset.n_rows)
+        first = int(torch.randint(self.dataset.n_rows - count + 1, (), generator=generator))
+        drawn = self.dataset.following(first, count, self.config.batch)
+        return (batch.to(self.sae.W_dec.device) for batch in drawn)
 
-    def _metrics(self, x: Tensor, parts: Sequence[Losses], clock: Clock, ranks: Ranks) -> dict[str, float]:
-        batch = ranks.world * len(x)
+    def _metrics(self, y: Tensor, parts: Sequence[Losses], clock: Clock, ranks: Ranks) -> dict[str, float]:
+        batch = ranks.world * len(y)
         terms = {name: _mean([part.terms[name] for part in parts], parts) for name in parts[0].terms}
-        error = (x - torch.cat([part.x_hat for part in parts])).square().sum()
-        spread = (x - ranks.sum(x.sum(dim=0)) / batch).square().sum()
+        error = (y - torch.cat([part.x_hat for part in parts])).square().sum()
+        spread = (y - ranks.sum(y.sum(dim=0)) / batch).square().sum()
         active = torch.cat([part.latents.l0() for part in parts]).float().mean()
         sums = [_mean([part.total for part in parts], parts), *terms.values(), error, spread, active]
         loss, *each, error, spread, active = (ranks.sum(torch.stack(sums).double()) / ranks.world).tolist()

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from sae.cache.activations import ActivationStore, norms_of
 from sae.cache.errors import SaeError
+from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import Loader
-from sae.cache.outliers import expect_kept, kept_rows, largest_norm, outlier_rows, some_rows, usual_norm
+from sae.cache.outliers import largest_norm, usual_norm
 
 FAR = 7  # every so-manyth row
 LARGEST = 5e4
@@ -34,6 +35,10 @@ def numbered() -> Tensor:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, small: None) -> ActivationStore:
     return write_activations(tmp_path_factory.mktemp("cache"), numbered(), "float32", ended=True)
+
+
+def kept_after(store: ActivationStore, first: int) -> list[int]:
+    return [n for n in of(store.rows(first, N)) if n % FAR]
 
 
 def of(rows: Tensor) -> list[int]:
@@ -71,18 +76,22 @@ def test_some_rows_are_the_next_that_are_kept(
     first = min(first, rows - 1)
     stored = of(store.rows(0, rows))
     circle = [n for n in stored[first:] + stored[:first] if not (limited and n % FAR == 0)]
-    found = list(some_rows(store, first, count, rows=rows, batch=batch, largest=LARGEST if limited else None))
+    dataset = Dataset.of(store, rows=rows).kept_up_to((LARGEST,) if limited else None)
+    found = [one.x for one in dataset.following(first, count, batch)]
     assert all(0 < len(one) <= batch for one in found)
     assert [n for one in found for n in of(one)] == circle[:count]
 
 
 def test_kept_and_others_are_all(store: ActivationStore) -> None:
-    others = list(outlier_rows(store, N, LARGEST, 2))
+    dataset = Dataset.of(store).kept_up_to((LARGEST,))
+    others = [one.x for one in dataset.left_out(N, 2)]
     assert all(len(one) <= 2 for one in others)
     far = [n for one in others for n in of(one)]
-    kept = of(kept_rows(store, 0, N, LARGEST))
+    kept = [n for one in dataset.in_order(N) for n in of(one.x)]
     assert sorted(far) == list(range(FAR, N + 1, FAR)) and sorted(kept + far) == list(range(1, N + 1))
-    assert of(kept_rows(store, 0, N, None)) == of(store.rows(0, N))
+    everything = dataset.kept_up_to(None)
+    assert [n for one in everything.in_order(N) for n in of(one.x)] == of(store.rows(0, N))
+    assert not list(everything.left_out(N, 2)) and of(dataset.sample(4, first=CHUNK).x) == kept_after(store, CHUNK)[:4]
     with Loader(store, 16, epochs=1, largest=LARGEST) as loader, Loader(store, 16, epochs=1, outliers=5.0) as same:
         batches = [of(x) for x in loader]
         assert batches == [of(x) for x in same]
@@ -94,6 +103,7 @@ def test_kept_and_others_are_all(store: ActivationStore) -> None:
 
 def test_too_few_that_are_kept(store: ActivationStore) -> None:
     kept = N - N // FAR
-    expect_kept(store, kept, LARGEST, "--batch")
+    dataset = Dataset.of(store).kept_up_to((LARGEST,))
+    dataset.expect_kept(kept, "--batch")
     with pytest.raises(SaeError, match=rf"--batch {kept + 1}: train.outliers leaves {kept} of the {N} rows of synth"):
-        expect_kept(store, kept + 1, LARGEST, "--batch")
+        dataset.expect_kept(kept + 1, "--batch")

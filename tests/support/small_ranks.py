@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sae.cache.activations import ActivationStore
 from sae.cache.errors import SaeError
+from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import Loader
 from sae.cache.runs import Run
 from sae.pipeline.parallel.ranks import Alone, Ranks, expect_same
@@ -35,7 +36,13 @@ class At(Silent):
 
 
 def one(store: Path, runs: list[Path], ranks: Ranks, progress: Silent | None = None) -> None:
-    train([Run(path) for path in runs], ActivationStore(store), progress or Silent(), device="cpu", ranks=ranks)
+    train(
+        [Run(path) for path in runs],
+        Dataset.of(ActivationStore(store)),
+        progress or Silent(),
+        device="cpu",
+        ranks=ranks,
+    )
 
 
 def stopped(store: Path, runs: list[Path], ranks: Ranks, steps: int = STOP_AT) -> None:

@@ -22,7 +22,7 @@ from sae.cache.activations import ActivationStore
 from sae.cache.disk.paths import place
 from sae.cache.errors import DamagedStore, SaeError
 from sae.cache.loader.chunks import Chunks, Decoded, Slices
-from sae.cache.loader.loader import AlignedLoader, Loader, Settings
+from sae.cache.loader.loader import Batches, Loader, Settings
 from sae.cache.loader.schedule import Place, shares
 from sae.cache.store.codecs import to_numpy
 from sae.cache.store.manifest import Windows
@@ -316,8 +316,8 @@ def test_remote_stores_are_read_whole(tmp_path: Path, codec: str) -> None:
 def test_aligned_stores(pair: list[ActivationStore], batch: int, open_chunks: int, done: int) -> None:
     """Row i of every store is of one token, whatever their widths, codecs and chunk sizes; and it resumes."""
 
-    def loader() -> AlignedLoader:
-        return AlignedLoader(pair, batch, open_chunks=open_chunks)
+    def loader() -> Batches:
+        return Batches(pair[:1], pair[1:], batch, open_chunks=open_chunks, positions=True)
 
     with loader() as first:
         whole = list(islice(first, done + 3))
@@ -326,13 +326,15 @@ def test_aligned_stores(pair: list[ActivationStore], batch: int, open_chunks: in
         state = second.state_dict()
         for one, (x, *_) in zip(alone, whole, strict=False):
             assert len(one) == len(x)
-    for x, y in whole:
+    numbers = {int(p): n for p, n in zip(pair[0].positions(0, N), pair[0].rows(0, N)[:, 0].tolist(), strict=True)}
+    for x, y, position in whole:
+        assert position is not None and [numbers[p] for p in position.tolist()] == x[:, 0].tolist()
         assert x[:, 0].tolist() == y[:, 0].tolist() == (-y[:, 2]).tolist()
         assert (x.shape[1], y.shape[1]) == (2, 3)
     with loader() as third:
         third.load_state_dict(state)
-        for (x, y), (a, b) in zip(whole[done:], third, strict=False):
-            assert torch.equal(x, a) and torch.equal(y, b)
+        for one, other in zip(whole[done:], third, strict=False):
+            assert all(map(torch.equal, one, other))
 
 
 @pytest.fixture(scope="module")
@@ -350,16 +352,16 @@ def pair(tmp_path_factory: pytest.TempPathFactory, small: None) -> list[Activati
 def test_stores_that_do_not_align_are_refused(tmp_path: Path, store: ActivationStore) -> None:
     elsewhere = write_activations(tmp_path, numbered(N), "float32", seed=1, ended=True)
     with pytest.raises(SaeError, match="was made from other tokens than"):
-        AlignedLoader([store, elsewhere])
+        Batches([store], [elsewhere])
     shape = SyntheticConfig(d=8, features=8, presence=Independent(), rows=1, validation_rows=1)
     made = [shape.model_copy(update={"seed": seed}) for seed in (0, 1)]
     with pytest.raises(SaeError, match="was made from other tokens than"):
-        AlignedLoader([synthesize(one, tmp_path, Silent())["train"] for one in made])
+        Batches([synthesize(one, tmp_path, Silent())["train"] for one in made])
     shorter = write_activations(tmp_path, numbered(2 * CHUNK), "float32", site="resid_post")
     with pytest.raises(SaeError, match=f"has {2 * CHUNK} rows, .* has {N}; harvest more of it"):
-        AlignedLoader([store, shorter])
-    with AlignedLoader([store, shorter], 8, rows=2 * CHUNK, epochs=1) as loader:
-        assert sum(len(x) for x, _ in loader) == 2 * CHUNK
+        Batches([store], [shorter])
+    with Batches([store], [shorter], 8, rows=2 * CHUNK, epochs=1) as loader:
+        assert sum(len(one.x) for one in loader) == 2 * CHUNK
 
 
 # --- outliers ---------------------------------------------------------------------------------------------------------

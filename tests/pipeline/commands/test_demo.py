@@ -12,6 +12,7 @@ import torch
 from sae.cache import catalogue
 from sae.cache.activations import ActivationStore
 from sae.cache.errors import SaeError
+from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import Run
 from sae.pipeline.commands.all_stages import all_stages
 from sae.pipeline.evaluate.stage import EvalConfig, evaluate
@@ -116,8 +117,10 @@ def test_a_dictionary_for_a_model_that_others_trained(tmp_path: Path, shared_dat
     (rows,), (held_out,) = stores["train"], stores["validation"]
     assert rows.closed and held_out.closed and rows.d == 64 and held_out.n_rows > 2000
     sae = parse({"arch": "topk", "d_sae": 512, "k": 16})
-    run = open_run(TrainConfig(sae=sae, lr=2e-3, batch=1024, steps=600), rows, tmp_path / "runs", None, resume=False)
-    train([run], rows, Silent(), device="cpu")
+    run = open_run(
+        TrainConfig(sae=sae, lr=2e-3, batch=1024, steps=600), Dataset.of(rows), tmp_path / "runs", None, resume=False
+    )
+    train([run], Dataset.of(rows), Silent(), device="cpu")
     found = evaluate(EvalConfig(tokens="all"), run, tmp_path, Silent(), device="cpu").as_json()
     assert 1.2 < found["ce_clean"] < 1.8  # 1.3 for stories from their start
     assert found["ce_recovered_mean"] >= 0.9

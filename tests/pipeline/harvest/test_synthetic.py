@@ -22,6 +22,7 @@ from support.small_stores import CHUNK, few, files, shrunk
 from sae.cache import catalogue
 from sae.cache.activations import ActivationStore
 from sae.cache.errors import DamagedStore, SaeError
+from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import Loader
 from sae.cache.runs import Run
 from sae.cache.store.manifest import MANIFEST
@@ -460,8 +461,8 @@ def test_topk_finds_the_truth(presence: Groups | Independent, tmp_path: Path) ->
     settings = SyntheticConfig(presence=presence, rows=1_048_576, validation_rows=1)
     store = synthesize(settings, tmp_path, Silent())["train"]
     config = TrainConfig(sae=TopKConfig(d_sae=512, k=8), lr=1e-3, batch=1024, steps=1500)
-    run = open_run(config, store, tmp_path / "runs", None, resume=False)
-    train([run], store, Silent())
+    run = open_run(config, Dataset.of(store), tmp_path / "runs", None, resume=False)
+    train([run], Dataset.of(store), Silent())
     assert store.truth is not None
     found = Recovery(run.load_weights()[0]["W_dec"], store.truth).result()
     assert found["chance"] == chance(512, 512, 256) == pytest.approx(0.19, abs=0.01)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sae.cache.activations import ActivationStore, ActivationWriter
 from sae.cache.errors import SaeError
+from sae.cache.loader.dataset import Dataset
 from sae.cache.store.codecs import codec, codec_recipe
 from sae.cache.tokens import TokenStore, TokenWriter, contexts_per_chunk
 from sae.pipeline.interpret.examples import Example, Feature, Features
@@ -100,7 +101,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Stores:
 
 def find(stores: Stores, sae: Any = None, **settings: Any) -> Features:
     tokens, store = stores
-    return find_features(sae or Readout(), store, tokens, FeaturesConfig(**settings), Silent())
+    return find_features(sae or Readout(), Dataset.of(store), tokens, FeaturesConfig(**settings), Silent())
 
 
 def examples(feature: Feature) -> Iterator[Example]:
@@ -309,7 +310,7 @@ def test_rows_that_training_left_out_are_not_looked_at(small: Stores) -> None:
     largest = float(np.quantile(store.norms(0, store.n_rows), 0.8))
     kept = {*store.positions(0, store.n_rows)[store.norms(0, store.n_rows) <= largest].tolist()}
     config = FeaturesConfig(latents=tuple(range(1, D)), top=6)
-    found = find_features(Readout(), store, tokens, config, Silent(), largest=largest)
+    found = find_features(Readout(), Dataset.of(store).kept_up_to((largest,)), tokens, config, Silent())
     assert found.rows == len(kept) < store.n_rows
     dense = Readout().encode(store.rows(0, store.n_rows)[torch.from_numpy(store.norms(0, store.n_rows) <= largest)])
     assert [f.fired for f in found.features] == dense.fired()[1:].tolist()

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sae.cache.activations import ActivationStore
 from sae.cache.errors import SaeError
+from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import Loader
 from sae.cache.runs import Run
 from sae.pipeline import saes
@@ -76,7 +77,7 @@ def configs(**changes: Any) -> dict[str, TrainConfig]:
 
 
 def opened(given: dict[str, TrainConfig], store: ActivationStore, root: Path) -> list[Run]:
-    return [open_run(config, store, root, name, resume=False) for name, config in given.items()]
+    return [open_run(config, Dataset.of(store), root, name, resume=False) for name, config in given.items()]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def accumulated(store: ActivationStore, tmp_path_factory: pytest.TempPathFactory
     rows: list[Tensor] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loader, "__iter__", small_ranks.kept(rows))
-        train(opened(configs(accumulate=2), store, root), store, Silent(), device="cpu")
+        train(opened(configs(accumulate=2), store, root), Dataset.of(store), Silent(), device="cpu")
     return root, torch.stack(rows)
 
 
@@ -200,7 +201,7 @@ def test_three_processes_with_parts_of_their_own(tmp_path: Path, store: Activati
     ours = opened(configs(batch=66, accumulate=2), store, tmp_path / "three")
     its = opened(configs(batch=66, accumulate=6), store, tmp_path / "six")
     launch(3, "cpu", small_ranks.trained, store.path, [run.path for run in ours])
-    train(its, store, Silent(), device="cpu")
+    train(its, Dataset.of(store), Silent(), device="cpu")
     for one, other in zip(ours, its, strict=True):
         expect_equal(one, other)
 

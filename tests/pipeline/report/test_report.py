@@ -244,15 +244,20 @@ def foreign(value: Any) -> Any:
 def test_every_text_of_a_run_stays_text(tmp_path: Path) -> None:
     """Its name, its settings and their names, what it was trained on, metrics, figures, features."""
     found = report.read(make(tmp_path))
-    recipe = found.seen.recipe
+    (source,) = found.seen.inputs
+    recipe = source.recipe
     assert found.evaluation is not None and found.features is not None
     found = found._replace(
         name=FOREIGN,
         config={"train": foreign(found.config["train"]), "activations": foreign(recipe)} | {"more": foreign(recipe)},
         seen=found.seen._replace(
-            key=FOREIGN,
-            recipe={**recipe, "model": {"model": FOREIGN}, "site": FOREIGN}
-            | {"tokens": {**recipe["tokens"], "source": {"source": "hub", "dataset": FOREIGN}}},
+            inputs=(
+                source._replace(
+                    key=FOREIGN,
+                    recipe={**recipe, "model": {"model": FOREIGN}, "site": FOREIGN}
+                    | {"tokens": {**recipe["tokens"], "source": {"source": "hub", "dataset": FOREIGN}}},
+                ),
+            )
         ),
         metrics=[{**line, FOREIGN: 0.5, f"loss_{FOREIGN}": 0.25} for line in found.metrics],
         evaluation={**found.evaluation, "details": foreign(found.evaluation["details"])},

@@ -13,6 +13,7 @@ from support.small_studies import BASE, D, Noted, lab_in, planted
 
 from sae.cache.activations import ActivationStore, ActivationWriter
 from sae.cache.errors import DamagedStore, NotFound, SaeError
+from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import EVALUATION, Run
 from sae.pipeline.evaluate.stage import EvalConfig
 from sae.pipeline.report.plots import calm
@@ -40,7 +41,7 @@ def times(folder: Path) -> dict[Path, int]:
 
 @pytest.fixture(scope="module")
 def ablation(store: ActivationStore, lab: Lab) -> Result:
-    return coefficients(BASE, store, lab, l1=(0.01, 0.3), jl=(0.5,), hybrid_jl=(0.5,))
+    return coefficients(BASE, Dataset.of(store), lab, l1=(0.01, 0.3), jl=(0.5,), hybrid_jl=(0.5,))
 
 
 class TestVariant:
@@ -120,13 +121,13 @@ class TestRepeating:
         before = times(lab.runs)
         monkeypatch.setattr("sae.pipeline.train.sweep.train", lambda *_, **__: pytest.fail("nothing was left to train"))
         monkeypatch.setattr(figures, "judge", lambda *_, **__: pytest.fail("nothing was left to judge"))
-        again = coefficients(BASE, store, lab, l1=(0.01, 0.3), jl=(0.5,), hybrid_jl=(0.5,))
+        again = coefficients(BASE, Dataset.of(store), lab, l1=(0.01, 0.3), jl=(0.5,), hybrid_jl=(0.5,))
         assert again.rows == ablation.rows
         assert times(lab.runs) == before
 
     def test_a_wider_grid_trains_what_is_new(self, ablation: Result, store: ActivationStore, lab: Lab) -> None:
         before = times(lab.runs)
-        wider = coefficients(BASE, store, lab, l1=(0.01, 0.1, 0.3), jl=(), hybrid_jl=())
+        wider = coefficients(BASE, Dataset.of(store), lab, l1=(0.01, 0.1, 0.3), jl=(), hybrid_jl=())
         assert {path: times(lab.runs)[path] for path in before} == before
         assert len([path for path in times(lab.runs) if path.name == figures.STUDY.split("/")[1]]) == 6
         assert wider.runs[0] == ablation.runs[0] and wider.runs[2] == ablation.runs[1]
@@ -135,7 +136,7 @@ class TestRepeating:
         path = lab.runs / ablation.runs[2]["run"] / figures.STUDY
         kept = path.read_bytes()
         path.unlink()
-        assert coefficients(BASE, store, lab, l1=(), jl=(0.5,), hybrid_jl=()).runs == [ablation.runs[2]]
+        assert coefficients(BASE, Dataset.of(store), lab, l1=(), jl=(0.5,), hybrid_jl=()).runs == [ablation.runs[2]]
         assert path.read_bytes() == kept
 
     def test_figures_of_before_a_figure_was_added_are_found_again(
@@ -145,17 +146,17 @@ class TestRepeating:
         path = run.path / figures.STUDY
         kept, figures_of = path.read_text(), run.read_json(figures.STUDY)
         run.write_json(figures.STUDY, {k: v for k, v in figures_of.items() if k not in ("rows", "jl")})
-        assert coefficients(BASE, store, lab, l1=(), jl=(0.5,), hybrid_jl=()).runs == [ablation.runs[2]]
+        assert coefficients(BASE, Dataset.of(store), lab, l1=(), jl=(0.5,), hybrid_jl=()).runs == [ablation.runs[2]]
         assert path.read_text() == kept
         path.write_text("{")
         with pytest.raises(DamagedStore, match=r"study.json: is not what was written"):
-            coefficients(BASE, store, lab, l1=(), jl=(0.5,), hybrid_jl=())
+            coefficients(BASE, Dataset.of(store), lab, l1=(), jl=(0.5,), hybrid_jl=())
         path.write_text(kept)
 
     def test_what_was_judged_on_less_is_judged_again(self, store: ActivationStore, lab: Lab, tmp_path: Path) -> None:
         few = replace(lab, runs=tmp_path, judging=EvalConfig(rows=64, dead_rows=0))
         rows = [
-            coefficients(BASE, store, one, l1=(), jl=(0.5,), hybrid_jl=()).rows[0]
+            coefficients(BASE, Dataset.of(store), one, l1=(), jl=(0.5,), hybrid_jl=()).rows[0]
             for one in (few, replace(few, judging=EvalConfig(dead_rows=0)), few)
         ]
         assert [row["rows"] for row in rows] == [64, 256, 256]
@@ -173,7 +174,7 @@ class TestRepeating:
                     raise KeyboardInterrupt
 
         def study(lab: Lab) -> Result:
-            return coefficients(BASE, store, lab, l1=(0.01, 0.3), jl=(0.5,), hybrid_jl=(0.5,))
+            return coefficients(BASE, Dataset.of(store), lab, l1=(0.01, 0.3), jl=(0.5,), hybrid_jl=(0.5,))
 
         with pytest.raises(KeyboardInterrupt):
             study(lab_in(cache, tmp_path, progress=Impatient()))
@@ -190,19 +191,19 @@ class TestLab:
         with ActivationWriter(tmp_path / "cache", "alone", recipe) as writer:
             extend(writer, planted(128, seed=3), ended=True)
         with pytest.raises(NotFound, match="no held-out rows beside it"):
-            lab_in(tmp_path / "cache", tmp_path / "runs").train([Trial({}, BASE, writer.store)])
+            lab_in(tmp_path / "cache", tmp_path / "runs").train([Trial({}, BASE, Dataset.of(writer.store))])
         assert not (tmp_path / "runs").exists()
 
     def test_without_tokens_there_is_no_cross_entropy_and_nothing_is_trained(
         self, store: ActivationStore, cache: Path, tmp_path: Path
     ) -> None:
         with pytest.raises(NotFound, match="leave out cross-entropy with --no-ce"):
-            lab_in(cache, tmp_path / "runs", cross_entropy=True).train([Trial({}, BASE, store)])
+            lab_in(cache, tmp_path / "runs", cross_entropy=True).train([Trial({}, BASE, Dataset.of(store))])
         assert not (tmp_path / "runs").exists()
 
     def test_trials_of_the_same_settings_share_a_run(self, ablation: Result, store: ActivationStore, lab: Lab) -> None:
         config = TrainConfig.model_validate(Run(lab.runs / ablation.runs[0]["run"]).config["train"])
-        rows = lab.rows([Trial({"name": "a"}, config, store), Trial({"name": "b"}, config, store)])
+        rows = lab.rows([Trial({"name": name}, config, Dataset.of(store)) for name in ("a", "b")])
         assert [row["run"] for row in rows] == [ablation.runs[0]["run"]] * 2
         assert [row["name"] for row in rows] == ["a", "b"]
 
@@ -221,7 +222,7 @@ class TestLab:
     ) -> None:
         """What it lacks is computed anew, with everything else that goes with it."""
         alone = replace(lab, runs=tmp_path)
-        fresh = coefficients(BASE, store, alone, l1=(), jl=(0.5,), hybrid_jl=())
+        fresh = coefficients(BASE, Dataset.of(store), alone, l1=(), jl=(0.5,), hybrid_jl=())
         run = Run(tmp_path / fresh.runs[0]["run"])
         (run.path / figures.STUDY).unlink()
         whole = {name: fresh.rows[0][name] for name in ("fvu", "l0", "dead_fraction", "rows")}
@@ -233,7 +234,7 @@ class TestLab:
             {},
         ):
             run.write_json(EVALUATION, older)
-            assert coefficients(BASE, store, alone, l1=(), jl=(0.5,), hybrid_jl=()).rows == fresh.rows
+            assert coefficients(BASE, Dataset.of(store), alone, l1=(), jl=(0.5,), hybrid_jl=()).rows == fresh.rows
             (run.path / figures.STUDY).unlink()
 
     def test_the_length_is_in_the_settings(self, store: ActivationStore) -> None:
@@ -256,7 +257,7 @@ class TestResult:
         assert read[0]["jl_coefficient"] == "" and Path(paths["plot"]).read_bytes()[:4] == b"\x89PNG"
 
     def test_seeds_are_averaged_in_the_table(self, store: ActivationStore, lab: Lab) -> None:
-        result = coefficients(BASE, store, lab, l1=(0.01,), jl=(), hybrid_jl=(), seeds=2)
+        result = coefficients(BASE, Dataset.of(store), lab, l1=(0.01,), jl=(), hybrid_jl=(), seeds=2)
         assert [row["seed"] for row in result.runs] == [0, 1]
         (row,) = result.table
         pair = [one["fvu"] for one in result.runs]

@@ -9,6 +9,7 @@ from support.small_studies import BASE, D, lab_in, planted
 
 from sae.cache.activations import ActivationStore, ActivationWriter
 from sae.cache.errors import NotFound, SaeError
+from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import Run
 from sae.pipeline.metrics.similarity import symmetric_mmcs
 from sae.pipeline.studies.layers import layers
@@ -30,7 +31,7 @@ class TestRates:
         TrainConfig.model_validate(falling.model_dump())
 
     def test_a_run_for_every_ratio_and_decay(self, store: ActivationStore, lab: Lab, tmp_path: Path) -> None:
-        result = rates(BASE, store, lab, ratios=(1, 8))
+        result = rates(BASE, Dataset.of(store), lab, ratios=(1, 8))
         assert [(row["ratio"], row["encoder_decay"]) for row in result.runs] == [
             (1, "none"), (8, "none"), (1, "cosine"), (8, "cosine"),
         ]  # fmt: skip

@@ -16,6 +16,7 @@ from torch import Tensor
 from sae.cache import activations
 from sae.cache.activations import ActivationStore
 from sae.cache.errors import DamagedStore, SaeError
+from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import CHECKPOINT, Run
 from sae.cache.store.manifest import Windows
 from sae.pipeline.runtime.progress import Silent
@@ -191,8 +192,8 @@ def aligned(count: int = 3, by: str = "dec", sae: dict[str, Any] | None = None, 
 
 
 def go(configs: Sequence[TrainConfig], store: ActivationStore, root: Path, progress: Silent | None = None) -> list[Run]:
-    runs = open_all(configs, store, root)
-    sweep(runs, store, progress or Silent(), device="cpu")
+    runs = open_all(configs, Dataset.of(store), root)
+    sweep(runs, Dataset.of(store), progress or Silent(), device="cpu")
     return runs
 
 
@@ -265,16 +266,16 @@ def test_one_of_them_cannot_go_on_alone(tmp_path: Path, store: ActivationStore) 
     configs = aligned()
     with pytest.raises(KeyboardInterrupt):
         go(configs, store, tmp_path, stop_at(10))
-    run = open_all(configs, store, tmp_path)[1]
+    run = open_all(configs, Dataset.of(store), tmp_path)[1]
     with pytest.raises(SaeError, match="is trained together with seeds 0, 1, 2"):
-        train([run], store, Silent(), device="cpu")
+        train([run], Dataset.of(store), Silent(), device="cpu")
 
 
 def test_checkpoints_that_do_not_belong_together_are_refused(tmp_path: Path, store: ActivationStore) -> None:
     configs = aligned(2)
     with pytest.raises(KeyboardInterrupt):
         go(configs, store, tmp_path, stop_at(10))
-    runs = open_all(configs, store, tmp_path)
+    runs = open_all(configs, Dataset.of(store), tmp_path)
     old = (runs[0].path / CHECKPOINT).read_bytes()
     with pytest.raises(KeyboardInterrupt):
         go(configs, store, tmp_path, stop_at(5))
@@ -296,6 +297,6 @@ def test_settings_of_a_group() -> None:
 
 def test_a_group_known_by_its_seeds_is_another_run(store: ActivationStore, tmp_path: Path) -> None:
     """What a dictionary becomes depends on the others, so the folder's name does."""
-    two, three = open_all(aligned(2), store, tmp_path), open_all(aligned(3), store, tmp_path)
+    two, three = open_all(aligned(2), Dataset.of(store), tmp_path), open_all(aligned(3), Dataset.of(store), tmp_path)
     assert {run.name for run in two}.isdisjoint({run.name for run in three})
-    assert open_run(aligned(2)[0], store, tmp_path, None, resume=True).name == two[0].name
+    assert open_run(aligned(2)[0], Dataset.of(store), tmp_path, None, resume=True).name == two[0].name

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from support.saes_kit import B, D, M, Planted, batches, made, one_thread, settings, train
 from torch import Tensor, nn
 
+from sae.cache.loader.loader import Batch
 from sae.pipeline import saes
 from sae.pipeline.saes import (
     SAE,
@@ -34,6 +35,11 @@ DEAD = 5
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def rows(d_out: int | None, count: int) -> list[Batch]:
+    """Batches as a dataset gives them."""
+    return [Batch(x, x if y is None else y) for x, y in batches(d_out, count)]
 
 
 def with_dead(case: dict[str, Any], d_out: int | None = None) -> tuple[SAE, torch.optim.Optimizer]:
@@ -61,7 +67,7 @@ def moments(sae: SAE, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
 def test_only_dead_latents_and_their_moments_change(arch: str, d_out: int | None) -> None:
     sae, optimiser = with_dead({"arch": arch}, d_out)
     before, means = copy.deepcopy(sae.state_dict()), moments(sae, optimiser)
-    assert resample(sae, optimiser, batches(d_out, 4), RESAMPLE, generator()) == DEAD
+    assert resample(sae, optimiser, rows(d_out, 4), RESAMPLE, generator()) == DEAD
     for name, tensor in sae.state_dict().items():
         if tensor.shape[:1] == (M,):
             assert torch.equal(tensor[DEAD:], before[name][DEAD:]), name
@@ -111,7 +117,7 @@ def test_new_directions_are_those_of_rows_by_their_error() -> None:
     sae, optimiser = with_dead({"arch": "l1", "decoder_norm": "free", "penalty": "decoder_norm"})
     x = next(batches(None, 1))[0]
     _, towards, _ = sae.directions(x)
-    resample(sae, optimiser, [(x[:40], None), (x[40:], None)], RESAMPLE, generator())
+    resample(sae, optimiser, Batch(x, x).split(2), RESAMPLE, generator())
     cosines = F.normalize(sae.W_dec[:DEAD], dim=1) @ towards.T
     chosen = cosines.argmax(1)
     torch.testing.assert_close(cosines.amax(1), torch.ones(DEAD))
@@ -139,7 +145,7 @@ def test_a_resampled_latent_fires_again() -> None:
     train(sae, batches(None, 50), optimizer=optimiser)
     assert (sae.encode(Planted()(512)).fired()[:DEAD] == 0).all()
     sae.rows_since_fired[:DEAD] = 1000
-    resample(sae, optimiser, batches(None, 4), RESAMPLE, generator())
+    resample(sae, optimiser, rows(None, 4), RESAMPLE, generator())
     train(sae, batches(None, 100), optimizer=optimiser)
     assert (sae.encode(Planted()(512)).fired()[:DEAD] > 0).all()
 
@@ -148,10 +154,10 @@ def test_nothing_to_resample_and_nothing_alive() -> None:
     sae, optimiser = with_dead({"arch": "topk"})
     sae.rows_since_fired.zero_()
     before = copy.deepcopy(sae.state_dict())
-    assert resample(sae, optimiser, batches(None, 1), RESAMPLE, generator()) == 0
+    assert resample(sae, optimiser, rows(None, 1), RESAMPLE, generator()) == 0
     assert all(torch.equal(before[name], tensor) for name, tensor in sae.state_dict().items())
     sae.rows_since_fired.fill_(10**6)
-    assert resample(sae, torch.optim.Adam(sae.parameters()), batches(None, 1), RESAMPLE, generator()) == M
+    assert resample(sae, torch.optim.Adam(sae.parameters()), rows(None, 1), RESAMPLE, generator()) == M
     assert sae.W_enc_rows.isfinite().all()
 
 
@@ -162,7 +168,8 @@ def test_unequal_latents_start_again() -> None:
     sae.firing_rate[0] = 5 * 4 / M
     assert inequality(sae, 4) == pytest.approx(64 / M)
     before = copy.deepcopy(sae.state_dict())
-    reinitialise(sae, optimiser, (Planted()(512), None), generator())
+    x = Planted()(512)
+    reinitialise(sae, optimiser, Batch(x, x), generator())
     assert not torch.equal(sae.W_dec, before["W_dec"])
     assert torch.equal(sae.W_enc_rows, sae.W_dec * sae.config.encoder_scale)
     assert not sae.firing_rate.any() and not sae.rows_since_fired.any() and not sae.b_enc.any()

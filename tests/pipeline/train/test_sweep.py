@@ -12,7 +12,8 @@ from support.small_stores import shrunk, write_activations
 from sae.cache import activations
 from sae.cache.activations import ActivationStore
 from sae.cache.errors import NotFound, SaeError
-from sae.cache.loader.loader import Loader
+from sae.cache.loader.dataset import Dataset
+from sae.cache.loader.loader import Batches
 from sae.cache.printable import printable
 from sae.cache.runs import Run
 from sae.cache.store.manifest import Windows
@@ -43,8 +44,8 @@ def configs(*axes: str, seeds: int | None = None) -> list[TrainConfig]:
 @pytest.fixture(scope="module")
 def runs(store: ActivationStore, tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
     """Four finished runs: two values of k, two seeds."""
-    found = open_all(configs("k=2,4", seeds=2), store, tmp_path_factory.mktemp("runs"))
-    sweep(found, store, Silent(), device="cpu")
+    found = open_all(configs("k=2,4", seeds=2), Dataset.of(store), tmp_path_factory.mktemp("runs"))
+    sweep(found, Dataset.of(store), Silent(), device="cpu")
     return found
 
 
@@ -90,14 +91,14 @@ class TestSweep:
         self, store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         passes: list[int] = []
-        whole = Loader.__iter__
-        monkeypatch.setattr(Loader, "__iter__", lambda self: (passes.append(1), whole(self))[1])
-        runs = open_all(configs("k=2,4", "lr=1e-3,3e-3"), store, tmp_path)
-        sweep(runs, store, Silent(), device="cpu")
+        whole = Batches.__iter__
+        monkeypatch.setattr(Batches, "__iter__", lambda self: (passes.append(1), whole(self))[1])
+        runs = open_all(configs("k=2,4", "lr=1e-3,3e-3"), Dataset.of(store), tmp_path)
+        sweep(runs, Dataset.of(store), Silent(), device="cpu")
         assert len(passes) == 1 and len(runs) == 4 and all(run.finished for run in runs)
         for config, run in zip(configs("k=2,4", "lr=1e-3,3e-3"), runs, strict=True):
-            alone = open_run(config, store, tmp_path / "alone", run.name, resume=False)
-            train([alone], store, Silent(), device="cpu")
+            alone = open_run(config, Dataset.of(store), tmp_path / "alone", run.name, resume=False)
+            train([alone], Dataset.of(store), Silent(), device="cpu")
             ours, its = run.load_weights()[0], alone.load_weights()[0]
             assert all(torch.equal(ours[name], its[name]) for name in its)
 
@@ -105,27 +106,32 @@ class TestSweep:
         self, store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         passes: list[int] = []
-        whole = Loader.__iter__
-        monkeypatch.setattr(Loader, "__iter__", lambda self: (passes.append(self.batch), whole(self))[1])
-        sweep(open_all(configs("batch=32,64", seeds=2), store, tmp_path), store, Silent(), device="cpu")
+        whole = Batches.__iter__
+        monkeypatch.setattr(Batches, "__iter__", lambda self: (passes.append(self.batch), whole(self))[1])
+        sweep(
+            open_all(configs("batch=32,64", seeds=2), Dataset.of(store), tmp_path),
+            Dataset.of(store),
+            Silent(),
+            device="cpu",
+        )
         assert sorted(passes) == [32, 64]
 
     def test_a_repeated_sweep_trains_only_what_is_missing(
         self, store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        sweep(open_all(configs("k=2"), store, tmp_path), store, Silent(), device="cpu")
+        sweep(open_all(configs("k=2"), Dataset.of(store), tmp_path), Dataset.of(store), Silent(), device="cpu")
         before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
-        runs = open_all(configs("k=2,4"), store, tmp_path)
+        runs = open_all(configs("k=2,4"), Dataset.of(store), tmp_path)
         assert [run.finished for run in runs] == [True, False]
-        sweep(runs, store, Silent(), device="cpu")
+        sweep(runs, Dataset.of(store), Silent(), device="cpu")
         assert all(run.finished for run in runs)
         assert {path: path.stat().st_mtime_ns for path in before} == before
         monkeypatch.setattr("sae.pipeline.train.sweep.train", lambda *_, **__: pytest.fail("nothing was left to train"))
-        sweep(open_all(configs("k=2,4"), store, tmp_path), store, Silent(), device="cpu")
+        sweep(open_all(configs("k=2,4"), Dataset.of(store), tmp_path), Dataset.of(store), Silent(), device="cpu")
 
     def test_combinations_that_come_to_the_same_are_refused(self, store: ActivationStore, tmp_path: Path) -> None:
         with pytest.raises(SaeError, match="two of the combinations"):
-            open_all([*configs("k=2"), *configs("k=2")], store, tmp_path)
+            open_all([*configs("k=2"), *configs("k=2")], Dataset.of(store), tmp_path)
 
 
 class TestCompare:
@@ -141,8 +147,8 @@ class TestCompare:
             assert row["train_fvu"] == run.metrics()[-1]["fvu"] and row["fvu"] is None
 
     def test_a_setting_only_one_architecture_has_is_no_difference(self, store: ActivationStore, tmp_path: Path) -> None:
-        runs = open_all(configs("arch=topk,batchtopk"), store, tmp_path)
-        sweep(runs, store, Silent(), device="cpu")
+        runs = open_all(configs("arch=topk,batchtopk"), Dataset.of(store), tmp_path)
+        sweep(runs, Dataset.of(store), Silent(), device="cpu")
         shown = [key for key in compare(runs)[0] if key.startswith("sae.")]
         assert shown == ["sae.arch"]
 

@@ -25,6 +25,7 @@ from sae.cache import activations
 from sae.cache.activations import ActivationStore, ActivationWriter
 from sae.cache.disk.sealed import sealed
 from sae.cache.errors import Busy, DamagedStore, NotFound, SaeError
+from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import Loader
 from sae.cache.runs import CHECKPOINT, FAILURE, METRICS, WEIGHTS, Run
 from sae.cache.store.manifest import Windows
@@ -99,8 +100,8 @@ def go(
 ) -> list[Run]:  # fmt: skip
     """Train (or continue) runs 0, 1, ... under `root`."""
     configs = [config] if isinstance(config, TrainConfig) else config
-    runs = [open_run(config, store, root, str(i), resume=resume) for i, config in enumerate(configs)]
-    train(runs, store, progress or Silent(), device="cpu")
+    runs = [open_run(config, Dataset.of(store), root, str(i), resume=resume) for i, config in enumerate(configs)]
+    train(runs, Dataset.of(store), progress or Silent(), device="cpu")
     return runs
 
 
@@ -293,20 +294,20 @@ def test_dictionaries_that_cannot_share_a_stream(
 
 def test_dictionaries_that_were_promised_different_rows(tmp_path: Path, store: ActivationStore) -> None:
     """The store grew between the making of the two runs."""
-    runs = [open_run(settings(), store, tmp_path, str(i), resume=False) for i in range(2)]
+    runs = [open_run(settings(), Dataset.of(store), tmp_path, str(i), resume=False) for i in range(2)]
     content = json.loads((runs[1].path / "config.json").read_text())
     content["activations"]["rows"] = ROWS // 2
     del content["crc"]
     (runs[1].path / "config.json").write_bytes(sealed(content))
     with pytest.raises(SaeError, match=r"1: is for 2,048 rows of planted-\w+, not 4,096 of planted-"):
-        train([runs[0], Run(runs[1].path)], store, Silent(), device="cpu")
+        train([runs[0], Run(runs[1].path)], Dataset.of(store), Silent(), device="cpu")
 
 
 def test_a_run_of_another_store(tmp_path: Path, store: ActivationStore) -> None:
     other = planted_store(tmp_path, planted_rows(512), seed=4)
-    run = open_run(settings(), other, tmp_path, "other", resume=False)
+    run = open_run(settings(), Dataset.of(other), tmp_path, "other", resume=False)
     with pytest.raises(SaeError, match=r"other: is for 512 rows of planted-\w+, not 512 of planted-"):
-        train([run], store, Silent(), device="cpu")
+        train([run], Dataset.of(store), Silent(), device="cpu")
 
 
 # Interruption
@@ -513,8 +514,8 @@ from sae.pipeline.train.stage import TrainConfig, open_run, train
 from sae.pipeline.train import trained
 store, root = ActivationStore(Path(sys.argv[1])), Path(sys.argv[2])
 config = TrainConfig.model_validate_json(sys.argv[3])
-run = open_run(config, store, root, "0", resume=(root / "0" / CONFIG).exists())
-train([run], store, Silent(), device="cpu")
+run = open_run(config, Dataset.of(store), root, "0", resume=(root / "0" / CONFIG).exists())
+train([run], Dataset.of(store), Silent(), device="cpu")
 trained.load(run)
 print(json.dumps(sorted(name for name in sys.modules if name.startswith("trans") or name.startswith("pipeline."))))
 """
@@ -569,40 +570,41 @@ def test_a_run_is_not_begun_twice(tmp_path: Path, store: ActivationStore) -> Non
         go(settings(), store, tmp_path)
     assert not different([run], [before])
     with pytest.raises(NotFound, match=r"^--resume: no run 1 in"):
-        open_run(settings(), store, tmp_path, "1", resume=True)
+        open_run(settings(), Dataset.of(store), tmp_path, "1", resume=True)
 
 
 def test_a_name_of_its_own(tmp_path: Path, store: ActivationStore) -> None:
     names = [
-        open_run(c, store, tmp_path, None, resume=False).name for c in (settings(), settings(L1), settings(seed=1))
+        open_run(c, Dataset.of(store), tmp_path, None, resume=False).name
+        for c in (settings(), settings(L1), settings(seed=1))
     ]
     assert names[0].startswith("topk-32-k4-lr0.003-s0-1.mlp_out-") and names[1].startswith(
         "l1-32-c0.5-lr0.003-s0-1.mlp_out-"
     )
     assert len(set(names)) == 3
-    assert open_run(settings(), store, tmp_path, None, resume=True).name == names[0]
+    assert open_run(settings(), Dataset.of(store), tmp_path, None, resume=True).name == names[0]
 
 
 def test_the_number_of_rows_is_part_of_a_run(tmp_path: Path) -> None:
     """On a store that has grown the same settings are another run; one that was interrupted goes on with its rows."""
     rows = planted_rows(2048)
     small = planted_store(tmp_path, rows[:1024], ended=False)
-    first = open_run(settings(), small, tmp_path, None, resume=False)
-    waiting = open_run(settings(seed=1), small, tmp_path, None, resume=False)
+    first = open_run(settings(), Dataset.of(small), tmp_path, None, resume=False)
+    waiting = open_run(settings(seed=1), Dataset.of(small), tmp_path, None, resume=False)
     (first.path / WEIGHTS).write_bytes(b"")  # finished
     grown = planted_store(tmp_path, rows)
     assert (first.seen.rows, grown.n_rows) == (1024, 2048)
-    again = open_run(settings(), grown, tmp_path, None, resume=False)
+    again = open_run(settings(), Dataset.of(grown), tmp_path, None, resume=False)
     assert again.name != first.name and again.seen.rows == again.settings["store_rows"] == 2048
-    assert open_run(settings(seed=1), grown, tmp_path, None, resume=True).name == waiting.name
-    repeated = open_run(settings_of(first), grown, tmp_path, "repeated", resume=False)
+    assert open_run(settings(seed=1), Dataset.of(grown), tmp_path, None, resume=True).name == waiting.name
+    repeated = open_run(settings_of(first), Dataset.of(grown), tmp_path, "repeated", resume=False)
     assert (repeated.seen.rows, repeated.settings) == (1024, first.settings)
-    swept = open_all([settings(seed=seed) for seed in (1, 2)], grown, tmp_path)
+    swept = open_all([settings(seed=seed) for seed in (1, 2)], Dataset.of(grown), tmp_path)
     assert swept[0].name == waiting.name and [run.seen.rows for run in swept] == [1024, 1024]
     with pytest.raises(
         SaeError, match=r"train.store_rows = 4096: planted-\S+ has 2,048 rows; lower it, or harvest more"
     ):
-        open_run(settings(store_rows=4096), grown, tmp_path, None, resume=False)
+        open_run(settings(store_rows=4096), Dataset.of(grown), tmp_path, None, resume=False)
 
 
 def test_resume_refuses_other_settings_and_names_them(tmp_path: Path, store: ActivationStore) -> None:
@@ -650,22 +652,22 @@ def test_dictionaries_that_stopped_at_different_steps(tmp_path: Path, store: Act
     whole = [outcome(run) for run in go(pair, store, tmp_path / "whole")]
     with pytest.raises(KeyboardInterrupt):
         go(pair, store, tmp_path / "stopped", progress=stop_at(13))
-    one = open_run(pair[1], store, tmp_path / "stopped", "1", resume=True)
+    one = open_run(pair[1], Dataset.of(store), tmp_path / "stopped", "1", resume=True)
     with pytest.raises(KeyboardInterrupt):
-        train([one], store, stop_at(4), device="cpu")
+        train([one], Dataset.of(store), stop_at(4), device="cpu")
     with pytest.raises(KeyboardInterrupt):  # the other has not caught up yet
         go(pair, store, tmp_path / "stopped", resume=True, progress=stop_at(2))
     shutil.copytree(tmp_path / "stopped" / "1", tmp_path / "alone" / "1")
-    alone = open_run(pair[1], store, tmp_path / "alone", "1", resume=True)
-    train([alone], store, Silent(), device="cpu")
+    alone = open_run(pair[1], Dataset.of(store), tmp_path / "alone", "1", resume=True)
+    train([alone], Dataset.of(store), Silent(), device="cpu")
     assert not different([alone], whole[1:])
     assert not different(go(pair, store, tmp_path / "stopped", resume=True), whole)
 
 
 def test_a_run_is_trained_by_one_process(tmp_path: Path, store: ActivationStore) -> None:
-    run = open_run(settings(), store, tmp_path, "0", resume=False)
+    run = open_run(settings(), Dataset.of(store), tmp_path, "0", resume=False)
     with run.lock(), pytest.raises(Busy, match="is writing here"):
-        train([run], store, Silent(), device="cpu")
+        train([run], Dataset.of(store), Silent(), device="cpu")
 
 
 @pytest.mark.parametrize("log_every", [1, 1000])
@@ -693,9 +695,9 @@ def test_a_dictionary_that_diverges_does_not_end_the_others(tmp_path: Path, stor
     ]
     plain = settings(seed=3)
     configs = [hot, plain, *pulled]
-    runs = [open_run(one, store, tmp_path, str(i), resume=False) for i, one in enumerate(configs)]
+    runs = [open_run(one, Dataset.of(store), tmp_path, str(i), resume=False) for i, one in enumerate(configs)]
     with pytest.raises(Diverged) as caught:
-        train(runs, store, Silent(), device="cpu")
+        train(runs, Dataset.of(store), Silent(), device="cpu")
     assert "\n" not in str(caught.value) and str(caught.value).count("try a smaller --lr") == 2
     assert [run.finished for run in runs] == [False, True, False, False]
     for run in (runs[0], *runs[2:]):
@@ -706,9 +708,9 @@ def test_a_dictionary_that_diverges_does_not_end_the_others(tmp_path: Path, stor
 
 
 def test_a_failure_is_forgotten_when_training_goes_on(tmp_path: Path, store: ActivationStore) -> None:
-    run = open_run(settings(), store, tmp_path, "again", resume=False)
+    run = open_run(settings(), Dataset.of(store), tmp_path, "again", resume=False)
     run.write_json(FAILURE, {"step": 1, "error": "the loss is nan"})
-    train([run], store, Silent(), device="cpu")
+    train([run], Dataset.of(store), Silent(), device="cpu")
     assert run.finished and run.failure is None
 
 
@@ -940,7 +942,7 @@ def test_whatever_trains_sees_no_outlier(
     limit = 10 * float(planted_rows(ROWS).norm(dim=1).median())
     seen = norms_seen(monkeypatch)
     (run,) = go(settings({**TOPK, "k": 1, "dead_after": 100}, outliers=10.0, revive=revive), far, tmp_path / "without")
-    assert max(*seen["initialise"], *seen["loss"]) < limit and run.largest_norm == pytest.approx(limit, rel=0.05)
+    assert max(*seen["initialise"], *seen["loss"]) < limit and run.seen.limits == pytest.approx((limit,), rel=0.05)
     assert len(seen["loss"]) > (40 if revive["kind"] == "resample" else 39)
     assert len(seen["initialise"]) > (1 if revive["kind"] == "reinitialise" else 0)
     go(settings(), far, tmp_path / "with")
@@ -968,16 +970,16 @@ def test_a_run_of_before_the_norm_was_recorded_goes_on_as_it_began(
 ) -> None:
     """It left outliers out of its batches alone, and does so to its end."""
     config = settings(outliers=10.0, revive=REVIVALS[1])
-    older = open_run(config, far, tmp_path, "older", resume=False)
+    older = open_run(config, Dataset.of(far), tmp_path, "older", resume=False)
     described = older.read_json("config.json")
-    assert described["activations"].pop("largest_norm") == older.largest_norm
+    assert (described["activations"].pop("largest_norm"),) == older.seen.limits
     older.write_json("config.json", described)
     seen = norms_seen(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        train([Run(older.path)], far, stop_at(15), device="cpu")
-    train([open_run(config, far, tmp_path, "older", resume=True)], far, Silent(), device="cpu")
-    limit = trained.largest_norm(Run(older.path), far)
-    assert limit is not None and max(seen["loss"]) < limit < min(seen["initialise"][0], max(seen["initialise"]))
+        train([Run(older.path)], Dataset.of(far), stop_at(15), device="cpu")
+    train([open_run(config, Dataset.of(far), tmp_path, "older", resume=True)], Dataset.of(far), Silent(), device="cpu")
+    (limit,) = trained.limits(Run(older.path), Dataset.of(far)) or ()
+    assert max(seen["loss"]) < limit < min(seen["initialise"][0], max(seen["initialise"]))
 
 
 def test_a_resumed_training_without_outliers_is_the_uninterrupted_one(tmp_path: Path, far: ActivationStore) -> None:
@@ -990,7 +992,7 @@ def test_a_resumed_training_without_outliers_is_the_uninterrupted_one(tmp_path: 
 
 def test_too_few_rows_that_are_kept_for_a_batch(tmp_path: Path, far: ActivationStore) -> None:
     with pytest.raises(SaeError, match=r"--batch 4096: train.outliers leaves 4,055 of the 4,096 rows of planted"):
-        open_run(settings(batch=ROWS, outliers=10.0), far, tmp_path, "x", resume=False)
+        open_run(settings(batch=ROWS, outliers=10.0), Dataset.of(far), tmp_path, "x", resume=False)
     assert not list(tmp_path.iterdir())
 
 
