@@ -112,12 +112,11 @@ class Seen(NamedTuple):
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> Seen:
         """What a `config.json` of any version says. Raises ValueError where that is nothing that can be."""
-        source = inner(config, "activations")
-        targets = config.get("targets", [])
-        if not isinstance(targets, list):
-            raise ValueError("targets is not a list")
-        both = tuple(_seen_store(one) for one in targets)
-        return cls(whole(source, "rows", 1), (_seen_store(source),), both)
+        said, others = inner(config, "activations"), config.get("targets", [])
+        if not isinstance(others, list):
+            raise ValueError(f"targets is {shown(others)}, not a list")
+        source, *targets = map(_seen_store, [said, *others])
+        return cls(whole(said, "rows", 1), (source,), tuple(targets))
 
 
 def _of_store(one: SeenStore) -> dict[str, Any]:

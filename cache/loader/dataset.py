@@ -108,9 +108,8 @@ class Dataset:
         return (self.targets or self.inputs)[0].truth
 
     def first(self, rows: int) -> Self:
-        """Its first rows alone."""
-        assert 0 < rows <= self.n_rows
-        return replace(self, n_rows=rows)
+        """Its first rows alone. Raises SaeError where there are not so many."""
+        return replace(type(self).of(self.inputs, self.targets, rows=rows), limits=self.limits)
 
     def kept_up_to(self, limits: tuple[float, ...] | None) -> Self:
         """The same with other limits."""

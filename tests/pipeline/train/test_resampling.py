@@ -17,7 +17,7 @@ from sae.pipeline.saes import (
     SAE,
     Clock,
 )
-from sae.pipeline.saes.losses import Batch
+from sae.pipeline.saes.losses import Batch as Computed
 from sae.pipeline.saes.topk import TopK
 from sae.pipeline.train import resampling
 from sae.pipeline.train.resampling import (
@@ -91,7 +91,7 @@ class Sharpened(TopK):
         self.sharpness = nn.Parameter(torch.ones(()))
         self.mixing = nn.Parameter(torch.eye(3))
 
-    def _terms(self, batch: Batch) -> dict[str, Tensor]:
+    def _terms(self, batch: Computed) -> dict[str, Tensor]:
         return super()._terms(batch) | {"sharp": (self.sharpness - 2).square() + (self.mixing - 1).square().sum()}
 
 
@@ -103,12 +103,13 @@ def test_a_parameter_that_is_not_per_latent_keeps_what_the_optimiser_knows_of_it
     train(sae, batches(None, 5), optimizer=optimiser)
     sae.rows_since_fired[:DEAD] = 1000
     means = moments(sae, optimiser)
-    assert resample(sae, optimiser, batches(None, 4), RESAMPLE, generator()) >= DEAD
+    assert resample(sae, optimiser, rows(None, 4), RESAMPLE, generator()) >= DEAD
     after = moments(sae, optimiser)
     for name in ("sharpness exp_avg", "mixing exp_avg", "mixing exp_avg_sq", "b_dec exp_avg"):
         assert means[name].any() and torch.equal(after[name], means[name]), name
     assert not after["W_dec exp_avg"][:DEAD].any()
-    reinitialise(sae, optimiser, (Planted()(512), None), generator())
+    x = Planted()(512)
+    reinitialise(sae, optimiser, Batch(x, x), generator())
     train(sae, batches(None, 2), optimizer=optimiser)
 
 
@@ -131,13 +132,13 @@ def test_new_directions_are_those_of_rows_by_their_error() -> None:
         W_enc_rows = W_dec = torch.zeros(1, 3)
         d_in = d_out = 3
 
-        def directions(self, x: Tensor, target: None) -> tuple[Tensor, Tensor, Tensor]:
+        def directions(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             return torch.eye(3), torch.eye(3), torch.tensor([1.0, 2.0, 0.0])
 
     stands: Any = Fixed()
-    drawn = torch.stack([resampling._draw(stands, [(x, None)], 1, generator(seed))[0][0] for seed in range(600)])
+    drawn = torch.stack([resampling._draw(stands, [Batch(x, x)], 1, generator(seed))[0][0] for seed in range(600)])
     assert drawn.mean(0).tolist() == pytest.approx([0.2, 0.8, 0.0], abs=0.05)
-    assert len(resampling._draw(stands, [(x, None)], 9, generator())[0]) == 2
+    assert len(resampling._draw(stands, [Batch(x, x)], 9, generator())[0]) == 2
 
 
 def test_a_resampled_latent_fires_again() -> None:
