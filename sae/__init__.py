@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sae.cache.errors import Busy, DamagedStore, NotFound, SaeError
     from sae.dictionaries import load, read
+    from sae.pipeline.interpret.attached import attach
+    from sae.pipeline.language_model.places import intervene
     from sae.pipeline.saes.batchtopk import BatchTopKConfig as BatchTopK
     from sae.pipeline.saes.dictionary import Dictionary
     from sae.pipeline.saes.gated import GatedConfig as Gated
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "sae.cache.errors": ("Busy", "DamagedStore", "NotFound", "SaeError"),
     "sae.dictionaries": ("load", "read"),
+    "sae.pipeline.interpret.attached": ("attach",),
+    "sae.pipeline.language_model.places": ("intervene",),
     "sae.pipeline.saes.dictionary": ("Dictionary",),
     "sae.pipeline.saes.latents": ("Latents",),
 }

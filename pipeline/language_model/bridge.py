@@ -22,7 +22,7 @@ from sae.pipeline.language_model.files import one_line
 from sae.pipeline.language_model.promises import ATTENTION, MLP, NEXT
 from sae.pipeline.language_model.wrapping import wrap
 
-_HOOKS = {  # site -> the bridge's name, inside `blocks.<layer>.`
+HOOKS = {  # site -> the bridge's name, inside `blocks.<layer>.`
     "resid_pre": "hook_resid_pre",
     "resid_mid": "hook_resid_mid",
     "resid_post": "hook_resid_post",
@@ -41,7 +41,7 @@ Hook = Callable[[Tensor], Tensor | None]
 
 def hook_name(layer: int, site: str) -> str:
     """What transformer_lens calls a site of a layer."""
-    return f"blocks.{layer}.{_HOOKS[site]}"
+    return f"blocks.{layer}.{HOOKS[site]}"
 
 
 class Hooked(NamedTuple):
@@ -77,7 +77,7 @@ class Bridge:
         """Sites of a layer and their widths: those that are there and hold what they promise (see `promises`)."""
         if layer not in self._widths:
             last = layer + 1 == self.n_layers
-            names = {what: f"blocks.{layer}.{hook}" for what, hook in (_HOOKS | _MODULES).items()}
+            names = {what: f"blocks.{layer}.{hook}" for what, hook in (HOOKS | _MODULES).items()}
             names[NEXT] = _FINAL if last else hook_name(layer + 1, "resid_pre")
             points = {what: self._points[name] for what, name in names.items() if name in self._points}
             ids = self._some_ids()[:1]
@@ -97,7 +97,7 @@ class Bridge:
                 raise SaeError(
                     f"--model {self.name}: layer {layer} gives infinities or NaN; its weights are damaged"
                 ) from None
-            self._widths[layer] = {site: there[site].shape[-1] for site in _HOOKS if site in found}
+            self._widths[layer] = {site: there[site].shape[-1] for site in HOOKS if site in found}
         return self._widths[layer]
 
     def replacing(self, layer: int, site: str, change: Hook) -> Hooked:
@@ -128,7 +128,7 @@ class Bridge:
             return keep
 
         keepers = [Hooked(at, keeper(key)) for key, at in wanted.items()]
-        with _hooked([*hooks, *keepers], ids.shape), suppress(_Stop):
+        with hooked([*hooks, *keepers], ids.shape), suppress(_Stop):
             self._run(ids)
         return {key: found[key] for key in wanted if key in found}
 
@@ -144,7 +144,7 @@ class Bridge:
         """
         put = Hooked(self._points[_FINAL], lambda _: final[:, None])
         ids = torch.zeros(len(final), 1, dtype=torch.long, device=self.device)
-        with self.blocks_skipped(self.n_layers), _hooked([put], ids.shape):
+        with self.blocks_skipped(self.n_layers), hooked([put], ids.shape):
             return self._run(ids).logits[:, 0].float()
 
     @contextmanager
@@ -224,10 +224,11 @@ class _Stop(Exception):
 
 
 @contextmanager
-def _hooked(hooks: Iterable[Hooked], shape: tuple[int, ...]) -> Iterator[None]:
+def hooked(hooks: Iterable[Hooked], shape: tuple[int, ...] | None = None) -> Iterator[None]:
     """Plain torch hooks on the bridge's hook points: `HookPoint.add_hook` would reshape `attn_z` there and back.
 
-    Calls see [B, T, width] for tokens of `shape` [B, T], also where a block works on all rows in one list.
+    Calls see [B, T, width] for tokens of `shape` [B, T], also where a block works on all rows in one list; where the
+    shape is not given, they see what is there.
     """
     with ExitStack() as stack:
         for at, call in hooks:
@@ -239,9 +240,11 @@ def _hooked(hooks: Iterable[Hooked], shape: tuple[int, ...]) -> Iterator[None]:
         yield
 
 
-def _in_rows(call: Hook, value: Any, shape: tuple[int, ...]) -> Tensor | None:
+def _in_rows(call: Hook, value: Any, shape: tuple[int, ...] | None) -> Tensor | None:
     if not isinstance(value, Tensor):
         return None
+    if shape is None:
+        return call(value)
     if value.ndim == 2 and value.shape[0] == shape[0] * shape[1]:
         new = call(value.view(*shape, value.shape[1]))
         return None if new is None else new.reshape(value.shape)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -16,8 +17,10 @@ None where it has only looked at them."""
 Intervention = Mapping[Point, Change]
 """What is done at each of some points, in one pass."""
 
+Place = TypeVar("Place", bound=Hashable)
 
-def predicting(predict: Callable[[Tensor, Tensor], Tensor], reads: Point, writes: Point) -> Intervention:
+
+def predicting(predict: Callable[[Tensor, Tensor], Tensor], reads: Place, writes: Place) -> Mapping[Place, Change]:
     """The activations at `writes` replaced by `predict(written, read)`, given those at both points [B, T, width].
 
     So a transcoder is spliced in, which reads `mlp_in` and writes `mlp_out`. A pass raises SaeError where `reads` is

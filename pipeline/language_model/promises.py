@@ -82,9 +82,9 @@ class _Layer:
         """What follows the layer is decided by resid_post alone, and resid_post by resid_pre."""
         r = self._draw(size=self._size)
         one, other = (self._trial({"resid_pre": stream, "resid_post": r}) for stream in (self._x, self._y))
-        arrives = _equal(one[NEXT], [other[NEXT]]) if last else _equal(one[NEXT], [r]) and _equal(other[NEXT], [r])
-        moved = not _equal(self._trial({"resid_pre": self._y})["resid_post"], [self._seen["resid_post"]])
-        return arrives and moved and not _equal(one[NEXT], [self._seen[NEXT]])
+        arrives = equal(one[NEXT], [other[NEXT]]) if last else equal(one[NEXT], [r]) and equal(other[NEXT], [r])
+        moved = not equal(self._trial({"resid_pre": self._y})["resid_post"], [self._seen["resid_post"]])
+        return arrives and moved and not equal(one[NEXT], [self._seen[NEXT]])
 
     def branches(self) -> list[str]:
         """Those of resid_mid, attn_out and mlp_out that satisfy the residual identities."""
@@ -94,16 +94,16 @@ class _Layer:
             if site in there:
                 runs.append(self._trial({"resid_pre": self._x, site: self._draw(self._there[site], self._size)}))
         side_by_side = {"attn_out", "mlp_out"} <= there and all(
-            _equal(run["resid_post"], [self._x, run["attn_out"], run["mlp_out"]]) for run in runs
+            equal(run["resid_post"], [self._x, run["attn_out"], run["mlp_out"]]) for run in runs
         )
         found = {"attn_out", "mlp_out"} if side_by_side else set()
         if "resid_mid" in there and self.decides("resid_mid", "resid_post"):
             middle = self._draw(self._there["resid_mid"], self._size)
             rewritten = self._trial({"resid_pre": self._x, "resid_mid": middle})
-            if "attn_out" in there and all(_equal(run["resid_mid"], [self._x, run["attn_out"]]) for run in runs):
+            if "attn_out" in there and all(equal(run["resid_mid"], [self._x, run["attn_out"]]) for run in runs):
                 found |= {"resid_mid", "attn_out"}
             if "mlp_out" in there and all(
-                _equal(run["resid_post"], [run["resid_mid"], run["mlp_out"]]) for run in [*runs, rewritten]
+                equal(run["resid_post"], [run["resid_mid"], run["mlp_out"]]) for run in [*runs, rewritten]
             ):
                 found |= {"resid_mid", "mlp_out"}
         return [site for site in ("resid_mid", "attn_out", "mlp_out") if site in found]
@@ -117,14 +117,14 @@ class _Layer:
         one, other = (self._trial({"resid_pre": stream, site: value})[what] for stream in (self._x, self._y))
         varied = self._trial({"resid_pre": self._x, site: self._draw(value, self._size)})[what]
         return (
-            _equal(one, [other], _PRODUCT)
-            and _equal(one, [one[:, :1].expand_as(one)], _PRODUCT)
-            and not _equal(varied, [one], _PRODUCT)
+            equal(one, [other], _PRODUCT)
+            and equal(one, [one[:, :1].expand_as(one)], _PRODUCT)
+            and not equal(varied, [one], _PRODUCT)
         )
 
     def is_at(self, site: str, module: str) -> bool:
         """Whether a site is nothing but the module's output, as where a bridge knows no place before it (experts)."""
-        return _equal(self._seen[site], [self._seen[module]])
+        return equal(self._seen[site], [self._seen[module]])
 
     def is_projected(self, site: str, module: str) -> bool:
         """`module`'s output is a matrix times the value at `site`, plus a bias."""
@@ -133,13 +133,13 @@ class _Layer:
             self._trial({"resid_pre": self._x, site: by * value})[module].float() for by in (0.0, 1.0, -2.0)
         )
         return (
-            not _equal(once, [none])
-            and _equal(none, [none[:, :1].expand_as(none)], _PRODUCT, value.dtype)
-            and _equal(turned, [none, -2 * (once - none)], _PRODUCT, value.dtype)
+            not equal(once, [none])
+            and equal(none, [none[:, :1].expand_as(none)], _PRODUCT, value.dtype)
+            and equal(turned, [none, -2 * (once - none)], _PRODUCT, value.dtype)
         )
 
 
-def _equal(value: Tensor, terms: list[Tensor], roundings: int = _SUM, dtype: torch.dtype | None = None) -> bool:
+def equal(value: Tensor, terms: list[Tensor], roundings: int = _SUM, dtype: torch.dtype | None = None) -> bool:
     """Whether a value is the sum of the terms, but for rounding in `dtype` (default: the value's own)."""
     if any(term.shape != value.shape for term in terms):
         return False
