@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import time
 
 import pytest
 from rich.console import Console
@@ -208,10 +207,12 @@ def test_steps_of_minutes_have_a_rate_and_a_time_left(monkeypatch: pytest.Monkey
 def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch, width: int, title: str) -> None:
     """One line, with the rate and the time left; the values beside it are whole or absent."""
     seen = on_a_terminal(monkeypatch, "err", width)
+    clock = [0.0]
+    monkeypatch.setattr(bars_module.time, "monotonic", lambda: clock[0])
     bars = Bars()
     bars.start(title, 200_000_000, "tokens")
     for _ in range(2):  # a rate takes two
-        time.sleep(0.01)  # a drawing at any moment has a rate that is no longer than those of life
+        clock[0] += 10
         bars.advance(25_000_000, loss=0.12345678, fvu=0.5, l0=32.0, dead=0.0123)
     assert bars._bar is not None
     bars._bar.refresh()
