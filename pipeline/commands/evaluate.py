@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sae.pipeline.commands.described import count_option
 from sae.pipeline.commands.options import (
     CacheRoot,
     ConfigFile,
@@ -21,7 +22,6 @@ from sae.pipeline.commands.options import (
     folder,
     settings,
 )
-from sae.pipeline.commands.words import count
 
 if TYPE_CHECKING:
     pass
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 def evaluate(
     run: Annotated[str | None, RunName] = None,
-    rows: Annotated[str | None, count("Held-out rows to judge reconstruction on. Default: all.")] = None,
-    tokens: Annotated[str | None, count("Held-out tokens to judge cross-entropy on. Default: 65536.")] = None,
+    rows: Annotated[str | None, count_option("eval.rows")] = None,
+    tokens: Annotated[str | None, count_option("eval.tokens")] = None,
     activations: TrainingStore = None,
     model: Annotated[str | None, typer.Option(metavar="NAME", help="Where the language model is now. Default: where harvest found it.")] = None,
     replace: Annotated[bool, typer.Option("--replace", metavar="", help="Write the figures in the place of ones that were judged on more.")] = False,

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sae.pipeline.commands.described import count_option, option
 from sae.pipeline.commands.options import (
     CacheRoot,
     ConfigFile,
@@ -22,18 +23,18 @@ from sae.pipeline.commands.options import (
     unfinished,
 )
 from sae.pipeline.commands.shown import show_stores
-from sae.pipeline.commands.words import count, several, whole
+from sae.pipeline.commands.words import several, whole
 
 if TYPE_CHECKING:
     pass
 
 
 def harvest(
-    model: Annotated[str | None, typer.Option(metavar="NAME", help="gpt2, any hub model transformer_lens boots, a local Hugging Face folder, or tiny (embedded). Default: gpt2.")] = None,
-    layer: Annotated[str | None, typer.Option(metavar="N,...", help="Layers, from 0: one, or several as 4,6,8 or 0-3. Default: 6.")] = None,
-    site: Annotated[str | None, typer.Option(metavar="NAME,...", help="Sites: one, or several as resid_post,mlp_out; `sae list` explains each. Default: mlp_out.")] = None,
-    codec: Annotated[str | None, typer.Option(metavar="NAME", help="int8, bfloat16, float16 or float32; with settings as int8:step=0.11. Default: int8.")] = None,
-    tokens: Annotated[str | None, count("Training tokens to run. Default: all.")] = None,
+    model: Annotated[str | None, option("harvest.model")] = None,
+    layer: Annotated[str | None, option("harvest.layer", metavar="N,...")] = None,
+    site: Annotated[str | None, option("harvest.site", metavar="NAME,...")] = None,
+    codec: Annotated[str | None, option("harvest.codec")] = None,
+    tokens: Annotated[str | None, count_option("harvest.tokens")] = None,
     tokens_from: Annotated[str | None, typer.Option(metavar="STORE", autocompletion=complete_store, help="Token store: key, beginning of a key, or path. Default: the last one made.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", metavar="", help="Only say how many rows, bytes and minutes it would take.")] = False,
     wait: Annotated[bool, typer.Option("--wait", metavar="", help="Wait where another process is writing the same store.")] = False,

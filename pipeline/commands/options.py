@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sae.cache.errors import SaeError
+from sae.pipeline.commands.described import option
 
 if TYPE_CHECKING:
     from sae.cache.store.store import Store
@@ -83,9 +84,9 @@ RunsRoot = Annotated[Path, typer.Option("--runs", metavar="DIR", envvar="SAE_RUN
 Offline = Annotated[bool, typer.Option("--offline", metavar="", envvar="SAE_OFFLINE", rich_help_panel=PLACES, help="Never touch the network.")]
 Scheduler = Annotated[str | None, typer.Option("--scheduler", metavar="ADDRESS", rich_help_panel=PLACES, help="Give the work to the workers of a dask scheduler, as tcp://host:8786, which all reach the cache.")]
 Arch = Annotated[str | None, typer.Option(metavar="NAME", help="Architecture; `sae list` explains each. Default: topk.")]
-ActiveLatents = Annotated[int | None, typer.Option("--k", metavar="N", help="Active latents a row, for architectures that fix it. Default: 32.")]
-Latents = Annotated[int | None, typer.Option(metavar="N", help="Latents. Default: 8192.")]
-Steps = Annotated[int | None, typer.Option(metavar="N", help="Steps. Default: one pass over the store.")]
+ActiveLatents = Annotated[int | None, option("train.sae.k")]
+Latents = Annotated[int | None, option("train.sae.d_sae")]
+Steps = Annotated[int | None, option("train.steps")]
 Seeds = Annotated[int | None, typer.Option(metavar="N", min=1, max=10_000, help="Train each with N seeds.")]
 RunName = typer.Argument(metavar="RUN", autocompletion=complete_run, show_default=False, help="Run folder or its name. Default: the newest finished run.")
 StoreName = Annotated[str, typer.Argument(metavar="STORE", autocompletion=complete_store, help="Key, the beginning of a key, or a path.")]

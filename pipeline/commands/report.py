@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
+from sae.pipeline.commands.described import count_option, option
 from sae.pipeline.commands.options import (
     CacheRoot,
     ConfigFile,
@@ -20,7 +19,7 @@ from sae.pipeline.commands.options import (
     folder,
     settings,
 )
-from sae.pipeline.commands.words import count, whole
+from sae.pipeline.commands.words import whole
 
 if TYPE_CHECKING:
     pass
@@ -28,8 +27,8 @@ if TYPE_CHECKING:
 
 def report(
     run: Annotated[str | None, RunName] = None,
-    latents: Annotated[str | None, typer.Option(metavar="N,...", help="Latents to show, as 3,17,256 or 0-9. Default: the strongest few and a sample of the others.")] = None,
-    rows: Annotated[str | None, count("Rows to search for contexts. Default: 262144.")] = None,
+    latents: Annotated[str | None, option("report.latents", metavar="N,...")] = None,
+    rows: Annotated[str | None, count_option("report.rows")] = None,
     activations: TrainingStore = None,
     device: Device = "auto", threads: Threads = None, cache: CacheRoot = None, runs: RunsRoot = Path("runs"),
     preset: Preset = None, config: ConfigFile = None, set_: Set = None, json: Json = False,

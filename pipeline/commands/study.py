@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sae.cache.errors import SaeError
+from sae.pipeline.commands.described import count_option
 from sae.pipeline.commands.options import (
     ActiveLatents,
     Arch,
@@ -24,7 +25,7 @@ from sae.pipeline.commands.options import (
     complete_store,
 )
 from sae.pipeline.commands.study_lab import dataset_of, finish, lab, results_folder, store_of, training
-from sae.pipeline.commands.words import count, grid, several, whole
+from sae.pipeline.commands.words import grid, several, whole
 
 if TYPE_CHECKING:
     pass
@@ -38,7 +39,7 @@ app = typer.Typer(
 # One option a line: this is the manual.
 # fmt: off
 Store = Annotated[str | None, typer.Option(metavar="STORE", autocompletion=complete_store, help="Activation store: key, beginning of a key, or path. Default: what the last harvest made.")]
-Rows = Annotated[str | None, count("Rows each dictionary sees, instead of `--steps`. Default: one pass over the store.")]
+Rows = Annotated[str | None, count_option("train.rows")]
 NoCe = Annotated[bool, typer.Option("--no-ce", metavar="", help="Leave out cross-entropy: no language model is needed.")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", show_default=False, help="Folder of table.csv, plot.png and results.json. Default: `studies/` and the study's name, here.")]
 # fmt: on

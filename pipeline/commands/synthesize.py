@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sae.cache.errors import SaeError
+from sae.pipeline.commands.described import count_option, option
 from sae.pipeline.commands.options import (
     CacheRoot,
     ConfigFile,
@@ -15,23 +16,22 @@ from sae.pipeline.commands.options import (
     settings,
 )
 from sae.pipeline.commands.shown import show_stores
-from sae.pipeline.commands.words import count
 
 if TYPE_CHECKING:
     pass
 
 
 def synthesize(
-    rows: Annotated[str | None, count("Training rows, rounded up to a whole window. Default: 1M.")] = None,
-    d: Annotated[int | None, typer.Option("--d", metavar="N", help="Width of a row. Default: 256.")] = None,
-    features: Annotated[int | None, typer.Option(metavar="N", help="True features: random directions of length 1. Default: 512.")] = None,
+    rows: Annotated[str | None, count_option("synthesize.rows")] = None,
+    d: Annotated[int | None, option("synthesize.d")] = None,
+    features: Annotated[int | None, option("synthesize.features")] = None,
     mode: Annotated[str | None, typer.Option(metavar="NAME", help="groups: a row has some members of one group of features; iid: each feature is in a row or not, independently. Default: groups.")] = None,
-    groups: Annotated[int | None, typer.Option(metavar="N", help="Groups the features are divided into. Default: 12.")] = None,
-    active: Annotated[int | None, typer.Option(metavar="N", help="Members of its group in a row. Default: 32.")] = None,
-    probability: Annotated[float | None, typer.Option(metavar="P", help="With `--mode iid`: that a feature is in a row. Default: 0.015625.")] = None,
-    noise: Annotated[float | None, typer.Option(metavar="X", help="Standard deviation of noise on each value. Default: 0.")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of the features and the samples. Default: 0.")] = None,
-    codec: Annotated[str | None, typer.Option(metavar="NAME", help="int8, bfloat16, float16 or float32; with settings as int8:step=0.11. Default: int8.")] = None,
+    groups: Annotated[int | None, option("synthesize.presence.groups")] = None,
+    active: Annotated[int | None, option("synthesize.presence.active")] = None,
+    probability: Annotated[float | None, option("synthesize.presence.probability", metavar="P")] = None,
+    noise: Annotated[float | None, option("synthesize.noise")] = None,
+    seed: Annotated[int | None, option("synthesize.seed")] = None,
+    codec: Annotated[str | None, option("synthesize.codec")] = None,
     wait: Annotated[bool, typer.Option("--wait", metavar="", help="Wait where another process is writing the same store.")] = False,
     cache: CacheRoot = None, preset: Preset = None, config: ConfigFile = None, set_: Set = None, json: Json = False,
 ) -> None:  # fmt: skip

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sae.pipeline.commands.described import count_option, option
 from sae.pipeline.commands.options import (
     CacheRoot,
     ConfigFile,
@@ -18,20 +19,19 @@ from sae.pipeline.commands.options import (
     team,
 )
 from sae.pipeline.commands.shown import show_stores
-from sae.pipeline.commands.words import count
 
 if TYPE_CHECKING:
     pass
 
 
 def tokenize(
-    source: Annotated[str | None, typer.Option(metavar="SOURCE", help="fineweb, python (the text that ships with Python), org/name on the hub, or local parquet, arrow, jsonl, json, csv, tsv, txt files, folders, globs. Default: fineweb.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(metavar="NAME", help="gpt2 or another tiktoken encoding, tiny (embedded), a Hugging Face folder, or hf:org/name. Default: gpt2.")] = None,
-    context: Annotated[int | None, typer.Option(metavar="N", help="Tokens in a context. Default: 128.")] = None,
-    tokens: Annotated[str | None, count("Training tokens wanted, rounded up to a whole window. Default: 10M.")] = None,
-    packing: Annotated[str | None, typer.Option(metavar="RULE", help="concat: documents end to end; document: none shares a context with another. Default: concat.")] = None,
-    validation: Annotated[float | None, typer.Option(metavar="SHARE", help="Share of the documents, chosen by hash, that is kept for validation. Default: 0.05.")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of the document shuffle. Default: 0.")] = None,
+    source: Annotated[str | None, option("tokenize.source", metavar="SOURCE")] = None,
+    tokenizer: Annotated[str | None, option("tokenize.tokenizer")] = None,
+    context: Annotated[int | None, option("tokenize.context")] = None,
+    tokens: Annotated[str | None, count_option("tokenize.tokens")] = None,
+    packing: Annotated[str | None, option("tokenize.packing", metavar="RULE")] = None,
+    validation: Annotated[float | None, option("tokenize.validation", metavar="SHARE")] = None,
+    seed: Annotated[int | None, option("tokenize.seed")] = None,
     workers: Annotated[int | None, typer.Option(metavar="N", min=1, help="Processes that encode; 1: this one alone. Default: one a core.")] = None,
     scheduler: Scheduler = None,
     cache: CacheRoot = None, offline: Offline = False, preset: Preset = None, config: ConfigFile = None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sae.cache.errors import NotFound, SaeError
+from sae.pipeline.commands.described import count_option, option
 from sae.pipeline.commands.options import (
     PLACES,
     ActiveLatents,
@@ -31,7 +32,6 @@ from sae.pipeline.commands.options import (
     unfinished,
 )
 from sae.pipeline.commands.shown import show_runs
-from sae.pipeline.commands.words import count
 from sae.pipeline.runtime.interrupts import remedied
 
 if TYPE_CHECKING:
@@ -49,16 +49,16 @@ def train(
     arch: Arch = None,
     k: ActiveLatents = None,
     d_sae: Latents = None,
-    lr: Annotated[float | None, typer.Option(metavar="X", help="Learning rate of Adam. Default: 1e-4.")] = None,
-    batch: Annotated[int | None, typer.Option(metavar="N", help="Rows in a batch. Default: 4096.")] = None,
+    lr: Annotated[float | None, option("train.lr")] = None,
+    batch: Annotated[int | None, option("train.batch")] = None,
     steps: Steps = None,
-    rows: Annotated[str | None, count("Rows to see, instead of `--steps`. Default: one pass over the store.")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of the initial weights. Default: 0.")] = None,
+    rows: Annotated[str | None, count_option("train.rows")] = None,
+    seed: Annotated[int | None, option("train.seed")] = None,
     name: Annotated[str | None, typer.Option(metavar="NAME", autocompletion=complete_run, help="Name of the run folder. Default: made from the settings.")] = None,
     resume: Annotated[bool, typer.Option("--resume", metavar="", help="Continue a run from its last checkpoint: the one `--name` says, or the one these settings made, or, without any, the one that is not finished.")] = False,
     sweep: Annotated[list[str] | None, typer.Option(metavar="KEY=V,V", help="Train one dictionary for each value, all on the same batches, as in `--sweep k=16,32,64 --sweep lr=1e-4,3e-4`. Repeatable: every combination. Said again, it trains what is missing.")] = None,
     seeds: Seeds = None,
-    align: Annotated[str | None, typer.Option(metavar="WHAT", help="Pull the dictionaries of `--seeds` towards each other: by decoder rows (dec), activations (hid) or reconstructions (x_hat).")] = None,
+    align: Annotated[str | None, option("train.align.by", "--align", metavar="WHAT")] = None,
     devices: Annotated[int, typer.Option(metavar="N", min=1, rich_help_panel=PLACES, show_default=False, help="Processes that share every batch, a GPU each (or cores: `--device cpu`). Default: 1. Several machines: `torchrun -m sae.cli train`.")] = 1,
     device: Device = "auto", threads: Threads = None, cache: CacheRoot = None, runs: RunsRoot = Path("runs"), preset: Preset = None,
     config: ConfigFile = None, set_: Set = None, json: Json = False,

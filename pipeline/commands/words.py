@@ -13,6 +13,7 @@ from sae.cache.errors import SaeError
 from sae.cache.printable import printable
 
 SCALES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
+AMOUNT = "Write 500, 300k, 10M, 1e8 or all."
 LARGEST = 10**15
 LIST = ",..."  # ends the metavar of an option that takes a list
 MOST = 10_000  # items of a list of numbers
@@ -70,9 +71,7 @@ def amount(text: str) -> str:
 
 def count(help: str) -> Any:
     """An option that takes an amount."""
-    return typer.Option(
-        parser=amount, metavar="N", show_default=False, help=f"{help} Write 500, 300k, 10M, 1e8 or all."
-    )
+    return typer.Option(parser=amount, metavar="N", show_default=False, help=f"{help} {AMOUNT}")
 
 
 def several(option: str, text: str | None) -> list[str] | None:

@@ -33,8 +33,8 @@ from sae.pipeline.saes import SAE
 class EvalConfig(Settings):
     """How much to judge on."""
 
-    rows: Amount = Field("all", description="held-out rows for reconstruction and sparsity, or all")
-    tokens: Amount = Field(65_536, description="held-out tokens for cross-entropy, or all")
+    rows: Amount = Field("all", description="held-out rows to judge reconstruction and sparsity on")
+    tokens: Amount = Field(65_536, description="held-out tokens to judge cross-entropy on")
     dead_rows: int = Field(262_144, ge=0, description="training rows that are searched, too, for latents that fire")
     mean_rows: int = Field(65_536, ge=1, description="training rows whose mean is the mean ablation")
     batch_tokens: int = Field(4096, ge=1, description="tokens in one forward pass, rows in one batch")

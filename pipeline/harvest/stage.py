@@ -50,17 +50,18 @@ class HarvestConfig(Settings):
     """Which activations to keep and how."""
 
     model: str = Field(
-        "gpt2", description="a model transformer_lens boots, a local Hugging Face folder, or tiny (embedded)"
+        "gpt2",
+        description="gpt2, any hub model transformer_lens boots, a local Hugging Face folder, or tiny (embedded)",
     )
     revision: str | None = Field(None, description="revision of a hub model")
     layer: Annotated[tuple[int, ...], Distinct] = Field(
-        (6,), min_length=1, description="layers, from 0: one or several, 4,6,8"
+        (6,), min_length=1, description="layers, from 0: one, or several as 4,6,8 or 0-3"
     )
     site: Annotated[tuple[str, ...], Distinct] = Field(
-        ("mlp_out",), min_length=1, description=f"sites: one or several of {', '.join(SITES)}"
+        ("mlp_out",), min_length=1, description="sites: one, or several as resid_post,mlp_out; `sae list` explains each"
     )
-    codec: str = Field("int8", description="int8, bfloat16, float16 or float32; settings as int8:step=0.11,zstd=3")
-    tokens: Amount = Field("all", description="training tokens to run, or all the token store has")
+    codec: str = Field("int8", description="int8, bfloat16, float16 or float32; with settings as int8:step=0.11")
+    tokens: Amount = Field("all", description="training tokens to run")
     validation_tokens: Amount = Field(65_536, description="validation tokens to run, or all")
     rows: RowRule = RowRule()
     batch_tokens: int = Field(4096, ge=1, description="tokens in one forward pass, at most")

@@ -39,7 +39,7 @@ class Groups(Settings):
 
     mode: Literal["groups"] = "groups"
     groups: int = Field(12, ge=1, description="groups the features are divided into, as evenly as they can be")
-    active: int = Field(32, ge=1, description="distinct members of one group in a row")
+    active: int = Field(32, ge=1, description="members of its group in a row")
     decay: float = Field(0.99, gt=0, le=1, description="a member is picked with probability ~ decay^rank in its group")
 
     def keys(self, features: int) -> int:
@@ -62,7 +62,7 @@ class Independent(Settings):
     """Each feature is in a row or not, independently of all others."""
 
     mode: Literal["iid"] = "iid"
-    probability: float = Field(1 / 64, gt=0, lt=1, description="that a feature is in a row")
+    probability: float = Field(0.015625, gt=0, lt=1, description="probability that a feature is in a row")
 
     def keys(self, features: int) -> int:
         """Random numbers that one sample takes."""
@@ -88,11 +88,11 @@ class SyntheticConfig(Settings):
     d: int = Field(256, ge=1, le=MOST, description="width of a row")
     features: int = Field(512, ge=1, le=MOST, description="true features: random directions of length 1")
     presence: Annotated[Groups | Independent, Field(discriminator="mode")] = Groups()
-    noise: float = Field(0.0, ge=0, le=1e6, description="standard deviation of Gaussian noise added to each value")
-    seed: int = Field(0, ge=0, description="of the features and the samples")
+    noise: float = Field(0.0, ge=0, le=1e6, description="standard deviation of Gaussian noise on each value")
+    seed: int = Field(0, ge=0, description="seed of the features and the samples")
     rows: int = Field(1_000_000, ge=1, lt=HELD_OUT, description="training rows, rounded up to a whole window")
     validation_rows: int = Field(65_536, ge=1, lt=HELD_OUT, description="held-out rows, rounded up likewise")
-    codec: str = Field("int8", description="int8, bfloat16, float16 or float32; settings as int8:step=0.11,zstd=3")
+    codec: str = Field("int8", description="int8, bfloat16, float16 or float32; with settings as int8:step=0.11")
 
     @model_validator(mode="after")
     def _groups_are_large_enough(self) -> Self:

@@ -46,7 +46,8 @@ class FeaturesConfig(Settings):
     """Which latents to show and how much of each."""
 
     latents: Annotated[tuple[int, ...], Distinct] | None = Field(
-        None, description="latents to show; unset: the strongest few and a sample of the others across densities"
+        None,
+        description="latents to show, as 3,17,256 or 0-9; null: the strongest few and a sample of the others",
     )
     count: int = Field(32, ge=1, description="how many latents to show, where none are named")
     top: int = Field(8, ge=1, description="top contexts of a latent, one a document")

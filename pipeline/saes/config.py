@@ -18,7 +18,7 @@ class Config(Settings):
     """Settings common to all architectures. The widths are the data's, so they are not here."""
 
     arch: str
-    d_sae: int = Field(8192, ge=1, le=10**12, description="number of latents in the dictionary")
+    d_sae: int = Field(8192, ge=1, le=10**12, description="latents of the dictionary")
     init: Literal["tied", "kaiming", "xavier", "orthogonal", "april"] = Field(
         "tied",
         description="starting weights, the encoder's being the decoder's times encoder_scale: random unit directions "

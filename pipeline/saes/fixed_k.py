@@ -16,7 +16,7 @@ class FixedKConfig(Config):
     """Settings of k and of AuxK."""
 
     encoder_scale: float = Field(0.3, gt=0, description=Config.model_fields["encoder_scale"].description)
-    k: int = Field(32, ge=1, description="latents kept per input")
+    k: int = Field(32, ge=1, description="active latents a row, for architectures that fix it")
     k_start: int | None = Field(None, ge=1, description="latents kept per input at the first step; unset: k")
     k_anneal: float = Field(
         0.1, ge=0, description="steps over which k_start becomes k, evenly; below 1, a share of the training"

@@ -58,8 +58,8 @@ class TokenizeConfig(Settings):
 
     source: str = Field(
         "fineweb",
-        description="fineweb, python (the text every Python ships with), org/name of a hub data set, or local files: "
-        "parquet, arrow, jsonl, json, csv, tsv, txt, a folder (also what datasets saves), a glob",
+        description="fineweb, python (the text that ships with Python), org/name on the hub, or local parquet, arrow, "
+        "jsonl, json, csv, tsv, txt files, folders (also those that datasets saves), globs",
     )
     column: str = Field(
         "text",
@@ -68,18 +68,16 @@ class TokenizeConfig(Settings):
     )
     tokenizer: str = Field(
         "gpt2",
-        description="a tiktoken encoding (gpt2, cl100k_base, ...), tiny, a Hugging Face folder, or hf:org/name",
+        description="gpt2 or another tiktoken encoding, tiny (embedded), a Hugging Face folder, or hf:org/name",
     )
     context: int = Field(128, ge=2, le=MOST, description="tokens in a context")
-    tokens: Amount = Field(
-        10_000_000, description="training tokens wanted, rounded up to a window; all for all there are"
-    )
+    tokens: Amount = Field(10_000_000, description="training tokens wanted, rounded up to a whole window")
     validation_tokens: Amount = Field(131_072, description="validation tokens wanted; all for all there are")
     validation: float = Field(
-        0.05, ge=0, lt=1, description="share of documents, chosen by hash, that is kept for validation"
+        0.05, ge=0, lt=1, description="share of the documents, chosen by hash, that is kept for validation"
     )
     packing: Literal["concat", "document"] = Field(
-        "concat", description="concat: documents end to end; document: none shares a context"
+        "concat", description="concat: documents end to end; document: none shares a context with another"
     )
     begin: Begin | None = Field(
         None,

@@ -34,7 +34,9 @@ class AlignConfig(Settings):
     """How dictionaries trained together are pulled towards each other."""
 
     by: By = Field(
-        "dec", description="what is to agree: decoder rows, activations of latents over a batch, or reconstructions"
+        "dec",
+        description="what the dictionaries of several seeds are pulled to agree in: decoder rows (dec), activations "
+        "over a batch (hid) or reconstructions (x_hat)",
     )
     matching: Literal["max", "hungarian"] = Field(
         "max", description="each vector with its most similar of the other, both ways (max), or one to one (hungarian)"

@@ -45,9 +45,9 @@ class TrainConfig(Schedule):
         None, description="pull the dictionaries of several seeds towards each other; null: each by itself"
     )
     batch: int = Field(4096, ge=1, description="rows in a batch")
-    steps: int | None = Field(None, ge=1, description="steps to train")
+    steps: int | None = Field(None, ge=1, description="steps to train; null: one pass over the store")
     rows: Annotated[int | None, BeforeValidator(lambda rows: None if rows == "all" else rows)] = Field(
-        None, ge=1, description="rows to see, instead of steps; all, or null: the store's, once"
+        None, ge=1, description="rows each dictionary sees, instead of steps; null: one pass over the store"
     )
     store_rows: int | None = Field(
         None, ge=1, description="train on the first so many rows of the store; null: on all it has when the run begins"

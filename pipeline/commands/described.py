@@ -1,0 +1,108 @@
+"""Options that give a setting: what they mean and default to is said once, in the setting's class.
+
+It is read from the text of that class: importing one takes the seconds that torch takes, and `--help` has none.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import typer
+
+from sae.pipeline.commands.words import AMOUNT, amount
+
+PIPELINE = Path(__file__).parents[1]
+CLASSES = {  # folder and names of the classes that hold the settings below a path
+    "tokenize": ("tokenize", ["TokenizeConfig"]),
+    "harvest": ("harvest", ["HarvestConfig"]),
+    "synthesize": ("harvest", ["SyntheticConfig"]),
+    "synthesize.presence": ("harvest", ["Groups", "Independent"]),
+    "train": ("train", ["TrainConfig"]),
+    "train.sae": ("saes", ["Config", "FixedKConfig"]),
+    "train.align": ("train", ["AlignConfig"]),
+    "eval": ("evaluate", ["EvalConfig"]),
+    "report": ("interpret", ["FeaturesConfig"]),
+}
+METAVARS = {"int": "N", "float": "X", "str": "NAME"}
+DECLARED: dict[str, str] = {}  # option by the path of its setting: {"train.sae.k": "--k"}
+
+
+class Described(NamedTuple):
+    """A setting as its class has it: the text of its type, its default, what it means."""
+
+    annotation: str
+    default: Any
+    description: str
+
+
+def described(path: str) -> Described:
+    """What the class of a setting says of it, as train.sae.k. Raises KeyError for a path that is no setting's."""
+    owner, _, name = path.rpartition(".")
+    folder, classes = CLASSES[owner]
+    for kind in classes:
+        if name in (fields := _fields(folder, kind)):
+            return fields[name]
+    raise KeyError(path)
+
+
+def option(path: str, flag: str | None = None, *, metavar: str | None = None, **more: Any) -> Any:
+    """The option that gives a setting; `flag` where it is not called as the setting."""
+    setting = described(path)
+    name = DECLARED.setdefault(path, flag or "--" + path.rpartition(".")[2].replace("_", "-"))
+    kind = setting.annotation.partition(" |")[0]
+    return typer.Option(
+        name, metavar=metavar or METAVARS.get(kind, "NAME"), show_default=False, help=_help(setting), **more
+    )
+
+
+def count_option(path: str) -> Any:
+    """The option that gives a setting which is an amount, as people write it."""
+    setting = described(path)
+    name = DECLARED.setdefault(path, "--" + path.rpartition(".")[2].replace("_", "-"))
+    return typer.Option(name, parser=amount, metavar="N", show_default=False, help=f"{_help(setting)} {AMOUNT}")
+
+
+def _help(setting: Described) -> str:
+    """A sentence and the default, which words of the description stand for where it is None."""
+    text, _, none = re.sub(r"; (?:null|unset): ", "\0", setting.description).partition("\0")
+    default = none if setting.default is None else _shown(setting.default)
+    first = re.split(r"\W", text)[0]
+    text = text if first == default else text[:1].upper() + text[1:]
+    return f"{text}. Default: {default}."
+
+
+def _shown(default: Any) -> str:
+    """A default as one would type it."""
+    if isinstance(default, tuple):
+        return ",".join(map(str, default))
+    if isinstance(default, int) and default and default % 1_000_000 == 0:
+        return f"{default // 1_000_000}M"
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+@cache
+def _fields(folder: str, kind: str) -> dict[str, Described]:
+    """The settings of a class that have a plain default and are described in it."""
+    (text,) = _texts(folder, kind)
+    (node,) = ast.parse(text).body
+    assert isinstance(node, ast.ClassDef)
+    found = {}
+    for one in node.body:
+        if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and isinstance(one.value, ast.Call):
+            said = {key.arg: key.value for key in one.value.keywords}
+            if one.value.args and isinstance(said.get("description"), ast.Constant):
+                default, description = one.value.args[0], said["description"]
+                if isinstance(default, ast.Constant | ast.Tuple):
+                    plain = ast.literal_eval(default), ast.literal_eval(description)
+                    found[one.target.id] = Described(ast.unparse(one.annotation), *plain)
+    return found
+
+
+def _texts(folder: str, kind: str) -> Iterator[str]:
+    """The text of a class, from the one file of a folder of `pipeline` that has it."""
+    for path in sorted((PIPELINE / folder).rglob("*.py")):
+        if found := re.search(rf"^class {kind}\(.*?(?=^\S)", path.read_text("utf-8") + "#", re.M | re.S):
+            yield found[0]
