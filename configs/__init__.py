@@ -13,11 +13,11 @@ from pydantic import BaseModel, ValidationError
 
 from sae.cache.errors import SaeError
 from sae.configs import reading
-from sae.configs.layers import Layer, Said, command_line, joined, leaves
+from sae.configs.layers import Layer, Said, command_line, inner_models, joined, leaves, tag_of
 from sae.configs.problems import Origins, explained
 from sae.configs.reading import SECTIONS, nested, parsed
 
-__all__ = ["SECTIONS", "parsed", "presets", "resolve", "settings_of"]
+__all__ = ["SECTIONS", "inner_models", "parsed", "presets", "resolve", "settings_of", "tag_of"]
 
 FOLDER = Path(__file__).parent
 NAMES: dict[tuple[str, ...], str] = {("align", "by"): "align"}  # options that are not called as their setting

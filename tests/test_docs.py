@@ -14,9 +14,11 @@ from pydantic import BaseModel
 
 from sae import configs
 from sae.pipeline.commands.app import app
-from sae.pipeline.commands.words import amount
+from sae.pipeline.commands.described import DECLARED, described
+from sae.pipeline.commands.registry_listing import every_setting
 from sae.pipeline.evaluate.stage import EvalConfig
 from sae.pipeline.harvest.stage import HarvestConfig
+from sae.pipeline.harvest.synthetic import SyntheticConfig
 from sae.pipeline.interpret.features import FeaturesConfig
 from sae.pipeline.saes import ARCHITECTURES
 from sae.pipeline.tokenize.stage import TokenizeConfig
@@ -29,6 +31,7 @@ STAGES: dict[str, type[BaseModel]] = {
     "tokenize": TokenizeConfig, "harvest": HarvestConfig, "train": TrainConfig, "eval": EvalConfig,
     "report": FeaturesConfig,
 }  # fmt: skip
+EVERY = {**STAGES, "synthesize": SyntheticConfig, "report": FeaturesConfig}
 SHELLS = ("console", "bash", "sh", "shell")
 
 
@@ -128,28 +131,32 @@ def test_everything_reads_the_same_everywhere() -> None:
     assert all("json_" in {p.name for p in c.params} or "json" in {p.name for p in c.params} for c in COMMANDS.values())
 
 
-def number(text: str) -> float:
-    """10M, 128 or 1e-4."""
-    try:
-        return int(amount(text))
-    except typer.BadParameter:
-        return float(text)
+def in_its_class(path: str) -> list[Any]:
+    """The fields that a setting is in its stage's class, one for every class of a union that has it."""
+    section, *way, name = path.split(".")
+    models = [EVERY[section]]
+    for key in way:
+        models = [kind for one in models if key in one.model_fields for kind in configs.inner_models(one, key)]
+    return [one.model_fields[name] for one in models if name in one.model_fields]
 
 
-def test_the_defaults_that_the_help_states() -> None:
-    """`Default: X.` in the help of an option is the default of the setting it stands for."""
-    checked = 0
-    for stage, kind in STAGES.items():
-        values: Any = kind().model_dump()
-        values |= values.get("sae", {})
-        for param in COMMANDS[f"sae {stage}"].params:
-            stated = re.search(r"Default: (\S+)\.(?: Write|$)", param.help)
-            if stated is None or param.name not in values:
-                continue
-            value = values[param.name][0] if isinstance(values[param.name], tuple) else values[param.name]
-            assert (stated[1] if isinstance(value, str) else number(stated[1])) == value, (stage, param.name)
-            checked += 1
-    assert checked > 15
+@pytest.mark.parametrize("path", sorted(DECLARED))
+def test_options_say_what_the_class_of_their_setting_says(path: str) -> None:
+    """They are made of the text of that class; this is the class itself."""
+    read, fields = described(path), in_its_class(path)
+    assert fields
+    for field in fields:
+        assert (field.description, field.default) == (read.description, read.default)
+    helps = {p.help for c in COMMANDS.values() for p in c.params if DECLARED[path] in p.opts}
+    text = re.split("; (?:null|unset): ", read.description)[0][1:]
+    assert any(text in (help or "") and "Default: " in (help or "") for help in helps)
+
+
+def test_every_setting_is_listed() -> None:
+    listed = {entry["name"]: entry for entry in every_setting()}
+    assert set(DECLARED) <= set(listed) and all(entry["help"] for entry in listed.values())
+    for section, kind in EVERY.items():
+        assert all(any(f"{name}.".startswith(f"{section}.{key}.") for name in listed) for key in kind.model_fields)
 
 
 def test_the_gpt2_preset_has_every_key() -> None:

@@ -1,7 +1,7 @@
 """`sae cache export`: activations for tools that know nothing of the cache."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -14,9 +14,6 @@ from sae.pipeline.commands.options import (
     folder,
 )
 from sae.pipeline.commands.words import count
-
-if TYPE_CHECKING:
-    pass
 
 
 def export(

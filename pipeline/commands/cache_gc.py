@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -16,9 +16,6 @@ from sae.pipeline.commands.options import (
     folder,
 )
 from sae.pipeline.commands.shown import report_damage
-
-if TYPE_CHECKING:
-    pass
 
 SPANS = {"h": 3600.0, "d": 86_400.0, "w": 7 * 86_400.0}
 

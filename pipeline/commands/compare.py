@@ -1,7 +1,7 @@
 """`sae compare`: runs side by side."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -15,9 +15,6 @@ from sae.pipeline.commands.options import (
 )
 from sae.pipeline.commands.shown import report_damage, show_runs
 from sae.pipeline.commands.words import several
-
-if TYPE_CHECKING:
-    pass
 
 
 def compare(

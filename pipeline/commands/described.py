@@ -48,13 +48,16 @@ def described(path: str) -> Described:
     raise KeyError(path)
 
 
-def option(path: str, flag: str | None = None, *, metavar: str | None = None, **more: Any) -> Any:
-    """The option that gives a setting; `flag` where it is not called as the setting."""
+def option(path: str, flag: str | None = None, *, metavar: str | None = None, unsaid: str | None = None) -> Any:
+    """The option that gives a setting.
+
+    flag: where it is not called as the setting. unsaid: what holds without it, where that is not the setting's default.
+    """
     setting = described(path)
     name = DECLARED.setdefault(path, flag or "--" + path.rpartition(".")[2].replace("_", "-"))
     kind = setting.annotation.partition(" |")[0]
     return typer.Option(
-        name, metavar=metavar or METAVARS.get(kind, "NAME"), show_default=False, help=_help(setting), **more
+        name, metavar=metavar or METAVARS.get(kind, "NAME"), show_default=False, help=_help(setting, unsaid)
     )
 
 
@@ -65,17 +68,19 @@ def count_option(path: str) -> Any:
     return typer.Option(name, parser=amount, metavar="N", show_default=False, help=f"{_help(setting)} {AMOUNT}")
 
 
-def _help(setting: Described) -> str:
+def _help(setting: Described, unsaid: str | None = None) -> str:
     """A sentence and the default, which words of the description stand for where it is None."""
     text, _, none = re.sub(r"; (?:null|unset): ", "\0", setting.description).partition("\0")
-    default = none if setting.default is None else _shown(setting.default)
+    default = none if setting.default is None else shown(setting.default)
     first = re.split(r"\W", text)[0]
     text = text if first == default else text[:1].upper() + text[1:]
-    return f"{text}. Default: {default}."
+    return f"{text}. Default: {unsaid or default}."
 
 
-def _shown(default: Any) -> str:
+def shown(default: Any) -> str:
     """A default as one would type it."""
+    if default is None or isinstance(default, bool):
+        return "null" if default is None else str(default).lower()
     if isinstance(default, tuple):
         return ",".join(map(str, default))
     if isinstance(default, int) and default and default % 1_000_000 == 0:

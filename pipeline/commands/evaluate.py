@@ -1,7 +1,7 @@
 """`sae eval`: a run folder to figures on held-out data."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -22,9 +22,6 @@ from sae.pipeline.commands.options import (
     folder,
     settings,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 def evaluate(

@@ -1,7 +1,7 @@
 """`sae harvest`: tokens to activation stores."""
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -24,9 +24,6 @@ from sae.pipeline.commands.options import (
 )
 from sae.pipeline.commands.shown import show_stores
 from sae.pipeline.commands.words import several, whole
-
-if TYPE_CHECKING:
-    pass
 
 
 def harvest(

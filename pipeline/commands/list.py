@@ -1,7 +1,9 @@
 """`sae list`: what there is to choose from."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated
+
+import typer
 
 from sae.pipeline.commands.options import (
     Json,
@@ -10,21 +12,28 @@ from sae.pipeline.commands.options import (
 )
 from sae.pipeline.commands.shown import report_damage
 
-if TYPE_CHECKING:
-    pass
+HEADINGS = ["name", "default", "what it is"]
 
 
-def list_(runs: RunsRoot = Path("runs"), json: Json = False) -> None:
+def list_(
+    settings: Annotated[bool, typer.Option("--settings", metavar="", help="Instead, every setting of a YAML file and of `--set`: its name, default and meaning.")] = False,
+    runs: RunsRoot = Path("runs"), json: Json = False,
+) -> None:  # fmt: skip
     """What there is to choose from: runs, architectures, codecs, formats, sites, sources, presets.
 
     Exit code 3 where a run cannot be read; the others are listed all the same.
 
-    Example: `sae list --json`.
+    Examples: `sae list`, `sae list --settings`, `sae list --json`.
     """
     from sae.cache import catalogue
     from sae.pipeline.commands import console
-    from sae.pipeline.commands.registry_listing import choices
+    from sae.pipeline.commands.registry_listing import choices, every_setting
 
+    if settings:
+        every = every_setting()
+        rows = [[one["name"], one["default"], one["help"]] for one in every]
+        console.as_json({"settings": every}) if json else console.table("settings", HEADINGS, rows, prose=True)
+        return
     there, damage = catalogue.readable_runs(folder("--runs", runs))
     found = choices(there)
     if json:

@@ -5,9 +5,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from sae import configs
 from sae.cache.runs import Run
 from sae.cache.store.codecs import CODECS
+from sae.pipeline.commands.described import shown
 from sae.pipeline.language_model import SITES
 from sae.pipeline.metrics.figures import declared, summary
 from sae.pipeline.tokenize.sources import registered
@@ -27,6 +30,43 @@ def choices(runs: Sequence[Run]) -> dict[str, list[dict[str, str]]]:
         "sources": [{"name": entry.name, "help": entry.help} for entry in registered()],
         "presets": [{"name": name, "help": _first_comment(name)} for name in configs.presets()],
     }
+
+
+def every_setting() -> list[dict[str, str]]:
+    """Name, default and meaning of every setting of every stage, from their classes: this imports torch."""
+    from sae.pipeline.evaluate.stage import EvalConfig
+    from sae.pipeline.harvest.stage import HarvestConfig
+    from sae.pipeline.harvest.synthetic import SyntheticConfig
+    from sae.pipeline.interpret.features import FeaturesConfig
+    from sae.pipeline.tokenize.stage import TokenizeConfig
+    from sae.pipeline.train.stage import TrainConfig
+
+    classes: list[type[BaseModel]] = [
+        TokenizeConfig, HarvestConfig, SyntheticConfig, TrainConfig, EvalConfig, FeaturesConfig,
+    ]  # fmt: skip
+    stages = dict(zip(("tokenize", "harvest", "synthesize", "train", "eval", "report"), classes, strict=True))
+    return [entry for stage, kind in stages.items() for entry in _settings(stage, [kind])]
+
+
+def _settings(prefix: str, models: Sequence[type[BaseModel]]) -> Iterator[dict[str, str]]:
+    """The settings below a path that is of one of several classes, told apart by a tag."""
+    tag = configs.tag_of(models)
+    for key in dict.fromkeys(key for one in models for key in one.model_fields):
+        having = [one for one in models if key in one.model_fields]
+        field = having[0].model_fields[key]
+        name = f"{prefix}.{key}"
+        if key == tag:
+            tags = [str(one.model_fields[key].default) for one in models]
+            yield {"name": name, "default": "", "help": f"one of {', '.join(tags)}"}
+            continue
+        of = [str(one.model_fields[tag].default) for one in having] if tag and len(having) < len(models) else []
+        only = f" (of {', '.join(of)})" if of else ""
+        inner = [kind for one in having for kind in configs.inner_models(one, key)]
+        if field.description or not inner:
+            defaults = [shown(one.model_fields[key].get_default(call_default_factory=True)) for one in having]
+            default = "" if inner else " or ".join(dict.fromkeys(defaults))
+            yield {"name": name, "default": default, "help": f"{field.description or ''}{only}"}
+        yield from _settings(name, list(dict.fromkeys(inner))) if inner else ()
 
 
 def _state(run: Run) -> str:

@@ -1,7 +1,7 @@
 """`sae report`: a run folder to a page to look at."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from sae.pipeline.commands.described import count_option, option
 from sae.pipeline.commands.options import (
@@ -20,9 +20,6 @@ from sae.pipeline.commands.options import (
     settings,
 )
 from sae.pipeline.commands.words import whole
-
-if TYPE_CHECKING:
-    pass
 
 
 def report(

@@ -1,7 +1,7 @@
 """`sae study`: questions that take many dictionaries, a command each. Every one leaves a table, a plot and JSON."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -26,9 +26,6 @@ from sae.pipeline.commands.options import (
 )
 from sae.pipeline.commands.study_lab import dataset_of, finish, lab, results_folder, store_of, training
 from sae.pipeline.commands.words import grid, several, whole
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     help="Train and judge the dictionaries that a question takes, and put them in a table and a plot. Runs are named by "

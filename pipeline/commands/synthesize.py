@@ -1,6 +1,6 @@
 """`sae synthesize`: rows whose true features are known."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -16,9 +16,6 @@ from sae.pipeline.commands.options import (
     settings,
 )
 from sae.pipeline.commands.shown import show_stores
-
-if TYPE_CHECKING:
-    pass
 
 
 def synthesize(

@@ -1,7 +1,7 @@
 """`sae tokenize`: text to token stores."""
 
 import os
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -19,9 +19,6 @@ from sae.pipeline.commands.options import (
     team,
 )
 from sae.pipeline.commands.shown import show_stores
-
-if TYPE_CHECKING:
-    pass
 
 
 def tokenize(

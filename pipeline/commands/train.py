@@ -58,7 +58,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", metavar="", help="Continue a run from its last checkpoint: the one `--name` says, or the one these settings made, or, without any, the one that is not finished.")] = False,
     sweep: Annotated[list[str] | None, typer.Option(metavar="KEY=V,V", help="Train one dictionary for each value, all on the same batches, as in `--sweep k=16,32,64 --sweep lr=1e-4,3e-4`. Repeatable: every combination. Said again, it trains what is missing.")] = None,
     seeds: Seeds = None,
-    align: Annotated[str | None, option("train.align.by", "--align", metavar="WHAT")] = None,
+    align: Annotated[str | None, option("train.align.by", "--align", metavar="WHAT", unsaid="nothing")] = None,
     devices: Annotated[int, typer.Option(metavar="N", min=1, rich_help_panel=PLACES, show_default=False, help="Processes that share every batch, a GPU each (or cores: `--device cpu`). Default: 1. Several machines: `torchrun -m sae.cli train`.")] = 1,
     device: Device = "auto", threads: Threads = None, cache: CacheRoot = None, runs: RunsRoot = Path("runs"), preset: Preset = None,
     config: ConfigFile = None, set_: Set = None, json: Json = False,

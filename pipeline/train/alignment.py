@@ -35,7 +35,7 @@ class AlignConfig(Settings):
 
     by: By = Field(
         "dec",
-        description="what the dictionaries of several seeds are pulled to agree in: decoder rows (dec), activations "
+        description="what pulls the dictionaries of several seeds towards each other: decoder rows (dec), activations "
         "over a batch (hid) or reconstructions (x_hat)",
     )
     matching: Literal["max", "hungarian"] = Field(
