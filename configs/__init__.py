@@ -39,13 +39,14 @@ def resolve(
     overrides: Sequence[str] = (),
     axes: dict[str, Any] | None = None,
     flags: dict[str, Any] | None = None,
+    given: dict[str, Any] | None = None,
     freed: Sequence[str] = (),
 ) -> Kind:
     """The settings of one stage. Raises SaeError naming the key, the value and what to try.
 
     overrides: what `--set` says. axes: a combination of `--sweep`, as {"sae.k": 3}. flags: the command's own options;
-    None in it means not given. freed: keys of which it does not count what a preset or a file says, because an option
-    took the place of them.
+    None in it means not given. given: settings that a program gives, on top of all else. freed: keys of which it does
+    not count what a preset or a file says, because an option took the place of them.
     """
     below = [
         Layer(f"preset {preset}", _preset(preset).get(section) or {}, lenient=True) if preset else None,
@@ -57,6 +58,7 @@ def resolve(
         Layer("", _defaults(settings), lenient=True),
         *(layer._replace(values={k: v for k, v in layer.values.items() if k not in freed}) for layer in below if layer),
         Layer("", command_line([*overridden, *options])),
+        Layer("", given or {}),
     ]
     try:
         return settings.model_validate(joined(layers, [settings]))

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sae.cache.errors import Busy, DamagedStore, NotFound, SaeError
+    from sae.cache.loader.dataset import Dataset
     from sae.dictionaries import load, read
     from sae.pipeline.interpret.attached import attach
+    from sae.pipeline.language_model.model import LanguageModel
     from sae.pipeline.language_model.places import intervene
     from sae.pipeline.saes.batchtopk import BatchTopKConfig as BatchTopK
     from sae.pipeline.saes.dictionary import Dictionary
@@ -33,16 +35,20 @@ if TYPE_CHECKING:
     from sae.pipeline.saes.p_anneal import PAnnealConfig as PAnneal
     from sae.pipeline.saes.shifted_relu import ShiftedReLUConfig as ShiftedReLU
     from sae.pipeline.saes.topk import TopKConfig as TopK
+    from sae.session import Session, evaluate, harvest, tokenize, train
 
     __version__: str
 
 _HOMES = {
     "sae.cache.errors": ("Busy", "DamagedStore", "NotFound", "SaeError"),
+    "sae.cache.loader.dataset": ("Dataset",),
     "sae.dictionaries": ("load", "read"),
     "sae.pipeline.interpret.attached": ("attach",),
+    "sae.pipeline.language_model.model": ("LanguageModel",),
     "sae.pipeline.language_model.places": ("intervene",),
     "sae.pipeline.saes.dictionary": ("Dictionary",),
     "sae.pipeline.saes.latents": ("Latents",),
+    "sae.session": ("Session", "evaluate", "harvest", "tokenize", "train"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _ARCHITECTURES = "sae.pipeline.saes"

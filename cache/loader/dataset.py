@@ -120,8 +120,12 @@ class Dataset:
         """Limits in multiples of each store's usual norm. Raises SaeError where there is none."""
         return tuple(largest_norm(store, multiple) for store in self.stores)
 
-    def held_out(self, root: Path) -> Self:
-        """The same of the documents kept for judging, in a cache. Raises NotFound where they are not there."""
+    def held_out(self, root: Path | None = None) -> Self:
+        """The same of the documents kept for judging, in a cache (by default that of its stores).
+
+        Raises NotFound where they are not there.
+        """
+        root = self.inputs[0].path.parent.parent if root is None else root
         found = [catalogue.sibling_of(root, store, "validation") for store in self.stores]
         there = tuple(store for store in found if store is not None and store.n_rows)
         if len(there) < len(found):

@@ -27,7 +27,7 @@ from sae.pipeline.language_model.token_mask import rule_of
 from sae.pipeline.metrics.figures import OF_ROWS, amounts, available
 from sae.pipeline.metrics.metric import Encoded, Metric, Subject, Value, metrics_of
 from sae.pipeline.runtime.progress import Progress
-from sae.pipeline.saes import SAE
+from sae.pipeline.saes.dictionary import Dictionary
 
 
 class EvalConfig(Settings):
@@ -125,7 +125,7 @@ def mean_target(dataset: Dataset, rows: int) -> Tensor:
 
 
 def judge_rows(
-    sae: SAE, dataset: Dataset, rows: int, batch: int, progress: Progress, sides: Sequence[Sequence[Metric]]
+    sae: Dictionary, dataset: Dataset, rows: int, batch: int, progress: Progress, sides: Sequence[Sequence[Metric]]
 ) -> None:
     """Show metrics a dataset's first rows; where there is a second side it is shown those kept alone."""
     seen = [0 for _ in sides]
@@ -144,7 +144,7 @@ def judge_rows(
 
 
 def search_rows(
-    sae: SAE, dataset: Dataset, rows: int, batch: int, progress: Progress, sides: Sequence[Sequence[Metric]]
+    sae: Dictionary, dataset: Dataset, rows: int, batch: int, progress: Progress, sides: Sequence[Sequence[Metric]]
 ) -> None:
     """Show metrics the latents that fire in a dataset's first rows; a second side is shown those of kept rows alone."""
 
@@ -159,7 +159,7 @@ def search_rows(
 
 @torch.no_grad()
 def _each_batch(
-    sae: SAE, dataset: Dataset, rows: int, batch: int, title: str, call: Callable[[Batch, bool], None],
+    sae: Dictionary, dataset: Dataset, rows: int, batch: int, title: str, call: Callable[[Batch, bool], None],
     progress: Progress,
 ) -> None:  # fmt: skip
     """Call with every batch of a dataset's first rows, and with whether they are kept: those first, then the others."""

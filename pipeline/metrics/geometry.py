@@ -15,8 +15,8 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from sae.pipeline.metrics.figures import Figure
 from sae.pipeline.metrics.metric import Metric, Subject, Value, register
-from sae.pipeline.saes import SAE
 from sae.pipeline.saes.coherence import jl
+from sae.pipeline.saes.dictionary import Dictionary
 
 BLOCK = 1 << 22  # cosines held at a time
 
@@ -33,7 +33,7 @@ class Geometry(Metric):
         Figure("encoder_decoder_cosine", "cosine of encoder and decoder", "mean cosine of a latent's encoder and decoder rows", None, "studies"),
     )  # fmt: skip
 
-    def __init__(self, sae: SAE) -> None:
+    def __init__(self, sae: Dictionary) -> None:
         self.sae = sae
 
     @classmethod

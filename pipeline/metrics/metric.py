@@ -32,7 +32,8 @@ from torch import Tensor
 
 from sae.pipeline.metrics import __path__ as folder
 from sae.pipeline.metrics.figures import Figure, Need, declared
-from sae.pipeline.saes import SAE, Latents
+from sae.pipeline.saes import Latents
+from sae.pipeline.saes.dictionary import Dictionary
 
 Value = float | int | None
 METRICS: dict[str, type[Metric]] = {}
@@ -50,7 +51,7 @@ class Encoded(NamedTuple):
 class Subject(NamedTuple):
     """What is judged: a dictionary, and the features [G, d_out] its rows were made of, where those are known."""
 
-    sae: SAE
+    sae: Dictionary
     truth: Tensor | None = None
 
 

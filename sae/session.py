@@ -1,0 +1,291 @@
+"""`Session`: the stages for a program or a notebook. It carries what they share; settings are keyword arguments.
+
+Everything is kept in the cache and the runs' folder, as the command line keeps it: what is there already is not made
+again, and what was interrupted continues. Results are plain dicts and lists of dicts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+from pydantic import BaseModel
+
+from sae import configs
+from sae.cache import catalogue
+from sae.cache.activations import ActivationStore
+from sae.cache.disk.paths import place
+from sae.cache.errors import SaeError
+from sae.cache.loader.dataset import Dataset
+from sae.cache.runs import CONFIG, Run
+from sae.cache.tokens import TokenStore
+from sae.dictionaries import Named, load, runs_folder
+from sae.pipeline.evaluate.judging import EvalConfig, judge
+from sae.pipeline.evaluate.stage import evaluate as evaluate_run
+from sae.pipeline.harvest.in_memory import store_rows
+from sae.pipeline.harvest.stage import HarvestConfig
+from sae.pipeline.harvest.stage import harvest as harvest_tokens
+from sae.pipeline.interpret.features import FeaturesConfig
+from sae.pipeline.language_model import LanguageModel, Point
+from sae.pipeline.metrics.metric import Subject
+from sae.pipeline.report import compare as comparison
+from sae.pipeline.report.stage import report as write_report
+from sae.pipeline.runtime import devices
+from sae.pipeline.runtime.progress import Progress, Silent
+from sae.pipeline.saes import SAE, Config
+from sae.pipeline.saes.dictionary import Dictionary
+from sae.pipeline.tokenize.stage import TokenizeConfig
+from sae.pipeline.tokenize.stage import tokenize as tokenize_text
+from sae.pipeline.train.config import TrainConfig
+from sae.pipeline.train.stage import open_run
+from sae.pipeline.train.sweep import open_all, sweep
+from sae.tables import Figures, Table
+
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+class TrainedRun(Run):
+    """A run folder, with the dictionary that it trained."""
+
+    def load(self, *, device: str = "cpu") -> SAE:
+        """The dictionary, ready to encode. Raises NotFound where training has not finished."""
+        return load(self, device=device)
+
+    def history(self) -> Table:
+        """A row a logged step."""
+        return Table(self.metrics())
+
+    def __repr__(self) -> str:
+        return f"TrainedRun({str(self.path)!r})"
+
+
+class Session:
+    """Where things are kept, where they are computed, and whether it is told how far they are.
+
+    cache: folder or URL of the cache; default SAE_CACHE, else the platform's. runs: folder of the runs; default
+    SAE_RUNS, else `runs` here. device: cpu, cuda, cuda:1, ...; auto takes a GPU where there is one. offline: never
+    touch the network. progress: whether to say on stderr how far things are (plain lines where there is no terminal),
+    or whatever is to be told instead.
+    """
+
+    def __init__(
+        self, cache: Named | None = None, runs: Named | None = None, *, device: str = "auto", offline: bool = False,
+        progress: bool | Progress = True,
+    ) -> None:  # fmt: skip
+        import platformdirs
+
+        given = cache if cache is not None else os.environ.get("SAE_CACHE") or platformdirs.user_cache_dir("sae")
+        self.cache = place(os.path.expanduser(os.fspath(given)))
+        self.runs = runs_folder(runs)
+        for name, folder in (("cache", self.cache), ("runs", self.runs)):
+            if folder.exists() and not folder.is_dir():
+                raise SaeError(f"{name} = {folder}: is a file, not a folder; name another")
+        devices.device(device)  # said at once where there is none
+        self.device, self.offline = device, offline
+        self.progress = _progress(progress) if isinstance(progress, bool) else progress
+
+    def __repr__(self) -> str:
+        return f"Session(cache={str(self.cache)!r}, runs={str(self.runs)!r}, device={self.device!r})"
+
+    # Stores
+
+    def tokenize(self, *, preset: str | None = None, workers: int = 1, **settings: Any) -> TokenStore:
+        """Text to tokens, as `sae tokenize`: the store of the training documents; the validation store lies beside it.
+
+        `settings` are those of the section `tokenize` (`source`, `tokenizer`, `context`, `tokens`, ...).
+        """
+        config = _settings("tokenize", TokenizeConfig, preset, settings)
+        found = tokenize_text(config, self.cache, self.progress, workers=workers, offline=self.offline).stores["train"]
+        catalogue.remember(self.cache, TokenStore.kind, [found.key])
+        return found
+
+    def harvest(
+        self, tokens_from: TokenStore | str | None = None, *, model: LanguageModel | str | None = None,
+        preset: str | None = None, workers: int = 1, **settings: Any,
+    ) -> dict[str, Dataset]:  # fmt: skip
+        """Activations of a language model over tokens, as `sae harvest`: a dataset for each `layer.site`.
+
+        tokens_from: a token store or its name; default: the last one made. model: its name, or the model itself.
+        `settings` are those of the section `harvest` (`layer`, `site`, `codec`, `tokens`, ...).
+        """
+        booted = model if isinstance(model, LanguageModel) else None
+        if model is not None:
+            settings["model"] = model.name if isinstance(model, LanguageModel) else model
+        for name in ("layer", "site"):
+            if isinstance(settings.get(name), int | str):
+                settings[name] = [settings[name]]
+        config = _settings("harvest", HarvestConfig, preset, settings)
+        if not isinstance(tokens_from, TokenStore):
+            tokens_from = catalogue.find(self.cache, TokenStore, tokens_from, "tokens_from", "sae tokenize")
+        held_out = catalogue.sibling_of(self.cache, tokens_from, "validation")
+        stores = [tokens_from, *([held_out] if held_out is not None and held_out.n_contexts else [])]
+        found = harvest_tokens(
+            config, stores, self.cache, self.progress, model=booted, device=self.device, offline=self.offline,
+            workers=workers,
+        ).stores["train"]  # fmt: skip
+        catalogue.remember(self.cache, ActivationStore.kind, [store.key for store in found])
+        return {str(Point(store.recipe["layer"], store.recipe["site"])): Dataset.of(store) for store in found}
+
+    def dataset(
+        self, rows: Any = None, target: Any = None, *, first: int | None = None, name: str = "rows",
+        validation: float = 0.05,
+    ) -> Dataset:  # fmt: skip
+        """Rows to train and evaluate on, with targets [n, d_out] for a transcoder.
+
+        Either a store of the cache, by its key or the beginning of it (default: what the last harvest made), and the
+        `first` so many of its rows; or rows in memory [n, d], of which a share `validation` is held out. Those are
+        written into the cache under `name`, so that training on them again takes up what is there.
+        """
+        if isinstance(rows, Dataset):
+            if target is not None:
+                raise SaeError("target: a dataset has its targets already; give the store of the inputs")
+            return rows if first is None else rows.first(first)
+        if isinstance(rows, ActivationStore | str | None):
+            x = self._store(rows, "rows")
+            return Dataset.of(x, () if target is None else self._store(target, "target"), rows=first)
+        stores = store_rows(self.cache, rows, target, name=name, validation=validation)["train"]
+        return Dataset.of(stores[0], tuple(stores[1:]))
+
+    # Runs
+
+    @overload
+    def train(
+        self, dictionary: Config | None, rows: Any = None, /, *, name: str | None = None, **more: Any
+    ) -> TrainedRun: ...
+    @overload
+    def train(self, dictionary: Sequence[Config], rows: Any = None, /, **more: Any) -> list[TrainedRun]: ...
+
+    def train(
+        self, dictionary: Config | Sequence[Config] | None, rows: Any = None, /, *, name: str | None = None,
+        preset: str | None = None, **settings: Any,
+    ) -> TrainedRun | list[TrainedRun]:  # fmt: skip
+        """Train a dictionary, as `sae train`; several on the same batches, in one pass over the rows.
+
+        dictionary: its settings, as `sae.TopK(k=32, d_sae=8192)` (None: the preset's). rows: whatever `dataset` takes;
+        inputs and targets in memory as a pair (x, y). `settings` are those of the section `train` (`lr`, `batch`,
+        `steps`, `rows`, ...). The run folder is named by all of these unless `name` says otherwise; a run that is there
+        is continued where it was, and a finished one is given back as it is.
+        """
+        x, y = rows if isinstance(rows, tuple) else (rows, None)
+        dataset = self.dataset(x, y)
+        several = isinstance(dictionary, Sequence)
+        freed = [other for said, other in (("steps", "rows"), ("rows", "steps")) if settings.get(said) is not None]
+        chosen: Sequence[Config | None] = dictionary if isinstance(dictionary, Sequence) else [dictionary]
+        every = [
+            _settings(
+                "train", TrainConfig, preset, settings | ({} if one is None else {"sae": one.model_dump()}), freed
+            )
+            for one in chosen
+        ]
+        if name is None:
+            found = open_all(every, dataset, self.runs)
+        elif several:
+            raise SaeError(f"name = {name!r}: several dictionaries have names of their own; leave it out")
+        else:
+            if name == ".." or Path(name).name != name:
+                raise SaeError(f"name = {name!r}: is not the name of a folder; where the folder goes is said by `runs`")
+            there = (self.runs / name / CONFIG).exists()
+            found = [open_run(every[0], dataset, self.runs, name, resume=there)]
+        sweep(found, dataset, self.progress, device=self.device)
+        runs = [TrainedRun(run.path) for run in found]
+        return runs if several else runs[0]
+
+    def run(self, name: Named | None = None) -> TrainedRun:
+        """A run by its name or folder; without a name, the newest finished one."""
+        return TrainedRun(catalogue.find_run(self.runs, None if name is None else os.fspath(name)).path)
+
+    def load(self, run: Named | Run | None = None) -> SAE:
+        """The dictionary of a run, as `sae.load`; without a name, of the newest finished one."""
+        return load(run if isinstance(run, Run) else self.run(run), device=self.device)
+
+    def evaluate(
+        self, what: Dictionary | Run | Named | None = None, rows: Any = None, /, *,
+        model: LanguageModel | str | None = None, **settings: Any,
+    ) -> Figures:  # fmt: skip
+        """How good a dictionary is: figures by name, None where one is not defined; everything else under `details`.
+
+        A run is judged on held-out rows, and in its language model where it has one, and the figures are kept with it,
+        as `sae eval` does. A dictionary of any origin is judged on the rows given (whatever `dataset` takes).
+        `settings` are those of the section `eval` (`rows`, `tokens`, ...).
+        """
+        config = _settings("eval", EvalConfig, None, settings)
+        if not isinstance(what, Dictionary):
+            run = what if isinstance(what, Run) else self.run(what)
+            booted = model if isinstance(model, LanguageModel) else None
+            found = evaluate_run(
+                config, run, self.cache, self.progress, model=None if booted is model else str(model),
+                device=self.device, offline=self.offline, language_model=booted,
+            )  # fmt: skip
+            return Figures(found.as_json())
+        if model is not None:
+            raise SaeError("model: a run is judged in its language model; to splice any dictionary into one, attach it")
+        x, y = rows if isinstance(rows, tuple) else (rows, None)
+        dataset = self.dataset(x, y, validation=0.0)
+        if (dataset.d_in, dataset.d_out) != (what.d_in, what.d_out):
+            raise SaeError(
+                f"{dataset.key}: has rows of {dataset.d_in} values and targets of {dataset.d_out}; the dictionary "
+                f"reads {what.d_in} and writes {what.d_out}"
+            )
+        here = what.W_dec.device
+        config = config.model_copy(update={"dead_rows": 0})
+        found = judge(
+            Subject(what.to(devices.device(self.device)), dataset.truth), dataset, dataset, config, self.progress
+        )
+        what.to(here)
+        return Figures(found.as_json())
+
+    def compare(self, runs: Sequence[Run | Named] | None = None) -> Table:
+        """Runs side by side, a row each, as `sae compare`: the settings they differ in and their figures."""
+        if runs is None:
+            chosen = [run for run in catalogue.readable_runs(self.runs)[0] if run.finished]
+        else:
+            chosen = [run if isinstance(run, Run) else self.run(run) for run in runs]
+        return Table(comparison.compare(chosen))
+
+    def report(self, run: Run | Named | None = None, **settings: Any) -> Path:
+        """Write the page of a run, as `sae report`; where it is. `settings` are those of the section `report`."""
+        config = _settings("report", FeaturesConfig, None, settings)
+        run = run if isinstance(run, Run) else self.run(run)
+        return write_report(run, self.cache, self.progress, config=config, device=self.device)
+
+    def _store(self, said: ActivationStore | str | None, what: str) -> ActivationStore:
+        if isinstance(said, ActivationStore):
+            return said
+        return catalogue.find(self.cache, ActivationStore, said, what, "sae harvest")
+
+
+def tokenize(**settings: Any) -> TokenStore:
+    """`Session.tokenize` in the usual places."""
+    return Session().tokenize(**settings)
+
+
+def harvest(tokens_from: TokenStore | str | None = None, **settings: Any) -> dict[str, Dataset]:
+    """`Session.harvest` in the usual places."""
+    return Session().harvest(tokens_from, **settings)
+
+
+def train(dictionary: Any, rows: Any = None, /, **settings: Any) -> Any:
+    """`Session.train` in the usual places."""
+    return Session().train(dictionary, rows, **settings)
+
+
+def evaluate(what: Dictionary | Run | Named | None = None, rows: Any = None, /, **settings: Any) -> Figures:
+    """`Session.evaluate` in the usual places."""
+    return Session().evaluate(what, rows, **settings)
+
+
+def _settings(
+    section: str, kind: type[Kind], preset: str | None, settings: dict[str, Any], freed: Sequence[str] = ()
+) -> Kind:
+    """The settings of a stage. Raises SaeError naming the setting, its value and what to try."""
+    return configs.resolve(section, kind, preset=preset, given=settings, freed=freed)
+
+
+def _progress(wanted: bool) -> Progress:
+    if not wanted:
+        return Silent()
+    from sae.pipeline.commands.bars import Bars
+
+    return Bars()

@@ -1,0 +1,227 @@
+"""`sae.Session`: from text and from rows in memory to trained and judged dictionaries, in a few lines each."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.small_models import small_stages
+from torch import Tensor
+
+import sae
+from sae.cache.activations import ActivationStore
+from sae.cache.tokens import TokenStore
+from sae.pipeline import formats
+from sae.pipeline.metrics.figures import compared
+from sae.pipeline.saes import create
+from sae.session import Figures, Session, Table, TrainedRun
+
+D, FEATURES = 8, 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small() -> Iterator[None]:
+    with small_stages():
+        yield
+
+
+def planted(n: int, seed: int = 0) -> Tensor:
+    """Rows [n, D] of two of some features each."""
+    random = torch.Generator().manual_seed(seed)
+    features = torch.nn.functional.normalize(
+        torch.randn(FEATURES, D, generator=torch.Generator().manual_seed(9)), dim=1
+    )
+    which = torch.rand(n, FEATURES, generator=random).topk(2, dim=1).indices
+    return 3 * (features[which] * (0.5 + torch.rand(n, 2, 1, generator=random))).sum(1) + 1
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Session:
+    return sae.Session(
+        cache=str(tmp_path / "cache"), runs=tmp_path / "runs", device="cpu", offline=True, progress=False
+    )
+
+
+TOPK: dict[str, Any] = {"k": 2, "d_sae": 16}
+SHORT: dict[str, Any] = {"steps": 40, "batch": 64, "lr": 3e-3, "log_every": 10}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> tuple[Session, dict[str, sae.Dataset]]:
+    """A session with a harvest of the embedded model."""
+    root = tmp_path_factory.mktemp("text")
+    lab = sae.Session(root / "cache", root / "runs", device="cpu", offline=True, progress=False)
+    tokens = lab.tokenize(preset="tiny", tokens=6_000, validation_tokens=2_000, validation=0.3)
+    assert isinstance(tokens, TokenStore) and tokens.split == "train"
+    return lab, lab.harvest(preset="tiny", layer=1, site=["mlp_in", "mlp_out"], tokens=2_000, validation_tokens=500)
+
+
+def test_rows_in_memory_are_trained_on_and_judged(lab: Session) -> None:
+    x = planted(1000)
+    run = lab.train(sae.TopK(**TOPK), x, **SHORT)
+    assert isinstance(run, TrainedRun) and run.finished and run.path.parent == lab.runs
+    coder = run.load()
+    assert coder.d_in == D and not coder.training
+    judged = lab.evaluate(run)
+    assert judged["fvu"] == run.evaluation()["fvu"] < 0.5  # type: ignore[index]
+    rows = lab.dataset(x)
+    assert lab.evaluate(coder, rows.held_out())["fvu"] == pytest.approx(judged["fvu"], rel=1e-6)
+    unseen = planted(500, seed=1)
+    found = lab.evaluate(coder, unseen)
+    error = (coder(unseen) - unseen).square().sum() / (unseen - unseen.mean(0)).square().sum()
+    assert found["fvu"] == pytest.approx(error.item(), rel=1e-4) and found["rows"] == 500
+    assert found["l0"] == pytest.approx(coder.encode(unseen).l0().double().mean().item())
+
+
+def test_the_same_rows_and_settings_again_train_nothing(lab: Session) -> None:
+    x = planted(500)
+    first = lab.train(sae.TopK(**TOPK), x, **SHORT)
+    weights = (first.path / "sae_weights.safetensors").stat().st_mtime_ns
+    again = lab.train(sae.TopK(**TOPK), x.double().numpy(), **SHORT)
+    assert again.path == first.path and (first.path / "sae_weights.safetensors").stat().st_mtime_ns == weights
+    assert len(list((lab.cache / "activations").iterdir())) == 2  # with those held out
+    other = lab.train(sae.TopK(**TOPK), planted(500, seed=2), **SHORT)
+    assert other.path != first.path
+
+
+def test_every_row_in_memory_is_in_one_split_as_it_was(lab: Session) -> None:
+    x = planted(333)
+    rows = lab.dataset(x, validation=0.25)
+    held_out = rows.held_out()
+    found = torch.cat([rows.rows(0, rows.n_rows).x, held_out.rows(0, held_out.n_rows).x])
+    where = np.concatenate([one.inputs[0].positions(0, one.n_rows) for one in (rows, held_out)])
+    assert sorted(where) == list(range(333)) and 40 < held_out.n_rows < 130
+    assert torch.equal(found, x[torch.from_numpy(where)])
+    assert lab.dataset(x, validation=0.0).n_rows == 333
+
+
+def test_a_pair_in_memory_makes_a_transcoder(lab: Session) -> None:
+    x = planted(800)
+    y = torch.cat([x, -x], dim=1)
+    run = lab.train(sae.TopK(k=4, d_sae=32), (x, y), **SHORT)
+    coder = run.load()
+    assert coder.is_transcoder and (coder.d_in, coder.d_out) == (D, 2 * D)
+    rows = lab.dataset(x, y)
+    batch = next(iter(rows.batches(50, epochs=1)))
+    assert torch.equal(batch.y, torch.cat([batch.x, -batch.x], dim=1))
+    assert lab.evaluate(run)["fvu"] == pytest.approx(lab.evaluate(coder, rows.held_out())["fvu"], rel=1e-6)
+    assert lab.evaluate(coder, (x, y))["fvu"] < 1
+
+
+def test_batches_of_a_store_are_everyones_to_loop_over(lab: Session) -> None:
+    x = planted(300)
+    rows = lab.dataset(x, validation=0.0)
+    one, other = ([batch.x for batch in rows.batches(64, epochs=2, seed=1)] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert sum(map(len, one)) == 600 and not torch.equal(torch.cat(one)[:300], x)
+    assert torch.equal(torch.cat(one)[:300].sort(0).values, x.sort(0).values)
+
+
+def test_several_dictionaries_see_the_same_batches_and_are_compared(lab: Session) -> None:
+    x = planted(600)
+    runs = lab.train([sae.TopK(k=1, d_sae=16), sae.TopK(k=3, d_sae=16), sae.L1(d_sae=16, coefficient=0.1)], x, **SHORT)
+    assert len({run.name for run in runs}) == 3
+    for run in runs:
+        lab.evaluate(run.name)
+    table = lab.compare()
+    assert isinstance(table, Table) and [row["run"] for row in table] == [row["run"] for row in lab.compare(runs)]
+    by_k = {row["sae.k"]: row for row in table}
+    assert by_k[1]["fvu"] > by_k[3]["fvu"] and {one.key for one in compared()} <= by_k[1].keys()
+    assert lab.train(sae.TopK(k=1, d_sae=16), x, **SHORT).path == runs[0].path
+
+
+def test_a_named_run_is_continued_and_not_taken_for_another(lab: Session) -> None:
+    x = planted(500)
+    run = lab.train(sae.TopK(**TOPK), x, name="mine", **SHORT)
+    assert run.path == lab.runs / "mine" and lab.run("mine").name == lab.run(run.path).name == lab.run().name == "mine"
+    assert lab.train(sae.TopK(**TOPK), x, name="mine", **SHORT).path == run.path
+    with pytest.raises(sae.SaeError, match="was started with other settings"):
+        lab.train(sae.TopK(k=3, d_sae=16), x, name="mine", **SHORT)
+    assert run.history()[-1]["step"] == 40 and torch.equal(lab.load("mine").W_dec, run.load().W_dec)
+
+
+def test_another_tools_dictionary_is_judged_like_ours(lab: Session, tmp_path: Path) -> None:
+    made = create(sae.TopK(**TOPK), D, seed=1).eval()
+    formats.write(made, formats.Metadata(), tmp_path / "theirs")
+    rows = lab.dataset(planted(200))
+    found = lab.evaluate(sae.read(tmp_path / "theirs"), rows)
+    assert found == lab.evaluate(made, rows) and found["fvu"] > 0 and found["rows"] == rows.n_rows
+    assert sae.evaluate(made, rows) == found
+
+
+def test_text_is_harvested_trained_on_spliced_and_reported(text: tuple[Session, dict[str, sae.Dataset]]) -> None:
+    lab, found = text
+    assert list(found) == ["1.mlp_in", "1.mlp_out"] and found["1.mlp_in"].d_in == 128
+    assert isinstance(lab.dataset("tiny-1.mlp_out").inputs[0], ActivationStore)
+    with pytest.raises(sae.SaeError, match="rows: which one"):
+        lab.dataset()
+    rows = lab.dataset("tiny-1.mlp_in", "tiny-1.mlp_out", first=1000)
+    assert rows.n_rows == 1000
+    run = lab.train(sae.TopK(k=4, d_sae=64), found["1.mlp_out"], steps=5, batch=64)
+    model = sae.LanguageModel.boot("tiny", device="cpu", offline=True)
+    judged = lab.evaluate(run, model=model, tokens=256)
+    assert judged["ce_degradation"] == run.evaluation()["ce_degradation"]  # type: ignore[index]
+    latents = sae.attach(model, run.load()).latents(torch.arange(16)[None])
+    assert latents.dense().shape == (1, 16, 64)
+    page = lab.report(run, rows=256)
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    model_again = lab.harvest(preset="tiny", layer=1, site="mlp_out", tokens=2_000, validation_tokens=500, model=model)
+    assert model_again["1.mlp_out"].key == found["1.mlp_out"].key
+
+
+def test_errors_speak_of_arguments_and_settings(lab: Session, tmp_path: Path) -> None:
+    x = planted(300)
+    for given, message in (
+        ({"lr": -1}, r"^train\.lr = -1: input should be greater than 0"),
+        ({"lrr": 1}, r"^train\.lrr: unknown key; did you mean 'lr'"),
+        ({"name": "a/b"}, r"^name = 'a/b': is not the name of a folder"),
+        ({"steps": 3, "rows": 4}, r"steps = 3 and rows = 4: give one of them"),
+    ):
+        with pytest.raises(sae.SaeError, match=message):
+            lab.train(sae.TopK(**TOPK), x, **given)
+    with pytest.raises(sae.SaeError, match=r"^name = 'x': several dictionaries"):
+        lab.train([sae.TopK(**TOPK)], x, name="x")
+    for rows, message in (
+        (torch.zeros(3), r"^x: has the shape \[3\]"), (torch.zeros(0, 3), r"^x: has the shape \[0, 3\]"),
+        (torch.full((2, 2), torch.nan), "^x: holds NaN"),
+        (torch.full((2, 2), 1e300, dtype=torch.float64), "^x: holds NaN"),
+        ((x, x[1:]), "^y: has 299 rows, x has 300"),
+    ):  # fmt: skip
+        with pytest.raises(sae.SaeError, match=message):
+            lab.train(sae.TopK(**TOPK), rows, **SHORT)
+    with pytest.raises(sae.SaeError, match=r"^validation = 1"):
+        lab.dataset(x, validation=1)
+    with pytest.raises(sae.SaeError, match=rf"the dictionary reads {D} and writes {D}"):
+        lab.evaluate(create(sae.TopK(**TOPK), D), torch.ones(9, D + 1))
+    with pytest.raises(sae.SaeError, match=r"^target: a dataset has its targets"):
+        lab.dataset(lab.dataset(x), x)
+    (tmp_path / "file").touch()
+    with pytest.raises(sae.SaeError, match=r"^cache = .*file: is a file"):
+        sae.Session(cache=tmp_path / "file")
+    assert not lab.runs.exists() or not any(lab.runs.iterdir())
+
+
+def test_results_are_shown_as_tables_that_run_nothing() -> None:
+    figures = Figures(fvu=0.25, l0=None, details={"a": 1})
+    assert (
+        "<td>fvu</td><td>0.25</td><td>share of variance" in figures._repr_html_() and "l0" not in figures._repr_html_()
+    )
+    table = Table([{"run": "<script>", "k": 3}, {"run": "b", "k": None}])
+    assert "&lt;script&gt;" in table._repr_html_() and "<script>" not in table._repr_html_()
+
+
+def test_the_usual_places_are_those_of_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAE_CACHE", str(tmp_path / "c"))
+    monkeypatch.setenv("SAE_RUNS", str(tmp_path / "r"))
+    run = sae.train(sae.TopK(**TOPK), planted(200), **SHORT)
+    assert run.path.parent == tmp_path / "r" and (tmp_path / "c" / "activations").is_dir()
+    assert sae.evaluate(run)["rows"] == sae.evaluate(run.name)["rows"] > 0
+
+
+def test_progress_is_told_in_plain_lines(lab: Session, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    told = sae.Session(lab.cache, lab.runs, device="cpu")
+    told.train(sae.TopK(**TOPK), planted(200), **SHORT)
+    said = capfd.readouterr()
+    assert said.out == "" and "train: 40 steps in" in said.err and "\x1b" not in said.err
