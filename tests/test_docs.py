@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import typer.main
 from pydantic import BaseModel
+from support.pages import PAGES, README, typed
 
 from sae import configs
 from sae.pipeline.commands.app import app
@@ -25,14 +26,11 @@ from sae.pipeline.tokenize.stage import TokenizeConfig
 from sae.pipeline.train.stage import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.glob("docs/**/*.md")}
 STAGES: dict[str, type[BaseModel]] = {
     "tokenize": TokenizeConfig, "harvest": HarvestConfig, "train": TrainConfig, "eval": EvalConfig,
     "report": FeaturesConfig,
 }  # fmt: skip
 EVERY = {**STAGES, "synthesize": SyntheticConfig, "report": FeaturesConfig}
-SHELLS = ("console", "bash", "sh", "shell")
 
 
 def commands(group: Any = None, prefix: str = "sae") -> Iterator[tuple[str, Any]]:
@@ -55,37 +53,6 @@ def parsed(arguments: list[str]) -> dict[str, Any]:
         name, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
         context = command.make_context(name, rest, parent=context)
     return dict(context.params)
-
-
-def blocks(text: str) -> list[str]:
-    """A page's shell blocks, with their fences."""
-    found = re.finditer(r"^```(\w+)\n.*?^```", text, re.MULTILINE | re.DOTALL)
-    return [block[0] for block in found if block[1] in SHELLS]
-
-
-def shell_lines(text: str) -> Iterator[str]:
-    """The commands in a page's shell blocks: the lines after a prompt where there are prompts, else all."""
-    for block in blocks(text):
-        lines = block.replace("\\\n", " ").splitlines()[1:-1]
-        prompted = [line[2:] for line in lines if line.startswith("$ ")]
-        yield from prompted or lines
-
-
-def typed(text: str, program: str) -> list[list[str]]:
-    """Arguments of every call of a program in a page's shell blocks."""
-    found = []
-    for line in shell_lines(text):
-        words: list[str] = []
-        for word in [*shlex.split(line, comments=True), ";"]:
-            if word not in ("&&", ";", "|", "||"):
-                words.append(word)
-                continue
-            while words and re.fullmatch(r"\w+=.*", words[0]):  # NAME=value in front
-                words = words[1:]
-            if words and words[0] == program:
-                found.append(words[1:])
-            words = []
-    return found
 
 
 def test_there_is_something_to_look_at() -> None:

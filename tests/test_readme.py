@@ -20,9 +20,9 @@ import pytest
 import tiktoken
 import torch
 from support.command_line import sae
+from support.pages import PAGES, README, blocks, typed
 from support.small_models import small_stages
 from support.small_tokenizers import write_tokenizer
-from test_docs import PAGES, README, blocks, typed
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from sae.cache import activations, tokens

@@ -52,3 +52,10 @@ def done(command: str, *more: object) -> Answer:
     answer = sae(command, *more)
     assert answer.code == 0, answer.err
     return answer
+
+
+SMALL_DEMO = [
+    "tokenize.tokens=60000", "tokenize.validation_tokens=4096", "harvest.tokens=10000",
+    "harvest.validation_tokens=4096", "train.steps=30", "train.batch=512", "train.sae.d_sae=256",
+    "train.checkpoint_every=20", "train.log_every=5", "eval.tokens=2048", "eval.dead_rows=0",
+]  # fmt: skip

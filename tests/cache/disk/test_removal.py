@@ -1,6 +1,5 @@
 """Removing what is ours, whole, whenever it is cut short; and nothing that is not ours, by any command."""
 
-import hashlib
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 from support.command_line import done, sae
 from support.killing import killed_at
+from support.linking import tree
 from support.small_stores import CHUNK, N, heavy_rows, shrunk, write_activations, write_tokens
 
 from sae.cache import catalogue
@@ -47,20 +47,6 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     return tmp_path / "cache"
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """Everything below a folder: what links say, and a hash of what files hold."""
-    found = {}
-    for base, folders, names in os.walk(folder):
-        for name in [*folders, *names]:
-            path = Path(base, name)
-            if path.is_symlink():
-                what = os.readlink(path)
-            else:
-                what = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-            found[path.relative_to(folder).as_posix()] = what
-    return found
 
 
 def test_all_arrays_are_known() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.command_line import SMALL_DEMO
 
 from sae.cache import catalogue
 from sae.cache.activations import ActivationStore
@@ -21,12 +22,6 @@ from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.saes import parse
 from sae.pipeline.tokenize.stage import TokenizeConfig, tokenize
 from sae.pipeline.train.stage import TrainConfig, open_run, train
-
-SMALL = [
-    "tokenize.tokens=60000", "tokenize.validation_tokens=4096", "harvest.tokens=10000",
-    "harvest.validation_tokens=4096", "train.steps=30", "train.batch=512", "train.sae.d_sae=256",
-    "train.checkpoint_every=20", "train.log_every=5", "eval.tokens=2048", "eval.dead_rows=0",
-]  # fmt: skip
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -58,7 +53,7 @@ def show(folder: Path, progress: Silent, overrides: list[str]) -> dict[str, Any]
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("demo")
-    return folder, show(folder, Silent(), SMALL)
+    return folder, show(folder, Silent(), SMALL_DEMO)
 
 
 def test_the_demo_goes_from_text_to_a_report(shown: tuple[Path, dict[str, Any]]) -> None:
@@ -86,14 +81,14 @@ def test_repeating_the_demo_takes_up_what_is_there(shown: tuple[Path, dict[str, 
 
     before = everything()
     steps = Steps()
-    again = show(folder, steps, SMALL)
+    again = show(folder, steps, SMALL_DEMO)
     assert {name: again[name] for name in again if name != "seconds"} == {n: found[n] for n in found if n != "seconds"}
     assert not [title for title in steps.begun if title.startswith("tokenize")]
     assert steps.begun["harvest train"] == (16_384, 16_384) and steps.begun["train"] == (30, 30)
     assert len([line for line in steps.lines if "all there already" in line]) == 2
     assert everything() == before
     with pytest.raises(SaeError, match="is of other settings; remove it, or name another folder with --runs"):
-        show(folder, Silent(), [*SMALL, "train.lr=1e-3"])
+        show(folder, Silent(), [*SMALL_DEMO, "train.lr=1e-3"])
 
 
 @pytest.mark.slow

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import pytest
-from support.command_line import done
-from test_demo import SMALL
-from test_links import How, expect_untouched, in_files, in_folders, in_some_files, its_parent, itself
+from support.command_line import SMALL_DEMO, done
+from support.linking import How, expect_untouched, in_files, in_folders, in_some_files, its_parent, itself
 
 LANGUAGE = (
     "tokenize --preset tiny --workers 1 --set tokenize.tokens=200000", "harvest --preset tiny --device cpu --offline",
@@ -20,7 +19,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAE_CACHE", str(home / "cache"))
         patch.setenv("SAE_RUNS", str(home / "runs"))
-        done("demo --device cpu", *(word for setting in SMALL for word in ("--set", setting)))
+        done("demo --device cpu", *(word for setting in SMALL_DEMO for word in ("--set", setting)))
     return home
 
 

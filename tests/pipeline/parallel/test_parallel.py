@@ -16,8 +16,8 @@ import torch
 from support import small_ranks
 from support.command_line import sae
 from support.saes_kit import settings as sae_settings
+from support.small_runs import outcome
 from support.small_stores import write_activations
-from test_train import outcome
 from torch import Tensor
 
 from sae.cache.activations import ActivationStore

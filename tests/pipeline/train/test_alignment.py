@@ -9,8 +9,8 @@ import torch
 from pydantic import ValidationError
 from support.killing import killed_after
 from support.saes_kit import Planted
+from support.small_runs import COST, different, outcome, planted_store, settings, stop_at
 from support.small_stores import shrunk
-from test_train import COST, different, outcome, planted_store, settings, stop_at
 from torch import Tensor
 
 from sae.cache import activations

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +18,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.killing import Killed, killed_after
+from support.small_runs import (
+    COST,
+    D_SAE,
+    ROWS,
+    TOPK,
+    At,
+    D,
+    different,
+    outcome,
+    planted_rows,
+    planted_store,
+    settings,
+    stop_at,
+    true_features,
+)
 from support.small_stores import activation_recipe, extend, few, shrunk
 from torch import Tensor
 
@@ -39,11 +54,7 @@ from sae.pipeline.train.stage import TrainConfig, open_run, share, train
 from sae.pipeline.train.sweep import open_all
 from sae.pipeline.train.trainer import Diverged
 
-D, TRUE, ACTIVE, D_SAE = 16, 24, 3, 32  # width, true features, of which active in a row, latents
-ROWS = 4096
-COST = {"seconds": 0, "seconds_per_step": 0, "megabytes": 0}  # figures that are not of the dictionary
 PROJECT = Path(__file__).resolve().parents[3]
-TOPK = {"arch": "topk", "d_sae": D_SAE, "k": 4, "dead_after": 800}
 L1 = {"arch": "l1", "d_sae": D_SAE, "coefficient": 0.5}
 
 
@@ -60,38 +71,9 @@ def small() -> Iterator[pytest.MonkeyPatch]:
     torch.set_num_threads(threads)
 
 
-def true_features() -> Tensor:
-    """Unit directions [TRUE, D]."""
-    random = torch.Generator().manual_seed(11)
-    return torch.nn.functional.normalize(torch.randn(TRUE, D, generator=random), dim=1)
-
-
-def planted_rows(n: int, seed: int = 0) -> Tensor:
-    """Rows [n, D], each of ACTIVE true features, away from the origin and much longer than 1."""
-    random = torch.Generator().manual_seed(seed)
-    chosen = torch.rand(n, TRUE, generator=random).topk(ACTIVE, dim=1).indices
-    strength = torch.zeros(n, TRUE).scatter_(1, chosen, 1 + torch.rand(n, ACTIVE, generator=random))
-    return 7 * (strength @ true_features()) + 5
-
-
-def planted_store(
-    root: Path, rows: Tensor | None = None, codec: str = "int8", seed: int = 0, *, ended: bool = True
-) -> ActivationStore:
-    rows = planted_rows(ROWS) if rows is None else rows
-    recipe = {**activation_recipe(rows.shape[1], codec, seed=seed), "hook": "blocks.1.hook_mlp_out"}
-    with ActivationWriter(root, "planted", recipe) as writer:
-        extend(writer, rows, ended=ended)
-        return writer.store
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory, small: pytest.MonkeyPatch) -> ActivationStore:
     return planted_store(tmp_path_factory.mktemp("cache"))
-
-
-def settings(sae: dict[str, Any] | None = None, **changes: Any) -> TrainConfig:
-    given = {"lr": 3e-3, "batch": 128, "steps": 40, "log_every": 4, "checkpoint_every": 10, **changes}
-    return TrainConfig(sae=parse(TOPK if sae is None else sae), **given)
 
 
 def go(
@@ -103,26 +85,6 @@ def go(
     runs = [open_run(config, Dataset.of(store), root, str(i), resume=resume) for i, config in enumerate(configs)]
     train(runs, Dataset.of(store), progress or Silent(), device="cpu")
     return runs
-
-
-def outcome(run: Run) -> dict[str, Any]:
-    """All that training leaves, bit for bit, but for the seconds it took."""
-    found: dict[str, Any] = {name: (run.path / name).read_bytes() for name in ("config.json", "cfg.json", WEIGHTS)}
-    tensors, state = run.load_checkpoint()
-    found |= {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
-    metrics = [{name: value for name, value in entry.items() if name not in COST} for entry in run.metrics()]
-    return {**found, "state": state, "metrics": metrics}
-
-
-def different(runs: Sequence[Run], expected: Sequence[dict[str, Any]]) -> list[str]:
-    """Names of what the runs left that is not as expected."""
-    return [
-        f"{i} {name}"
-        for i, (run, other) in enumerate(zip(runs, expected, strict=True))
-        for found in [outcome(run)]
-        for name in {**found, **other}
-        if found.get(name) != other.get(name)
-    ]
 
 
 # It learns
@@ -313,26 +275,6 @@ def test_a_run_of_another_store(tmp_path: Path, store: ActivationStore) -> None:
 # Interruption
 
 
-class At(Silent):
-    """Does something when a step has ended, and keeps what it was told."""
-
-    def __init__(self, step: int, act: Callable[[], object]) -> None:
-        self.left, self.act = step, act
-        self.lines: list[str] = []
-        self.begun: list[tuple[int | None, int]] = []
-
-    def start(self, title: str, total: int | None, unit: str, done: int = 0) -> None:
-        self.begun.append((total, done))
-
-    def advance(self, n: int, **fields: object) -> None:
-        self.left -= n
-        if self.left == 0:
-            self.act()
-
-    def note(self, line: str) -> None:
-        self.lines.append(line)
-
-
 def die() -> None:
     raise Killed
 
@@ -493,10 +435,6 @@ def test_a_store_that_has_lost_rows_is_refused(tmp_path: Path) -> None:
     less = planted_store(tmp_path, planted_rows(300))
     with pytest.raises(SaeError, match=r"1,024 rows asked for, 300 are there; harvest more$"):
         go(settings(), less, tmp_path / "runs", resume=True)
-
-
-def stop_at(step: int) -> At:
-    return At(step, lambda: signal.raise_signal(signal.SIGINT))
 
 
 SCRIPT = """
