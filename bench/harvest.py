@@ -29,7 +29,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from bench.peer import Peer
 from bench.rows import Row, show
 from sae.cache.tokens import TokenStore, TokenWriter
-from sae.pipeline.harvest.stage import HarvestConfig, harvest
+from sae.pipeline.harvest.sources.language_model import HarvestConfig, LanguageModelSource
+from sae.pipeline.harvest.stage import harvest
 from sae.pipeline.language_model import LanguageModel
 from sae.pipeline.runtime.progress import Silent
 
@@ -112,7 +113,8 @@ def main() -> None:
                 batch_tokens=args.batch * CONTEXT, dtype=dtype,
             )  # fmt: skip
             with tempfile.TemporaryDirectory() as folder:
-                harvest(config, [store], Path(folder), Silent(), model=models[dtype])
+                source = LanguageModelSource.over(config, [store], Silent(), model=models[dtype])
+                harvest(source, Path(folder), Silent())
 
         for threads in map(int, args.threads.split(",")):
             torch.set_num_threads(threads)

@@ -34,7 +34,7 @@ from bench.peer import Peer
 from bench.quality_peers import DEAD, DECAY, WARMUP, Job, batches, load
 from sae.cache.activations import ActivationStore
 from sae.pipeline import saes
-from sae.pipeline.harvest.synthetic import GroundTruth, Independent, SyntheticConfig
+from sae.pipeline.harvest.sources.synthetic import GroundTruth, Independent, SyntheticConfig
 from sae.pipeline.metrics.recovery import Recovery
 from sae.pipeline.train.config import TrainConfig
 

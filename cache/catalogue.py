@@ -95,6 +95,11 @@ def entry(store: Store) -> Entry:
     return Entry(store.key, store.kind, slug, store.n_rows, size, str(store.path), store.complete)
 
 
+def unfinished(store: Store) -> str:
+    """What to say after the key of a store that is not complete."""
+    return "" if store.complete else f" (unfinished: {store.n_rows:,} rows; the command that made it continues it)"
+
+
 def find(root: Path, kind: type[AnyStore], name: str | None, option: str, make: str) -> AnyStore:
     """The one training store `name` means; without a name, that of the last `make` command.
 

@@ -32,7 +32,7 @@ def presets() -> list[str]:
 
 def resolve(
     section: str,
-    settings: type[Kind],
+    settings: type[Kind] | Sequence[type[Kind]],
     *,
     preset: str | None = None,
     file: Path | None = None,
@@ -44,27 +44,44 @@ def resolve(
 ) -> Kind:
     """The settings of one stage. Raises SaeError naming the key, the value and what to try.
 
+    settings: their class, or several told apart by a tag, of which the first is meant where nothing is said.
     overrides: what `--set` says. axes: a combination of `--sweep`, as {"sae.k": 3}. flags: the command's own options;
     None in it means not given. given: settings that a program gives, on top of all else. freed: keys of which it does
     not count what a preset or a file says, because an option took the place of them.
     """
+    kinds = [settings] if isinstance(settings, type) else list(settings)
+    tag = tag_of(kinds)
+    usual = {} if tag is None else {tag: kinds[0].model_fields[tag].default}
     below = [
-        Layer(f"preset {preset}", _preset(preset).get(section) or {}, lenient=True) if preset else None,
+        Layer(f"preset {preset}", usual | (_preset(preset).get(section) or {}), lenient=True) if preset else None,
         Layer(str(file), reading.file(file).get(section) or {}) if file else None,
     ]
     overridden = list(_set(section, overrides))
     options = [*_swept(axes or {}), *_options(flags or {})]
     layers = [
-        Layer("", _defaults(settings), lenient=True),
+        *(Layer("", _defaults(kind, tag), lenient=True) for kind in reversed(kinds)),
         *(layer._replace(values={k: v for k, v in layer.values.items() if k not in freed}) for layer in below if layer),
         Layer("", command_line([*overridden, *options])),
         Layer("", given or {}),
     ]
+    origins = Origins(section, layers, {path: one.option for one in options for path, _ in leaves(one.values)})
+    kind = _chosen(kinds, tag, layers, origins)
     try:
-        return settings.model_validate(joined(layers, [settings]))
+        return kind.model_validate(joined(layers, kinds))
     except ValidationError as error:
-        typed = {path: one.option for one in options for path, _ in leaves(one.values)}
-        raise SaeError(explained(settings, error, Origins(section, layers, typed))) from error
+        raise SaeError(explained(kind, error, origins)) from error
+
+
+def _chosen(kinds: Sequence[type[Kind]], tag: str | None, layers: Sequence[Layer], origins: Origins) -> type[Kind]:
+    """The class of settings that the highest layer with a tag says."""
+    if tag is None:
+        return kinds[0]
+    said = str([layer.values[tag] for layer in layers if tag in layer.values][-1])
+    known = {str(kind.model_fields[tag].default): kind for kind in kinds}
+    if said not in known:
+        where = origins.option([tag]) or f"{origins.name([tag])} = {said}"
+        raise SaeError(f"{where}: there is no such one{reading.nearest(said, list(known))}")
+    return known[said]
 
 
 def settings_of(item: str, section: str) -> list[str]:
@@ -78,10 +95,11 @@ def _preset(name: str) -> dict[str, Any]:
     return reading.preset(FOLDER / f"{name}.yaml")
 
 
-def _defaults(settings: type[BaseModel]) -> dict[str, Any]:
-    """The settings inside settings that hold where nothing is said, so that one key of them can be changed."""
+def _defaults(settings: type[BaseModel], tag: str | None) -> dict[str, Any]:
+    """The settings inside settings that hold where nothing is said, so that one key of them can be changed; the tag."""
     fields = {name: field.get_default(call_default_factory=True) for name, field in settings.model_fields.items()}
-    return {name: value.model_dump() for name, value in fields.items() if isinstance(value, BaseModel)}
+    inside = {name: value.model_dump() for name, value in fields.items() if isinstance(value, BaseModel)}
+    return inside if tag is None else {tag: fields[tag], **inside}
 
 
 def _set(section: str, overrides: Sequence[str]) -> Iterator[Said]:

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from sae.cache.errors import SaeError
 from sae.configs.reading import nested
 
-TAGS = ("arch", "kind", "mode")  # keys that choose one of several settings classes
+TAGS = ("arch", "kind", "mode", "source")  # keys that choose one of several settings classes
 
 Path = tuple[str, ...]
 

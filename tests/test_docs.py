@@ -18,8 +18,8 @@ from sae.pipeline.commands.app import app
 from sae.pipeline.commands.described import DECLARED, described
 from sae.pipeline.commands.registry_listing import every_setting
 from sae.pipeline.evaluate.stage import EvalConfig
-from sae.pipeline.harvest.stage import HarvestConfig
-from sae.pipeline.harvest.synthetic import SyntheticConfig
+from sae.pipeline.harvest.sources.language_model import HarvestConfig
+from sae.pipeline.harvest.sources.synthetic import SyntheticConfig
 from sae.pipeline.interpret.features import FeaturesConfig
 from sae.pipeline.saes import ARCHITECTURES
 from sae.pipeline.tokenize.stage import TokenizeConfig

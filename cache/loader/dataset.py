@@ -22,7 +22,7 @@ from sae.cache.disk.identity import Recipe
 from sae.cache.errors import NotFound, SaeError
 from sae.cache.loader.loader import Batch, Batches, Settings, expect_aligned, stacked
 from sae.cache.outliers import largest_norm
-from sae.cache.provenance import LanguageModelRows, Provenance, provenance
+from sae.cache.provenance import Provenance, provenance
 
 Stores = tuple[ActivationStore, ...]
 
@@ -129,8 +129,12 @@ class Dataset:
         found = [catalogue.sibling_of(root, store, "validation") for store in self.stores]
         there = tuple(store for store in found if store is not None and store.n_rows)
         if len(there) < len(found):
-            of_model = isinstance(self.provenance, LanguageModelRows)
-            remedy = "tokenize with a validation share, then harvest again" if of_model else "repeat `sae synthesize`"
+            share = "take a share of the rows for validation, and harvest again"
+            remedies = {
+                "language_model": "tokenize with a validation share, then harvest again",
+                "synthetic": "repeat `sae synthesize`",
+            }
+            remedy = remedies.get(self.provenance.kind, share)
             lacking = next(mine for mine, its in zip(self.stores, found, strict=True) if its not in there)
             raise NotFound(f"{lacking.key}: no held-out rows beside it; {remedy}")
         inputs = len(self.inputs)

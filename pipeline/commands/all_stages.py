@@ -15,7 +15,8 @@ from sae.cache.errors import SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import CONFIG, discarding
 from sae.pipeline.evaluate.stage import EvalConfig, evaluate
-from sae.pipeline.harvest.stage import HarvestConfig, harvest
+from sae.pipeline.harvest.sources.language_model import HarvestConfig, LanguageModelSource
+from sae.pipeline.harvest.stage import harvest
 from sae.pipeline.interpret.features import FeaturesConfig
 from sae.pipeline.report.stage import report
 from sae.pipeline.runtime.progress import Progress
@@ -50,7 +51,8 @@ def all_stages(
     showing = settings("report", FeaturesConfig)
     tokens = timed("tokenize", lambda: tokenize(tokenizing, root, progress, workers=workers))
     stores = list(tokens.stores.values())
-    rows = timed("harvest", lambda: harvest(harvesting, stores, root, progress, device=device))
+    over = LanguageModelSource.over
+    rows = timed("harvest", lambda: harvest(over(harvesting, stores, progress, device=device), root, progress))
     activations = rows.stores["train"][0]
     catalogue.remember(root, "tokens", [tokens.stores["train"].key])
     catalogue.remember(root, "activations", [activations.key])

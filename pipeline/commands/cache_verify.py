@@ -91,14 +91,14 @@ def mend(
     from sae.cache.store.store import Store
     from sae.cache.tokens import TokenStore
     from sae.cache.upkeep.repair import Maker, repair_all
-    from sae.pipeline.harvest.repair import maker as rows
+    from sae.pipeline.harvest.repair import RowMaker
     from sae.pipeline.tokenize.repair import TokenMaker
 
     def maker(store: Store) -> Maker:
         if isinstance(store, TokenStore):
             return TokenMaker(store, origins, progress)
         assert isinstance(store, ActivationStore), store.kind
-        return rows(store, origins, progress)
+        return RowMaker(store, origins, progress)
 
     return repair_all(found, findings, maker)
 

@@ -17,8 +17,8 @@ from sae.pipeline.commands.words import AMOUNT, amount
 PIPELINE = Path(__file__).parents[1]
 CLASSES = {  # folder and names of the classes that hold the settings below a path
     "tokenize": ("tokenize", ["TokenizeConfig"]),
-    "harvest": ("harvest", ["HarvestConfig"]),
-    "synthesize": ("harvest", ["SyntheticConfig"]),
+    "harvest": ("harvest", ["HarvestConfig", "TableConfig", "SourceConfig"]),
+    "synthesize": ("harvest", ["SyntheticConfig", "SourceConfig"]),
     "synthesize.presence": ("harvest", ["Groups", "Independent"]),
     "train": ("train", ["TrainConfig"]),
     "train.sae": ("saes", ["Config", "FixedKConfig"]),

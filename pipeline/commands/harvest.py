@@ -1,10 +1,11 @@
-"""`sae harvest`: tokens to activation stores."""
+"""`sae harvest`: rows of any source to activation stores."""
 
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
+from sae.cache.errors import SaeError
 from sae.pipeline.commands.described import count_option, option
 from sae.pipeline.commands.options import (
     CacheRoot,
@@ -20,7 +21,6 @@ from sae.pipeline.commands.options import (
     complete_store,
     settings,
     team,
-    unfinished,
 )
 from sae.pipeline.commands.shown import show_stores
 from sae.pipeline.commands.words import several, whole
@@ -31,6 +31,8 @@ def harvest(
     layer: Annotated[str | None, option("harvest.layer", metavar="N,...")] = None,
     site: Annotated[str | None, option("harvest.site", metavar="NAME,...")] = None,
     codec: Annotated[str | None, option("harvest.codec")] = None,
+    table: Annotated[str | None, option("harvest.table", metavar="FILE")] = None,
+    source: Annotated[str | None, option("harvest.source", metavar="NAME")] = None,
     tokens: Annotated[str | None, count_option("harvest.tokens")] = None,
     tokens_from: Annotated[str | None, typer.Option(metavar="STORE", autocompletion=complete_store, help="Token store: key, beginning of a key, or path. Default: the last one made.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", metavar="", help="Only say how many rows, bytes and minutes it would take.")] = False,
@@ -46,6 +48,9 @@ def harvest(
     validation tokens beside them are harvested as well. An interrupted run continues where it was; a second call for
     more tokens grows the same stores.
 
+    `--table` takes rows [n, d] of anything instead, and holds out a share of them. They are read twice and never held in
+    memory; the same rows, in whatever format, are the same store.
+
     Examples:
 
         sae harvest --layer 6 --site mlp_out --dry-run
@@ -53,6 +58,7 @@ def harvest(
         sae harvest --model my-llama/ --layer 2 --site resid_post --offline
         sae harvest --set harvest.dtype=bfloat16 --set "harvest.rows.positions=[1,64]"
         sae harvest --scheduler tcp://10.0.0.7:8786
+        sae harvest --table embeddings.parquet --codec float32 --set harvest.validation=0.1
     """
     from sae.cache import catalogue
     from sae.cache.tokens import TokenStore
@@ -63,23 +69,24 @@ def harvest(
     if tokens_from is not None:  # before the seconds that torch takes
         catalogue.find(root, TokenStore, tokens_from, "--tokens-from", "sae tokenize")
     with said_if_slow(bars, "loading torch"):
-        from sae.pipeline.harvest.stage import HarvestConfig
+        from sae.pipeline.harvest.sources import SOURCES, settings_of_sources
         from sae.pipeline.harvest.stage import harvest as stage
         from sae.pipeline.runtime import devices
+        from sae.pipeline.runtime.origins import Origins
 
     values = settings(
-        "harvest", HarvestConfig, preset, config, set_,
-        model=model, layer=whole("--layer", layer), site=several("--site", site), codec=codec, tokens=tokens,
+        "harvest", settings_of_sources(), preset, config, set_,
+        source=source if table is None else "table", table=table, codec=codec, tokens=tokens,
+        model=model, layer=whole("--layer", layer), site=several("--site", site),
     )  # fmt: skip
+    if source is not None and source != values.source:
+        raise SaeError(f"--source {source}: --table says otherwise; give one of the two")
+    if tokens_from is not None and values.source != "language_model":
+        raise SaeError(f"--tokens-from {tokens_from}: the rows of {values.source} come from no tokens; leave it out")
     devices.take_threads(threads, bars.note)
-    train = catalogue.find(root, TokenStore, tokens_from, "--tokens-from", "sae tokenize")
-    validation = catalogue.sibling_of(root, train, "validation")
-    bars.note(f"tokens: {train.key}{unfinished(train)}")
-    stores = [train, *([validation] if validation is not None and validation.n_contexts else [])]
-    result = stage(
-        values, stores, root, bars, device=device, offline=offline, dry_run=dry_run, wait=wait,
-        workers=together, scheduler=scheduler,
-    )  # fmt: skip
+    origins = Origins(root, tokens=tokens_from, device=device, offline=offline)
+    rows = SOURCES[values.source].of_settings(values, origins, bars)
+    result = stage(rows, root, bars, dry_run=dry_run, wait=wait, workers=together, scheduler=scheduler)
     if dry_run:
         show_plans([asdict(plan) for plan in result.plans], json)
         return

@@ -10,7 +10,6 @@ from sae.cache.errors import SaeError
 from sae.pipeline.commands.described import option
 
 if TYPE_CHECKING:
-    from sae.cache.store.store import Store
     from sae.configs import Kind
 
 
@@ -145,7 +144,7 @@ def team(workers: int | None, scheduler: str | None, usual: int) -> int:
 
 def settings(
     section: str,
-    kind: "type[Kind]",
+    kind: "type[Kind] | Sequence[type[Kind]]",
     preset: str | None,
     file: Path | None,
     overrides: list[str] | None,
@@ -164,8 +163,3 @@ def settings(
     return resolve(
         section, kind, preset=preset, file=file, overrides=overrides or (), axes=axes, flags=flags, freed=freed
     )
-
-
-def unfinished(store: "Store") -> str:
-    """What to say after the key of a store that is not complete."""
-    return "" if store.complete else f" (unfinished: {store.n_rows:,} rows; the command that made it continues it)"

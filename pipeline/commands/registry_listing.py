@@ -28,6 +28,7 @@ def choices(runs: Sequence[Run]) -> dict[str, list[dict[str, str]]]:
         "sites": [{"name": name, "help": help} for name, help in SITES.items()],
         "metrics": [{"name": one.name, "help": one.help} for one in declared()],
         "sources": [{"name": entry.name, "help": entry.help} for entry in registered()],
+        "row_sources": [{"name": name, "help": help} for name, help in sorted(row_sources().items())],
         "presets": [{"name": name, "help": _first_comment(name)} for name in configs.presets()],
     }
 
@@ -35,17 +36,17 @@ def choices(runs: Sequence[Run]) -> dict[str, list[dict[str, str]]]:
 def every_setting() -> list[dict[str, str]]:
     """Name, default and meaning of every setting of every stage, from their classes: this imports torch."""
     from sae.pipeline.evaluate.stage import EvalConfig
-    from sae.pipeline.harvest.stage import HarvestConfig
-    from sae.pipeline.harvest.synthetic import SyntheticConfig
+    from sae.pipeline.harvest.sources import settings_of_sources
+    from sae.pipeline.harvest.sources.synthetic import SyntheticConfig
     from sae.pipeline.interpret.features import FeaturesConfig
     from sae.pipeline.tokenize.stage import TokenizeConfig
     from sae.pipeline.train.stage import TrainConfig
 
-    classes: list[type[BaseModel]] = [
-        TokenizeConfig, HarvestConfig, SyntheticConfig, TrainConfig, EvalConfig, FeaturesConfig,
+    classes: list[Sequence[type[BaseModel]]] = [
+        [TokenizeConfig], settings_of_sources(), [SyntheticConfig], [TrainConfig], [EvalConfig], [FeaturesConfig],
     ]  # fmt: skip
     stages = dict(zip(("tokenize", "harvest", "synthesize", "train", "eval", "report"), classes, strict=True))
-    return [entry for stage, kind in stages.items() for entry in _settings(stage, [kind])]
+    return [entry for stage, kinds in stages.items() for entry in _settings(stage, kinds)]
 
 
 def _settings(prefix: str, models: Sequence[type[BaseModel]]) -> Iterator[dict[str, str]]:
@@ -92,6 +93,14 @@ def formats() -> dict[str, str]:
     found = dict(_registered("formats", "name"))
     if (imported := sys.modules.get("sae.pipeline.formats")) is not None:
         found |= {name: summary(format.__doc__) for name, format in imported.FORMATS.items()}
+    return found
+
+
+def row_sources() -> dict[str, str]:
+    """Name and one line of help for every source of rows that can be harvested, likewise."""
+    found = dict(_registered("harvest/sources", "name"))
+    if (imported := sys.modules.get("sae.pipeline.harvest.sources")) is not None:
+        found |= {name: summary(kind.__doc__) for name, kind in imported.SOURCES.items()}
     return found
 
 

@@ -10,7 +10,6 @@ from sae.pipeline.commands.options import (
     cache_root,
     folder,
     length_of,
-    unfinished,
 )
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def store_of(where: "Lab", name: str | None, *, any_of_the_last: bool = False) -
     if name is None and any_of_the_last:
         name = next(iter(catalogue.latest(where.root).get(ActivationStore.kind, [])), None)
     store = catalogue.find(where.root, ActivationStore, name, "--activations", "sae harvest")
-    where.progress.note(f"activations: {store.key}{unfinished(store)}")
+    where.progress.note(f"activations: {store.key}{catalogue.unfinished(store)}")
     return store
 
 

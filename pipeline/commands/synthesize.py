@@ -47,8 +47,8 @@ def synthesize(
     """
     from sae.cache import catalogue
     from sae.pipeline.commands.bars import Bars
-    from sae.pipeline.harvest.synthesize import synthesize as stage
-    from sae.pipeline.harvest.synthetic import SyntheticConfig
+    from sae.pipeline.harvest.sources.synthetic import SyntheticConfig, SyntheticSource
+    from sae.pipeline.harvest.stage import harvest
 
     if rows == "all":
         raise SaeError("--rows all: synthetic rows have no end; say how many, as 1M")
@@ -58,8 +58,8 @@ def synthesize(
         rows=rows, d=d, features=features, noise=noise, seed=seed, codec=codec,
     )  # fmt: skip
     root, bars = cache_root(cache), Bars()
-    stores = stage(values, root, bars, wait=wait)
-    catalogue.remember(root, "activations", [stores["train"].key])
+    stores = harvest(SyntheticSource(values), root, bars, wait=wait).stores
+    catalogue.remember(root, "activations", [store.key for store in stores["train"]])
     if not bars.worked:
         bars.note("nothing to do: the rows asked for were there already")
-    show_stores(list(stores.values()), json, "width", lambda store: store.d)
+    show_stores([store for split in stores.values() for store in split], json, "width", lambda store: store.d)

@@ -29,7 +29,6 @@ from sae.pipeline.commands.options import (
     folder,
     length_of,
     settings,
-    unfinished,
 )
 from sae.pipeline.commands.shown import show_runs
 from sae.pipeline.runtime.interrupts import remedied
@@ -156,10 +155,11 @@ def say_rows(every: "Iterable[TrainConfig]", bars: "Bars") -> None:
 
 def activations_of(root: Path, name: str | None, bars: "Bars") -> "Dataset":
     """The rows to train on, said on stderr."""
+    from sae.cache import catalogue
     from sae.cache.loader.dataset import Dataset
 
     store = store_named(root, name)
-    bars.note(f"activations: {store.key}{unfinished(store)}")
+    bars.note(f"activations: {store.key}{catalogue.unfinished(store)}")
     return Dataset.of(store)
 
 

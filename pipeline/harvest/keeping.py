@@ -2,8 +2,8 @@
 
 A window may take an hour. What its batches have become is written when half a minute has passed since the last time, so
 that no end, `kill -9` included, loses much more than that; a window that takes less writes nothing. The rows go on
-exactly where they ended, and only under what they were computed with: the window, its batches, the kind of device, the
-precision, and the versions of what computes.
+exactly where they ended, and only under what they were computed with: the window, its parts, what the source says that
+its bits depend on (the kind of device, the precision), and the versions of what computes.
 """
 
 import time
@@ -18,7 +18,6 @@ from sae.cache.activations import WindowBuffer
 from sae.cache.disk.identity import Recipe
 from sae.cache.errors import SaeError
 from sae.cache.store import scratch
-from sae.pipeline.language_model import Point
 from sae.pipeline.runtime.interrupts import Interrupted
 
 EVERY = 30.0  # seconds between two writes
@@ -41,8 +40,8 @@ class Window:
     """What is kept of one window. positions [rows]: those of its rows. ends: the rows there are after each batch."""
 
     def __init__(
-        self, keeper: Keeper, number: int, identity: Recipe, folders: Mapping[Point, Path],
-        buffers: Mapping[Point, WindowBuffer], positions: np.ndarray, ends: Sequence[int],
+        self, keeper: Keeper, number: int, identity: Recipe, folders: Mapping[str, Path],
+        buffers: Mapping[str, WindowBuffer], positions: np.ndarray, ends: Sequence[int],
     ) -> None:  # fmt: skip
         self._keeper, self._number, self._identity, self._folders = keeper, number, identity, folders
         self._buffers, self._positions, self._ends = buffers, positions, ends

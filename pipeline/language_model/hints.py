@@ -45,7 +45,7 @@ def model_of(store: ActivationStore, given: str | None, offline: bool) -> str:
     except ValueError as error:
         raise DamagedStore(f"{store.path / RECIPE}: {error}; remove the store and make it again") from error
     wanted = store.recipe["model"]
-    name = given if given is not None else _followed(store, "model", wanted["model"], "--model")
+    name = given if given is not None else followed(store, "model", wanted["model"], "--model")
     of_hub = wanted["revision"] is not None and not Path(name).is_absolute()
     here = name == embedded.NAME or _is_folder(name) or (name.startswith(RANDOM) and "/" not in name)
     if given is None and not (of_hub or here):
@@ -87,7 +87,7 @@ def tokenizer_of(store: TokenStore, given: str | None) -> str:
         return given
     if not is_plain_name(name):
         raise DamagedStore(f"{store.path / RECIPE}: {shown(name)} is no name of a tokenizer; say it with --tokenizer")
-    return _followed(store, "tokenizer", name, "--tokenizer")
+    return followed(store, "tokenizer", name, "--tokenizer")
 
 
 def source_of(store: TokenStore, given: str | None) -> str:
@@ -95,10 +95,10 @@ def source_of(store: TokenStore, given: str | None) -> str:
     spec = given or _named(store) or store.hints.get("source")
     if spec is None:
         raise SaeError(f"{store.path}: where its text is now is not known; say it with --source")
-    return spec if given or _named(store) else _followed(store, "source", None, "--source")
+    return spec if given or _named(store) else followed(store, "source", None, "--source")
 
 
-def _followed(store: Store, what: str, name: str | None, option: str) -> str:
+def followed(store: Store, what: str, name: str | None, option: str) -> str:
     """What a store hints at, where that is an absolute path or the name in its recipe; the latter where it says none.
 
     Raises SaeError for anything else.

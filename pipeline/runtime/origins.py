@@ -13,6 +13,7 @@ class Origins:
     """
 
     root: Path
+    tokens: str | None = None
     model: str | None = None
     source: str | None = None
     tokenizer: str | None = None

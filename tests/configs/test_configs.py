@@ -314,8 +314,8 @@ def test_a_preset_that_is_not_there() -> None:
 def stages() -> dict[str, type[BaseModel]]:
     """The settings of every stage."""
     from sae.pipeline.evaluate.stage import EvalConfig
-    from sae.pipeline.harvest.stage import HarvestConfig
-    from sae.pipeline.harvest.synthetic import SyntheticConfig
+    from sae.pipeline.harvest.sources.language_model import HarvestConfig
+    from sae.pipeline.harvest.sources.synthetic import SyntheticConfig
     from sae.pipeline.interpret.features import FeaturesConfig
     from sae.pipeline.tokenize.stage import TokenizeConfig
     from sae.pipeline.train.stage import TrainConfig

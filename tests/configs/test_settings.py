@@ -17,8 +17,8 @@ from sae.configs import SECTIONS, resolve
 from sae.configs.layers import inner_models, tag_of
 from sae.configs.reading import nested
 from sae.pipeline.evaluate.stage import EvalConfig
-from sae.pipeline.harvest.stage import HarvestConfig
-from sae.pipeline.harvest.synthetic import SyntheticConfig
+from sae.pipeline.harvest.sources.language_model import HarvestConfig
+from sae.pipeline.harvest.sources.synthetic import SyntheticConfig
 from sae.pipeline.interpret.features import FeaturesConfig
 from sae.pipeline.saes import Config
 from sae.pipeline.tokenize.stage import TokenizeConfig

@@ -16,10 +16,8 @@ from support.small_stores import shrunk
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig
 
-from sae.cache import activations
 from sae.cache.disk.identity import Recipe
 from sae.cache.tokens import TokenStore, TokenWriter
-from sae.pipeline.harvest import stage
 from sae.pipeline.language_model import LanguageModel
 
 VOCAB, CONTEXT, LAYERS, WIDTH, HEADS, BEGIN = 61, 16, 2, 16, 2, 3
@@ -43,7 +41,6 @@ CONFIGS: dict[str, Any] = {
 def small_stages() -> Iterator[pytest.MonkeyPatch]:
     """Stores with windows of 32 to 128 rows, no waiting for the disk, and each model booted once."""
     with shrunk() as patch:
-        patch.setattr(stage, "WINDOWS", activations.WINDOWS)
         boot = functools.cache(LanguageModel.boot)
         patch.setattr(LanguageModel, "boot", lambda name, **options: boot(name, **{**options, "device": "cpu"}))
         threads = torch.get_num_threads()

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.harvesting import synthesize
 from support.small_stores import CHUNK, few, files, heavy_rows, shrunk, write_activations
 from torch import Tensor
 
@@ -26,8 +27,7 @@ from sae.cache.loader.loader import Batches, Loader, Settings
 from sae.cache.loader.schedule import Place, shares
 from sae.cache.store.codecs import to_numpy
 from sae.cache.store.manifest import Windows
-from sae.pipeline.harvest.synthesize import synthesize
-from sae.pipeline.harvest.synthetic import Independent, SyntheticConfig
+from sae.pipeline.harvest.sources.synthetic import Independent, SyntheticConfig
 from sae.pipeline.runtime.progress import Silent
 
 ROOT = Path(__file__).resolve().parents[3]

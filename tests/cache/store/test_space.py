@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.harvesting import harvest
 from support.small_models import made_up, save_model, small_stages, token_store
 from support.small_stores import write_activations
 
@@ -14,7 +15,7 @@ from sae.cache.activations import ActivationStore
 from sae.cache.errors import SaeError
 from sae.cache.store.space import expect_room, folder_size, on_disk
 from sae.cache.upkeep.export import export
-from sae.pipeline.harvest.stage import HarvestConfig, harvest
+from sae.pipeline.harvest.sources.language_model import HarvestConfig
 from sae.pipeline.runtime.progress import Silent
 
 CODECS = (

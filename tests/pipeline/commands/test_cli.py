@@ -40,7 +40,6 @@ def small() -> Iterator[pytest.MonkeyPatch]:
         patch.setattr(tokens, "CHUNK_TOKENS", 1024)
         patch.setattr(activations, "CHUNK_ROWS", 512)
         patch.setattr(activations, "WINDOWS", Windows(512, 2048))
-        patch.setattr("sae.pipeline.harvest.stage.WINDOWS", activations.WINDOWS)
         patch.setattr(bars, "QUIET_SECONDS", float("inf"))
         yield patch
 
@@ -430,7 +429,17 @@ def test_results_for_people(world: Path) -> None:
 
 def test_lists(world: Path) -> None:
     found = done("list --json").json
-    assert list(found) == ["runs", "architectures", "codecs", "formats", "sites", "metrics", "sources", "presets"]
+    assert list(found) == [
+        "runs",
+        "architectures",
+        "codecs",
+        "formats",
+        "sites",
+        "metrics",
+        "sources",
+        "row_sources",
+        "presets",
+    ]
     assert found["runs"][0]["name"] == "one" and "finished, on model-1" in found["runs"][0]["help"]
     assert all(entry["name"] in done("list").out for entries in found.values() for entry in entries)
     entries = done("cache ls --json").json

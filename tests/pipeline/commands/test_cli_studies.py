@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 from support.command_line import done, sae
+from support.harvesting import harvest
 from support.small_models import made_up, save_model, small_stages, token_store
 from typer.main import get_command
 
 from sae.cache import catalogue
 from sae.pipeline.commands import study, words
-from sae.pipeline.harvest.stage import HarvestConfig, harvest
+from sae.pipeline.harvest.sources.language_model import HarvestConfig
 from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.studies import coefficients, rates
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.command_line import SMALL_DEMO
+from support.harvesting import harvest
 
 from sae.cache import catalogue
 from sae.cache.activations import ActivationStore
@@ -17,7 +18,7 @@ from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import Run
 from sae.pipeline.commands.all_stages import all_stages
 from sae.pipeline.evaluate.stage import EvalConfig, evaluate
-from sae.pipeline.harvest.stage import HarvestConfig, harvest
+from sae.pipeline.harvest.sources.language_model import HarvestConfig
 from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.saes import parse
 from sae.pipeline.tokenize.stage import TokenizeConfig, tokenize

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from support.harvesting import harvest
 from support.small_models import (
     BEGIN,
     CONTEXT,
@@ -35,7 +36,7 @@ from sae.cache.store.store import HINTS
 from sae.cache.tokens import TokenStore
 from sae.pipeline.evaluate.judging import judge_tokens
 from sae.pipeline.evaluate.stage import EvalConfig, evaluate
-from sae.pipeline.harvest.stage import HarvestConfig, harvest
+from sae.pipeline.harvest.sources.language_model import HarvestConfig
 from sae.pipeline.language_model import LanguageModel
 from sae.pipeline.metrics.downstream import Downstream, DownstreamScores
 from sae.pipeline.runtime.progress import Silent

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from support.harvesting import harvest
 from support.killing import Killed
 from support.small_models import (
     BEGIN,
@@ -38,8 +39,9 @@ from sae.cache.errors import Busy, SaeError
 from sae.cache.store import manifest
 from sae.cache.store.manifest import Manifest
 from sae.cache.tokens import TokenStore
-from sae.pipeline.harvest.stage import HarvestConfig, HarvestResult, harvest
-from sae.pipeline.harvest.windows import Passes
+from sae.pipeline.harvest import stage
+from sae.pipeline.harvest.sources.language_model import HarvestConfig
+from sae.pipeline.harvest.stage import HarvestResult
 from sae.pipeline.language_model import SITES, LanguageModel, Point
 from sae.pipeline.language_model.token_mask import RowRule
 from sae.pipeline.runtime.progress import Silent
@@ -358,16 +360,16 @@ def test_a_window_is_written_while_the_next_is_computed(
     tmp_path: Path, gpt2: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But for window 0, whose columns the others are coded by; and never two at a time."""
-    append, compute = ActivationWriter.append, Passes.compute
+    append, compute = ActivationWriter.append, stage.compute
     computing: list[int] = []
     writing: list[int] = []
     begun = threading.Condition()
 
-    def noted(self: Passes, task: Any, *args: Any) -> Any:
+    def noted(source: Any, task: Any, *args: Any) -> Any:
         with begun:
             computing.append(task.window)
             begun.notify_all()
-        return compute(self, task, *args)
+        return compute(source, task, *args)
 
     def waiting(self: ActivationWriter, arrays: Any, notes: Any) -> Any:
         window = len(self.store.manifest.windows)
@@ -381,7 +383,7 @@ def test_a_window_is_written_while_the_next_is_computed(
         assert not writing
         return done
 
-    monkeypatch.setattr(Passes, "compute", noted)
+    monkeypatch.setattr(stage, "compute", noted)
     monkeypatch.setattr(ActivationWriter, "append", waiting)
     assert len(one(run(gpt2, tmp_path, token_store(tmp_path, made_up(20)))).manifest.windows) == 5
 
@@ -391,7 +393,8 @@ import sys
 from pathlib import Path
 sys.path[:0] = ["tests"]
 from support.small_models import small_stages, token_store, made_up
-from sae.pipeline.harvest.stage import HarvestConfig, harvest
+from sae.pipeline.harvest.sources.language_model import HarvestConfig
+from support.harvesting import harvest
 from sae.pipeline.runtime.progress import Silent
 with small_stages():
     root, model = Path(sys.argv[1]), sys.argv[2]
@@ -445,7 +448,6 @@ def test_less_than_one_window_of_a_growing_token_store(
 ) -> None:
     windows = activations.Windows(512, 1024)
     monkeypatch.setattr(activations, "WINDOWS", windows)
-    monkeypatch.setattr("sae.pipeline.harvest.stage.WINDOWS", windows)
     with pytest.raises(SaeError, match=r"200 rows do not fill their window, .* 512; .* --tokens 512 "):
         run(gpt2, tmp_path, token_store(tmp_path, first_rows(200), ended=False))
     assert not (tmp_path / "activations").exists()
@@ -587,7 +589,6 @@ def test_the_validation_tokens_are_checked_before_the_training_tokens_are_run(
 ) -> None:
     windows = activations.Windows(512, 1024)
     monkeypatch.setattr(activations, "WINDOWS", windows)
-    monkeypatch.setattr("sae.pipeline.harvest.stage.WINDOWS", windows)
     validation = token_store(tmp_path, made_up(16, seed=1), split="validation", ended=False)
     refused(
         r"do not fill their window, .* --set tokenize.validation_tokens=512 ",

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.harvesting import harvest
 from support.killing import Killed, killed_after
 from support.small_models import CONTEXT, made_up, save_model, small_stages, token_store
 from support.small_stores import files
@@ -17,7 +18,8 @@ from sae.cache.errors import SaeError
 from sae.cache.store import scratch
 from sae.cache.store.contents import is_own, is_temporary
 from sae.pipeline.harvest import keeping
-from sae.pipeline.harvest.stage import HarvestConfig, HarvestResult, harvest
+from sae.pipeline.harvest.sources.language_model import HarvestConfig
+from sae.pipeline.harvest.stage import HarvestResult
 from sae.pipeline.language_model import LanguageModel
 from sae.pipeline.runtime.interrupts import SIGNALS, Interrupted
 from sae.pipeline.runtime.progress import Silent

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from sae.cache.upkeep import repair
 from sae.cache.upkeep.damage import inspect_damage, verify
 from sae.pipeline.commands import bars
 from sae.pipeline.commands.cache_verify import inspect_stores, mend
-from sae.pipeline.harvest.windows import Passes
+from sae.pipeline.harvest import repair as harvest_repair
 from sae.pipeline.language_model import LanguageModel, loading
 from sae.pipeline.runtime import network
 from sae.pipeline.runtime.origins import Origins
@@ -299,13 +300,13 @@ def test_what_a_store_is_is_gone(home: Path) -> None:
 
 def test_only_damaged_windows_are_made_again(home: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     computed: list[int] = []
-    compute = Passes.compute
+    compute = harvest_repair.compute
 
-    def counted(self: Passes, task: object, *args: object) -> object:
-        computed.append(task.window)  # type: ignore[attr-defined]
-        return compute(self, task, *args)  # type: ignore[arg-type]
+    def counted(source: Any, task: Any, *args: Any) -> Any:
+        computed.append(task.window)
+        return compute(source, task, *args)
 
-    monkeypatch.setattr(Passes, "compute", counted)
+    monkeypatch.setattr(harvest_repair, "compute", counted)
     store = store_of(home, "activations", "int8")
     (store / "rows/c/1/0").unlink()
     (store / "row_scale/c/1").unlink()
@@ -360,16 +361,16 @@ def test_other_positions_are_another_store(home: Path, monkeypatch: pytest.Monke
     store = store_of(home, "activations", "int8")
     (store / "rows/c/1/0").unlink()
     before = everything(home)
-    compute = Passes.compute
+    compute = harvest_repair.compute
 
-    def moved(self: Passes, *args: object) -> object:
-        found = compute(self, *args)  # type: ignore[arg-type]
+    def moved(*args: Any) -> Any:
+        found = compute(*args)
         for arrays in found.values():
             arrays["position"] = arrays["position"] + 1
             arrays["rows"] = -arrays["rows"]
         return found
 
-    monkeypatch.setattr(Passes, "compute", moved)
+    monkeypatch.setattr(harvest_repair, "compute", moved)
     answer = sae("cache verify --repair")
     assert answer.code == 2
     assert answer.complaint.startswith(f"{store}: window 1 made again is another one than was committed")

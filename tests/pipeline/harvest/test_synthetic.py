@@ -6,7 +6,8 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 from support.command_line import done, sae
+from support.harvesting import synthesize
 from support.killing import killed_after
 from support.small_stores import CHUNK, few, files, shrunk
 
@@ -31,9 +33,15 @@ from sae.configs import resolve
 from sae.pipeline.commands.app import app
 from sae.pipeline.commands.bars import Bars
 from sae.pipeline.commands.cache_verify import mend
-from sae.pipeline.harvest import synthetic
-from sae.pipeline.harvest.synthesize import synthesize, synthetic_recipe
-from sae.pipeline.harvest.synthetic import HELD_OUT, GroundTruth, Groups, Independent, SyntheticConfig, ground_truth
+from sae.pipeline.harvest.sources import synthetic
+from sae.pipeline.harvest.sources.synthetic import (
+    HELD_OUT,
+    GroundTruth,
+    Groups,
+    Independent,
+    SyntheticConfig,
+    SyntheticSource,
+)
 from sae.pipeline.metrics.recovery import Recovery
 from sae.pipeline.metrics.similarity import chance
 from sae.pipeline.runtime.origins import Origins
@@ -215,17 +223,19 @@ def test_mistakes(override: str, message: str) -> None:
 
 
 def test_a_source_of_another_version(tmp_path: Path) -> None:
-    recipe = synthetic_recipe(SMALL, "train")
+    stored = SimpleNamespace(recipe={"source": {**SMALL.recipe(), "generator": 2}}, split="train")
     with pytest.raises(SaeError, match="source synthetic 2: unknown to this version"):
-        ground_truth({**recipe, "source": {**recipe["source"], "generator": 2}})
+        SyntheticSource.of_store(cast(ActivationStore, stored), Origins(tmp_path))
 
 
 def test_the_truth_of_a_recipe() -> None:
-    truth = ground_truth(json.loads(json.dumps(synthetic_recipe(NOISY, "validation")))).features
-    assert torch.equal(truth, GroundTruth(SMALL).features)
+    stored = SimpleNamespace(recipe=json.loads(json.dumps({"source": NOISY.recipe()})), split="validation")
+    source = SyntheticSource.of_store(cast(ActivationStore, stored), Origins(Path()))
+    assert source.streams[0].truth is not None and source.config.noise == NOISY.noise
+    assert torch.equal(source.streams[0].truth, GroundTruth(SMALL).features)
     used = {"groups": SMALL, "iid": IID}
     for mode, config in used.items():  # settings of the other mode are no part of what names a store
-        assert synthetic_recipe(config, "train")["source"]["presence"].keys() - {"mode"} == (
+        assert config.recipe()["presence"].keys() - {"mode"} == (
             {"groups", "active", "decay"} if mode == "groups" else {"probability"}
         )
 

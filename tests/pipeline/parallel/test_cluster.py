@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.command_line import sae
+from support.harvesting import harvest
 from support.killing import Killed
 from support.slowly import reciprocal, slowly_squared
 from support.small_cluster import Dying, small_cluster
@@ -24,7 +25,8 @@ from sae.cache.errors import Busy, SaeError
 from sae.cache.tokens import SPLITS, TokenStore
 from sae.cache.upkeep import removing
 from sae.pipeline.harvest import keeping, windows
-from sae.pipeline.harvest.stage import HarvestConfig, HarvestResult, harvest
+from sae.pipeline.harvest.sources.language_model import HarvestConfig
+from sae.pipeline.harvest.stage import HarvestResult
 from sae.pipeline.language_model import LanguageModel
 from sae.pipeline.parallel import dask_cluster
 from sae.pipeline.parallel.process_pool import Pool

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.harvesting import synthesize
 from support.small_studies import BASE
 from torch import Tensor
 
 from sae.cache.activations import ActivationStore
 from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import Run
-from sae.pipeline.harvest.synthesize import synthesize
-from sae.pipeline.harvest.synthetic import Groups, SyntheticConfig, ground_truth
+from sae.pipeline.harvest.sources.synthetic import Groups, SyntheticConfig
 from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.studies.mfr import alignment, correlation, nearest, panels
 from sae.pipeline.studies.study import Lab
@@ -59,7 +59,8 @@ def test_a_group_for_every_weight(store: ActivationStore, lab: Lab, tmp_path: Pa
 def test_latents_agree_on_what_is_true(store: ActivationStore, lab: Lab) -> None:
     base = BASE.model_copy(update={"steps": 200, "checkpoint_every": 100})
     result = alignment(base, Dataset.of(store), lab, weights=(0.0,), seeds=3)
-    truth = ground_truth(store.recipe).features
+    truth = store.truth
+    assert truth is not None
     tables = [trained.load(Run(lab.runs / row["run"])).W_dec.detach() for row in result.runs]
 
     def closest(a: Tensor, others: Tensor) -> list[float]:

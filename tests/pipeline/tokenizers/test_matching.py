@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from support.harvesting import harvest
 from support.small_hub import hub
 from support.small_tokenizers import CORPUS, write_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -12,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from sae.cache.errors import SaeError
 from sae.cache.tokens import TokenStore
 from sae.pipeline import embedded
-from sae.pipeline.harvest.stage import HarvestConfig, harvest
+from sae.pipeline.harvest.sources.language_model import HarvestConfig
 from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.tokenize.stage import TokenizeConfig, tokenize
 from sae.pipeline.tokenizers.matching import GPT2_DIGEST, difference, matches, model_tokenizer

@@ -11,9 +11,9 @@ Given up: coefficients that depend on each other, and a probability of its own f
 """
 
 import hashlib
-from collections.abc import Callable
-from functools import lru_cache
-from typing import Annotated, Literal, NamedTuple, Self
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -21,14 +21,21 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from sae.cache.activations import ActivationStore
 from sae.cache.disk.identity import Recipe
 from sae.cache.errors import SaeError
-from sae.configs.base import MOST, Settings
+from sae.configs.base import MOST, Amount, Settings
+from sae.pipeline.runtime.origins import Origins
+from sae.pipeline.runtime.progress import Progress
+
+from .base import Rows, RowSource, SourceConfig, Stream, Supply, WindowTask, register
 
 GENERATOR = 1  # part of the recipe: raised when the same settings give other rows
 HELD_OUT = 1 << 52  # the first sample that is never trained on; counts on the command line end far below
+FIRST = {"train": 0, "validation": HELD_OUT}  # the first sample of each split
 BLOCK = 4096  # samples drawn from one seed, at most
 BLOCK_KEYS = 1 << 22  # random numbers of a block, at most (but for a block of one sample)
+PART = 16_384  # rows drawn at a time
 EXPONENT = 600.0  # members less likely than the first by more than e^600 are all as unlikely
 
 Bits = Callable[[str], np.random.PCG64]  # random bits for a purpose
@@ -82,9 +89,10 @@ class Independent(Settings):
         return np.searchsorted(row, np.arange(n + 1)), feature
 
 
-class SyntheticConfig(Settings):
+class SyntheticConfig(SourceConfig):
     """Which rows with known features to make, and how to store them."""
 
+    source: Literal["synthetic"] = Field("synthetic", description="where rows come from")
     d: int = Field(256, ge=1, le=MOST, description="width of a row")
     features: int = Field(512, ge=1, le=MOST, description="true features: random directions of length 1")
     presence: Annotated[Groups | Independent, Field(discriminator="mode")] = Groups()
@@ -92,7 +100,6 @@ class SyntheticConfig(Settings):
     seed: int = Field(0, ge=0, description="seed of the features and the samples")
     rows: int = Field(1_000_000, ge=1, lt=HELD_OUT, description="training rows, rounded up to a whole window")
     validation_rows: int = Field(65_536, ge=1, lt=HELD_OUT, description="held-out rows, rounded up likewise")
-    codec: str = Field("int8", description="int8, bfloat16, float16 or float32; with settings as int8:step=0.11")
 
     @model_validator(mode="after")
     def _groups_are_large_enough(self) -> Self:
@@ -105,7 +112,7 @@ class SyntheticConfig(Settings):
                 )
         return self
 
-    def source(self) -> Recipe:
+    def recipe(self) -> Recipe:
         """Everything that decides the samples."""
         return {
             "source": "synthetic",
@@ -177,14 +184,61 @@ class GroundTruth:
         return np.random.PCG64(int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little"))
 
 
-def ground_truth(recipe: Recipe) -> GroundTruth:
-    """What the rows of a synthetic store are made from. Raises SaeError where this version knows no such source."""
-    source = recipe["source"]
-    kind, version = source.get("source"), source.get("generator")
-    if (kind, version) != ("synthetic", GENERATOR):
-        raise SaeError(f"source {kind} {version}: unknown to this version; use the one that wrote the store")
-    settings = {name: value for name, value in source.items() if name not in ("source", "generator")}
-    return GroundTruth(SyntheticConfig.model_validate(settings))
+@lru_cache(maxsize=1)
+def _truth(config: SyntheticConfig) -> GroundTruth:
+    return GroundTruth(config)
+
+
+@register
+class SyntheticSource(RowSource):
+    """Sparse sums of random directions, which are known: what `sae synthesize` makes."""
+
+    name: ClassVar[str] = "synthetic"
+    settings: ClassVar[type[SourceConfig]] = SyntheticConfig
+    config: SyntheticConfig
+
+    def __init__(self, config: SyntheticConfig, splits: Sequence[str] = tuple(FIRST)) -> None:
+        self.config, self.splits, self.truth = config, tuple(splits), _truth(config)
+        self.streams = (Stream("synthetic", config.d, self.truth.features),)
+
+    @classmethod
+    def of_settings(cls, config: SyntheticConfig, origins: Origins, progress: Progress) -> "SyntheticSource":
+        return cls(config)
+
+    @classmethod
+    def of_store(cls, store: ActivationStore, origins: Origins) -> "SyntheticSource":
+        source = store.recipe["source"]
+        if source.get("generator") != GENERATOR:
+            raise SaeError(
+                f"source synthetic {source.get('generator')}: unknown to this version; use the one that wrote the store"
+            )
+        settings = {name: value for name, value in source.items() if name != "generator"}
+        return cls(SyntheticConfig.model_validate(settings), (store.split,))
+
+    def slug(self, stream: Stream, split: str) -> str:
+        held_out = "" if split == "train" else f"-{split}"
+        return f"synthetic-{self.config.presence.mode}-{self.config.features}in{self.config.d}{held_out}"
+
+    def identity(self, stream: Stream, split: str) -> Recipe:
+        return {"source": self.config.recipe(), "split": split}
+
+    def supply(self, split: str, wanted: Amount | None = None) -> Supply:
+        if wanted is None:
+            wanted = self.config.rows if split == "train" else self.config.validation_rows
+        windows = ActivationStore.layout({})
+        return Supply(HELD_OUT, HELD_OUT if wanted == "all" else wanted, lambda i: (windows.start(i),), ended=False)
+
+    def window(self, task: WindowTask) -> Iterator[Rows]:
+        first = FIRST[task.split] + task.start[0]
+        for low in range(first, first + task.rows, PART):
+            position = np.arange(low, min(low + PART, first + task.rows))
+            yield Rows(position, partial(self._values, low, len(position)))
+
+    def _values(self, first: int, count: int, names: Sequence[str]) -> list[tuple[str, Tensor]]:
+        return [(name, self.truth.draw(first, count)[0]) for name in names]
+
+    def elsewhere(self) -> Callable[[], RowSource]:
+        return partial(SyntheticSource, self.config, self.splits)
 
 
 @lru_cache(maxsize=8)
