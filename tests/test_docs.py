@@ -20,6 +20,7 @@ from sae.pipeline.commands.registry_listing import every_setting
 from sae.pipeline.evaluate.stage import EvalConfig
 from sae.pipeline.harvest.sources.language_model import HarvestConfig
 from sae.pipeline.harvest.sources.synthetic import SyntheticConfig
+from sae.pipeline.harvest.sources.table import TableConfig
 from sae.pipeline.interpret.features import FeaturesConfig
 from sae.pipeline.saes import ARCHITECTURES
 from sae.pipeline.tokenize.stage import TokenizeConfig
@@ -101,7 +102,7 @@ def test_everything_reads_the_same_everywhere() -> None:
 def in_its_class(path: str) -> list[Any]:
     """The fields that a setting is in its stage's class, one for every class of a union that has it."""
     section, *way, name = path.split(".")
-    models = [EVERY[section]]
+    models = [EVERY[section], TableConfig] if section == "harvest" else [EVERY[section]]
     for key in way:
         models = [kind for one in models if key in one.model_fields for kind in configs.inner_models(one, key)]
     return [one.model_fields[name] for one in models if name in one.model_fields]

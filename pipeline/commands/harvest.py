@@ -32,7 +32,7 @@ def harvest(
     site: Annotated[str | None, option("harvest.site", metavar="NAME,...")] = None,
     codec: Annotated[str | None, option("harvest.codec")] = None,
     table: Annotated[str | None, option("harvest.table", metavar="FILE")] = None,
-    source: Annotated[str | None, option("harvest.source", metavar="NAME")] = None,
+    source: Annotated[str | None, typer.Option(metavar="NAME", help="Where rows come from, with settings by `--set`; `sae list` explains each. Default: language_model.")] = None,
     tokens: Annotated[str | None, count_option("harvest.tokens")] = None,
     tokens_from: Annotated[str | None, typer.Option(metavar="STORE", autocompletion=complete_store, help="Token store: key, beginning of a key, or path. Default: the last one made.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", metavar="", help="Only say how many rows, bytes and minutes it would take.")] = False,
