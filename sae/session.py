@@ -25,8 +25,8 @@ from sae.dictionaries import Named, load, runs_folder
 from sae.pipeline.evaluate.judging import EvalConfig, judge
 from sae.pipeline.evaluate.stage import evaluate as evaluate_run
 from sae.pipeline.harvest.in_memory import store_rows
-from sae.pipeline.harvest.stage import HarvestConfig
-from sae.pipeline.harvest.stage import harvest as harvest_tokens
+from sae.pipeline.harvest.sources.language_model import HarvestConfig, LanguageModelSource
+from sae.pipeline.harvest.stage import harvest as harvest_rows
 from sae.pipeline.interpret.features import FeaturesConfig
 from sae.pipeline.language_model import LanguageModel, Point
 from sae.pipeline.metrics.metric import Subject
@@ -121,10 +121,10 @@ class Session:
             tokens_from = catalogue.find(self.cache, TokenStore, tokens_from, "tokens_from", "sae tokenize")
         held_out = catalogue.sibling_of(self.cache, tokens_from, "validation")
         stores = [tokens_from, *([held_out] if held_out is not None and held_out.n_contexts else [])]
-        found = harvest_tokens(
-            config, stores, self.cache, self.progress, model=booted, device=self.device, offline=self.offline,
-            workers=workers,
-        ).stores["train"]  # fmt: skip
+        source = LanguageModelSource.over(
+            config, stores, self.progress, model=booted, device=self.device, offline=self.offline
+        )
+        found = harvest_rows(source, self.cache, self.progress, workers=workers).stores["train"]
         catalogue.remember(self.cache, ActivationStore.kind, [store.key for store in found])
         return {str(Point(store.recipe["layer"], store.recipe["site"])): Dataset.of(store) for store in found}
 
