@@ -1,6 +1,7 @@
 """Presets and the one loader: preset + file + command line -> a validated settings object. Knows no stage.
 
-A preset or a file is YAML with one section a stage: `tokenize`, `harvest`, `synthesize`, `train`, `eval`, `report`.
+A preset or a file is YAML with one section a stage: `tokenize`, `harvest`, `synthesize`, `train`, `eval`, `report`;
+and one for the studies, `study`, with a section each inside.
 Later layers win: the defaults of the settings class, the preset, the file, the command line. The command line is one
 layer: its own options, `--set section.key=value` and the axes of a sweep may not contradict each other.
 """
@@ -124,4 +125,4 @@ def _options(flags: dict[str, Any]) -> Iterator[Said]:
 
 def _shown(value: Any) -> str:
     """A value as the command line has it."""
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return ",".join(map(_shown, value)) if isinstance(value, list | tuple) else str(value).removesuffix(".0")

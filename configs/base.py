@@ -48,12 +48,12 @@ def _types(annotation: Any) -> set[Any]:
     return {kind for one in inner for kind in _types(one)} if inner else {annotation}
 
 
-def _distinct(items: tuple[Item, ...]) -> tuple[Item, ...]:
+def distinct(items: tuple[Item, ...]) -> tuple[Item, ...]:
     twice = next((item for i, item in enumerate(items) if item in items[:i]), None)
     if twice is not None:
         raise ValueError(f"{twice} is there twice")
     return items
 
 
-Distinct = AfterValidator(_distinct)
+Distinct = AfterValidator(distinct)
 """Of a list: nothing stands in it twice."""

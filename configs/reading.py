@@ -14,7 +14,7 @@ import yaml
 
 from sae.cache.errors import SaeError
 
-SECTIONS = ("tokenize", "harvest", "synthesize", "train", "eval", "report")
+SECTIONS = ("tokenize", "harvest", "synthesize", "train", "eval", "report", "study")
 
 WORDS = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),

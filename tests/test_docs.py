@@ -23,6 +23,7 @@ from sae.pipeline.harvest.sources.synthetic import SyntheticConfig
 from sae.pipeline.harvest.sources.table import TableConfig
 from sae.pipeline.interpret.features import FeaturesConfig
 from sae.pipeline.saes import ARCHITECTURES
+from sae.pipeline.studies.study import settings as study_settings
 from sae.pipeline.tokenize.stage import TokenizeConfig
 from sae.pipeline.train.stage import TrainConfig
 
@@ -31,7 +32,7 @@ STAGES: dict[str, type[BaseModel]] = {
     "tokenize": TokenizeConfig, "harvest": HarvestConfig, "train": TrainConfig, "eval": EvalConfig,
     "report": FeaturesConfig,
 }  # fmt: skip
-EVERY = {**STAGES, "synthesize": SyntheticConfig, "report": FeaturesConfig}
+EVERY = {**STAGES, "synthesize": SyntheticConfig, "report": FeaturesConfig, "study": study_settings()}
 
 
 def commands(group: Any = None, prefix: str = "sae") -> Iterator[tuple[str, Any]]:
@@ -117,7 +118,8 @@ def test_options_say_what_the_class_of_their_setting_says(path: str) -> None:
         assert (field.description, field.default) == (read.description, read.default)
     helps = {p.help for c in COMMANDS.values() for p in c.params if DECLARED[path] in p.opts}
     text = re.split("; (?:null|unset): ", read.description)[0][1:]
-    assert any(text in (help or "") and "Default: " in (help or "") for help in helps)
+    flag = read.kind == "bool"
+    assert any(text in (help or "") and (flag or "Default: " in (help or "")) for help in helps)
 
 
 def test_every_setting_is_listed() -> None:

@@ -121,7 +121,7 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or torch_says
 
 
-for group in (app, cache.app, study.app):
+for group in (app, cache.app):
     for registered in group.registered_commands:
         registered.cls = Command
 

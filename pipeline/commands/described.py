@@ -4,15 +4,18 @@ It is read from the text of that class: importing one takes the seconds that tor
 """
 
 import ast
+import inspect
 import re
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from textwrap import dedent
 from typing import Any, NamedTuple
 
 import typer
 
-from sae.pipeline.commands.words import AMOUNT, amount
+from sae.pipeline.commands.words import AMOUNT, LIST, amount
 
 PIPELINE = Path(__file__).parents[1]
 CLASSES = {  # folder and names of the classes that hold the settings below a path
@@ -26,7 +29,11 @@ CLASSES = {  # folder and names of the classes that hold the settings below a pa
     "eval": ("evaluate", ["EvalConfig"]),
     "report": ("interpret", ["FeaturesConfig"]),
 }
-METAVARS = {"int": "N", "float": "X", "str": "NAME"}
+STUDIES = f"{__package__.rpartition('.')[0]}.studies"
+METAVARS = {
+    "bool": "", "int": "N", "float": "X", "str": "NAME", "list of int": f"N{LIST}", "list of float": f"X{LIST}",
+    "list of str": f"NAME{LIST}",
+}  # fmt: skip
 DECLARED: dict[str, str] = {}  # option by the path of its setting: {"train.sae.k": "--k"}
 
 
@@ -37,15 +44,57 @@ class Described(NamedTuple):
     default: Any
     description: str
 
+    @property
+    def kind(self) -> str:
+        """What it holds: bool, int, float or str, or a list of int, float or str. Names of other types are str."""
+        plain = self.annotation.removeprefix("Annotated[").removesuffix(" | None")
+        listed = plain.startswith("tuple[")
+        item = re.split(r"\W", plain.removeprefix("tuple["))[0].lower()
+        known = next((kind for kind in ("bool", "int", "float") if item.endswith(kind)), "str")
+        return f"list of {known}" if listed else known
+
 
 def described(path: str) -> Described:
     """What the class of a setting says of it, as train.sae.k. Raises KeyError for a path that is no setting's."""
     owner, _, name = path.rpartition(".")
+    if owner.startswith("study."):
+        return {f"study.{study.name}": study.settings for study in studies()}[owner][name]
     folder, classes = CLASSES[owner]
     for kind in classes:
         if name in (fields := _fields(folder, kind)):
             return fields[name]
     raise KeyError(path)
+
+
+class DescribedStudy(NamedTuple):
+    """A study as its class has it: its name, its docstring, which options say something of its dictionaries."""
+
+    name: str
+    help: str
+    dictionary: tuple[str, ...]
+    settings: dict[str, Described]
+
+
+def studies() -> list[DescribedStudy]:
+    """Every study: the classes under `@register` in the folder of studies, and those registered elsewhere."""
+    found = [_study(node) for path in (PIPELINE / "studies").glob("*.py") for node in _registered(path)]
+    if (imported := sys.modules.get(f"{STUDIES}.study")) is not None:
+        elsewhere = [kind for kind in imported.STUDIES.values() if kind.__module__.rpartition(".")[0] != STUDIES]
+        found += [_study(ast.parse(dedent(inspect.getsource(kind))).body[0]) for kind in elsewhere]
+    return sorted(found, key=lambda study: study.name)
+
+
+def _registered(path: Path) -> Iterator[ast.ClassDef]:
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.ClassDef) and "register" in map(ast.unparse, node.decorator_list):
+            yield node
+
+
+def _study(node: ast.stmt) -> DescribedStudy:
+    assert isinstance(node, ast.ClassDef)
+    said = {ast.unparse(one.targets[0]): one.value for one in node.body if isinstance(one, ast.Assign)}
+    dictionary = ast.literal_eval(said["dictionary"]) if "dictionary" in said else ("arch", "k", "d_sae")
+    return DescribedStudy(ast.literal_eval(said["name"]), ast.get_docstring(node) or "", dictionary, _fields_of(node))
 
 
 def option(path: str, flag: str | None = None, *, metavar: str | None = None, unsaid: str | None = None) -> Any:
@@ -55,10 +104,18 @@ def option(path: str, flag: str | None = None, *, metavar: str | None = None, un
     """
     setting = described(path)
     name = DECLARED.setdefault(path, flag or "--" + path.rpartition(".")[2].replace("_", "-"))
-    kind = setting.annotation.partition(" |")[0]
     return typer.Option(
-        name, metavar=metavar or METAVARS.get(kind, "NAME"), show_default=False, help=_help(setting, unsaid)
+        name, metavar=metavar or METAVARS[setting.kind], show_default=False, help=_help(setting, unsaid)
     )
+
+
+def study_option(study: str, name: str, setting: Described) -> Any:
+    """The option that gives a setting of a study. A flag turns its setting into what it is not by default."""
+    negative = "no-" if setting.default is True else ""
+    flag = DECLARED.setdefault(f"study.{study}.{name}", f"--{negative}{name.replace('_', '-')}")
+    text = _help(setting).partition(" Default: ")[0] if setting.kind == "bool" else _help(setting)
+    unsaid = False if setting.kind == "bool" else None
+    return typer.Option(unsaid, flag, metavar=METAVARS[setting.kind], show_default=False, help=text)
 
 
 def count_option(path: str) -> Any:
@@ -82,7 +139,7 @@ def shown(default: Any) -> str:
     if default is None or isinstance(default, bool):
         return "null" if default is None else str(default).lower()
     if isinstance(default, tuple):
-        return ",".join(map(str, default))
+        return ",".join(map(shown, default))
     if isinstance(default, int) and default and default % 1_000_000 == 0:
         return f"{default // 1_000_000}M"
     return f"{default:g}" if isinstance(default, float) else str(default)
@@ -94,6 +151,10 @@ def _fields(folder: str, kind: str) -> dict[str, Described]:
     (text,) = _texts(folder, kind)
     (node,) = ast.parse(text).body
     assert isinstance(node, ast.ClassDef)
+    return _fields_of(node)
+
+
+def _fields_of(node: ast.ClassDef) -> dict[str, Described]:
     found = {}
     for one in node.body:
         if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and isinstance(one.value, ast.Call):

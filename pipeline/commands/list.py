@@ -19,7 +19,7 @@ def list_(
     settings: Annotated[bool, typer.Option("--settings", metavar="", help="Instead, every setting of a YAML file and of `--set`: its name, default and meaning.")] = False,
     runs: RunsRoot = Path("runs"), json: Json = False,
 ) -> None:  # fmt: skip
-    """What there is to choose from: runs, architectures, codecs, formats, sites, sources of text and of rows, presets.
+    """What there is to choose from: runs, architectures, metrics, studies, formats, sources, codecs, sites, presets.
 
     Exit code 3 where a run cannot be read; the others are listed all the same.
 

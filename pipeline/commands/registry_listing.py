@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from sae import configs
 from sae.cache.runs import Run
 from sae.cache.store.codecs import CODECS
-from sae.pipeline.commands.described import shown
+from sae.pipeline.commands.described import shown, studies
 from sae.pipeline.language_model import SITES
 from sae.pipeline.metrics.figures import declared, summary
 from sae.pipeline.tokenize.sources import registered
@@ -19,7 +19,7 @@ PIPELINE = Path(__file__).parent.parent
 
 
 def choices(runs: Sequence[Run]) -> dict[str, list[dict[str, str]]]:
-    """Name and one line of help for every run given, architecture, codec, format, site, metric, source and preset."""
+    """Name and one line of help for every run given, architecture, codec, format, site, metric, study, source, preset."""
     return {
         "runs": [{"name": run.name, "help": _state(run)} for run in runs],
         "architectures": [{"name": name, "help": help} for name, help in sorted(architectures().items())],
@@ -27,6 +27,7 @@ def choices(runs: Sequence[Run]) -> dict[str, list[dict[str, str]]]:
         "formats": [{"name": name, "help": help} for name, help in sorted(formats().items())],
         "sites": [{"name": name, "help": help} for name, help in SITES.items()],
         "metrics": [{"name": one.name, "help": one.help} for one in declared()],
+        "studies": [{"name": one.name, "help": summary(one.help)} for one in studies()],
         "sources": [{"name": entry.name, "help": entry.help} for entry in registered()],
         "row_sources": [{"name": name, "help": help} for name, help in sorted(row_sources().items())],
         "presets": [{"name": name, "help": _first_comment(name)} for name in configs.presets()],
@@ -34,18 +35,20 @@ def choices(runs: Sequence[Run]) -> dict[str, list[dict[str, str]]]:
 
 
 def every_setting() -> list[dict[str, str]]:
-    """Name, default and meaning of every setting of every stage, from their classes: this imports torch."""
+    """Name, default and meaning of every setting of every stage and study, from their classes: this imports torch."""
     from sae.pipeline.evaluate.stage import EvalConfig
     from sae.pipeline.harvest.sources import settings_of_sources
     from sae.pipeline.harvest.sources.synthetic import SyntheticConfig
     from sae.pipeline.interpret.features import FeaturesConfig
+    from sae.pipeline.studies.study import settings as study_settings
     from sae.pipeline.tokenize.stage import TokenizeConfig
     from sae.pipeline.train.stage import TrainConfig
 
     classes: list[Sequence[type[BaseModel]]] = [
         [TokenizeConfig], settings_of_sources(), [SyntheticConfig], [TrainConfig], [EvalConfig], [FeaturesConfig],
+        [study_settings()],
     ]  # fmt: skip
-    stages = dict(zip(("tokenize", "harvest", "synthesize", "train", "eval", "report"), classes, strict=True))
+    stages = dict(zip(configs.SECTIONS, classes, strict=True))
     return [entry for stage, kinds in stages.items() for entry in _settings(stage, kinds)]
 
 

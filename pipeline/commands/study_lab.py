@@ -1,6 +1,6 @@
 """What the studies' commands have in common: settings, where they are carried out, what is shown."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,34 +13,57 @@ from sae.pipeline.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from sae.cache.activations import ActivationStore
     from sae.cache.loader.dataset import Dataset
-    from sae.pipeline.studies.study import Lab, Result
+    from sae.pipeline.studies.lab import Lab
+    from sae.pipeline.studies.study import Study
+    from sae.pipeline.studies.tables import Result
     from sae.pipeline.train.stage import TrainConfig
 
 
-def training(
-    preset: str | None, file: Path | None, overrides: list[str] | None, steps: int | None, rows: str | None,
-    *, itself: Sequence[str] = (), of: Sequence[str] = (), **sae: Any,
-) -> "TrainConfig":  # fmt: skip
-    """What all dictionaries of a study have in common.
+def settings_of_study(
+    name: str, said: Mapping[str, Any], preset: str | None, file: Path | None, overrides: list[str] | None
+) -> "Study":
+    """The study of a name, with its settings from everything the command line says. said: its own options.
 
-    itself: settings that the study decides. of: the architectures it trains, where it chooses them. sae: what options
-    say of the dictionary. Raises SaeError for a `--set` that would come to nothing.
+    Raises SaeError for a setting of another study, which would come to nothing.
     """
+    from sae.configs import resolve
+    from sae.pipeline.studies.study import settings
+
+    for item in overrides or ():
+        section, _, key = item.partition("=")[0].partition(".")
+        if section.strip() == "study" and (other := key.partition(".")[0].strip()) != name:
+            raise SaeError(f"--set {item}: `sae study {name}` reads study.{name}.*, not study.{other}")
+    every = resolve("study", settings(), preset=preset, file=file, overrides=overrides or (), flags={name: dict(said)})
+    found: Study = getattr(every, name)
+    return found
+
+
+def training(
+    study: "Study", preset: str | None, file: Path | None, overrides: list[str] | None, steps: int | None,
+    rows: str | None, sae: Mapping[str, Any],
+) -> "TrainConfig":  # fmt: skip
+    """The training that all dictionaries of a study have in common. sae: what options say of the dictionary.
+
+    Raises SaeError for a `--set` that would come to nothing.
+    """
+    of = study.architectures
     from sae.configs import SECTIONS, resolve, settings_of
     from sae.pipeline.saes import Config
     from sae.pipeline.train.stage import TrainConfig
 
     for item in overrides or ():
-        if (section := item.partition(".")[0]) in SECTIONS and section not in ("train", "eval"):
-            raise SaeError(f"--set {item}: `sae study` reads train.* and eval.*; give this one to `sae {section}`")
+        if (section := item.partition(".")[0]) in SECTIONS and section not in ("train", "eval", "study"):
+            raise SaeError(
+                f"--set {item}: `sae study` reads train.* and eval.*, and study.{study.name}.*; give this one to "
+                f"`sae {section}`"
+            )
     freed, length = length_of(steps, rows)
-    flags = {"sae": sae, **length}
+    flags = {"sae": dict(sae), **length}
     base = resolve("train", TrainConfig, preset=preset, file=file, overrides=overrides or (), flags=flags, freed=freed)
     for item in overrides or ():
         for key in settings_of(item, "train"):
-            if any(f"{key}.".startswith(f"{one}.") for one in itself):
+            if any(f"{key}.".startswith(f"{one}.") for one in study.decides):
                 raise SaeError(f"--set {item}: this study decides {key} itself; its options say how")
             stage, _, name = key.partition(".")
             shared = {*Config.model_fields, *(["k"] if "topk" in of else [])} - {"arch"}
@@ -60,39 +83,33 @@ def lab(
     from sae.pipeline.commands.bars import Bars
     from sae.pipeline.evaluate.stage import EvalConfig
     from sae.pipeline.runtime import devices
-    from sae.pipeline.studies.study import Lab
+    from sae.pipeline.studies.lab import Lab
 
     devices.device(device)
-    judging = resolve("eval", EvalConfig, preset=preset, file=file, overrides=overrides or ())
+    eval_config = resolve("eval", EvalConfig, preset=preset, file=file, overrides=overrides or ())
     bars = Bars()
     devices.take_threads(threads, bars.note)
-    return Lab(cache_root(cache), folder("--runs", runs), bars, judging, not no_ce, device=device, offline=offline)
+    return Lab(cache_root(cache), folder("--runs", runs), bars, eval_config, not no_ce, device=device, offline=offline)
 
 
-def store_of(where: "Lab", name: str | None, *, any_of_the_last: bool = False) -> "ActivationStore":
-    """The store to train on, said on stderr. any_of_the_last: several that one harvest made are as good as one."""
+def dataset_of(where: "Lab", name: str | None, *, any_of_the_last: bool) -> "Dataset":
+    """The rows to train on, said on stderr. any_of_the_last: several that one harvest made are as good as one."""
     from sae.cache import catalogue
     from sae.cache.activations import ActivationStore
+    from sae.cache.loader.dataset import Dataset
 
     if name is None and any_of_the_last:
         name = next(iter(catalogue.latest(where.root).get(ActivationStore.kind, [])), None)
     store = catalogue.find(where.root, ActivationStore, name, "--activations", "sae harvest")
     where.progress.note(f"activations: {store.key}{catalogue.unfinished(store)}")
-    return store
-
-
-def dataset_of(where: "Lab", name: str | None) -> "Dataset":
-    """The rows to train on, said on stderr."""
-    from sae.cache.loader.dataset import Dataset
-
-    return Dataset.of(store_of(where, name))
+    return Dataset.of(store)
 
 
 def results_folder(out: Path | None, study: str) -> Path:
     """Where the results go. Raises SaeError for a file, where they would replace what is no study's, and where nothing
     can be written.
     """
-    from sae.pipeline.studies.study import expect_results
+    from sae.pipeline.studies.tables import expect_results
 
     chosen = folder("--out", out or Path("studies") / study)
     expect_results(chosen)

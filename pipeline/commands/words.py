@@ -103,10 +103,10 @@ def whole(option: str, text: str | None) -> list[int] | None:
     return None if text is None else _distinct(option, text, found)
 
 
-def grid(option: str, text: str | None, usual: tuple[float, ...]) -> tuple[float, ...]:
-    """Numbers from 0 on, ascending. Raises SaeError for what is not such, or is there twice."""
+def numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    """Numbers from 0 on, ascending; None for none given. Raises SaeError for what is not such, or is there twice."""
     if text is None:
-        return usual
+        return None
     try:
         found = [float(item) if item.isascii() else math.nan for item in text.split(",")]
     except ValueError:

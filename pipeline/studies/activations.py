@@ -9,8 +9,11 @@ own scale, so that only their course is shown, as a sparkline.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
+
+from pydantic import Field
 
 from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import Run
@@ -18,10 +21,11 @@ from sae.pipeline.metrics.figures import label
 from sae.pipeline.metrics.geometry import random_cosine
 from sae.pipeline.report.compare import Row
 from sae.pipeline.studies import l0_matching
+from sae.pipeline.studies.lab import Lab, Trial
 from sae.pipeline.studies.plots import Panel
 from sae.pipeline.studies.plots import draw as draw_panels
-from sae.pipeline.studies.results import columns
-from sae.pipeline.studies.study import Lab, Result, Trial, of_equal_rows, variant
+from sae.pipeline.studies.study import Setup, Study, of_equal_rows, register, variant
+from sae.pipeline.studies.tables import Result
 from sae.pipeline.train.stage import TrainConfig
 
 
@@ -44,49 +48,76 @@ SPARKS = "▁▂▃▄▅▆▇█"
 PLAIN_SPARKS = "_.-=+*%#"
 LENGTH = 24  # letters of a sparkline
 
-LABELS = ("activation", "coefficient")
-RATES = ("dense_share", "rate_q25", "rate_median", "rate_q75")
-FIRST = ("mse", "fvu", "l0", "sparsity", "dead_fraction", *RATES, "orthogonality", "train_loss")
 
+@register
+class Activations(Study):
+    """Activation functions side by side: ReLU, shifted ReLU, JumpReLU, TopK, BatchTopK; same data, seed and steps.
 
-def activations(
-    base: TrainConfig, dataset: Dataset, lab: Lab, *, k: int | None = None, d_sae: int | None = None,
-    match_l0: bool = False, seeds: int = 1,
-) -> Result:  # fmt: skip
-    """A run for every activation function; with `match_l0` at an L0 within a tenth of k, or as near as was found.
+    As they come, their L0s differ, and so little else can be said; `--match-l0` brings them together.
 
-    k, d_sae: active latents and latents in all, in the place of the base's.
+    Examples:
+
+        sae study activations --rows 50M --k 32
+        sae study activations --match-l0 --k 32 --seeds 3 --json
     """
-    configs = variants(of_equal_rows(base, [dataset]), k, d_sae)
-    target = int(getattr(configs["topk"].sae, "k"))  # noqa: B009 - a setting of TopK alone
-    notes = _match(configs, target, dataset, lab) if match_l0 else []
-    trials = [
-        Trial({"activation": name, "coefficient": getattr(config.sae, "coefficient", None)}, config, dataset)
+
+    name = "activations"
+    labels = ("activation", "coefficient")
+    shown = (
+        "mse", "fvu", "l0", "sparsity", "dead_fraction", "dense_share", "rate_q25", "rate_median", "rate_q75",
+        "orthogonality", "train_loss",
+    )  # fmt: skip
+    architectures = ("l1", "shifted_relu", "jumprelu", "topk", "batchtopk")
+    dictionary = ("k", "d_sae")
+
+    match_l0: bool = Field(
+        False, description="give the penalised ones the coefficients with which L0 is k, found by training"
+    )
+
+    def trials(self, setup: Setup) -> list[Trial]:
+        return trials_of(variants(setup), setup)
+
+    def run(self, setup: Setup) -> Result:
+        """With `match_l0`, at an L0 within a tenth of k, or as near as was found."""
+        setup = replace(setup, base=of_equal_rows(setup.base, [setup.dataset]))
+        configs = variants(setup)
+        target = int(getattr(configs["topk"].sae, "k"))  # noqa: B009 - a setting of TopK alone
+        notes = _match(configs, target, setup.dataset, setup.lab) if self.match_l0 else []
+        seeds = setup.seeds or self.usual_seeds
+        rows = setup.lab.rows([seeded for trial in trials_of(configs, setup) for seeded in trial.seeded(seeds)])
+        first = [row for row in rows if row["seed"] == setup.base.seed]
+        history = {row["activation"]: losses(Run(setup.lab.runs / row["run"])) for row in first}
+        extra = {
+            "k": target,
+            "matched_l0": self.match_l0,
+            "orthogonality_of_random_directions": random_cosine(setup.dataset.d_out),
+            "history": history,
+        }
+
+        def draw(table: Sequence[Row], path: Path) -> None:
+            draw_panels(panels(table, history), path)
+
+        return self.result(rows, draw=draw, notes=[*notes, *apart(rows)], extra=extra)
+
+    def lines(self, result: Result, *, plain: bool = False) -> list[str]:
+        return box(result, plain=plain)
+
+
+def trials_of(configs: dict[str, TrainConfig], setup: Setup) -> list[Trial]:
+    """A dictionary of each activation function."""
+    return [
+        setup.trial({"activation": name, "coefficient": getattr(config.sae, "coefficient", None)}, config)
         for name, config in configs.items()
     ]
-    rows = lab.rows([seeded for trial in trials for seeded in trial.seeded(seeds)])
-    first = [row for row in rows if row["seed"] == base.seed]
-    history = {row["activation"]: losses(Run(lab.runs / row["run"])) for row in first}
-    extra = {
-        "k": target,
-        "matched_l0": match_l0,
-        "orthogonality_of_random_directions": random_cosine(dataset.d_out),
-        "history": history,
-    }
-
-    def draw(table: Sequence[Row], path: Path) -> None:
-        draw_panels(panels(table, history), path)
-
-    return Result("activations", LABELS, columns(*FIRST), rows, draw, [*notes, *apart(rows)], extra)
 
 
-def variants(base: TrainConfig, k: int | None, d_sae: int | None) -> dict[str, TrainConfig]:
+def variants(setup: Setup) -> dict[str, TrainConfig]:
     """The training of every activation function."""
-    k = k or getattr(base.sae, "k", None)
-    size = {} if d_sae is None else {"d_sae": d_sae}
-    fixed = {} if k is None else {"k": k}
+    size = {name: value for name, value in setup.sae.items() if name != "k"}
+    k = setup.sae.get("k", getattr(setup.base.sae, "k", None))
+    fixed = size if k is None else {**size, "k": k}
     return {
-        name: variant(base, kind.arch, **size, **(fixed if kind.start is None else {})) for name, kind in KINDS.items()
+        name: variant(setup.base, kind.arch, **(fixed if kind.start is None else size)) for name, kind in KINDS.items()
     }
 
 

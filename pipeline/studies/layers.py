@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from pydantic import Field, NonNegativeInt
 
 from sae.cache import catalogue
 from sae.cache.activations import ActivationStore
@@ -24,47 +25,94 @@ from sae.pipeline.language_model import SITES
 from sae.pipeline.metrics.figures import label
 from sae.pipeline.metrics.similarity import chance, symmetric_mmcs
 from sae.pipeline.report.compare import Row
+from sae.pipeline.studies.lab import Trial
 from sae.pipeline.studies.plots import Panel
 from sae.pipeline.studies.plots import draw as draw_panels
-from sae.pipeline.studies.results import columns
-from sae.pipeline.studies.study import Lab, Result, Trial, of_equal_rows
+from sae.pipeline.studies.study import Setup, Study, of_equal_rows, register
+from sae.pipeline.studies.tables import Result
 from sae.pipeline.train import trained
-from sae.pipeline.train.stage import TrainConfig
 
 RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
 SEEDS_APART = 1000  # between those of neighbouring layers
 NORM_ROWS = 65_536  # whose mean norm is shown
 OWN = ("layer", "site", "hook", "d")  # what differs between stores of one pass
 
-LABELS = ("layer",)
-FIRST = ("norm", "fvu", "l0", "dead_fraction")
 AGREEMENT = ("mmcs_previous", "mmcs_chance")
-DRAWN = (*FIRST[1:], "ce_recovered_mean")
 
 
-def layers(
-    base: TrainConfig, reference: ActivationStore, lab: Lab, *, layers: Sequence[int], site: str, seeds: int = 1
-) -> Result:
-    """A run for every layer, at a site of the model and tokens of the reference store.
+@register
+class Layers(Study):
+    """The same dictionary on several layers of one model: norms, errors, dead latents, likeness of neighbours.
 
-    Raises NotFound, with the command that makes them, where stores are missing.
+    The layers' stores are found by what `--activations` names: same model, tokens and codec.
+
+    Examples:
+
+        sae study layers --layers 0,4,8,11 --site resid_post --rows 50M
+        sae study layers --layers 5,6 --arch batchtopk --k 64
     """
-    stores = found(lab.root, reference, layers, site)
-    base = of_equal_rows(base, map(Dataset.of, stores.values()))
-    trials = []
-    for layer, store in sorted(stores.items()):
-        config = base.model_copy(update={"seed": base.seed + SEEDS_APART * layer})
-        trials += Trial({"layer": layer}, config, Dataset.of(store)).seeded(seeds)
-    norms = {layer: mean_norm(store, base.outliers) for layer, store in stores.items()}
-    rows = [{**row, "norm": norms[row["layer"]]} for row in lab.rows(trials)]
-    if site not in RESIDUAL:
-        return Result("layers", LABELS, columns(*FIRST), rows, draw, extra={"site": site})
-    _compare_neighbours(rows, lab.runs)
-    return Result("layers", LABELS, (*columns(*FIRST), *AGREEMENT), rows, draw, extra={"site": site})
+
+    name = "layers"
+    labels = ("layer",)
+    shown = ("norm", "fvu", "l0", "dead_fraction")
+    any_store = True
+
+    layers: tuple[NonNegativeInt, ...] | None = Field(
+        None,
+        description="layers, from 0, as 0,4,8 or 0-3; a store of each must be there; null: all that have one",
+    )
+    site: str | None = Field(None, description="site, as resid_post; null: that of the store")
+
+    def trials(self, setup: Setup) -> list[Trial]:
+        """A dictionary a layer. Raises NotFound, with the command that makes them, where stores are missing."""
+        (reference,) = setup.dataset.inputs
+        if "tokens" not in reference.recipe:
+            raise SaeError(
+                f"--activations {reference.key}: is of no layer of a model; name a store that `sae harvest` made"
+            )
+        stores = found(setup.lab.root, reference, self.layers, self.site or str(reference.recipe["site"]))
+        datasets = {layer: Dataset.of(store) for layer, store in stores.items()}
+        base = of_equal_rows(setup.base, datasets.values())
+        return [
+            Trial({"layer": layer}, base.model_copy(update={"seed": base.seed + SEEDS_APART * layer}), dataset)
+            for layer, dataset in datasets.items()
+        ]
+
+    def run(self, setup: Setup) -> Result:
+        trials = self.trials(setup)
+        stores = {trial.labels["layer"]: trial.dataset.inputs[0] for trial in trials}
+        norms = {layer: mean_norm(store, setup.base.outliers) for layer, store in stores.items()}
+        seeds = setup.seeds or self.usual_seeds
+        rows = setup.lab.rows([seeded for trial in trials for seeded in trial.seeded(seeds)])
+        rows = [{**row, "norm": norms[row["layer"]]} for row in rows]
+        site = self.site or str(setup.dataset.inputs[0].recipe["site"])
+        if site not in RESIDUAL:
+            return self.result(rows, extra={"site": site})
+        _compare_neighbours(rows, setup.lab.runs)
+        return self.result(rows, *AGREEMENT, extra={"site": site})
+
+    def draw(self, rows: Sequence[Row], path: Path) -> None:
+        ticks = [row["layer"] for row in rows]
+
+        def panel(title: str, curves: dict[str, str], dashed: frozenset[str] = frozenset()) -> Panel:
+            points = {name: [(row["layer"], row.get(column)) for row in rows] for name, column in curves.items()}
+            return Panel(title, "layer", points, dashed=dashed, ticks=ticks)
+
+        drawn = (*self.shown[1:], "ce_recovered_mean")
+        titles = {"norm": "mean norm of a row", **{name: label(name) for name in drawn}}
+        panels = [panel(title, {title: name}) for name, title in titles.items()]
+        with_chance = {"dictionaries": "mmcs_previous", "random directions": "mmcs_chance"}
+        panels.append(panel("MMCS with the layer below", with_chance, frozenset({"random directions"})))
+        draw_panels(panels, path)
 
 
-def found(root: Path, reference: ActivationStore, layers: Sequence[int], site: str) -> dict[int, ActivationStore]:
-    """The store of every layer. Raises NotFound for those that are missing, SaeError for what is no site."""
+def found(
+    root: Path, reference: ActivationStore, layers: Sequence[int] | None, site: str
+) -> dict[int, ActivationStore]:
+    """The store of each layer, in their order; layers None: of all that are there.
+
+    Raises NotFound for those that are missing, SaeError for what is no site.
+    """
     if site not in SITES:
         raise SaeError(f"--site {site}: the sites are {', '.join(SITES)}")
     wanted = _common(reference.recipe)
@@ -74,6 +122,7 @@ def found(root: Path, reference: ActivationStore, layers: Sequence[int], site: s
         for store in every
         if store.n_rows and store.recipe.get("site") == site and _common(store.recipe) == wanted
     }
+    layers = sorted(there if layers is None else layers)
     if missing := [layer for layer in layers if layer not in there]:
         raise NotFound(
             f"--layers {','.join(map(str, missing))}: no {site} of {'these' if len(missing) > 1 else 'this'} beside "
@@ -116,18 +165,3 @@ def _compare_neighbours(rows: list[Row], runs: Path) -> None:
         if below is not None:
             row["mmcs_previous"] = symmetric_mmcs(decoders[row["layer"], row["seed"]], below).item()
             row["mmcs_chance"] = by_chance
-
-
-def draw(rows: Sequence[Row], path: Path) -> None:
-    """Each figure against the layer."""
-    ticks = [row["layer"] for row in rows]
-
-    def panel(title: str, curves: dict[str, str], dashed: frozenset[str] = frozenset()) -> Panel:
-        points = {name: [(row["layer"], row.get(column)) for row in rows] for name, column in curves.items()}
-        return Panel(title, "layer", points, dashed=dashed, ticks=ticks)
-
-    titles = {"norm": "mean norm of a row", **{name: label(name) for name in DRAWN}}
-    panels = [panel(title, {title: name}) for name, title in titles.items()]
-    with_chance = {"dictionaries": "mmcs_previous", "random directions": "mmcs_chance"}
-    panels.append(panel("MMCS with the layer below", with_chance, frozenset({"random directions"})))
-    draw_panels(panels, path)

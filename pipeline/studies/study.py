@@ -1,193 +1,166 @@
-"""What every study is made of: trials, the place they are carried out in, and the result they leave.
+"""How a study is written: a class under `@register` in a file of this folder, its settings declared as literals.
+
+    @register
+    class Widths(Study):
+        \"\"\"The same dictionary with several numbers of latents.
+
+        Example: `sae study widths --widths 1024,4096`.
+        \"\"\"
+
+        name = "widths"
+        labels = ("d_sae",)
+        shown = ("fvu", "l0", "dead_fraction")
+        decides = ("sae.d_sae",)
+        dictionary = ("arch", "k")
+
+        widths: tuple[PositiveInt, ...] = Field((1024, 4096), description="numbers of latents")
+
+        def trials(self, setup: Setup) -> list[Trial]:
+            return [setup.trial({"d_sae": m}, variant(setup.base, setup.base.sae.arch, d_sae=m)) for m in self.widths]
+
+Its fields are the options of `sae study widths` and the keys of `study.widths` in a YAML file; its docstring is the
+help. The command line reads both from the text of the class, for importing takes torch.
 
 Repeating a study trains and judges only what is missing: a run folder is named by its settings, an interrupted run
-continues at its checkpoint, and the figures of a finished one are kept beside it. All trials on one store that agree on
-their batches train in one pass over it, and so must fit into memory together.
+continues at its checkpoint, and the figures of a finished one are kept beside it. All trials on one dataset that agree
+on their batches train in one pass over it, and so must fit into memory together.
 """
 
-import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from pkgutil import iter_modules
+from typing import Any, ClassVar, TypeVar
 
-from pydantic import ValidationError
+from pydantic import ValidationError, create_model, field_validator
 
-from sae.cache import catalogue
-from sae.cache.disk.durable import make_folder, read, write_atomic
-from sae.cache.disk.identity import canonical
-from sae.cache.errors import NotFound, SaeError
+from sae.cache.errors import SaeError
 from sae.cache.loader.dataset import Dataset
-from sae.cache.runs import Run
-from sae.cache.tokens import TokenStore
-from sae.pipeline.evaluate.stage import EvalConfig, evaluate, missing
-from sae.pipeline.language_model import LanguageModel
-from sae.pipeline.language_model.hints import boot
-from sae.pipeline.report.compare import Row, as_csv, over_seeds
-from sae.pipeline.runtime.progress import Progress, said_if_slow
+from sae.configs.base import Settings, distinct
+from sae.pipeline.metrics.figures import compared, label
+from sae.pipeline.report.compare import Row
 from sae.pipeline.saes import ARCHITECTURES, Config, parse
-from sae.pipeline.studies import results as figures
-from sae.pipeline.train import trained
-from sae.pipeline.train.stage import TrainConfig, run_name
-from sae.pipeline.train.sweep import open_all, sweep
+from sae.pipeline.studies import __path__ as folder
+from sae.pipeline.studies.lab import Lab, Trial
+from sae.pipeline.studies.plots import Panel
+from sae.pipeline.studies.plots import draw as draw_panels
+from sae.pipeline.studies.results import columns
+from sae.pipeline.studies.tables import Result
+from sae.pipeline.train.stage import TrainConfig
 
-FILES = {"table": "table.csv", "results": "results.json", "plot": "plot.png"}
+STUDIES: dict[str, type["Study"]] = {}
+"""Every registered study by its name; `studies` has those of this folder in it, too."""
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One dictionary of a study: what it is called there, how it is trained, and on what."""
+class Setup:
+    """What a study is carried out on.
 
-    labels: dict[str, Any]
-    config: TrainConfig
+    base: the training that all its dictionaries have in common. seeds: how many of each, None for as many as is usual.
+    sae: `k` and `d_sae` of every dictionary in the place of the base's, for a study that chooses architectures itself.
+    """
+
+    base: TrainConfig
     dataset: Dataset
+    lab: Lab
+    seeds: int | None = None
+    sae: Mapping[str, Any] = field(default_factory=dict)
 
-    def seeded(self, count: int) -> "list[Trial]":
-        """This trial with `count` seeds, its own first."""
-        seeds = range(self.config.seed, self.config.seed + count)
-        return [Trial(self.labels, self.config.model_copy(update={"seed": seed}), self.dataset) for seed in seeds]
+    def trial(self, labels: dict[str, Any], config: TrainConfig) -> Trial:
+        """One dictionary, trained on the dataset."""
+        return Trial(labels, config, self.dataset)
 
 
-@dataclass
-class Lab:
-    """Where studies are carried out: the cache, the runs' folder, how finished runs are judged.
+class Study(Settings, ABC):
+    """A question that takes many dictionaries. Every field is a setting with a default.
 
-    cross_entropy: whether runs are spliced into the language model, which is booted once, when first needed. Runs on
-    rows of no language model are judged by the features they were made of, where those are known.
+    name: what it is called on the command line, in YAML and in its results. labels: the columns that tell its
+    dictionaries apart, the first of which is the plot's x axis. shown: the figures that come first in its table and
+    are drawn. decides: settings of training that it sets itself, as `sae.d_sae`, and refuses to be told.
+    architectures: those it trains, where it chooses them. dictionary: which options say something of all its
+    dictionaries. usual_seeds: dictionaries of each kind where nobody says. any_store: whether one of several stores
+    that one harvest made is as good as another to begin with.
     """
 
-    root: Path
-    runs: Path
-    progress: Progress
-    judging: EvalConfig = field(default_factory=EvalConfig)
-    cross_entropy: bool = True
-    device: str = "auto"
-    offline: bool = False
-    _models: dict[str, LanguageModel] = field(default_factory=dict)
+    name: ClassVar[str]
+    labels: ClassVar[tuple[str, ...]]
+    shown: ClassVar[tuple[str, ...]]
+    decides: ClassVar[tuple[str, ...]] = ()
+    architectures: ClassVar[tuple[str, ...]] = ()
+    dictionary: ClassVar[tuple[str, ...]] = ("arch", "k", "d_sae")
+    usual_seeds: ClassVar[int] = 1
+    any_store: ClassVar[bool] = False
 
-    def train(self, trials: Sequence[Trial]) -> list[Run]:
-        """The finished run of every trial; only what is missing is trained. Trials of the same settings share a run.
+    @field_validator("*", mode="after")
+    @classmethod
+    def _nothing_twice(cls, value: Any) -> Any:
+        return distinct(value) if isinstance(value, tuple) else value
 
-        Raises SaeError, before anything is trained, where a store lacks what its runs will be judged on.
+    @abstractmethod
+    def trials(self, setup: Setup) -> list[Trial]:
+        """The dictionaries to train, with one seed each. The base says how many steps or rows."""
+
+    def run(self, setup: Setup) -> Result:
+        """Train and judge the dictionaries, and put them side by side.
+
+        Raises SaeError, before anything is trained, where settings do not go together or there is nothing to train.
         """
-        for dataset in {trial.dataset.key: trial.dataset for trial in trials}.values():
-            self._expect_judgeable(dataset)
-        runs: dict[str, Run] = {}
-        for key in dict.fromkeys(trial.dataset.key for trial in trials):
-            together = [trial for trial in trials if trial.dataset.key == key]
-            dataset = together[0].dataset
-            configs = {run_name(trial.config, dataset): trial.config for trial in together}
-            opened = open_all(list(configs.values()), dataset, self.runs)
-            sweep(opened, dataset, self.progress, device=self.device)
-            runs |= dict(zip(configs, opened, strict=True))
-        return [runs[run_name(trial.config, trial.dataset)] for trial in trials]
+        trials = self.trials(replace(setup, base=of_equal_rows(setup.base, [setup.dataset])))
+        seeds = setup.seeds or self.usual_seeds
+        rows = setup.lab.rows([seeded for trial in trials for seeded in trial.seeded(seeds)])
+        return self.result(rows)
 
-    def rows(self, trials: Sequence[Trial], *, whole: bool = True) -> list[Row]:
-        """Train and judge the trials: a row each, of its run, labels, seed and every figure there is.
+    def result(self, rows: list[Row], *more: str, **other: Any) -> Result:
+        """The result of rows, one a run; with `more` columns, and whatever else there is to say."""
+        draw = other.pop("draw", self.draw)
+        return Result(self.name, self.labels, (*columns(*self.shown), *more), rows, draw, **other)
 
-        whole: what takes a language model or known features as well, and not the rows and the weights alone.
-        """
-        found = []
-        for trial, run in zip(trials, self.train(trials), strict=True):
-            of_text = trial.dataset.provenance.text is not None
-            judged = self._judge(run, trial.dataset, whole and (self.cross_entropy or not of_text))
-            found.append({"run": run.name, **trial.labels, "seed": trial.config.seed, **judged})
-        return found
+    def draw(self, rows: Sequence[Row], path: Path) -> None:
+        """Write the plot of the table's rows: each figure against the first label, a curve for what else differs."""
+        x, *others = self.labels
+        titles = {figure.key: label(figure.key) for figure in compared()}
 
-    def _judge(self, run: Run, dataset: Dataset, whole: bool) -> figures.Figures:
-        """Every figure of a finished run; only what is missing is computed."""
-        dataset = dataset.kept_up_to(trained.limits(run, dataset))
-        held_out = dataset.held_out(self.root)
-        if whole and (judging := missing(run, self.judging, dataset, held_out, self.root)) is not None:
-            evaluate(
-                judging, run, self.root, self.progress, activations=str(dataset.inputs[0].path), device=self.device,
-                language_model=None if dataset.provenance.text is None else self._model(dataset),
-            )  # fmt: skip
-        found = figures.of_run(run, dataset, held_out, self.judging, self.progress, self.device)
-        return {**found, **(figures.judged(run) if whole else dict.fromkeys(figures.of_more()))}
+        def panel(name: str) -> Panel:
+            curves: dict[str, list[tuple[float, float | None]]] = {}
+            for row in sorted(rows, key=lambda row: row[x]):
+                curves.setdefault(", ".join(f"{other} {row[other]}" for other in others), []).append(
+                    (row[x], row[name])
+                )
+            return Panel(titles.get(name, name), x, curves)
 
-    def _model(self, dataset: Dataset) -> LanguageModel:
-        store = (dataset.targets or dataset.inputs)[0]
-        name = canonical(store.recipe["model"])
-        if name not in self._models:
-            with said_if_slow(self.progress, f"loading {name}"):
-                self._models[name] = boot(store, None, self.device, self.offline)
-        return self._models[name]
+        draw_panels([panel(name) for name in self.shown], path)
 
-    def _expect_judgeable(self, dataset: Dataset) -> None:
-        try:
-            text = dataset.held_out(self.root).provenance.text
-        except NotFound as error:
-            raise NotFound(
-                f"{dataset.key}: no held-out rows beside it to judge on; make them, as `sae eval` asks for too"
-            ) from error
-        if text is not None and self.cross_entropy and catalogue.of_recipe(self.root, TokenStore, text.recipe) is None:
-            raise NotFound(
-                f"{dataset.key}: its validation tokens are not in {self.root}; leave out cross-entropy with --no-ce, "
-                "or run `sae tokenize` again"
-            )
+    def lines(self, result: Result, *, plain: bool = False) -> list[str]:
+        """Lines to show below the table. plain: nothing but ASCII."""
+        return []
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a study found.
-
-    rows: one a run. columns: the labels and figures the table shows. draw: makes the plot from the table's rows and
-    writes it to a path.
-    """
-
-    study: str
-    labels: tuple[str, ...]
-    columns: tuple[str, ...]
-    rows: list[Row]
-    draw: Callable[[list[Row], Path], None]
-    notes: list[str] = field(default_factory=list)
-    extra: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def runs(self) -> list[Row]:
-        """A row a run: its name, labels, seed and the study's figures."""
-        kept = ("run", *self.labels, "seed", *self.unlike, *self.columns)
-        return [{key: row[key] for key in kept} for row in self.rows]
-
-    @property
-    def unlike(self) -> tuple[str, ...]:
-        """What tells on how much runs were judged, where it was not on the same: `rows`, `tokens`."""
-        return tuple(name for name in ("rows", "tokens") if len({row.get(name) for row in self.rows}) > 1)
-
-    @property
-    def table(self) -> list[Row]:
-        """The rows to read: without names, and where there are several seeds their mean and standard deviation."""
-        if len({repr([row[label] for label in self.labels]) for row in self.rows}) < len(self.rows):
-            return over_seeds(self.runs, self.columns)
-        return [{key: value for key, value in row.items() if key not in ("run", "seed")} for row in self.runs]
-
-    def write(self, out: Path) -> dict[str, str]:
-        """Write table.csv, results.json and plot.png into a folder; what is where."""
-        expect_results(out)
-        make_folder(out)
-        paths = {name: out / file for name, file in FILES.items()}
-        write_atomic(paths["table"], as_csv(self.runs).encode())
-        write_atomic(paths["results"], json.dumps(self.as_json(), indent=2, allow_nan=False).encode())
-        self.draw(self.table, paths["plot"])  # last: there may be nothing to draw
-        return {name: str(path) for name, path in paths.items()}
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything found."""
-        return {"study": self.study, "runs": self.runs, "table": self.table, "notes": self.notes, **self.extra}
+Kind = TypeVar("Kind", bound=Study)
 
 
-def expect_results(out: Path) -> None:
-    """Raise SaeError where results would replace files that are no study's."""
-    if not any((out / file).exists() for file in FILES.values()):
-        return
-    try:
-        said = json.loads(read(out / FILES["results"]) or b"")
-    except ValueError:
-        said = None
-    if not isinstance(said, dict) or "study" not in said:
-        there = next(file for file in FILES.values() if (out / file).exists())
-        raise SaeError(f"--out {out}: {there} there is no study's; move it away or name another folder")
+def register(kind: type[Kind]) -> type[Kind]:
+    """Make a study known under its name, which must be nobody else's. Each of its settings needs a default."""
+    if kind.name in STUDIES:
+        raise ValueError(f"study {kind.name}: there is one of that name")
+    if required := [name for name, setting in kind.model_fields.items() if setting.is_required()]:
+        raise ValueError(f"study {kind.name}: {', '.join(required)} has no default")
+    STUDIES[kind.name] = kind
+    return kind
+
+
+def studies() -> dict[str, type[Study]]:
+    """Every study by its name: the files of this folder, and those registered elsewhere."""
+    for module in iter_modules(folder):
+        import_module(f"{__package__}.{module.name}")
+    return dict(sorted(STUDIES.items()))
+
+
+def settings() -> type[Settings]:
+    """The settings of all studies, a key each, as the section `study` of a YAML file has them."""
+    every: dict[str, Any] = {name: (kind, kind()) for name, kind in studies().items()}
+    return create_model("StudySettings", __base__=Settings, **every)
 
 
 def of_equal_rows(base: TrainConfig, datasets: Iterable[Dataset]) -> TrainConfig:

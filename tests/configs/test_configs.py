@@ -222,7 +222,8 @@ def test_numbers_in_a_file(tmp_path: Path) -> None:
         ("train.sae.kk=1", "train.sae.kk: unknown key; did you mean 'k'?"),
         ("train.rows.skip=1", "train.rows.skip: unknown key; did you mean 'skip_first'?"),
         ("trian.lr=1", "--set trian.lr=1: unknown section 'trian'; did you mean 'train'?"),
-        ("x.lr=1", "--set x.lr=1: unknown section 'x'; there are tokenize, harvest, synthesize, train, eval, report"),
+        ("x.lr=1", "--set x.lr=1: unknown section 'x'; there are tokenize, harvest, synthesize, train, eval, report, "
+         "study"),
         ("train.sae.arch=l3", "train.sae.arch = l3: there is no such one; did you mean 'l1'?"),
         ("train.sae.arch=xyz", "train.sae.arch = xyz: there is no such one; there are topk, l1"),
         ("train.lr=-1", "train.lr = -1: input should be greater than 0"),
@@ -276,9 +277,9 @@ def test_a_key_of_the_other_architecture(preset: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"- a", "expected sections (tokenize, harvest, synthesize, train, eval, report) with settings inside"),
-        (b"3", "expected sections (tokenize, harvest, synthesize, train, eval, report) with settings inside"),
-        (b"lr: 3", "unknown section 'lr'; there are tokenize, harvest, synthesize, train, eval, report"),
+        (b"- a", "expected sections (tokenize, harvest, synthesize, train, eval, report, study) with settings inside"),
+        (b"3", "expected sections (tokenize, harvest, synthesize, train, eval, report, study) with settings inside"),
+        (b"lr: 3", "unknown section 'lr'; there are tokenize, harvest, synthesize, train, eval, report, study"),
         (b"train: 3", "section train should hold settings, not 3"),
         (b"a: [", "is not YAML"),
         (b"train: {lr: 1}\ntrain: {lr: 2}", "is not YAML ('train' is there twice"),
@@ -317,12 +318,13 @@ def stages() -> dict[str, type[BaseModel]]:
     from sae.pipeline.harvest.sources.language_model import HarvestConfig
     from sae.pipeline.harvest.sources.synthetic import SyntheticConfig
     from sae.pipeline.interpret.features import FeaturesConfig
+    from sae.pipeline.studies.study import settings
     from sae.pipeline.tokenize.stage import TokenizeConfig
     from sae.pipeline.train.stage import TrainConfig
 
     return {
         "tokenize": TokenizeConfig, "harvest": HarvestConfig, "synthesize": SyntheticConfig, "train": TrainConfig,
-        "eval": EvalConfig, "report": FeaturesConfig,
+        "eval": EvalConfig, "report": FeaturesConfig, "study": settings(),
     }  # fmt: skip
 
 

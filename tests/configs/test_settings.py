@@ -21,13 +21,14 @@ from sae.pipeline.harvest.sources.language_model import HarvestConfig
 from sae.pipeline.harvest.sources.synthetic import SyntheticConfig
 from sae.pipeline.interpret.features import FeaturesConfig
 from sae.pipeline.saes import Config
+from sae.pipeline.studies.study import settings
 from sae.pipeline.tokenize.stage import TokenizeConfig
 from sae.pipeline.train.stage import TrainConfig
 from sae.pipeline.train.sweep import combinations
 
 STAGES: dict[str, type[BaseModel]] = {
     "tokenize": TokenizeConfig, "harvest": HarvestConfig, "synthesize": SyntheticConfig, "train": TrainConfig,
-    "eval": EvalConfig, "report": FeaturesConfig,
+    "eval": EvalConfig, "report": FeaturesConfig, "study": settings(),
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from sae.cache.activations import ActivationStore, ActivationWriter
 from sae.cache.store.manifest import Windows
 from sae.pipeline.evaluate.stage import EvalConfig
 from sae.pipeline.runtime.progress import Silent
-from sae.pipeline.studies.study import Lab
+from sae.pipeline.studies.lab import Lab
 from sae.pipeline.train.stage import TrainConfig
 
 D, FEATURES = 12, 24
@@ -68,10 +68,9 @@ def first_layer(cache: Path) -> ActivationStore:
 
 
 def lab_in(cache: Path, runs: Path, **options: Any) -> Lab:
-    judging = EvalConfig(dead_rows=128, batch_tokens=100)
-    return Lab(
-        cache, runs, **{"progress": Silent(), "judging": judging, "cross_entropy": False, "device": "cpu", **options}
-    )
+    eval_config = EvalConfig(dead_rows=128, batch_tokens=100)
+    usual = {"progress": Silent(), "eval_config": eval_config, "cross_entropy": False, "device": "cpu"}
+    return Lab(cache, runs, **{**usual, **options})
 
 
 class Noted(Silent):

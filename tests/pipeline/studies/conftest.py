@@ -7,7 +7,7 @@ import pytest
 from support.small_studies import first_layer, lab_in, planted_cache, small_stores
 
 from sae.cache.activations import ActivationStore
-from sae.pipeline.studies.study import Lab
+from sae.pipeline.studies.lab import Lab
 
 
 @pytest.fixture(autouse=True, scope="module")

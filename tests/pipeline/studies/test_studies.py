@@ -23,15 +23,19 @@ from sae.pipeline.saes import (
 )
 from sae.pipeline.saes.coherence import jl
 from sae.pipeline.studies import results as figures
-from sae.pipeline.studies.coefficients import coefficients
+from sae.pipeline.studies.coefficients import Coefficients
+from sae.pipeline.studies.lab import Lab, Trial
 from sae.pipeline.studies.plots import Panel
-from sae.pipeline.studies.study import Lab, Result, Trial, of_equal_rows, variant
+from sae.pipeline.studies.study import Setup, of_equal_rows, variant
+from sae.pipeline.studies.tables import Result
 from sae.pipeline.train import trained
 from sae.pipeline.train.resampling import (
     NoRevival,
     Reinitialise,
 )
 from sae.pipeline.train.stage import TrainConfig
+
+JL_ALONE = Coefficients(l1=(), jl=(0.5,), hybrid_jl=())
 
 
 def times(folder: Path) -> dict[Path, int]:
@@ -41,7 +45,7 @@ def times(folder: Path) -> dict[Path, int]:
 
 @pytest.fixture(scope="module")
 def ablation(store: ActivationStore, lab: Lab) -> Result:
-    return coefficients(BASE, Dataset.of(store), lab, l1=(0.01, 0.3), jl=(0.5,), hybrid_jl=(0.5,))
+    return Coefficients(l1=(0.01, 0.3), jl=(0.5,), hybrid_jl=(0.5,)).run(Setup(BASE, Dataset.of(store), lab))
 
 
 class TestVariant:
@@ -121,13 +125,13 @@ class TestRepeating:
         before = times(lab.runs)
         monkeypatch.setattr("sae.pipeline.train.sweep.train", lambda *_, **__: pytest.fail("nothing was left to train"))
         monkeypatch.setattr(figures, "judge", lambda *_, **__: pytest.fail("nothing was left to judge"))
-        again = coefficients(BASE, Dataset.of(store), lab, l1=(0.01, 0.3), jl=(0.5,), hybrid_jl=(0.5,))
+        again = Coefficients(l1=(0.01, 0.3), jl=(0.5,), hybrid_jl=(0.5,)).run(Setup(BASE, Dataset.of(store), lab))
         assert again.rows == ablation.rows
         assert times(lab.runs) == before
 
     def test_a_wider_grid_trains_what_is_new(self, ablation: Result, store: ActivationStore, lab: Lab) -> None:
         before = times(lab.runs)
-        wider = coefficients(BASE, Dataset.of(store), lab, l1=(0.01, 0.1, 0.3), jl=(), hybrid_jl=())
+        wider = Coefficients(l1=(0.01, 0.1, 0.3), jl=(), hybrid_jl=()).run(Setup(BASE, Dataset.of(store), lab))
         assert {path: times(lab.runs)[path] for path in before} == before
         assert len([path for path in times(lab.runs) if path.name == figures.STUDY.split("/")[1]]) == 6
         assert wider.runs[0] == ablation.runs[0] and wider.runs[2] == ablation.runs[1]
@@ -136,7 +140,7 @@ class TestRepeating:
         path = lab.runs / ablation.runs[2]["run"] / figures.STUDY
         kept = path.read_bytes()
         path.unlink()
-        assert coefficients(BASE, Dataset.of(store), lab, l1=(), jl=(0.5,), hybrid_jl=()).runs == [ablation.runs[2]]
+        assert JL_ALONE.run(Setup(BASE, Dataset.of(store), lab)).runs == [ablation.runs[2]]
         assert path.read_bytes() == kept
 
     def test_figures_of_before_a_figure_was_added_are_found_again(
@@ -146,18 +150,18 @@ class TestRepeating:
         path = run.path / figures.STUDY
         kept, figures_of = path.read_text(), run.read_json(figures.STUDY)
         run.write_json(figures.STUDY, {k: v for k, v in figures_of.items() if k not in ("rows", "jl")})
-        assert coefficients(BASE, Dataset.of(store), lab, l1=(), jl=(0.5,), hybrid_jl=()).runs == [ablation.runs[2]]
+        assert JL_ALONE.run(Setup(BASE, Dataset.of(store), lab)).runs == [ablation.runs[2]]
         assert path.read_text() == kept
         path.write_text("{")
         with pytest.raises(DamagedStore, match=r"study.json: is not what was written"):
-            coefficients(BASE, Dataset.of(store), lab, l1=(), jl=(0.5,), hybrid_jl=())
+            JL_ALONE.run(Setup(BASE, Dataset.of(store), lab))
         path.write_text(kept)
 
     def test_what_was_judged_on_less_is_judged_again(self, store: ActivationStore, lab: Lab, tmp_path: Path) -> None:
-        few = replace(lab, runs=tmp_path, judging=EvalConfig(rows=64, dead_rows=0))
+        few = replace(lab, runs=tmp_path, eval_config=EvalConfig(rows=64, dead_rows=0))
         rows = [
-            coefficients(BASE, Dataset.of(store), one, l1=(), jl=(0.5,), hybrid_jl=()).rows[0]
-            for one in (few, replace(few, judging=EvalConfig(dead_rows=0)), few)
+            JL_ALONE.run(Setup(BASE, Dataset.of(store), one)).rows[0]
+            for one in (few, replace(few, eval_config=EvalConfig(dead_rows=0)), few)
         ]
         assert [row["rows"] for row in rows] == [64, 256, 256]
         assert rows[0]["fvu"] != rows[1]["fvu"] == rows[2]["fvu"]
@@ -174,7 +178,7 @@ class TestRepeating:
                     raise KeyboardInterrupt
 
         def study(lab: Lab) -> Result:
-            return coefficients(BASE, Dataset.of(store), lab, l1=(0.01, 0.3), jl=(0.5,), hybrid_jl=(0.5,))
+            return Coefficients(l1=(0.01, 0.3), jl=(0.5,), hybrid_jl=(0.5,)).run(Setup(BASE, Dataset.of(store), lab))
 
         with pytest.raises(KeyboardInterrupt):
             study(lab_in(cache, tmp_path, progress=Impatient()))
@@ -222,7 +226,7 @@ class TestLab:
     ) -> None:
         """What it lacks is computed anew, with everything else that goes with it."""
         alone = replace(lab, runs=tmp_path)
-        fresh = coefficients(BASE, Dataset.of(store), alone, l1=(), jl=(0.5,), hybrid_jl=())
+        fresh = JL_ALONE.run(Setup(BASE, Dataset.of(store), alone))
         run = Run(tmp_path / fresh.runs[0]["run"])
         (run.path / figures.STUDY).unlink()
         whole = {name: fresh.rows[0][name] for name in ("fvu", "l0", "dead_fraction", "rows")}
@@ -234,7 +238,7 @@ class TestLab:
             {},
         ):
             run.write_json(EVALUATION, older)
-            assert coefficients(BASE, Dataset.of(store), alone, l1=(), jl=(0.5,), hybrid_jl=()).rows == fresh.rows
+            assert JL_ALONE.run(Setup(BASE, Dataset.of(store), alone)).rows == fresh.rows
             (run.path / figures.STUDY).unlink()
 
     def test_the_length_is_in_the_settings(self, store: ActivationStore) -> None:
@@ -257,7 +261,7 @@ class TestResult:
         assert read[0]["jl_coefficient"] == "" and Path(paths["plot"]).read_bytes()[:4] == b"\x89PNG"
 
     def test_seeds_are_averaged_in_the_table(self, store: ActivationStore, lab: Lab) -> None:
-        result = coefficients(BASE, Dataset.of(store), lab, l1=(0.01,), jl=(), hybrid_jl=(), seeds=2)
+        result = Coefficients(l1=(0.01,), jl=(), hybrid_jl=()).run(Setup(BASE, Dataset.of(store), lab, seeds=2))
         assert [row["seed"] for row in result.runs] == [0, 1]
         (row,) = result.table
         pair = [one["fvu"] for one in result.runs]

@@ -13,8 +13,10 @@ from sae.cache.activations import ActivationStore
 from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import Run
 from sae.pipeline.studies import l0_matching
-from sae.pipeline.studies.activations import KINDS, activations, apart, box, losses, sparkline
-from sae.pipeline.studies.study import Lab, Result
+from sae.pipeline.studies.activations import KINDS, Activations, apart, box, losses, sparkline
+from sae.pipeline.studies.lab import Lab
+from sae.pipeline.studies.study import Setup
+from sae.pipeline.studies.tables import Result
 
 
 class TestMatching:
@@ -50,13 +52,13 @@ class TestMatching:
 @pytest.fixture(scope="module")
 def result(store: ActivationStore, lab: Lab) -> Result:
     """The activation functions as they come."""
-    return activations(BASE, Dataset.of(store), lab)
+    return Activations().run(Setup(BASE, Dataset.of(store), lab))
 
 
 @pytest.fixture(scope="module")
 def matched(store: ActivationStore, lab: Lab) -> Result:
     """The activation functions at one L0."""
-    return activations(LONGER, Dataset.of(store), lab, match_l0=True)
+    return Activations(match_l0=True).run(Setup(LONGER, Dataset.of(store), lab))
 
 
 class TestActivations:
@@ -88,14 +90,14 @@ class TestActivations:
         self, matched: Result, store: ActivationStore, lab: Lab, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("sae.pipeline.train.sweep.train", lambda *_, **__: pytest.fail("nothing was left to train"))
-        again = activations(LONGER, Dataset.of(store), lab, match_l0=True)
+        again = Activations(match_l0=True).run(Setup(LONGER, Dataset.of(store), lab))
         assert again.rows == matched.rows
 
     def test_what_cannot_be_matched_is_said(
         self, store: ActivationStore, lab: Lab, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(l0_matching, "ROUNDS", 1)
-        notes = activations(BASE, Dataset.of(store), lab, match_l0=True).notes
+        notes = Activations(match_l0=True).run(Setup(BASE, Dataset.of(store), lab)).notes
         assert any("is the nearest to 4 that 1 trainings found" in note for note in notes)
 
     def test_the_plot_and_the_json_hold_every_variant(self, result: Result, tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import Run
 from sae.pipeline.harvest.sources.synthetic import Groups, SyntheticConfig
 from sae.pipeline.runtime.progress import Silent
-from sae.pipeline.studies.mfr import alignment, correlation, nearest, panels
-from sae.pipeline.studies.study import Lab
+from sae.pipeline.studies.alignment import SeedAlignment, correlation, nearest, panels
+from sae.pipeline.studies.lab import Lab
+from sae.pipeline.studies.study import Setup
 from sae.pipeline.train import trained
 
 PLANTED = SyntheticConfig(
@@ -37,7 +38,7 @@ def store(cache: Path) -> ActivationStore:
 
 def test_a_group_for_every_weight(store: ActivationStore, lab: Lab, tmp_path: Path) -> None:
     base = BASE.model_copy(update={"steps": 200, "checkpoint_every": 100})
-    result = alignment(base, Dataset.of(store), lab, by=("dec", "x_hat"), weights=(0.0, 2.0), seeds=2)
+    result = SeedAlignment(by=("dec", "x_hat"), weights=(0.0, 2.0)).run(Setup(base, Dataset.of(store), lab, seeds=2))
     assert [(row["by"], row["weight"], row["seed"]) for row in result.runs] == [
         ("dec", 0, 0), ("dec", 0, 1), ("dec", 2, 0), ("dec", 2, 1), ("x_hat", 2, 0), ("x_hat", 2, 1),
     ]  # fmt: skip
@@ -51,14 +52,14 @@ def test_a_group_for_every_weight(store: ActivationStore, lab: Lab, tmp_path: Pa
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
     before = {path: path.stat().st_mtime_ns for path in lab.runs.rglob("*.*")}
-    again = alignment(base, Dataset.of(store), lab, by=("dec", "x_hat"), weights=(0.0, 2.0), seeds=2)
+    again = SeedAlignment(by=("dec", "x_hat"), weights=(0.0, 2.0)).run(Setup(base, Dataset.of(store), lab, seeds=2))
     assert again.runs == result.runs
     assert {path: path.stat().st_mtime_ns for path in lab.runs.rglob("*.*")} == before
 
 
 def test_latents_agree_on_what_is_true(store: ActivationStore, lab: Lab) -> None:
     base = BASE.model_copy(update={"steps": 200, "checkpoint_every": 100})
-    result = alignment(base, Dataset.of(store), lab, weights=(0.0,), seeds=3)
+    result = SeedAlignment(weights=(0.0,)).run(Setup(base, Dataset.of(store), lab, seeds=3))
     truth = store.truth
     assert truth is not None
     tables = [trained.load(Run(lab.runs / row["run"])).W_dec.detach() for row in result.runs]

@@ -12,9 +12,10 @@ from sae.cache.errors import NotFound, SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import Run
 from sae.pipeline.metrics.similarity import symmetric_mmcs
-from sae.pipeline.studies.layers import layers
-from sae.pipeline.studies.rates import decoupled, rates
-from sae.pipeline.studies.study import Lab
+from sae.pipeline.studies.lab import Lab
+from sae.pipeline.studies.layers import Layers
+from sae.pipeline.studies.rates import Rates, decoupled
+from sae.pipeline.studies.study import Setup
 from sae.pipeline.train import trained
 from sae.pipeline.train.stage import TrainConfig
 
@@ -31,7 +32,7 @@ class TestRates:
         TrainConfig.model_validate(falling.model_dump())
 
     def test_a_run_for_every_ratio_and_decay(self, store: ActivationStore, lab: Lab, tmp_path: Path) -> None:
-        result = rates(BASE, Dataset.of(store), lab, ratios=(1, 8))
+        result = Rates(ratios=(1, 8)).run(Setup(BASE, Dataset.of(store), lab))
         assert [(row["ratio"], row["encoder_decay"]) for row in result.runs] == [
             (1, "none"), (8, "none"), (1, "cosine"), (8, "cosine"),
         ]  # fmt: skip
@@ -50,7 +51,7 @@ class TestRates:
 class TestLayers:
     def test_a_run_a_layer_at_equal_rows(self, store: ActivationStore, lab: Lab, tmp_path: Path) -> None:
         base = BASE.model_copy(update={"steps": None})
-        result = layers(base, store, lab, layers=(0, 1, 3), site="resid_post")
+        result = Layers(layers=(0, 1, 3), site="resid_post").run(Setup(base, Dataset.of(store), lab))
         assert [row["layer"] for row in result.runs] == [0, 1, 3]
         seen = [Run(lab.runs / row["run"]).config["train"]["rows"] for row in result.runs]
         assert seen == [960] * 3, "as many as the smallest store has"
@@ -62,7 +63,7 @@ class TestLayers:
         assert (tmp_path / "plot.png").stat().st_size > 1000
 
     def test_neighbours_are_compared_seed_by_seed(self, store: ActivationStore, lab: Lab) -> None:
-        result = layers(BASE, store, lab, layers=(0, 1), site="resid_post", seeds=2)
+        result = Layers(layers=(0, 1), site="resid_post").run(Setup(BASE, Dataset.of(store), lab, seeds=2))
         assert [row["seed"] for row in result.runs] == [0, 1, 1000, 1001], "layers do not start alike"
         decoders = [trained.load(Run(lab.runs / row["run"])).W_dec for row in result.runs]
         for low, high in ((0, 2), (1, 3)):
@@ -73,15 +74,15 @@ class TestLayers:
 
     def test_missing_layers_are_named_with_the_command(self, store: ActivationStore, lab: Lab) -> None:
         with pytest.raises(NotFound) as error:
-            layers(BASE, store, lab, layers=(0, 2, 5), site="resid_post")
+            Layers(layers=(0, 2, 5), site="resid_post").run(Setup(BASE, Dataset.of(store), lab))
         assert "--layers 2,5: no resid_post of these" in str(error.value)
         assert "`sae harvest --model synthetic --layer 2,5 --site resid_post --codec float32`" in str(error.value)
         with pytest.raises(SaeError, match="--site nowhere: the sites are resid_pre"):
-            layers(BASE, store, lab, layers=(0,), site="nowhere")
+            Layers(layers=(0,), site="nowhere").run(Setup(BASE, Dataset.of(store), lab))
 
     def test_stores_of_other_tokens_do_not_count(self, store: ActivationStore, cache: Path, tmp_path: Path) -> None:
         recipe = {**activation_recipe(D, "float32", site="resid_post", seed=9), "layer": 2}
         with ActivationWriter(cache, "other", recipe) as writer:
             extend(writer, planted(128, seed=3), ended=True)
         with pytest.raises(NotFound, match="--layers 2: no resid_post of this"):
-            layers(BASE, store, lab_in(cache, tmp_path), layers=(1, 2), site="resid_post")
+            Layers(layers=(1, 2), site="resid_post").run(Setup(BASE, Dataset.of(store), lab_in(cache, tmp_path)))

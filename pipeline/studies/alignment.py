@@ -8,64 +8,87 @@ beside the FVU it costs, and beside what random directions would score.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
+from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import Run
 from sae.pipeline.metrics.figures import label
 from sae.pipeline.metrics.similarity import best, chance, mutual
 from sae.pipeline.report.compare import Row
+from sae.pipeline.studies.lab import Trial
 from sae.pipeline.studies.plots import Panel
 from sae.pipeline.studies.plots import draw as draw_panels
-from sae.pipeline.studies.results import columns
-from sae.pipeline.studies.study import Lab, Result, Trial
+from sae.pipeline.studies.study import Setup, Study, register
+from sae.pipeline.studies.tables import Result
 from sae.pipeline.train import trained
 from sae.pipeline.train.alignment import AlignConfig, By
-from sae.pipeline.train.stage import TrainConfig
 from sae.pipeline.train.sweep import acquainted
 
-WEIGHTS = (0.0, 0.01, 0.1, 1.0)
-
-LABELS = ("by", "weight")
-FIRST = ("agreement", "agreement_chance", "fvu", "l0", "dead_fraction")
 TRUTH = "agreement_truth_r"
 DRAWN = ("agreement", "fvu", "true_to_learned", "ce_degradation", TRUTH)
 TITLES = {"agreement": "agreement of decoders (MMCS)", TRUTH: "r of agreement and truth"}  # of what is measured here
 SMALLEST = 0.1  # of the smallest weight: where none stands on a logarithmic axis
-ITSELF = ("align.by", "align.weight", "align.seeds")  # settings that the study decides
 
 
-def alignment(
-    base: TrainConfig, dataset: Dataset, lab: Lab, *, by: Sequence[By] = ("dec",),
-    weights: Sequence[float] = WEIGHTS, seeds: int = 3,
-) -> Result:  # fmt: skip
-    """A group of `seeds` dictionaries for every weight and every one of what it acts on; without weight, one for all.
+@register
+class SeedAlignment(Study):
+    """Dictionaries of several seeds pulled towards each other: how far they agree, what it costs, whether it is true.
 
-    Settings of alignment the base has (matching, warm-up) are kept.
+    Three dictionaries for every weight, unless `--seeds` says otherwise.
+    On rows of `sae synthesize` the true features are known, and each latent's agreement is set against its truth.
+
+    Examples:
+
+        sae study alignment --rows 50M --weights 0,0.1
+        sae study alignment --preset synthetic --by dec,hid --seeds 5
     """
-    align = base.align or AlignConfig()
-    # what a weight of 0 acts on makes no difference
-    pairs = dict.fromkeys((what if weight else by[0], weight) for what in by for weight in weights)
-    trials = []
-    for what, weight in pairs:
-        config = base.model_copy(update={"align": align.model_copy(update={"by": what, "weight": weight})})
-        group = [config.model_copy(update={"seed": base.seed + i}) for i in range(seeds)]
-        trials += [Trial({"by": what, "weight": weight}, one, dataset) for one in acquainted(group)]
-    rows = lab.rows(trials)
-    latents = compare(rows, lab.runs, dataset.truth)
-    d, d_sae = dataset.d_out, base.sae.d_sae
-    by_chance = chance(d_sae, d_sae, d)
-    for row in rows:
-        row["agreement_chance"] = by_chance
 
-    def draw(table: Sequence[Row], path: Path) -> None:
-        draw_panels(panels(table, latents), path)
+    name = "alignment"
+    labels = ("by", "weight")
+    shown = ("agreement", "agreement_chance", "fvu", "l0", "dead_fraction")
+    decides = ("align.by", "align.weight", "align.seeds")
+    usual_seeds = 3
 
-    return Result("alignment", LABELS, (*columns(*FIRST), TRUTH), rows, draw, extra={"latents": latents})
+    by: tuple[By, ...] = Field(
+        ("dec",),
+        min_length=1,
+        description="what is to agree: dec (decoder rows), hid (activations), x_hat (reconstructions), or several",
+    )
+    weights: tuple[NonNegativeFloat, ...] = Field((0.0, 0.01, 0.1, 1.0), description="weights of the pull; 0 is none")
+
+    def trials(self, setup: Setup) -> list[Trial]:
+        """A group of dictionaries for every weight and every one of what it acts on; without weight, one for all.
+
+        Settings of alignment the base has (matching, warm-up) are kept.
+        """
+        align = setup.base.align or AlignConfig()
+        acted_on = [what for what in get_args(By) if what in self.by]
+        # what a weight of 0 acts on makes no difference
+        pairs = dict.fromkeys((what if weight else acted_on[0], weight) for what in acted_on for weight in self.weights)
+        trials = []
+        for what, weight in pairs:
+            config = setup.base.model_copy(update={"align": align.model_copy(update={"by": what, "weight": weight})})
+            seeds = range(config.seed, config.seed + (setup.seeds or self.usual_seeds))
+            group = [config.model_copy(update={"seed": seed}) for seed in seeds]
+            trials += [setup.trial({"by": what, "weight": weight}, one) for one in acquainted(group)]
+        return trials
+
+    def run(self, setup: Setup) -> Result:
+        rows = setup.lab.rows(self.trials(setup))
+        latents = compare(rows, setup.lab.runs, setup.dataset.truth)
+        d_sae = setup.base.sae.d_sae
+        by_chance = chance(d_sae, d_sae, setup.dataset.d_out)
+        for row in rows:
+            row["agreement_chance"] = by_chance
+
+        def draw(table: Sequence[Row], path: Path) -> None:
+            draw_panels(panels(table, latents), path)
+
+        return self.result(rows, TRUTH, draw=draw, extra={"latents": latents})
 
 
 def compare(rows: Sequence[Row], runs: Path, truth: Tensor | None) -> list[dict[str, Any]]:
@@ -76,7 +99,7 @@ def compare(rows: Sequence[Row], runs: Path, truth: Tensor | None) -> list[dict[
     """
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[name] for name in LABELS), []).append(row)
+        groups.setdefault(tuple(row[name] for name in SeedAlignment.labels), []).append(row)
     latents = []
     for labels, group in groups.items():
         decoders = [trained.load(Run(runs / row["run"])).W_dec.detach() for row in group]
@@ -89,7 +112,7 @@ def compare(rows: Sequence[Row], runs: Path, truth: Tensor | None) -> list[dict[
             row["agreement_truth_r"] = correlation(agreed, true)
             if i == 0:
                 found = {"agreement": agreed.tolist(), "truth": true.tolist()}
-                latents.append({**dict(zip(LABELS, labels, strict=True)), **found})
+                latents.append({**dict(zip(SeedAlignment.labels, labels, strict=True)), **found})
     return latents
 
 

@@ -1,0 +1,118 @@
+"""Where studies are carried out: the trainings they ask for, and the figures of the finished runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sae.cache import catalogue
+from sae.cache.disk.identity import canonical
+from sae.cache.errors import NotFound, SaeError
+from sae.cache.loader.dataset import Dataset
+from sae.cache.runs import Run
+from sae.cache.tokens import TokenStore
+from sae.pipeline.evaluate.stage import EvalConfig, evaluate, missing
+from sae.pipeline.language_model import LanguageModel
+from sae.pipeline.language_model.hints import boot
+from sae.pipeline.report.compare import Row
+from sae.pipeline.runtime.progress import Progress, said_if_slow
+from sae.pipeline.studies import results
+from sae.pipeline.train import trained
+from sae.pipeline.train.stage import TrainConfig, run_name
+from sae.pipeline.train.sweep import open_all, sweep
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One dictionary of a study: its labels, columns of the table; its training; its rows."""
+
+    labels: dict[str, Any]
+    config: TrainConfig
+    dataset: Dataset
+
+    def seeded(self, count: int) -> "list[Trial]":
+        """This trial with `count` seeds, its own first."""
+        seeds = range(self.config.seed, self.config.seed + count)
+        return [Trial(self.labels, self.config.model_copy(update={"seed": seed}), self.dataset) for seed in seeds]
+
+
+@dataclass
+class Lab:
+    """Where studies are carried out: the cache, the runs' folder, how finished runs are evaluated.
+
+    cross_entropy: whether runs are spliced into the language model, which is booted once, when first needed. Runs on
+    rows of no language model are judged by the features they were made of, where those are known.
+    """
+
+    root: Path
+    runs: Path
+    progress: Progress
+    eval_config: EvalConfig = field(default_factory=EvalConfig)
+    cross_entropy: bool = True
+    device: str = "auto"
+    offline: bool = False
+    _models: dict[str, LanguageModel] = field(default_factory=dict)
+
+    def train(self, trials: Sequence[Trial]) -> list[Run]:
+        """The finished run of every trial; only what is missing is trained. Trials of the same settings share a run.
+
+        Raises SaeError, before anything is trained, where a store lacks what its runs will be judged on.
+        """
+        for dataset in {trial.dataset.key: trial.dataset for trial in trials}.values():
+            self._expect_judgeable(dataset)
+        runs: dict[str, Run] = {}
+        for key in dict.fromkeys(trial.dataset.key for trial in trials):
+            together = [trial for trial in trials if trial.dataset.key == key]
+            dataset = together[0].dataset
+            configs = {run_name(trial.config, dataset): trial.config for trial in together}
+            opened = open_all(list(configs.values()), dataset, self.runs)
+            sweep(opened, dataset, self.progress, device=self.device)
+            runs |= dict(zip(configs, opened, strict=True))
+        return [runs[run_name(trial.config, trial.dataset)] for trial in trials]
+
+    def rows(self, trials: Sequence[Trial], *, whole: bool = True) -> list[Row]:
+        """Train and judge the trials: a row each, of its run, labels, seed and every figure there is.
+
+        whole: what takes a language model or known features as well, and not the rows and the weights alone.
+        """
+        if not trials:
+            raise SaeError("this study has nothing to train: every list of its settings is empty; give it one value")
+        found = []
+        for trial, run in zip(trials, self.train(trials), strict=True):
+            of_text = trial.dataset.provenance.text is not None
+            judged = self._judge(run, trial.dataset, whole and (self.cross_entropy or not of_text))
+            found.append({"run": run.name, **trial.labels, "seed": trial.config.seed, **judged})
+        return found
+
+    def _judge(self, run: Run, dataset: Dataset, whole: bool) -> results.Figures:
+        """Every figure of a finished run; only what is missing is computed."""
+        dataset = dataset.kept_up_to(trained.limits(run, dataset))
+        held_out = dataset.held_out(self.root)
+        if whole and (eval_config := missing(run, self.eval_config, dataset, held_out, self.root)) is not None:
+            evaluate(
+                eval_config, run, self.root, self.progress, activations=str(dataset.inputs[0].path), device=self.device,
+                language_model=None if dataset.provenance.text is None else self._model(dataset),
+            )  # fmt: skip
+        found = results.of_run(run, dataset, held_out, self.eval_config, self.progress, self.device)
+        return {**found, **(results.judged(run) if whole else dict.fromkeys(results.of_more()))}
+
+    def _model(self, dataset: Dataset) -> LanguageModel:
+        store = (dataset.targets or dataset.inputs)[0]
+        name = canonical(store.recipe["model"])
+        if name not in self._models:
+            with said_if_slow(self.progress, f"loading {name}"):
+                self._models[name] = boot(store, None, self.device, self.offline)
+        return self._models[name]
+
+    def _expect_judgeable(self, dataset: Dataset) -> None:
+        try:
+            text = dataset.held_out(self.root).provenance.text
+        except NotFound as error:
+            raise NotFound(
+                f"{dataset.key}: no held-out rows beside it to judge on; make them, as `sae eval` asks for too"
+            ) from error
+        if text is not None and self.cross_entropy and catalogue.of_recipe(self.root, TokenStore, text.recipe) is None:
+            raise NotFound(
+                f"{dataset.key}: its validation tokens are not in {self.root}; leave out cross-entropy with --no-ce, "
+                "or run `sae tokenize` again"
+            )
