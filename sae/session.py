@@ -25,14 +25,16 @@ from sae.dictionaries import Named, load, runs_folder
 from sae.pipeline.evaluate.judging import EvalConfig, judge
 from sae.pipeline.evaluate.stage import evaluate as evaluate_run
 from sae.pipeline.harvest.in_memory import store_rows
+from sae.pipeline.harvest.sources import SOURCES, RowSource, settings_of_sources
 from sae.pipeline.harvest.sources.language_model import HarvestConfig, LanguageModelSource
 from sae.pipeline.harvest.stage import harvest as harvest_rows
 from sae.pipeline.interpret.features import FeaturesConfig
-from sae.pipeline.language_model import LanguageModel, Point
+from sae.pipeline.language_model import LanguageModel
 from sae.pipeline.metrics.metric import Subject
 from sae.pipeline.report import compare as comparison
 from sae.pipeline.report.stage import report as write_report
 from sae.pipeline.runtime import devices
+from sae.pipeline.runtime.origins import Origins
 from sae.pipeline.runtime.progress import Progress, Silent
 from sae.pipeline.saes import SAE, Config
 from sae.pipeline.saes.dictionary import Dictionary
@@ -105,28 +107,34 @@ class Session:
         self, tokens_from: TokenStore | str | None = None, *, model: LanguageModel | str | None = None,
         preset: str | None = None, workers: int = 1, **settings: Any,
     ) -> dict[str, Dataset]:  # fmt: skip
-        """Activations of a language model over tokens, as `sae harvest`: a dataset for each `layer.site`.
+        """Rows into the cache, as `sae harvest`: a dataset for each stream, which for a model are its `layer.site`.
 
         tokens_from: a token store or its name; default: the last one made. model: its name, or the model itself.
-        `settings` are those of the section `harvest` (`layer`, `site`, `codec`, `tokens`, ...).
+        `settings` are those of the section `harvest` (`layer`, `site`, `codec`, `tokens`, ...); with another `source`
+        than a language model (`synthetic`, `table`, ...), those of that source.
         """
         booted = model if isinstance(model, LanguageModel) else None
         if model is not None:
             settings["model"] = model.name if isinstance(model, LanguageModel) else model
-        for name in ("layer", "site"):
-            if isinstance(settings.get(name), int | str):
-                settings[name] = [settings[name]]
-        config = _settings("harvest", HarvestConfig, preset, settings)
-        if not isinstance(tokens_from, TokenStore):
-            tokens_from = catalogue.find(self.cache, TokenStore, tokens_from, "tokens_from", "sae tokenize")
-        held_out = catalogue.sibling_of(self.cache, tokens_from, "validation")
-        stores = [tokens_from, *([held_out] if held_out is not None and held_out.n_contexts else [])]
-        source = LanguageModelSource.over(
-            config, stores, self.progress, model=booted, device=self.device, offline=self.offline
-        )
+        settings |= {name: [settings[name]] for name in ("layer", "site") if isinstance(settings.get(name), int | str)}
+        config = configs.resolve("harvest", settings_of_sources(), preset=preset, given=settings)
+        source: RowSource
+        if isinstance(config, HarvestConfig):
+            if not isinstance(tokens_from, TokenStore):
+                tokens_from = catalogue.find(self.cache, TokenStore, tokens_from, "tokens_from", "sae tokenize")
+            held_out = catalogue.sibling_of(self.cache, tokens_from, "validation")
+            stores = [tokens_from, *([held_out] if held_out is not None and held_out.n_contexts else [])]
+            source = LanguageModelSource.over(
+                config, stores, self.progress, model=booted, device=self.device, offline=self.offline
+            )
+        elif tokens_from is not None:
+            raise SaeError(f"tokens_from: the rows of {config.source} come from no tokens; leave it out")
+        else:
+            origins = Origins(self.cache, device=self.device, offline=self.offline)
+            source = SOURCES[config.source].of_settings(config, origins, self.progress)
         found = harvest_rows(source, self.cache, self.progress, workers=workers).stores["train"]
         catalogue.remember(self.cache, ActivationStore.kind, [store.key for store in found])
-        return {str(Point(store.recipe["layer"], store.recipe["site"])): Dataset.of(store) for store in found}
+        return {stream.name: Dataset.of(store) for stream, store in zip(source.streams, found, strict=True)}
 
     def dataset(
         self, rows: Any = None, target: Any = None, *, first: int | None = None, name: str = "rows",

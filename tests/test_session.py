@@ -171,6 +171,20 @@ def test_text_is_harvested_trained_on_spliced_and_reported(text: tuple[Session, 
     assert model_again["1.mlp_out"].key == found["1.mlp_out"].key
 
 
+def test_rows_of_other_sources_are_harvested_by_their_settings(lab: Session, tmp_path: Path) -> None:
+    presence = {"mode": "iid", "probability": 0.1}
+    known = lab.harvest(source="synthetic", rows=600, validation_rows=200, d=D, features=FEATURES, presence=presence)
+    run = lab.train(sae.TopK(k=2, d_sae=16), known["synthetic"], **SHORT)
+    assert known["synthetic"].truth is not None and lab.evaluate(run)["true_to_learned"] is not None
+    np.save(tmp_path / "mine.npy", planted(200).numpy())
+    table = lab.harvest(source="table", table=str(tmp_path / "mine.npy"), codec="float32", validation=0.25)
+    assert [*table] == ["mine.npy"] and lab.dataset().key == table["mine.npy"].key
+    with pytest.raises(sae.SaeError, match=r"^tokens_from: the rows of table come from no tokens"):
+        lab.harvest("some", source="table", table=str(tmp_path / "mine.npy"))
+    with pytest.raises(sae.SaeError, match=r"^harvest\.source = tabel|^harvest.*tabel"):
+        lab.harvest(source="tabel")
+
+
 def test_errors_speak_of_arguments_and_settings(lab: Session, tmp_path: Path) -> None:
     x = planted(300)
     for given, message in (
