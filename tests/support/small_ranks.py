@@ -12,7 +12,7 @@ from torch import Tensor
 from sae.cache.activations import ActivationStore
 from sae.cache.errors import SaeError
 from sae.cache.loader.dataset import Dataset
-from sae.cache.loader.loader import Loader
+from sae.cache.loader.loader import Batch, Batches
 from sae.cache.runs import Run
 from sae.pipeline.parallel.ranks import Alone, Ranks, expect_same
 from sae.pipeline.parallel.torch_distributed import Together
@@ -117,7 +117,7 @@ def everything(ranks: Together, device: str, store: Path, root: Path, together: 
     assert ranks.tell("Größe" if ranks.rank == 0 else "") == "Größe"
     rows: list[Tensor] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loader, "__iter__", kept(rows))
+        patch.setattr(Batches, "__iter__", kept(rows))
         one(store, [root / name for name in together[0]], ranks)
     torch.save(torch.stack(rows), root / f"rows{ranks.rank}.pt")
     for names in together[1:]:
@@ -133,14 +133,14 @@ def everything(ranks: Together, device: str, store: Path, root: Path, together: 
     one(store, [root / "endless"], ranks, tell if ranks.rank == 0 else None)
 
 
-def kept(rows: list[Tensor]) -> Callable[[Loader], Iterator[Tensor]]:
+def kept(rows: list[Tensor]) -> Callable[[Batches], Iterator[Batch]]:
     """A loader's iteration that keeps what it gave."""
-    whole = Loader.__iter__
+    whole = Batches.__iter__
 
-    def iterate(self: Loader) -> Iterator[Tensor]:
-        for x in whole(self):
-            rows.append(x)
-            yield x
+    def iterate(self: Batches) -> Iterator[Batch]:
+        for batch in whole(self):
+            rows.append(batch.x)
+            yield batch
 
     return iterate
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from sae.cache.activations import ActivationStore
 from sae.cache.errors import SaeError
 from sae.cache.loader.dataset import Dataset
-from sae.cache.loader.loader import Loader
+from sae.cache.loader.loader import Batches
 from sae.cache.runs import Run
 from sae.pipeline import saes
 from sae.pipeline.parallel.launcher import launch
@@ -99,7 +99,7 @@ def accumulated(store: ActivationStore, tmp_path_factory: pytest.TempPathFactory
     root = tmp_path_factory.mktemp("accumulated")
     rows: list[Tensor] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loader, "__iter__", small_ranks.kept(rows))
+        patch.setattr(Batches, "__iter__", small_ranks.kept(rows))
         train(opened(configs(accumulate=2), store, root), Dataset.of(store), Silent(), device="cpu")
     return root, torch.stack(rows)
 
