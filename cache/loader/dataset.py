@@ -20,7 +20,7 @@ from sae.cache import catalogue
 from sae.cache.activations import ActivationStore
 from sae.cache.disk.identity import Recipe
 from sae.cache.errors import NotFound, SaeError
-from sae.cache.loader.loader import Batch, Batches, Settings, expect_aligned, stacked
+from sae.cache.loader.loader import Batch, Batches, Settings, common_rows, expect_aligned, stacked
 from sae.cache.outliers import largest_norm
 from sae.cache.provenance import Provenance, provenance
 
@@ -55,9 +55,9 @@ class Dataset:
         if rows is None and shortest.n_rows < longest.n_rows:
             raise SaeError(
                 f"{shortest.key}: has {shortest.n_rows:,} rows, {longest.key} has {longest.n_rows:,}; harvest more of "
-                f"it, or train on the first ones alone with train.store_rows = {shortest.n_rows}"
+                f"it, or read the first {common_rows(stores):,} alone (train.store_rows)"
             )
-        if rows is not None and rows > shortest.n_rows:
+        if rows is not None and not 0 < rows <= shortest.n_rows:
             raise SaeError(f"{shortest.key}: {rows:,} rows asked for, {shortest.n_rows:,} are there; harvest more")
         return cls(x, y, shortest.n_rows if rows is None else rows)
 

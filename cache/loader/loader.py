@@ -286,14 +286,18 @@ def expect_aligned(stores: Sequence[ActivationStore], rows: int | None = None) -
                     f"{other.path}: was made {what} than {first.key}, so their rows do not align; "
                     "make both from one token store with the same settings"
                 )
-        # rows are permuted inside their window: one that ended early, with its source, is in an order of its own
-        there = first.n_rows if rows is None else rows
-        ends = [{w.stop for w in one.manifest.windows if w.start < there} for one in (first, other)]
-        if rows is not None and ends[0] != ends[1] and min(max(each, default=0) for each in ends) >= there:
-            raise SaeError(
-                f"{other.path}: its last rows lie in another order than those of {first.key}, as one of them was made "
-                "when the text ended earlier; use fewer rows, or remove the shorter one and harvest it again"
-            )
+    shortest = min(stores, key=lambda store: store.n_rows)
+    if rows is not None and common_rows(stores) < rows <= shortest.n_rows:
+        raise SaeError(
+            f"{shortest.path}: its last rows lie in another order than those of the others, as it was made when the "
+            f"text ended earlier; read the first {common_rows(stores):,} alone, or remove it and harvest it again"
+        )
+
+
+def common_rows(stores: Sequence[ActivationStore]) -> int:
+    """The number of first rows that lie in the same windows of every store, in which alone they are permuted alike."""
+    ends = set.intersection(*({window.stop for window in store.manifest.windows} for store in stores))
+    return max(ends, default=0)
 
 
 def _common_rows(stores: Sequence[ActivationStore]) -> int:

@@ -30,11 +30,11 @@ from sae.pipeline.commands.options import (
     length_of,
     settings,
 )
+from sae.pipeline.commands.rows import Rows, announce, split_axes
 from sae.pipeline.commands.shown import show_runs
 from sae.pipeline.runtime.interrupts import remedied
 
 if TYPE_CHECKING:
-    from sae.cache.activations import ActivationStore
     from sae.cache.loader.dataset import Dataset
     from sae.cache.runs import Run
     from sae.pipeline.commands.bars import Bars
@@ -45,6 +45,10 @@ LONGEST = 200  # bytes in the name of a run: files in it and locks beside it hav
 
 def train(
     activations: Annotated[str | None, typer.Option(metavar="STORE", autocompletion=complete_store, help="Activation store: key, beginning of a key, or path. Default: what the last harvest made.")] = None,
+    input_: Annotated[str | None, typer.Option("--input", metavar="STORE", autocompletion=complete_store, help="What is read, with `--target`: a point as 6.mlp_in, or a store. Default: that of `--activations`.")] = None,
+    target: Annotated[str | None, typer.Option(metavar="STORE", autocompletion=complete_store, help="What is reconstructed, for a transcoder: a point as 6.mlp_out, or a store, of the same tokens as what is read. Default: what is read.")] = None,
+    layer: Annotated[str | None, typer.Option(metavar="N,...", help="Layers, as 3,9,15 or 0-3: a dictionary for each, of the stores that were harvested with `--activations`. Default: that of the store.")] = None,
+    site: Annotated[str | None, typer.Option(metavar="NAME,...", help="Sites, as resid_post: likewise. Default: that of the store.")] = None,
     arch: Arch = None,
     k: ActiveLatents = None,
     d_sae: Latents = None,
@@ -62,7 +66,7 @@ def train(
     device: Device = "auto", threads: Threads = None, cache: CacheRoot = None, runs: RunsRoot = Path("runs"), preset: Preset = None,
     config: ConfigFile = None, set_: Set = None, json: Json = False,
 ) -> None:  # fmt: skip
-    """Train a sparse autoencoder on a store of activations; no language model is loaded.
+    """Train a sparse autoencoder on a store of activations, or a transcoder on two; no language model is loaded.
 
     A TopK dictionary of 8192 latents, 32 of them active, one pass over what the last harvest made, unless options, a
     preset or a file say otherwise. Ctrl-C writes a checkpoint; `--resume` continues it bit for bit.
@@ -75,14 +79,17 @@ def train(
         sae train --sweep k=16,32,64 --sweep arch=topk,batchtopk --seeds 3
         sae train --align dec --seeds 3
         sae train --devices 4 --batch 16384
+        sae train --input 6.mlp_in --target 6.mlp_out
+        sae train --layer 3,9,15 --site resid_post
     """
-    from sae.cache import catalogue
     from sae.pipeline.commands.bars import Bars
     from sae.pipeline.runtime.progress import said_if_slow
 
     root, runs, bars = cache_root(cache), folder("--runs", runs), Bars()
-    if activations is not None:  # these names before the seconds that torch takes
-        store_named(root, activations)
+    axes, swept = split_axes(sweep or [])
+    read = Rows.of(activations, input_, target, layer, site, swept)
+    if activations is not None or read.beyond_activations:  # these names before the seconds that torch takes
+        read.stores(root)
     if resume and name is not None:
         run_to_resume(runs, name)
     with said_if_slow(bars, "loading torch"):
@@ -91,6 +98,7 @@ def train(
         from sae.pipeline.train.config import settings_of
         from sae.pipeline.train.stage import TrainConfig, open_run
         from sae.pipeline.train.sweep import acquainted, combinations, of_seeds
+        from sae.pipeline.train.trained import dataset_of
 
     take_threads(threads, bars.note)
     if align is not None and align not in BY:
@@ -98,6 +106,7 @@ def train(
     if took_part(device):
         return
     freed, length = length_of(steps, rows)
+    datasets: list[Dataset] = []
 
     def configured(axes: dict[str, Any]) -> TrainConfig:
         return settings(
@@ -105,36 +114,31 @@ def train(
             sae={"arch": arch, "k": k, "d_sae": d_sae}, lr=lr, batch=batch, **length, seed=seed, align={"by": align},
         )  # fmt: skip
 
-    if sweep is not None or seeds is not None:
-        if resume or name is not None:
-            raise SaeError("--sweep: names its runs itself and continues what is there; leave out --name and --resume")
-        every = [configured(axes) for axes in combinations(sweep or [])]
-        say_rows(every, bars)
-        train_every(
-            every if seeds is None else of_seeds(every, seeds),
-            activations_of(root, activations, bars),
-            runs,
-            bars,
-            device,
-            devices,
-            json,
-        )
-        return
-    values = configured({})
-    say_rows([values], bars)
+    many = sweep is not None or seeds is not None or read.several
+    if many and (resume or name is not None):
+        what = "--sweep" if sweep is not None or seeds is not None else "--layer and --site"
+        raise SaeError(f"{what}: names its runs itself and continues what is there; leave out --name and --resume")
+    every = [configured(one) for one in combinations(axes)]
+    say_rows(every, bars)
     options = [preset, config, set_ or None, arch, k, d_sae, lr, batch, steps, rows, seed, align]
-    said = any(option is not None for option in options)
+    said = any(option is not None for option in options) or read.beyond_activations
     if resume and (name is not None or not said):
         before = run_to_resume(runs, name)
         runs, name = before.path.parent, before.name
-        activations = activations or str(catalogue.trained_on(root, before.seen.inputs[0], before.name, None).path)
-        values = values if said else settings_of(before)
+        every = every if said else [settings_of(before)]
+        if not read.beyond_activations:
+            datasets = [dataset_of(before, root, activations)]
+            announce(datasets[0], bars)
     elif name is not None:
         expect_name(name)
-    if not resume:
-        acquainted([values])  # one that is to agree with others has none here
-    dataset = activations_of(root, activations, bars)
-    train_one(open_run(values, dataset, runs, name, resume=resume), dataset, bars, device, devices, json)
+    if not many and not resume:
+        acquainted(every)  # one that is to agree with others has none here
+    datasets = datasets or read.datasets(root, every[0].store_rows, bars)
+    if many:
+        every = every if seeds is None else of_seeds(every, seeds)
+        train_every([(every, dataset) for dataset in datasets], runs, bars, device, devices, json)
+        return
+    train_one(open_run(every[0], datasets[0], runs, name, resume=resume), datasets[0], bars, device, devices, json)
 
 
 def expect_name(name: str) -> None:
@@ -151,24 +155,6 @@ def say_rows(every: "Iterable[TrainConfig]", bars: "Bars") -> None:
         steps = max(1, rows // batch)
         if steps * batch != rows:
             bars.note(f"rows {rows:,}: steps see {batch:,} each, so {steps * batch:,} are seen in {steps:,}")
-
-
-def activations_of(root: Path, name: str | None, bars: "Bars") -> "Dataset":
-    """The rows to train on, said on stderr."""
-    from sae.cache import catalogue
-    from sae.cache.loader.dataset import Dataset
-
-    store = store_named(root, name)
-    bars.note(f"activations: {store.key}{catalogue.unfinished(store)}")
-    return Dataset.of(store)
-
-
-def store_named(root: Path, name: str | None) -> "ActivationStore":
-    """The store that `--activations` names; without a name, what the last harvest made."""
-    from sae.cache import catalogue
-    from sae.cache.activations import ActivationStore
-
-    return catalogue.find(root, ActivationStore, name, "--activations", "sae harvest")
 
 
 def took_part(device: str) -> bool:
@@ -205,22 +191,17 @@ def train_one(run: "Run", dataset: "Dataset", bars: "Bars", device: str, process
 
 
 def train_every(
-    every: list["TrainConfig"],
-    dataset: "Dataset",
-    root: Path,
-    bars: "Bars",
-    device: str,
-    processes: int,
-    json: bool,
+    plans: "list[tuple[list[TrainConfig], Dataset]]", root: Path, bars: "Bars", device: str, processes: int, json: bool
 ) -> None:
-    """Train the dictionaries of a sweep, each in a folder below `root`, and show them side by side."""
+    """Train the dictionaries of a sweep on each dataset, each in a folder below `root`, and show them side by side."""
     from sae.pipeline.report.compare import compare as rows_of
-    from sae.pipeline.train.sweep import open_all, sweep
+    from sae.pipeline.train.sweep import open_each, sweep_each
     from sae.pipeline.train.trainer import Diverged
 
-    runs = open_all(every, dataset, root)
+    opened = open_each(plans, root)
+    runs = [run for its, _ in opened for run in its]
     try:
-        sweep(runs, dataset, bars, device=device, processes=processes)
+        sweep_each(opened, bars, device=device, processes=processes)
     except Diverged:
         if finished := [run for run in runs if run.finished]:
             show_runs(rows_of(finished), f"{len(finished)} of {len(runs)} runs in {root}", json)

@@ -43,7 +43,8 @@ def compare(runs: Sequence[Run]) -> list[Row]:
     keys = list(dict.fromkeys(key for one in settings for key in one))
     # a setting that only some architectures have is told by the architecture, unless its values differ
     differing = [key for key in keys if len({repr(one[key]) for one in settings if key in one}) > 1]
-    shown = list(dict.fromkeys(["sae.arch", *differing]))
+    transcoders = ["activations"] if any(run.seen.targets for run in runs) else []
+    shown = list(dict.fromkeys(["sae.arch", *transcoders, *differing]))
     return [
         {"run": run.name, **{key: one.get(key) for key in shown}, **_figures(run)}
         for run, one in zip(runs, settings, strict=True)

@@ -1,14 +1,16 @@
 """One set of settings -> every combination of swept values and seeds, trained over as few streams as they allow.
 
 `--sweep k=16,32 --sweep lr=1e-4,3e-4 --seeds 3` is twelve dictionaries. Those that agree on batch, length and order of
-the rows see the same batches in one pass over the store; the others take turns. Each has a run folder of its own, named
-by its settings, so a repeated sweep trains only what is missing and continues what was interrupted.
+the rows see the same batches in one pass over the dataset; the others take turns, as datasets do where there are
+several. Each has a run folder of its own, named by its settings, so a repeated sweep trains only what is missing and
+continues what was interrupted.
 """
 
 import itertools
 import json
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ from sae.pipeline.train.stage import STREAM, TrainConfig, begun, on_rows, open_r
 from sae.pipeline.train.trainer import Diverged
 
 MOST = 10_000  # dictionaries of one sweep
+Plan = tuple[Sequence[Run], Dataset]
+"""Runs, and the dataset that they are trained on."""
 SHORT = {"arch": "sae.arch", "k": "sae.k", "d_sae": "sae.d_sae"}  # settings the command has short options for
 
 
@@ -120,36 +124,57 @@ def _named_here(run: Run, dataset: Dataset) -> bool:
     return run.seen.recipes == dataset.recipes and run.name == run_name(settings_of(run), dataset)
 
 
+def open_each(plans: Sequence[tuple[Sequence[TrainConfig], Dataset]], root: Path) -> list[Plan]:
+    """The run folders of the configurations of each dataset, all of them before any is trained; see `open_all`."""
+    opened: list[Plan] = []
+    with ExitStack() as stack:
+        for configs, dataset in plans:
+            runs = open_all(configs, dataset, root)
+            stack.enter_context(discarding(runs))
+            opened.append((runs, dataset))
+    return opened
+
+
 def sweep(
     runs: Sequence[Run], dataset: Dataset, progress: Progress, *, device: str = "auto", processes: int = 1
 ) -> None:
-    """Train what is not finished of the runs, all that share a stream of batches in one pass.
+    """As `sweep_each`, on one dataset."""
+    sweep_each([(runs, dataset)], progress, device=device, processes=processes)
+
+
+def sweep_each(plans: Sequence[Plan], progress: Progress, *, device: str = "auto", processes: int = 1) -> None:
+    """Train what is not finished of the runs of each dataset, all that share a stream of batches in one pass.
 
     With several processes of this machine, or several that torchrun has started, each takes its share of every batch.
     Of torchrun's, only rank 0 calls this: the others call `follow`. Raises Diverged, once the others are finished,
     where a dictionary diverged. A run folder that was made for this is removed where nothing came of it.
     """
-    with discarding(runs):
-        _sweep(runs, dataset, progress, device, processes)
+    with discarding([run for runs, _ in plans for run in runs]):
+        _sweep(plans, progress, device, processes)
 
 
-def _sweep(runs: Sequence[Run], dataset: Dataset, progress: Progress, device: str, processes: int) -> None:
+def _sweep(plans: Sequence[Plan], progress: Progress, device: str, processes: int) -> None:
     seat = torchrun_seat(device)
     if seat is not None and processes > 1:
         raise SaeError(f"--devices {processes}: torchrun has started the processes already; leave out --devices")
-    for run in runs:
+    every = [run for runs, _ in plans for run in runs]
+    for run in every:
         share(settings_of(run), processes)  # said before anything is started
-    sides = [[str(store.path) for store in side] for side in (dataset.inputs, dataset.targets)]
-    task = json.dumps(
-        {"runs": [str(run.path) for run in runs], "inputs": sides[0], "targets": sides[1], "rows": dataset.n_rows}
-    )
-    if processes > 1 and not all(run.finished for run in runs):
+    task = json.dumps([
+        {
+            "runs": [str(run.path) for run in runs], "rows": dataset.n_rows,
+            "inputs": [str(store.path) for store in dataset.inputs],
+            "targets": [str(store.path) for store in dataset.targets],
+        }
+        for runs, dataset in plans
+    ])  # fmt: skip
+    if processes > 1 and not all(run.finished for run in every):
         launch(processes, device, _take_part, task, progress)
     elif seat is not None:
         with together(seat) as ranks:
             _take_part(ranks, seat.device, ranks.tell(task), progress)
     else:
-        _passes(runs, dataset, progress, device, Alone())
+        _each(plans, progress, device, Alone())
 
 
 def follow(seat: Seat) -> None:
@@ -160,16 +185,27 @@ def follow(seat: Seat) -> None:
 
 def _take_part(ranks: Together, device: str, task: str, progress: Progress) -> None:
     """One rank's part of the training that a task tells of."""
-    named = json.loads(task)
+    plans: list[Plan] = []
     try:
-        runs = [Run(Path(path)) for path in named["runs"]]
-        inputs, targets = (
-            tuple(ActivationStore(place(path)) for path in named[side]) for side in ("inputs", "targets")
-        )
-        dataset = Dataset.of(inputs, targets, rows=named["rows"])
+        for named in json.loads(task):
+            runs = [Run(Path(path)) for path in named["runs"]]
+            sides = [tuple(ActivationStore(place(path)) for path in named[side]) for side in ("inputs", "targets")]
+            plans.append((runs, Dataset.of(*sides, rows=named["rows"])))
     except NotFound as error:
         raise NotFound(f"{error} (rank {ranks.rank}); all machines need the same cache and runs") from error
-    _passes(runs, dataset, progress if ranks.rank == 0 else Silent(), device, ranks)
+    _each(plans, progress if ranks.rank == 0 else Silent(), device, ranks)
+
+
+def _each(plans: Sequence[Plan], progress: Progress, device: str, ranks: Ranks) -> None:
+    """Train what is not finished, dataset by dataset."""
+    diverged = []
+    for runs, dataset in plans:
+        try:
+            _passes(runs, dataset, progress, device, ranks)
+        except Diverged as error:
+            diverged.append(str(error))
+    if diverged:
+        raise Diverged("; ".join(diverged))
 
 
 def _passes(runs: Sequence[Run], dataset: Dataset, progress: Progress, device: str, ranks: Ranks) -> None:

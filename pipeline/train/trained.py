@@ -8,6 +8,7 @@ from sae.cache import catalogue
 from sae.cache.disk.parsing import inner
 from sae.cache.errors import DamagedStore, SaeError
 from sae.cache.loader.dataset import Dataset
+from sae.cache.loader.loader import common_rows
 from sae.cache.runs import CONFIG, Run
 from sae.pipeline.formats import saelens
 from sae.pipeline.saes import ARCHITECTURES, SAE, Config, parse
@@ -47,8 +48,7 @@ def dataset_of(run: Run, root: Path, activations: str | None = None) -> Dataset:
     inputs = (catalogue.trained_on(root, run.seen.inputs[0], run.name, activations),)
     beside = inputs[0].path.parent.parent
     targets = tuple(catalogue.trained_on(beside, one, run.name, None) for one in run.seen.targets)
-    rows = min(store.n_rows for store in inputs + targets)
-    found = Dataset.of(inputs, targets, rows=rows)
+    found = Dataset.of(inputs, targets, rows=common_rows(inputs + targets))
     return found.kept_up_to(limits(run, found))
 
 

@@ -1,0 +1,139 @@
+"""The options that say what rows to train on: a store, points of a model, inputs and targets."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from sae.cache.errors import NotFound, SaeError
+from sae.pipeline.commands.words import several, whole
+
+if TYPE_CHECKING:
+    from sae.cache.activations import ActivationStore
+    from sae.cache.loader.dataset import Dataset
+    from sae.pipeline.commands.bars import Bars
+
+
+class Rows(NamedTuple):
+    """What the command line says of the rows to train on; None for what it does not."""
+
+    activations: str | None = None
+    source: str | None = None  # --input
+    target: str | None = None
+    layers: list[int] | None = None
+    sites: list[str] | None = None
+
+    @classmethod
+    def of(
+        cls, activations: str | None, source: str | None, target: str | None, layer: str | None, site: str | None,
+        swept: dict[str, list[str]],
+    ) -> "Rows":  # fmt: skip
+        """From the options, `swept` being axes of a sweep. Raises SaeError for what does not go together."""
+        given = {"--layer": layer, "--site": site}
+        for name, values in swept.items():
+            if given[f"--{name}"] is not None:
+                raise SaeError(f"--sweep {name}={','.join(values)}: --{name} fixes it; give one of them")
+        layers = whole("--sweep layer", ",".join(swept["layer"])) if "layer" in swept else whole("--layer", layer)
+        sites = several("--sweep site", ",".join(swept["site"])) if "site" in swept else several("--site", site)
+        rows = cls(activations, source, target, layers, sites)
+        if source is not None and activations is not None:
+            raise SaeError(f"--input {source} and --activations {activations}: both say what is read; give one of them")
+        if (source or target) is not None and (layers or sites) is not None:
+            raise SaeError("--input and --target say the layer and the site themselves; leave out --layer and --site")
+        return rows
+
+    @property
+    def beyond_activations(self) -> bool:
+        """Whether more was said than one store to read."""
+        return any(part is not None for part in self[1:])
+
+    @property
+    def several(self) -> bool:
+        """Whether it is more than one dataset."""
+        return len(self.layers or [0]) * len(self.sites or [""]) > 1
+
+    def stores(self, root: Path) -> "list[tuple[ActivationStore, ActivationStore | None]]":
+        """Input and target (None: what is read) of every dataset. Raises NotFound for stores that are not there."""
+        from sae.cache import points
+
+        if self.layers is None and self.sites is None:
+            option, name = ("--activations", self.activations) if self.source is None else ("--input", self.source)
+            store = named(root, name, option)
+            if self.target is None:
+                return [(store, None)]
+            point = points.point_in(self.target)
+            target = (
+                named(root, self.target, "--target")
+                if point is None
+                else points.aligned(root, store, point, "--target")
+            )
+            if target.path == store.path:
+                raise SaeError(f"--target {self.target}: is what is read; without --target it is reconstructed")
+            return [(store, target)]
+        reference = any_of_the_last(root, self.activations)
+        if (its := points.point_of(reference)) is None:
+            raise SaeError(f"--activations {reference.key}: is of no layer of a model; leave out --layer and --site")
+        there = points.beside(root, reference)
+        wanted = [(layer, site) for site in self.sites or [its[1]] for layer in self.layers or [its[0]]]
+        if missing := [f"{layer}.{site}" for layer, site in wanted if (layer, site) not in there]:
+            known = ", ".join(f"{layer}.{site}" for layer, site in there)
+            raise NotFound(
+                f"--layer and --site: no store of {', '.join(missing)} beside {reference.key}; there is {known}; "
+                "`sae harvest --layer N,... --site NAME,...` makes others"
+            )
+        return [(there[point], None) for point in wanted]
+
+    def datasets(self, root: Path, rows: int | None, bars: "Bars") -> "list[Dataset]":
+        """What to train on, said on stderr: the first `rows` rows that stores have in common, None for all."""
+        from sae.cache.loader.dataset import Dataset
+
+        found = [
+            Dataset.of(store) if target is None else Dataset.of(store, target, rows=rows)
+            for store, target in self.stores(root)
+        ]
+        for dataset in found:
+            announce(dataset, bars)
+        return found
+
+
+def announce(dataset: "Dataset", bars: "Bars") -> None:
+    """Say on stderr what is read and, where that is something else, what is reconstructed."""
+    from sae.cache import catalogue
+
+    for name, stores in (("activations", dataset.inputs), ("targets", dataset.targets)):
+        for store in stores:
+            bars.note(f"{name}: {store.key}{catalogue.unfinished(store)}")
+
+
+def named(root: Path, name: str | None, option: str) -> "ActivationStore":
+    """The store that an option names, by its point or its key; without a name, what the last harvest made."""
+    from sae.cache import catalogue, points
+    from sae.cache.activations import ActivationStore
+
+    if name is not None and option != "--activations" and (point := points.point_in(name)) is not None:
+        return points.at_point(root, point, option)
+    return catalogue.find(root, ActivationStore, name, option, "sae harvest")
+
+
+def any_of_the_last(root: Path, name: str | None) -> "ActivationStore":
+    """The store that `--activations` names; without a name any that the last harvest made."""
+    from sae.cache import catalogue
+    from sae.cache.activations import ActivationStore
+
+    if name is None:
+        name = next(iter(catalogue.latest(root).get(ActivationStore.kind, [])), None)
+    return catalogue.find(root, ActivationStore, name, "--activations", "sae harvest")
+
+
+def split_axes(axes: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The axes of a sweep over settings, and those over what is read: values of `layer` and `site`."""
+    settings: list[str] = []
+    read: dict[str, list[str]] = {}
+    for axis in axes:
+        key, _, text = axis.partition("=")
+        if key not in ("layer", "site"):
+            settings.append(axis)
+        elif key in read:
+            raise SaeError(f"--sweep {axis}: {key} is swept twice; give all its values at once")
+        else:
+            read[key] = text.split(",")
+    return settings, read
