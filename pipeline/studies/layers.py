@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field, NonNegativeInt
 
-from sae.cache import catalogue
+from sae.cache import catalogue, points
 from sae.cache.activations import ActivationStore
-from sae.cache.disk.identity import Recipe, canonical
 from sae.cache.errors import NotFound, SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.outliers import largest_norm
@@ -35,7 +34,6 @@ from sae.pipeline.train import trained
 RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
 SEEDS_APART = 1000  # between those of neighbouring layers
 NORM_ROWS = 65_536  # whose mean norm is shown
-OWN = ("layer", "site", "hook", "d")  # what differs between stores of one pass
 
 AGREEMENT = ("mmcs_previous", "mmcs_chance")
 
@@ -115,13 +113,7 @@ def found(
     """
     if site not in SITES:
         raise SaeError(f"--site {site}: the sites are {', '.join(SITES)}")
-    wanted = _common(reference.recipe)
-    every = (ActivationStore(path) for path in catalogue.folders(root, ActivationStore.kind))
-    there = {
-        int(store.recipe["layer"]): store
-        for store in every
-        if store.n_rows and store.recipe.get("site") == site and _common(store.recipe) == wanted
-    }
+    there = {layer: store for (layer, its), store in points.beside(root, reference).items() if its == site}
     layers = sorted(there if layers is None else layers)
     if missing := [layer for layer in layers if layer not in there]:
         raise NotFound(
@@ -148,10 +140,6 @@ def mean_norm(store: ActivationStore, outliers: float | None = None) -> float:
     if outliers is not None:
         norms = norms[norms <= largest_norm(store, outliers)]
     return float(np.mean(norms, dtype=np.float64))
-
-
-def _common(recipe: Recipe) -> str:
-    return canonical({key: value for key, value in recipe.items() if key not in OWN})
 
 
 def _compare_neighbours(rows: list[Row], runs: Path) -> None:
