@@ -24,9 +24,9 @@ from sae.cache.tokens import TokenStore
 from sae.dictionaries import Named, load, runs_folder
 from sae.pipeline.evaluate.judging import EvalConfig, judge
 from sae.pipeline.evaluate.stage import evaluate as evaluate_run
-from sae.pipeline.harvest.in_memory import store_rows
 from sae.pipeline.harvest.sources import SOURCES, RowSource, settings_of_sources
 from sae.pipeline.harvest.sources.language_model import HarvestConfig, LanguageModelSource
+from sae.pipeline.harvest.sources.memory import MemoryConfig, MemorySource
 from sae.pipeline.harvest.stage import harvest as harvest_rows
 from sae.pipeline.interpret.features import FeaturesConfig
 from sae.pipeline.language_model import LanguageModel
@@ -153,7 +153,8 @@ class Session:
         if isinstance(rows, ActivationStore | str | None):
             x = self._store(rows, "rows")
             return Dataset.of(x, () if target is None else self._store(target, "target"), rows=first)
-        stores = store_rows(self.cache, rows, target, name=name, validation=validation)["train"]
+        source = MemorySource(MemoryConfig(validation=validation), rows, target, called=name)
+        stores = harvest_rows(source, self.cache, Silent()).stores["train"]
         return Dataset.of(stores[0], tuple(stores[1:]))
 
     # Runs

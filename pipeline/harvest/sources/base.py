@@ -89,6 +89,7 @@ class RowSource(ABC):
     config: SourceConfig
     streams: tuple[Stream, ...]
     splits: tuple[str, ...]  # train, and validation where there are rows for it
+    several: bool = False  # whether there may be other streams, so that a store says which it is: `recipe["stream"]`
     points: tuple[tuple[int, str], ...] = ()  # layer and site of each stream, where they are of a language model
     device: torch.device = torch.device("cpu")  # that values come on
 
@@ -109,9 +110,9 @@ class RowSource(ABC):
     def slug(self, stream: Stream, split: str) -> str:
         """A short readable name for the folder of a store."""
 
-    @abstractmethod
-    def identity(self, stream: Stream, split: str) -> Recipe:
-        """What decides the rows of a store; width, codec and number of true features are added to it."""
+    def identity(self) -> Recipe:
+        """What decides the rows of all streams and splits, and their order; not where they lie."""
+        raise NotImplementedError(f"{type(self).__name__} says neither its identity nor its recipe")
 
     @abstractmethod
     def supply(self, split: str, wanted: Amount | None = None) -> Supply:
@@ -157,10 +158,15 @@ class RowSource(ABC):
         return "ask again when there are more"
 
     def recipe(self, stream: Stream, split: str) -> Recipe:
-        """The whole recipe of a store."""
-        truth = {} if stream.truth is None else {"truth": len(stream.truth)}
-        stored = {"d": stream.d, **truth, "codec": codec_recipe(codec(self.config.codec))}
-        return {**self.identity(stream, split), **stored}
+        """Everything that decides the bytes of a store. Rows align where `source` and `split` are the same."""
+        return {
+            "source": {"source": self.name, **self.identity()},
+            "split": split,
+            **({"stream": stream.name} if self.several else {}),
+            "d": stream.d,
+            **({} if stream.truth is None else {"truth": len(stream.truth)}),
+            "codec": codec_recipe(codec(self.config.codec)),
+        }
 
     def full_slug(self, stream: Stream, split: str) -> str:
         """The readable name of a store, with its codec."""

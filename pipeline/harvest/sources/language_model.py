@@ -26,7 +26,7 @@ from sae.cache.activations import ActivationStore
 from sae.cache.disk.identity import Recipe, canonical
 from sae.cache.disk.locks import reading
 from sae.cache.errors import NotFound, SaeError
-from sae.cache.store.codecs import codec
+from sae.cache.store.codecs import codec, codec_recipe
 from sae.cache.store.manifest import Window, place_after
 from sae.cache.tokens import TokenStore
 from sae.configs.base import Amount, Distinct
@@ -140,7 +140,7 @@ class LanguageModelSource(RowSource):
     def slug(self, stream: Stream, split: str) -> str:
         return f"{self.model.slug}-{stream.name}-{self.tokens[split].slug}"
 
-    def identity(self, stream: Stream, split: str) -> Recipe:
+    def recipe(self, stream: Stream, split: str) -> Recipe:
         point = self._named[stream.name]
         return {
             "tokens": self.tokens[split].recipe,
@@ -148,8 +148,9 @@ class LanguageModelSource(RowSource):
             "layer": point.layer,
             "site": point.site,
             "hook": self.model.hook(point),
-            "d": stream.d,  # here, since recipe.json has it in this place
+            "d": stream.d,
             "rows": self.config.rows.recipe(),
+            "codec": codec_recipe(codec(self.config.codec)),
         }
 
     def supply(self, split: str, wanted: Amount | None = None) -> Supply:

@@ -115,7 +115,6 @@ class SyntheticConfig(SourceConfig):
     def recipe(self) -> Recipe:
         """Everything that decides the samples."""
         return {
-            "source": "synthetic",
             "generator": GENERATOR,
             **self.model_dump(mode="json", include={"d", "features", "presence", "noise", "seed"}),
         }
@@ -219,8 +218,8 @@ class SyntheticSource(RowSource):
         held_out = "" if split == "train" else f"-{split}"
         return f"synthetic-{self.config.presence.mode}-{self.config.features}in{self.config.d}{held_out}"
 
-    def identity(self, stream: Stream, split: str) -> Recipe:
-        return {"source": self.config.recipe(), "split": split}
+    def identity(self) -> Recipe:
+        return self.config.recipe()
 
     def supply(self, split: str, wanted: Amount | None = None) -> Supply:
         if wanted is None:

@@ -53,7 +53,7 @@ class TableConfig(SourceConfig):
         None, description="which array of an .npz, a .safetensors or a Zarr group, where there are several"
     )
     columns: tuple[str, ...] = Field((), description="columns of a parquet or CSV file, in this order; [] is all")
-    rows: Amount = Field("all", description="training rows, rounded up to a whole window, or all")
+    train_rows: Amount = Field("all", description="training rows, rounded up to a whole window, or all")
     validation: float = Field(0.05, ge=0, lt=1, description="share of the rows that is held out")
     seed: int = Field(0, ge=0, description="seed of the choice of the held-out rows")
 
@@ -133,18 +133,17 @@ class TableSource(RowSource):
         stem = re.sub(r"[^A-Za-z0-9_]+", "-", self.config.path.stem).strip("-")[:40] or "rows"
         return f"table-{stem}" + ("" if split == "train" else f"-{split}")
 
-    def identity(self, stream: Stream, split: str) -> Recipe:
+    def identity(self) -> Recipe:
         config = self.config
         chosen = {"array": config.array, "columns": list(config.columns)}
-        source = {
-            "source": self.name, "rows": self.opener.digest, "n": self.table.n, "validation": config.validation,
-            "seed": config.seed, **{name: value for name, value in chosen.items() if value},
+        return {
+            "rows": self.opener.digest, "validation": config.validation, "seed": config.seed,
+            **{name: value for name, value in chosen.items() if value},
         }  # fmt: skip
-        return {"source": source, "split": split}
 
     def supply(self, split: str, wanted: Amount | None = None) -> Supply:
         if wanted is None:
-            wanted = self.config.rows if split == "train" else "all"
+            wanted = self.config.train_rows if split == "train" else "all"
         windows, places, rows = ActivationStore.layout({}), [(0,)], 0
         for low in range(0, self.table.n, BLOCK):
             kept = self._kept(split, low, min(low + BLOCK, self.table.n))

@@ -165,8 +165,9 @@ class Npz(Table):
 
     def __init__(self, path: Path, array: str | None) -> None:
         super().__init__(path)
-        self._zip = zipfile.ZipFile(path)
-        heads = {name.removesuffix(".npy"): self._head(name) for name in self._zip.namelist() if name.endswith(".npy")}
+        with zipfile.ZipFile(path) as file:
+            names = [name for name in file.namelist() if name.endswith(".npy")]
+            heads = {name.removesuffix(".npy"): self._head(file, name) for name in names}
         self._name = self.chosen(array, {name: head[0] for name, head in heads.items()})
         shape, fortran, self._dtype, self._offset = heads[self._name]
         self.expect_numbers(self._dtype, f"{self._name} ")
@@ -174,17 +175,17 @@ class Npz(Table):
         if fortran:
             raise SaeError(f"{self.where}: {self._name} lies column by column; save np.ascontiguousarray of it")
 
-    def _head(self, name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    def _head(self, archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
         from numpy.lib import format as layout
 
-        with self._zip.open(name) as file:
+        with archive.open(name) as file:
             version = layout.read_magic(file)
             read = layout.read_array_header_1_0 if version == (1, 0) else layout.read_array_header_2_0
             return (*read(file), file.tell())
 
     def blocks(self, start: int) -> Iterator[tuple[int, np.ndarray]]:
         size, step = self.d * self._dtype.itemsize, self.step(self._dtype.itemsize)
-        with self._zip.open(f"{self._name}.npy") as file:
+        with zipfile.ZipFile(self.path) as archive, archive.open(f"{self._name}.npy") as file:
             file.seek(self._offset + start * size)
             for first in range(start, self.n, step):
                 data = file.read(size * min(step, self.n - first))
@@ -300,7 +301,7 @@ class Text(Table):
             )
         except pyarrow.ArrowInvalid as error:
             raise SaeError(
-                f"{self.where}: rows {first:,} to {first + LINES:,}: {str(error).partition(chr(10))[0]}; name the "
+                f"{self.where}: rows {first:,} to {min(first + LINES, self.n):,}: {str(error).partition(chr(10))[0]}; name the "
                 'columns of numbers with --set "harvest.columns=[a, b]", or mend the line'
             ) from error
         return np.stack([found.column(name).to_numpy() for name in self._columns], axis=1)

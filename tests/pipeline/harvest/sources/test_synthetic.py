@@ -223,13 +223,17 @@ def test_mistakes(override: str, message: str) -> None:
 
 
 def test_a_source_of_another_version(tmp_path: Path) -> None:
-    stored = SimpleNamespace(recipe={"source": {**SMALL.recipe(), "generator": 2}}, split="train")
+    stored = SimpleNamespace(
+        recipe={"source": {"source": "synthetic", **SMALL.recipe(), "generator": 2}}, split="train"
+    )
     with pytest.raises(SaeError, match="source synthetic 2: unknown to this version"):
         SyntheticSource.of_store(cast(ActivationStore, stored), Origins(tmp_path))
 
 
 def test_the_truth_of_a_recipe() -> None:
-    stored = SimpleNamespace(recipe=json.loads(json.dumps({"source": NOISY.recipe()})), split="validation")
+    stored = SimpleNamespace(
+        recipe=json.loads(json.dumps({"source": {"source": "synthetic", **NOISY.recipe()}})), split="validation"
+    )
     source = SyntheticSource.of_store(cast(ActivationStore, stored), Origins(Path()))
     assert source.streams[0].truth is not None and source.config.noise == NOISY.noise
     assert torch.equal(source.streams[0].truth, GroundTruth(SMALL).features)
