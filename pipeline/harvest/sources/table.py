@@ -29,12 +29,12 @@ from sae.cache.errors import DamagedStore, SaeError
 from sae.cache.store.codecs import codec
 from sae.cache.store.head import RECIPE
 from sae.configs.base import Amount
+from sae.pipeline.harvest.tables import Table, opened
 from sae.pipeline.language_model import hints
 from sae.pipeline.runtime.origins import Origins
 from sae.pipeline.runtime.progress import Progress, Silent
 
 from .base import Rows, RowSource, SourceConfig, Stream, Supply, WindowTask, register
-from .table_files import Table, opened
 
 PART = 1 << 22  # bytes of rows read at a time, in float32
 BLOCK = 65_536  # rows whose split is drawn from one seed

@@ -1,0 +1,40 @@
+"""Files of numbers, read as rows: `opened("rows.parquet", None, ())`. One line of `KINDS` a kind of file."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sae.cache.errors import SaeError
+
+from .arrays import Npz, npy, safetensors, zarr_array
+from .base import Table, readable
+from .columns import Parquet, Text
+
+__all__ = ["KINDS", "Table", "opened"]
+
+Open = Callable[[Path, str | None, Sequence[str]], Table]
+KINDS: dict[str, Open] = {
+    ".npy": npy,
+    ".npz": lambda path, array, columns: Npz(path, array),
+    ".safetensors": safetensors,
+    ".parquet": lambda path, array, columns: Parquet(path, columns),
+    ".csv": lambda path, array, columns: Text(path, columns, ","),
+    ".tsv": lambda path, array, columns: Text(path, columns, "\t"),
+    ".zarr": zarr_array,
+}
+
+
+def opened(path: Path, array: str | None, columns: Sequence[str]) -> Table:
+    """The table in a file, or in the folder of a Zarr array. Raises SaeError where it is none."""
+    where = f"--table {path}"
+    is_zarr = path.is_dir() and any((path / name).exists() for name in ("zarr.json", ".zarray", ".zgroup"))
+    if not path.exists():
+        raise SaeError(f"{where}: no such file")
+    kind = ".zarr" if is_zarr else path.suffix.lower()
+    if kind not in KINDS or (path.is_dir() != is_zarr) or not (is_zarr or path.is_file()):
+        raise SaeError(f"{where}: is no table; give one of {', '.join(KINDS)} (of other formats, numpy.save makes one)")
+    if array is not None and kind not in (".npz", ".safetensors", ".zarr"):
+        raise SaeError(f"harvest.array = {array}: a {kind} file has one table; leave it out")
+    if columns and kind not in (".parquet", ".csv", ".tsv"):
+        raise SaeError(f"harvest.columns = {list(columns)}: a {kind} file has no names of columns; leave them out")
+    with readable(path):
+        return KINDS[kind](path, array, columns)
