@@ -21,6 +21,7 @@ from sae.cache.errors import SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import CONFIG, Run
 from sae.cache.tokens import TokenStore
+from sae.configs.layers import leaves
 from sae.dictionaries import Named, load, runs_folder
 from sae.pipeline.evaluate.judging import EvalConfig, judge
 from sae.pipeline.evaluate.stage import evaluate as evaluate_run
@@ -38,6 +39,9 @@ from sae.pipeline.runtime.origins import Origins
 from sae.pipeline.runtime.progress import Progress, Silent
 from sae.pipeline.saes import SAE, Config
 from sae.pipeline.saes.dictionary import Dictionary
+from sae.pipeline.studies.lab import Lab
+from sae.pipeline.studies.study import Setup, Study
+from sae.pipeline.studies.tables import Result
 from sae.pipeline.tokenize.stage import TokenizeConfig
 from sae.pipeline.tokenize.stage import tokenize as tokenize_text
 from sae.pipeline.train.config import TrainConfig
@@ -252,6 +256,24 @@ class Session:
         else:
             chosen = [run if isinstance(run, Run) else self.run(run) for run in runs]
         return Table(comparison.compare(chosen))
+
+    def study(
+        self, study: Study, rows: Any = None, /, *, seeds: int | None = None, cross_entropy: bool = True,
+        preset: str | None = None, **settings: Any,
+    ) -> Result:  # fmt: skip
+        """Carry out a study, as `sae study`: `Rates(ratios=(1, 4))` on whatever `dataset` takes.
+
+        seeds: how many dictionaries of each kind; None: as many as is usual. cross_entropy: whether those of text are
+        spliced into their language model. `settings` are those of the section `train`, for all of its dictionaries.
+        The result has `table` and `runs`, lists of dicts, and `write(folder)`. Raises SaeError for a setting that the
+        study itself decides.
+        """
+        for path, _ in leaves(settings):
+            if study.sets(key := ".".join(path)):
+                raise SaeError(f"train.{key}: the study {study.name} decides it itself; its own settings say how")
+        base = _settings("train", TrainConfig, preset, settings)
+        lab = Lab(self.cache, self.runs, self.progress, EvalConfig(), cross_entropy, self.device, self.offline)
+        return study.run(Setup(base, self.dataset(rows), lab, seeds))
 
     def report(self, run: Run | Named | None = None, **settings: Any) -> Path:
         """Write the page of a run, as `sae report`; where it is. `settings` are those of the section `report`."""

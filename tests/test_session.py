@@ -12,10 +12,12 @@ from torch import Tensor
 
 import sae
 from sae.cache.activations import ActivationStore
+from sae.cache.errors import SaeError
 from sae.cache.tokens import TokenStore
 from sae.pipeline import formats
 from sae.pipeline.metrics.figures import compared
 from sae.pipeline.saes import create
+from sae.pipeline.studies.rates import Rates
 from sae.session import Figures, Session, Table, TrainedRun
 
 D, FEATURES = 8, 12
@@ -239,3 +241,16 @@ def test_progress_is_told_in_plain_lines(lab: Session, tmp_path: Path, capfd: py
     told.train(sae.TopK(**TOPK), planted(200), **SHORT)
     said = capfd.readouterr()
     assert said.out == "" and "train: 40 steps in" in said.err and "\x1b" not in said.err
+
+
+def test_a_study_of_rows_in_memory(tmp_path: Path) -> None:
+    """What it can be told is said in Python as on the command line; what it decides itself it is not told."""
+    lab = Session(tmp_path / "cache", tmp_path / "runs", device="cpu", progress=False)
+    base: dict[str, Any] = {"sae": {"arch": "topk", "k": 2, "d_sae": 12}, "steps": 4, "batch": 64, "initial_rows": 64}
+    found = lab.study(Rates(ratios=(1, 4), encoder_decay=("none",)), planted(600), seeds=2, **base)
+    assert [(row["ratio"], row["seed"]) for row in found.runs] == [(1, 0), (1, 1), (4, 0), (4, 1)]
+    assert [(row["ratio"], row["seeds"]) for row in found.table] == [(1, 2), (4, 2)]
+    assert {row["run"] for row in lab.compare()} == {row["run"] for row in found.runs}
+    for wrong in ({"decay": 0.5}, {"decoder": {"ratio": 2.0}}):
+        with pytest.raises(SaeError, match=r"train\.(decay|decoder.ratio): the study rates decides it itself"):
+            lab.study(Rates(), planted(600), **base, **wrong)

@@ -63,7 +63,7 @@ def training(
     base = resolve("train", TrainConfig, preset=preset, file=file, overrides=overrides or (), flags=flags, freed=freed)
     for item in overrides or ():
         for key in settings_of(item, "train"):
-            if any(f"{key}.".startswith(f"{one}.") for one in study.decides):
+            if study.sets(key):
                 raise SaeError(f"--set {item}: this study decides {key} itself; its options say how")
             stage, _, name = key.partition(".")
             shared = {*Config.model_fields, *(["k"] if "topk" in of else [])} - {"arch"}

@@ -98,6 +98,10 @@ class Study(Settings, ABC):
     def _nothing_twice(cls, value: Any) -> Any:
         return distinct(value) if isinstance(value, tuple) else value
 
+    def sets(self, key: str) -> bool:
+        """Return whether the study itself decides a setting of training, as `sae.d_sae`."""
+        return any(f"{key}.".startswith(f"{one}.") for one in self.decides)
+
     @abstractmethod
     def trials(self, setup: Setup) -> list[Trial]:
         """The dictionaries to train, with one seed each. The base says how many steps or rows."""
