@@ -127,7 +127,7 @@ class ActivationStore(Store):
     def columns(self) -> Columns:
         """Calibration of the columns. Raises SaeError on a store without rows."""
         if not self.n_rows:
-            raise SaeError(f"{self.path}: holds no rows yet; run `sae harvest` again to continue it")
+            raise SaeError(f"{self.path}: holds no rows yet; run `harvest()` again to continue it")
         mean, scale = self.chunk("col_mean", 0), self.chunk("col_scale", 0)
         self._expect("col_mean", np.isfinite(mean))
         self._expect("col_scale", np.isfinite(scale) & (scale > 0))

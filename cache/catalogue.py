@@ -27,6 +27,8 @@ from sae.cache.store.store import Store
 from sae.cache.tokens import TokenStore, sibling
 
 LATEST = "latest.json"
+FOUND_BY = {"activations": ("activations", "harvest"), "tokens": ("tokens_from", "tokenize")}
+"""By kind of store: the argument that names one, and the call that makes one."""
 REMEDY = ", though the store has rows; remove the folder, or repeat the command that made the store"
 
 AnyStore = TypeVar("AnyStore", bound=Store)
@@ -100,11 +102,15 @@ def unfinished(store: Store) -> str:
     return "" if store.complete else f" (unfinished: {store.n_rows:,} rows; the command that made it continues it)"
 
 
-def find(root: Path, kind: type[AnyStore], name: str | None, option: str, make: str) -> AnyStore:
-    """The one training store `name` means; without a name, that of the last `make` command.
+def find(root: Path, kind: type[AnyStore], name: str | None, argument: str | None = None) -> AnyStore:
+    """The one training store `name` means; without a name, that of the last call that made one.
+
+    argument: which one named it, where that is not the usual one.
 
     Raises NotFound with what to run, or SaeError listing the candidates.
     """
+    usual, make = FOUND_BY[kind.kind]
+    said = f"{argument or usual} = {'...' if name is None else name}"
     known = folders(root, kind.kind)
     if name is not None and (place(name) / RECIPE).exists():
         matches = [place(name)]
@@ -112,19 +118,21 @@ def find(root: Path, kind: type[AnyStore], name: str | None, option: str, make: 
         exact = [path for path in known if path.name == name]
         matches = exact or _meant([path for path in known if path.name.startswith(name)])
         if not matches:
-            there = listed(known) or f"nothing yet; run `{make}`"
-            raise NotFound(f"{option} {name}: no such store in {root / kind.kind}; there is {there}")
+            there = listed(known) or f"nothing yet; run `{make}()`"
+            raise NotFound(f"{said}: no such store in {root / kind.kind}; there is {there}")
     else:
         matches = [root / kind.kind / key for key in latest(root).get(kind.kind, []) if root / kind.kind / key in known]
         matches = matches or known
         if not matches:
-            raise NotFound(f"{root / kind.kind}: no store yet; run `{make}` first")
+            raise NotFound(f"{root / kind.kind}: no store yet; run `{make}()` first")
     training = [path for path in matches if _for_training(path)]
     if not training:
         kept = f"{listed(matches)} holds documents kept for judging"
-        raise SaeError(f"{option}: {kept}; name the store of the training documents, this one goes with it")
+        raise SaeError(
+            f"{argument} = {name or '...'}: {kept}; name the store of the training documents, this one goes with it"
+        )
     if len(training) > 1:
-        raise SaeError(f"{option}: which one? {listed(training)}")
+        raise SaeError(f"{said}: which one? {listed(training)}")
     return kind(training[0])
 
 
@@ -136,7 +144,7 @@ def any_store(root: Path, name: str) -> Store:
 def located(root: Path, name: str) -> Path:
     """Where the one store is that `name` means; it need not be readable."""
     if not name:
-        raise SaeError("the name of a store is empty; `sae cache ls` lists the keys")
+        raise SaeError("the name of a store is empty; `stores()` lists the keys")
     every = [path for kind in kinds() for path in folders(root, kind)]
     if (place(name) / RECIPE).exists():
         matches = [as_named(place(name))]
@@ -165,7 +173,7 @@ def of_recipe(root: Path, kind: type[AnyStore], recipe: Recipe) -> AnyStore | No
         if path.name.endswith(digest(recipe)):
             found = kind(path)
             if canonical(found.recipe) != canonical(recipe):
-                raise SaeError(f"{path}: holds another recipe of the same hash; remove it (`sae cache rm`)")
+                raise SaeError(f"{path}: holds another recipe of the same hash; remove it (`remove()`)")
             return found
     return None
 
@@ -246,9 +254,9 @@ def trained_on(root: Path, seen: SeenStore, run: str, given: str | None) -> Acti
     A path or a URL is only ever what the user gives, never what a run says.
     """
     if given is None and seen.key not in {path.name for path in folders(root, ActivationStore.kind)}:
-        raise NotFound(f"{seen.key}: {run} was trained on it, but it is not in {root}; say --activations")
+        raise NotFound(f"{seen.key}: {run} was trained on it, but it is not in {root}; say `activations`")
     name = given if given is not None else str(root / ActivationStore.kind / seen.key)
-    return find(root, ActivationStore, name, "--activations", "sae harvest")
+    return find(root, ActivationStore, name)
 
 
 def find_run(root: Path, name: str | None) -> Run:
@@ -257,11 +265,11 @@ def find_run(root: Path, name: str | None) -> Run:
         for path in (Path(name), root / name):
             if (path / CONFIG).exists():
                 return Run(path)
-        there = ", ".join(run.name for run in readable_runs(root)[0]) or "nothing yet; run `sae train`"
+        there = ", ".join(run.name for run in readable_runs(root)[0]) or "nothing yet; run `train()`"
         raise NotFound(f"{name}: no such run in {root}; there is {there}")
     finished = [run for run in runs(root) if run.finished]
     if not finished:
-        raise NotFound(f"{root}: no finished run; run `sae train` first")
+        raise NotFound(f"{root}: no finished run; run `train()` first")
     return finished[-1]
 
 

@@ -4,6 +4,14 @@ SaeError            the input cannot be used: one line, what is wrong and what t
 ├── NotFound        a store, run or name that is not there
 ├── Busy            another living process holds the lock
 └── DamagedStore    the bytes on disk are not the bytes that were committed (exit code 3)
+
+A message names what the user can change as Python has it; the command line says it in its own words
+(`pipeline/commands/voice.py`):
+
+- A setting or an argument stands with its value at the beginning (`codec = int9: no such codec`), and in backticks
+  later: by its name alone (`context`), after its section where it has no option (`tokenize.min_tokens`), or with a
+  value (`harvest.dtype = bfloat16`). The value of what is only switched on is True, that of what is long is ...
+- What to do is a call in backticks: `harvest()`, `verify(KEY, repair=True)`; `choices()` is what `sae list` shows.
 """
 
 

@@ -37,7 +37,7 @@ def beside(root: Path, reference: ActivationStore) -> dict[Where, ActivationStor
     return dict(sorted((point, store) for store in found if (point := point_of(store)) is not None))
 
 
-def at_point(root: Path, point: Where, option: str) -> ActivationStore:
+def at_point(root: Path, point: Where, argument: str) -> ActivationStore:
     """The training store of a point: of those that the last harvest made if one is, else the only one there is.
 
     Raises NotFound, with the points there are, or SaeError listing the candidates.
@@ -46,12 +46,12 @@ def at_point(root: Path, point: Where, option: str) -> ActivationStore:
     found = {key: store for key, store in every.items() if point_of(store) == point}
     if not found:
         there = sorted({its for store in every.values() if (its := point_of(store)) is not None})
-        raise NotFound(f"{option} {_text(point)}: no store of it in {root}; {_listed(there)}")
+        raise NotFound(f"{argument} = {_text(point)}: no store of it in {root}; {_listed(there)}")
     last = [found[key] for key in catalogue.latest(root).get(ActivationStore.kind, []) if key in found]
-    return _only([*last] or [*found.values()], option, point)
+    return _only([*last] or [*found.values()], argument, point)
 
 
-def aligned(root: Path, reference: ActivationStore, point: Where, option: str) -> ActivationStore:
+def aligned(root: Path, reference: ActivationStore, point: Where, argument: str) -> ActivationStore:
     """The store of a point whose rows align with a reference's, of the same model and codec if there are several.
 
     Where none aligns, one that does not: what it is made of other than the reference is said where both are read.
@@ -61,16 +61,16 @@ def aligned(root: Path, reference: ActivationStore, point: Where, option: str) -
     if not found:
         mine = [store for store in every if _rows(store.recipe) == _rows(reference.recipe)]
         there = sorted({its for store in mine if (its := point_of(store)) is not None})
-        raise NotFound(f"{option} {_text(point)}: no store of it beside {reference.key}; {_listed(there)}")
+        raise NotFound(f"{argument} = {_text(point)}: no store of it beside {reference.key}; {_listed(there)}")
     for alike in (_rows, lambda recipe: canonical(recipe["model"]), lambda recipe: canonical(recipe["codec"])):
         found = [store for store in found if alike(store.recipe) == alike(reference.recipe)] or found
-    return _only(found, option, point)
+    return _only(found, argument, point)
 
 
-def _only(found: Sequence[ActivationStore], option: str, point: Where) -> ActivationStore:
+def _only(found: Sequence[ActivationStore], argument: str, point: Where) -> ActivationStore:
     if len(found) > 1:
         names = catalogue.listed([store.path for store in found])
-        raise SaeError(f"{option} {_text(point)}: ambiguous; give one of {names}")
+        raise SaeError(f"{argument} = {_text(point)}: ambiguous; give one of {names}")
     return found[0]
 
 
@@ -94,4 +94,4 @@ def _text(point: Where) -> str:
 
 
 def _listed(points: Sequence[Where]) -> str:
-    return f"there is {', '.join(map(_text, points))}" if points else "`sae harvest` makes stores of points"
+    return f"there is {', '.join(map(_text, points))}" if points else "`harvest()` makes stores of points"

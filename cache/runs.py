@@ -137,7 +137,7 @@ class Run:
     def __init__(self, path: Path) -> None:
         self.path = path
         if not (path / CONFIG).exists():
-            raise NotFound(f"{path}: is not a run folder (no {CONFIG}); `sae list` shows the runs")
+            raise NotFound(f"{path}: is not a run folder (no {CONFIG}); `choices()` shows the runs")
         self.sealed = True  # whether its files carry checksums: those of version 0.1.0 do not
         try:
             self.config, self.sealed = unsealed(self._bytes(CONFIG))
@@ -169,13 +169,13 @@ class Run:
         """A new run folder. Raises SaeError where one exists already, or something else of that name."""
         if not _is_vacant(path):
             what = "exists" if (path / CONFIG).exists() else f"is there, and is no run (it has no {CONFIG})"
-            cure = "continue it with --resume or choose" if (path / CONFIG).exists() else "choose"
-            raise SaeError(f"--name {path.name}: {path} {what}; {cure} another --name")
+            cure = "continue it with `resume` or choose" if (path / CONFIG).exists() else "choose"
+            raise SaeError(f"name = {path.name}: {path} {what}; {cure} another `name`")
         removal.finish(path.parent, is_begun)
         data = sealed(config)
         with Lock(path):  # of two at once, one begins it
             if not _is_vacant(path):
-                raise SaeError(f"--name {path.name}: {path} exists; continue it with --resume or choose another --name")
+                raise SaeError(f"name = {path.name}: {path} exists; continue it with `resume` or choose another `name`")
             write_in(path, CONFIG, data)
             run = cls(path)
         run._made = data
@@ -349,7 +349,7 @@ class Run:
         """Tensors and cfg.json of the finished dictionary. Raises NotFound while training has not ended."""
         if not self.finished:
             raise NotFound(
-                f"{self.path}: training has not finished; continue it with `sae train --resume --name {self.name}`"
+                f"{self.path}: training has not finished; continue it with `train(resume=True, name={self.name})`"
             )
         if not (self.path / WEIGHTS_CONFIG).exists():
             raise DamagedStore(f"{self.path / WEIGHTS_CONFIG}: missing, though training has finished")
@@ -417,7 +417,7 @@ def _begin_anew() -> Iterator[None]:
     try:
         yield
     except DamagedStore as error:
-        raise DamagedStore(f"{error}; train again without --resume under another --name") from error
+        raise DamagedStore(f"{error}; train again without `resume` under another `name`") from error
 
 
 @contextmanager

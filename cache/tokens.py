@@ -112,7 +112,7 @@ class TokenStore(Store):
         """Raise DamagedStore where positions [n] that a store names are not of tokens that are here."""
         if positions.size and not 0 <= int(positions.min()) <= int(positions.max()) < self.n_tokens:
             raise DamagedStore(
-                f"{store.path}: names token {positions.max()}, {self.key} has {self.n_tokens:,}; run `sae tokenize` "
+                f"{store.path}: names token {positions.max()}, {self.key} has {self.n_tokens:,}; run `tokenize()` "
                 "again where tokens were lost"
             )
 

@@ -21,7 +21,7 @@ from sae.configs.reading import SECTIONS, nested, parsed
 __all__ = ["SECTIONS", "inner_models", "parsed", "presets", "resolve", "settings_of", "tag_of"]
 
 FOLDER = Path(__file__).parent
-NAMES: dict[tuple[str, ...], str] = {("align", "by"): "align"}  # options that are not called as their setting
+NAMES: dict[tuple[str, ...], str] = {("align", "by"): "align"}  # arguments that are not called as their setting
 
 Kind = TypeVar("Kind", bound=BaseModel)
 
@@ -92,7 +92,7 @@ def settings_of(item: str, section: str) -> list[str]:
 
 def _preset(name: str) -> dict[str, Any]:
     if name not in presets():
-        raise SaeError(f"--preset {name}: no such preset; there are {', '.join(presets())}")
+        raise SaeError(f"preset = {name}: no such preset; there are {', '.join(presets())}")
     return reading.preset(FOLDER / f"{name}.yaml")
 
 
@@ -107,20 +107,19 @@ def _set(section: str, overrides: Sequence[str]) -> Iterator[Said]:
     for item in overrides:
         values = reading.override(item).get(section)
         if values:
-            yield Said(f"--set {item}", values)
+            yield Said(f"overrides = {item}", values)
 
 
 def _swept(axes: dict[str, Any]) -> Iterator[Said]:
     for key, value in axes.items():
-        yield Said(f"--sweep {key}={_shown(value)}", nested(key.split("."), value))
+        yield Said(f"sweep = {key}={_shown(value)}", nested(key.split("."), value))
 
 
 def _options(flags: dict[str, Any]) -> Iterator[Said]:
-    """What the command's own options say, by what they are called."""
+    """What the command's own options say, by what it is called."""
     for path, value in leaves(flags):
         if value is not None:
-            name = NAMES.get(path, path[-1]).replace("_", "-")
-            yield Said(f"--{name} {_shown(value)}", nested(path, value))
+            yield Said(f"{NAMES.get(path, path[-1])} = {_shown(value)}", nested(path, value))
 
 
 def _shown(value: Any) -> str:

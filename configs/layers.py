@@ -80,7 +80,7 @@ def command_line(said: Sequence[Said]) -> dict[str, Any]:
         for path, value in leaves(values):
             for other, (other_option, other_value) in found.items():
                 if _contradict(path, value, other, other_value):
-                    raise SaeError(f"{option}: {other_option} says otherwise; give one of the two")
+                    raise SaeError(f"{option}: `{other_option}` says otherwise; give one of the two")
             found.setdefault(path, (option, value))
     whole: dict[str, Any] = {}
     for path, (_, value) in found.items():

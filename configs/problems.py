@@ -15,7 +15,7 @@ class Origins:
         self.section, self.layers, self.options = section, layers, options
 
     def option(self, keys: Sequence[str]) -> str | None:
-        """The option that said it, with its value: --d-sae 64."""
+        """The option that said it, with its value: d_sae = 64."""
         return self.options.get(tuple(keys))
 
     def name(self, keys: Sequence[str]) -> str:

@@ -76,13 +76,13 @@ def file(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise SaeError(f"--config {path}: cannot be read ({error.strerror})") from error
+        raise SaeError(f"file = {path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise SaeError(f"--config {path}: is not UTF-8 text") from error
+        raise SaeError(f"file = {path}: is not UTF-8 text") from error
     try:
         content = parsed(text)
     except ValueError as error:
-        raise SaeError(f"--config {path}: is not YAML ({error})") from error
+        raise SaeError(f"file = {path}: is not YAML ({error})") from error
     if isinstance(content, dict) and content.keys() >= {"train", "activations"}:
         content = {"train": content["train"]}
     return _sections(content, str(path))
@@ -93,14 +93,14 @@ def override(item: str) -> dict[str, Any]:
     path, equals, text = item.partition("=")
     keys = path.strip().split(".")
     if not equals or len(keys) < 2 or not all(keys):
-        raise SaeError(f"--set {item}: write it as section.key=value, for example train.lr=3e-4")
+        raise SaeError(f"overrides = {item}: write it as section.key=value, for example train.lr=3e-4")
     if not text.strip():
-        raise SaeError(f"--set {item}: has no value; write null where none is meant")
+        raise SaeError(f"overrides = {item}: has no value; write null where none is meant")
     try:
         value = parsed(text)
     except ValueError as error:
-        raise SaeError(f"--set {item}: the value is not YAML") from error
-    return _sections(nested(keys, value), f"--set {item}")
+        raise SaeError(f"overrides = {item}: the value is not YAML") from error
+    return _sections(nested(keys, value), f"overrides = {item}")
 
 
 def nested(keys: Sequence[str], value: Any) -> dict[str, Any]:

@@ -125,7 +125,7 @@ class Session:
         source: RowSource
         if isinstance(config, HarvestConfig):
             if not isinstance(tokens_from, TokenStore):
-                tokens_from = catalogue.find(self.cache, TokenStore, tokens_from, "tokens_from", "sae tokenize")
+                tokens_from = catalogue.find(self.cache, TokenStore, tokens_from)
             held_out = catalogue.sibling_of(self.cache, tokens_from, "validation")
             stores = [tokens_from, *([held_out] if held_out is not None and held_out.n_contexts else [])]
             source = LanguageModelSource.over(
@@ -284,7 +284,7 @@ class Session:
     def _store(self, said: ActivationStore | str | None, what: str) -> ActivationStore:
         if isinstance(said, ActivationStore):
             return said
-        return catalogue.find(self.cache, ActivationStore, said, what, "sae harvest")
+        return catalogue.find(self.cache, ActivationStore, said, what)
 
 
 def tokenize(**settings: Any) -> TokenStore:

@@ -14,9 +14,11 @@ from pydantic import BaseModel
 from support.pages import PAGES, README, typed
 
 from sae import configs
+from sae.pipeline.commands import voice
 from sae.pipeline.commands.app import app
-from sae.pipeline.commands.described import DECLARED, described
+from sae.pipeline.commands.described import described
 from sae.pipeline.commands.registry_listing import every_setting
+from sae.pipeline.commands.voice import DECLARED
 from sae.pipeline.evaluate.stage import EvalConfig
 from sae.pipeline.harvest.sources.language_model import HarvestConfig
 from sae.pipeline.harvest.sources.synthetic import SyntheticConfig
@@ -117,7 +119,7 @@ def test_options_say_what_the_class_of_their_setting_says(path: str) -> None:
     for field in fields:
         assert (field.description, field.default) == (read.description, read.default)
     helps = {p.help for c in COMMANDS.values() for p in c.params if DECLARED[path] in p.opts}
-    text = re.split("; (?:null|unset): ", read.description)[0][1:]
+    text = voice.typed(re.split("; (?:null|unset): ", read.description)[0])[1:]
     flag = read.kind == "bool"
     assert any(text in (help or "") and (flag or "Default: " in (help or "")) for help in helps)
 

@@ -35,8 +35,8 @@ def place(text: str) -> Path:
     return cast(Path, _remote(text, {}))  # no subclass of Path, but all of it that we use
 
 
-def expect_reachable(option: str, path: Path) -> None:
-    """One quick request to a remote place. Raises SaeError, naming the option, where it cannot be used.
+def expect_reachable(argument: str, path: Path) -> None:
+    """One quick request to a remote place. Raises SaeError, naming the argument, where it cannot be used.
 
     There need not be anything yet below the bucket.
     """
@@ -44,7 +44,7 @@ def expect_reachable(option: str, path: Path) -> None:
     text, kind = str(path), str(path).partition("://")[0]
     bucket, _, prefix = filesystem_path(path).strip("/").partition("/")
     if not bucket:
-        raise SaeError(f"{option} {text}: names no bucket or folder; write s3://bucket/prefix")
+        raise SaeError(f"{argument} = {text}: names no bucket or folder; write s3://bucket/prefix")
     hint = "the bucket, AWS_ENDPOINT_URL and the credentials (AWS_ACCESS_KEY_ID, ...)" if kind in S3 else "the URL"
     try:
         if kind in S3:  # `exists` says False of a missing bucket and of one that may not be read
@@ -52,9 +52,9 @@ def expect_reachable(option: str, path: Path) -> None:
         else:
             path.exists()
     except failures() as error:
-        raise SaeError(f"{option} {text}: cannot be used ({reason(error)}); check {hint}") from error
+        raise SaeError(f"{argument} = {text}: cannot be used ({reason(error)}); check {hint}") from error
     except ValueError as error:  # an endpoint that is no URL
-        raise SaeError(f"{option} {text}: {reason(error)}; check {hint}") from error
+        raise SaeError(f"{argument} = {text}: {reason(error)}; check {hint}") from error
 
 
 def is_remote(path: Path) -> bool:

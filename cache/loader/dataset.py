@@ -132,7 +132,7 @@ class Dataset:
             share = "take a share of the rows for validation, and harvest again"
             remedies = {
                 "language_model": "tokenize with a validation share, then harvest again",
-                "synthetic": "repeat `sae synthesize`",
+                "synthetic": "repeat `synthesize()`",
             }
             remedy = remedies.get(self.provenance.kind, share)
             lacking = next(mine for mine, its in zip(self.stores, found, strict=True) if its not in there)
@@ -198,8 +198,8 @@ class Dataset:
             if len(far.x):
                 yield from map(Batch, far.x.split(batch), far.y.split(batch))
 
-    def expect_kept(self, count: int, option: str) -> None:
-        """Raise SaeError, naming the option that asked for `count` rows, where fewer are kept."""
+    def expect_kept(self, count: int, argument: str) -> None:
+        """Raise SaeError, naming the argument that asked for `count` rows, where fewer are kept."""
         kept = 0
         for start in range(0, self.n_rows, self._step):
             stop = min(start + self._step, self.n_rows)
@@ -207,8 +207,8 @@ class Dataset:
             if kept >= count:
                 return
         raise SaeError(
-            f"{option} {count}: train.outliers leaves {kept:,} of the {self.n_rows:,} rows of {self.key}; lower it, "
-            "allow larger norms, or harvest more"
+            f"{argument} = {count}: train.outliers leaves {kept:,} of the {self.n_rows:,} rows of {self.key}; "
+            "lower it, allow larger norms, or harvest more"
         )
 
     @property

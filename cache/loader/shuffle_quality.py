@@ -92,9 +92,11 @@ def mixing_of(root: Path, store: Store) -> Mixing:
     """The same for a store of the cache at `root`, with its token store where that is there, and the usual settings
     (of a store with fewer rows than a batch: all of them)."""
     if not isinstance(store, ActivationStore):
-        raise SaeError(f"--shuffle-quality: {store.key} holds {store.kind}; name a store of activations")
+        raise SaeError(f"shuffle_quality = True: {store.key} holds {store.kind}; name a store of activations")
     if "tokens" not in store.recipe:
-        raise SaeError(f"--shuffle-quality: the rows of {store.key} come from no documents, so there is nothing to mix")
+        raise SaeError(
+            f"shuffle_quality = True: the rows of {store.key} come from no documents, so there is nothing to mix"
+        )
     tokens = of_recipe(root, TokenStore, store.recipe["tokens"])
     return mixing(store, tokens, batch=min(4096, store.n_rows))
 

@@ -97,7 +97,7 @@ class Int8:
 
     def __post_init__(self) -> None:
         if not 0 <= self.step <= 1:
-            raise SaeError(f"--codec int8:step={self.step:g}: the step is a share of a standard deviation, 0 to 1")
+            raise SaeError(f"codec = int8:step={self.step:g}: the step is a share of a standard deviation, 0 to 1")
 
     def encode(self, rows: Tensor, columns: Columns) -> Encoded:
         normalised = (rows - columns.mean) / columns.scale
@@ -106,7 +106,7 @@ class Int8:
         scale = (widest / CODES_MAX).clamp_min(max(self.step, FP16_SMALLEST)).half()
         if not scale.isfinite().all():
             raise SaeError(
-                "--codec int8: an activation is 8 million standard deviations from its column's mean; use bfloat16"
+                "codec = int8: an activation is 8 million standard deviations from its column's mean; use bfloat16"
             )
         codes = (normalised / scale.float()[:, None]).round_().clamp_(-CODES_MAX, CODES_MAX)
         return Encoded(codes.char(), scale)
@@ -157,7 +157,7 @@ class Float16:
     def encode(self, rows: Tensor, columns: Columns) -> Encoded:
         stored = rows.half()
         if not stored.isfinite().all():
-            raise SaeError("--codec float16: an activation is beyond 65,504; use int8 or bfloat16")
+            raise SaeError("codec = float16: an activation is beyond 65,504; use int8 or bfloat16")
         return Encoded(stored, None)
 
     def decode(self, encoded: Encoded, columns: Columns) -> Tensor:
@@ -212,7 +212,7 @@ def codec(text: str) -> Codec:
     """A codec from its name and settings: `int8`, `int8:step=0.11`, `bfloat16:zstd=1`, `int8:step=0,zstd=none`."""
     name, _, rest = text.partition(":")
     if name not in CODECS:
-        raise SaeError(f"--codec {name}: no such codec; there are {', '.join(CODECS)}")
+        raise SaeError(f"codec = {name}: no such codec; there are {', '.join(CODECS)}")
     value: Codec = CODECS[name]()
     for item in filter(None, rest.split(",")):
         setting, _, given = item.partition("=")
@@ -226,13 +226,13 @@ def codec(text: str) -> Codec:
                 value = replace(value, step=float(given))
             else:
                 raise SaeError(
-                    f"--codec {text}: {name} has no setting {setting!r}; it has {', '.join(settings(value))}"
+                    f"codec = {text}: {name} has no setting {setting!r}; it has {', '.join(settings(value))}"
                 )
         except SaeError:
             raise
         except ValueError as error:
             usual = "zstd=1 to 22 or zstd=none" if setting == "zstd" else "step=0.08"
-            raise SaeError(f"--codec {text}: {given!r} is no value for {setting}; try {usual}") from error
+            raise SaeError(f"codec = {text}: {given!r} is no value for {setting}; try {usual}") from error
     return value
 
 

@@ -36,7 +36,7 @@ def read_head(path: Path, kind: str | None = None) -> Head:
     file = path / RECIPE
     data = read(file, MOST_HEAD)
     if data is None:
-        raise NotFound(f"{path}: is not a store (no {RECIPE}); `sae cache ls` lists what is there")
+        raise NotFound(f"{path}: is not a store (no {RECIPE}); `stores()` lists what is there")
     try:
         said = parsed_mapping(data)
         version, head = whole(said, "format"), Head(text(said, "kind"), text(said, "slug"), inner(said, "recipe"))
@@ -52,7 +52,7 @@ def read_head(path: Path, kind: str | None = None) -> Head:
     if version != FORMAT:
         raise SaeError(f"{path}: format {version}, this version reads {FORMAT}; use the version that wrote it")
     if kind is not None and head.kind != kind:
-        raise SaeError(f"{path}: holds {head.kind}, not {kind}; `sae cache ls` lists the stores")
+        raise SaeError(f"{path}: holds {head.kind}, not {kind}; `stores()` lists the stores")
     if not path.name.endswith(name := digest(head.recipe)):
         raise DamagedStore(f"{file}: its recipe hashes to {name}, not to the folder's name; it was changed")
     return head

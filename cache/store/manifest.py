@@ -113,7 +113,7 @@ class Manifest:
         for number, text in enumerate(lines_of(data), 1):
             line = read_line(text)
             if line is None or closed:
-                raise DamagedStore(f"{path}: line {number} is damaged; `sae cache verify` tells what else is")
+                raise DamagedStore(f"{path}: line {number} is damaged; `verify()` tells what else is")
             end = windows[-1].stop if windows else 0
             if isinstance(line, Window):
                 in_order = line.index == len(windows) and line.start == end

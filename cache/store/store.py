@@ -59,7 +59,7 @@ class Store:
                 if not self.fits(window):
                     raise DamagedStore(
                         f"{path / MANIFEST}: line {number} lists what no window {window.index} of this recipe has; "
-                        "`sae cache verify` tells what else is damaged"
+                        "`verify()` tells what else is damaged"
                     )
             self._expect_all_lines(rows, closed)
         else:
@@ -149,11 +149,11 @@ class Store:
 
     def missing(self, path: Path) -> DamagedStore:
         """The error for a committed file that is not there."""
-        return DamagedStore(f"{path}: missing, though it was committed; `sae cache verify {self.key}` tells more")
+        return DamagedStore(f"{path}: missing, though it was committed; `verify({self.key})` tells more")
 
     def damaged(self, path: Path) -> DamagedStore:
         """The error for a committed file whose bytes are others."""
-        return DamagedStore(f"{path}: damaged (its checksum differs); `sae cache verify {self.key}` tells more")
+        return DamagedStore(f"{path}: damaged (its checksum differs); `verify({self.key})` tells more")
 
     def _window_of(self, name: str) -> Window:
         if "/" not in name:
@@ -254,12 +254,12 @@ class Store:
             if rows > self.n_rows:
                 raise DamagedStore(
                     f"{self.path / MANIFEST}: ends at row {self.n_rows:,}, but {self.path / array}/zarr.json is that "
-                    f"of {rows:,}, so one of the two was changed; `sae cache verify` tells more"
+                    f"of {rows:,}, so one of the two was changed; `verify()` tells more"
                 )
         if closed and not self.closed:
             raise DamagedStore(
                 f"{self.path / MANIFEST}: does not say that the source has ended, but {self.path}/zarr.json does, so "
-                "one of the two was changed; `sae cache verify` tells more"
+                "one of the two was changed; `verify()` tells more"
             )
 
     def damage(self, name: str) -> str | None:

@@ -83,7 +83,7 @@ def _inspect(folder: Path) -> DamagedStoreView:
         elif line is not None:
             end, tail = line, []
         else:
-            wrong.append(f"{path}: line {number} is damaged; `sae cache verify` tells more")
+            wrong.append(f"{path}: line {number} is damaged; `verify()` tells more")
             tail.append(text)
     whole = max(windows, default=-1) + 1
     rows = windows[whole - 1].stop if whole else 0

@@ -64,15 +64,15 @@ def export(
     Raises SaeError where the destination is there, cannot be written, or float16 cannot hold a value.
     """
     if dtype not in DTYPES:
-        raise SaeError(f"--dtype {dtype}: rows are exported as {', '.join(DTYPES)}")
+        raise SaeError(f"dtype = {dtype}: rows are exported as {', '.join(DTYPES)}")
     if order not in ORDERS:
-        raise SaeError(f"--order {order}: rows come in stored or in token order")
+        raise SaeError(f"order = {order}: rows come in stored or in token order")
     if destination.exists() or destination.is_symlink():
         raise SaeError(f"{destination}: exists; remove it or name another")
     if not store.n_rows:
-        raise SaeError(f"{store.path}: holds no rows yet; run `sae harvest` again to continue it")
+        raise SaeError(f"{store.path}: holds no rows yet; run `harvest()` again to continue it")
     if rows is not None and rows < 1:
-        raise SaeError(f"--rows {rows}: an export has at least one")
+        raise SaeError(f"rows = {rows}: an export has at least one")
     n = store.n_rows if rows is None else min(rows, store.n_rows)
     expect_room(destination.parent, plain_on_disk(n, store.d, DTYPES[dtype].itemsize), "the export")
     partial = Path(os.path.abspath(destination.with_name(temporary(destination.name))))
@@ -173,7 +173,7 @@ def _stored_dtype(dtype: str) -> str:
 def _as(rows: Tensor, dtype: str) -> np.ndarray:
     stored = rows.to(DTYPES[dtype])
     if not torch.isfinite(stored).all():
-        raise SaeError(f"--dtype {dtype}: a value of {rows.abs().max():.4g} is beyond it; take float32 or bfloat16")
+        raise SaeError(f"dtype = {dtype}: a value of {rows.abs().max():.4g} is beyond it; take float32 or bfloat16")
     return to_numpy(stored)
 
 

@@ -34,7 +34,7 @@ def removable(root: Path, name: str) -> Path:
     Raises SaeError for a path that leads elsewhere.
     """
     if not name:
-        raise SaeError("the name of a store is empty; `sae cache ls` lists the keys")
+        raise SaeError("the name of a store is empty; `stores()` lists the keys")
     parents = [root / kind for kind in catalogue.kinds()]
     every = {path for parent in parents for file in (RECIPE, MANIFEST) for path in catalogue.holding(parent, file)}
     every |= {path for parent in parents if not is_remote(root) for path in parent.glob("*") if path.is_symlink()}
@@ -51,7 +51,7 @@ def removable(root: Path, name: str) -> Path:
     for parent in parents:
         if is_remote(path) == is_remote(root) and path.parent == catalogue.as_named(parent / "x").parent:
             return parent / path.name
-    raise SaeError(f"{name}: is no store of the cache {root}, so it is left alone; for another cache say --cache")
+    raise SaeError(f"{name}: is no store of the cache {root}, so it is left alone; for another say `cache`")
 
 
 def remove(root: Path, path: Path) -> int:

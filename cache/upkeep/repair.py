@@ -184,7 +184,7 @@ class _Repair:
         return SaeError(
             f"{self.found.store.path}: window {window.index} made again is another one than was committed, so what it "
             "was made from has changed; nothing of it was replaced. Find what it was made from, or remove the store "
-            "(`sae cache rm`) and make it again"
+            "(`remove()`) and make it again"
         )
 
     def _write(self, name: str, data: bytes) -> None:

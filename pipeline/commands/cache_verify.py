@@ -17,6 +17,7 @@ from sae.pipeline.commands.options import (
     folder,
 )
 from sae.pipeline.commands.shown import raise_last
+from sae.pipeline.commands.voice import typed
 
 if TYPE_CHECKING:
     from sae.cache.upkeep.damage import DamagedStoreView, Finding
@@ -75,7 +76,8 @@ def verify(
     for one in done:
         bars.note(str(one))
     if json:
-        result = {"stores": [one.store.key for one in found], "runs": checked, "damage": damaged + broken}
+        says = [typed(line) for line in damaged + broken]
+        result = {"stores": [one.store.key for one in found], "runs": checked, "damage": says}
         console.as_json(result | ({"repaired": [one.as_json() for one in done]} if repair else {}))
     elif not problems:
         looked_at = [counted(len(found), "store"), *([counted(len(checked), "run")] if checked else [])]

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sae.cache.printable import printable
+from sae.pipeline.commands.voice import typed
 from sae.pipeline.metrics.figures import evaluation_table
 
 out = Console(highlight=False)
@@ -161,7 +162,7 @@ def say(line: str) -> None:
 
 def note(line: str) -> None:
     """One line beside the result, on stderr."""
-    err.print(Text(printable(line)), soft_wrap=True)
+    err.print(Text(printable(typed(line))), soft_wrap=True)
 
 
 def agreed(question: str) -> bool:
@@ -175,7 +176,7 @@ def agreed(question: str) -> bool:
 
 def complain(line: str) -> None:
     """The one line an error is."""
-    text = printable(" ".join(f"sae: error: {line}".splitlines()))
+    text = printable(" ".join(f"sae: error: {typed(line)}".splitlines()))
     err.print(Text(text, style="bold red" if err.is_terminal else ""), soft_wrap=True)
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import typer
 
+from sae.pipeline.commands.voice import DECLARED, typed
 from sae.pipeline.commands.words import AMOUNT, LIST, amount
 
 PIPELINE = Path(__file__).parents[1]
@@ -34,7 +35,6 @@ METAVARS = {
     "bool": "", "int": "N", "float": "X", "str": "NAME", "list of int": f"N{LIST}", "list of float": f"X{LIST}",
     "list of str": f"NAME{LIST}",
 }  # fmt: skip
-DECLARED: dict[str, str] = {}  # option by the path of its setting: {"train.sae.k": "--k"}
 
 
 class Described(NamedTuple):
@@ -131,7 +131,7 @@ def _help(setting: Described, unsaid: str | None = None) -> str:
     default = none if setting.default is None else shown(setting.default)
     first = re.split(r"\W", text)[0]
     text = text if first == default else text[:1].upper() + text[1:]
-    return f"{text}. Default: {unsaid or default}."
+    return typed(f"{text}. Default: {unsaid or default}.")
 
 
 def shown(default: Any) -> str:

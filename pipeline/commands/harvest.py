@@ -67,7 +67,7 @@ def harvest(
 
     root, bars, together = cache_root(cache), Bars(), team(workers, scheduler, 1)
     if tokens_from is not None:  # before the seconds that torch takes
-        catalogue.find(root, TokenStore, tokens_from, "--tokens-from", "sae tokenize")
+        catalogue.find(root, TokenStore, tokens_from)
     with said_if_slow(bars, "loading torch"):
         from sae.pipeline.harvest.sources import SOURCES, settings_of_sources
         from sae.pipeline.harvest.stage import harvest as stage

@@ -11,6 +11,7 @@ from sae.pipeline.commands.options import (
     folder,
 )
 from sae.pipeline.commands.shown import report_damage
+from sae.pipeline.commands.voice import typed
 
 HEADINGS = ["name", "default", "what it is"]
 
@@ -31,7 +32,7 @@ def list_(
 
     if settings:
         every = every_setting()
-        rows = [[one["name"], one["default"], one["help"]] for one in every]
+        rows = [[one["name"], one["default"], typed(one["help"])] for one in every]
         console.as_json({"settings": every}) if json else console.table("settings", HEADINGS, rows, prose=True)
         return
     there, damage = catalogue.readable_runs(folder("--runs", runs))

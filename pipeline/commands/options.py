@@ -102,7 +102,7 @@ def cache_root(given: str | None) -> Path:
 
     found = place(given or platformdirs.user_cache_dir("sae"))
     if is_remote(found):
-        expect_reachable("--cache", found)
+        expect_reachable("cache", found)
         return found
     return folder("--cache", found)
 

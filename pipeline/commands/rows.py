@@ -56,15 +56,13 @@ class Rows(NamedTuple):
         from sae.cache import points
 
         if self.layers is None and self.sites is None:
-            option, name = ("--activations", self.activations) if self.source is None else ("--input", self.source)
-            store = named(root, name, option)
+            argument, name = ("activations", self.activations) if self.source is None else ("input", self.source)
+            store = named(root, name, argument)
             if self.target is None:
                 return [(store, None)]
             point = points.point_in(self.target)
             target = (
-                named(root, self.target, "--target")
-                if point is None
-                else points.aligned(root, store, point, "--target")
+                named(root, self.target, "target") if point is None else points.aligned(root, store, point, "target")
             )
             if target.path == store.path:
                 raise SaeError(f"--target {self.target}: is what is read; without --target it is reconstructed")
@@ -104,14 +102,14 @@ def announce(dataset: "Dataset", bars: "Bars") -> None:
             bars.note(f"{name}: {store.key}{catalogue.unfinished(store)}")
 
 
-def named(root: Path, name: str | None, option: str) -> "ActivationStore":
-    """The store that an option names, by its point or its key; without a name, what the last harvest made."""
+def named(root: Path, name: str | None, argument: str) -> "ActivationStore":
+    """The store that an argument names, by its point or its key; without a name, what the last harvest made."""
     from sae.cache import catalogue, points
     from sae.cache.activations import ActivationStore
 
-    if name is not None and option != "--activations" and (point := points.point_in(name)) is not None:
-        return points.at_point(root, point, option)
-    return catalogue.find(root, ActivationStore, name, option, "sae harvest")
+    if name is not None and argument != "activations" and (point := points.point_in(name)) is not None:
+        return points.at_point(root, point, argument)
+    return catalogue.find(root, ActivationStore, name, argument)
 
 
 def any_of_the_last(root: Path, name: str | None) -> "ActivationStore":
@@ -121,7 +119,7 @@ def any_of_the_last(root: Path, name: str | None) -> "ActivationStore":
 
     if name is None:
         name = next(iter(catalogue.latest(root).get(ActivationStore.kind, [])), None)
-    return catalogue.find(root, ActivationStore, name, "--activations", "sae harvest")
+    return catalogue.find(root, ActivationStore, name)
 
 
 def split_axes(axes: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:

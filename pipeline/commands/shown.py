@@ -6,7 +6,7 @@ from typing import Any
 
 from sae.cache.errors import DamagedStore, SaeError
 
-REMEDY = "; `sae cache verify --repair` makes it again, `sae cache rm` removes the store"
+REMEDY = "; `verify(repair=True)` makes it again, `remove()` removes the store"
 
 
 def show_stores(stores: list[Any], json: bool, name: str, extra: Callable[[Any], int]) -> None:
@@ -47,7 +47,7 @@ def raise_last(problems: list[SaeError]) -> None:
     from sae.pipeline.commands import console
 
     for error in problems:
-        error.args = (re.sub("; `sae cache verify.*", REMEDY, str(error)),)
+        error.args = (re.sub(r"; `verify\(.*", REMEDY, str(error)),)
     for error in problems[:-1]:
         console.complain(str(error))
     if problems:

@@ -100,7 +100,7 @@ def dataset_of(where: "Lab", name: str | None, *, any_of_the_last: bool) -> "Dat
 
     if name is None and any_of_the_last:
         name = next(iter(catalogue.latest(where.root).get(ActivationStore.kind, [])), None)
-    store = catalogue.find(where.root, ActivationStore, name, "--activations", "sae harvest")
+    store = catalogue.find(where.root, ActivationStore, name)
     where.progress.note(f"activations: {store.key}{catalogue.unfinished(store)}")
     return Dataset.of(store)
 

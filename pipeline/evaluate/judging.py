@@ -140,7 +140,7 @@ def judge_rows(
 
     _each_batch(sae, dataset, rows, batch, "eval rows", show, progress)
     if not seen[-1]:
-        raise SaeError(f"--rows {rows}: training would have left all of them out for their norm; judge on more")
+        raise SaeError(f"rows = {rows}: training would have left all of them out for their norm; judge on more")
 
 
 def search_rows(
@@ -223,7 +223,7 @@ def judge_tokens(
     finally:
         progress.finish()
     if not counted:
-        raise SaeError(f"--tokens {config.tokens}: none of their predictions counts; judge on more")
+        raise SaeError(f"tokens = {config.tokens}: none of their predictions counts; judge on more")
 
 
 def _site(origin: Provenance) -> Point:

@@ -57,7 +57,7 @@ def evaluate(
         with said_if_slow(progress, f"loading {source.model}"):
             text = tokens, language_model or hints.boot(target, model, device, offline)
     elif model is not None:
-        raise SaeError(f"--model {model}: the rows of {training.key} come from no language model; leave it out")
+        raise SaeError(f"model = {model}: the rows of {training.key} come from no language model; leave it out")
     for line in _not_so_many(config, held_out, None if text is None else text[0]):
         progress.note(line)
     sae.to(devices.device(device) if text is None else text[1].device)
@@ -65,7 +65,7 @@ def evaluate(
     result.details["held_out"] = held_out.key
     found = result.as_json()
     if not replace_larger and (less := _less(run, found)):
-        progress.note(f"{run.path / EVALUATION}: stays, {less}; --replace puts this one in its place")
+        progress.note(f"{run.path / EVALUATION}: stays, {less}; `replace` puts this one in its place")
         return result
     run.write_json(EVALUATION, found)
     run.save_latents(result.tensors())
@@ -122,13 +122,13 @@ def missing(run: Run, config: EvalConfig, training: Dataset, held_out: Dataset, 
 def _not_so_many(config: EvalConfig, held_out: Dataset, tokens: TokenStore | None) -> Iterator[str]:
     """What to say where more was asked for than there is to judge on."""
     if config.rows != "all" and config.rows > held_out.n_rows:
-        yield f"--rows {config.rows:,}: {held_out.key} has {held_out.n_rows:,}, all of which are judged"
+        yield f"rows = {config.rows:,}: {held_out.key} has {held_out.n_rows:,}, all of which are judged"
     if "tokens" not in config.model_fields_set:
         return
     if tokens is None:
-        yield f"--tokens {config.tokens}: the rows of {held_out.key} come from no language model, so none are judged"
+        yield f"tokens = {config.tokens}: the rows of {held_out.key} come from no language model, so none are judged"
     elif config.tokens != "all" and config.tokens > tokens.n_tokens:
-        yield f"--tokens {config.tokens:,}: {tokens.key} has {tokens.n_tokens:,}, all of which are judged"
+        yield f"tokens = {config.tokens:,}: {tokens.key} has {tokens.n_tokens:,}, all of which are judged"
 
 
 def _tokens(root: Path, training: Dataset, held_out: Dataset) -> TokenStore:
@@ -136,5 +136,5 @@ def _tokens(root: Path, training: Dataset, held_out: Dataset) -> TokenStore:
     text = held_out.provenance.text
     tokens = None if text is None else catalogue.of_recipe(root, TokenStore, text.recipe)
     if tokens is None:
-        raise NotFound(f"{root}: the validation tokens of {training.key} are gone; run `sae tokenize` again")
+        raise NotFound(f"{root}: the validation tokens of {training.key} are gone; run `tokenize()` again")
     return tokens

@@ -100,7 +100,7 @@ def _say_if_padded(
     if total > 2 * smaller:
         progress.note(
             f"{split}: chunks are padded to their whole size, and so small a store is padding for the most part; with "
-            f"--codec {recipes[0]['codec']['name']}:zstd=1 about {smaller / 1e6:,.1f} MB"
+            f"`codec = {recipes[0]['codec']['name']}:zstd=1` about {smaller / 1e6:,.1f} MB"
         )
 
 
@@ -112,6 +112,6 @@ def _rows_there(path: Path, wanted: int) -> int:
     if store.closed and store.n_rows < wanted:
         raise SaeError(
             f"{store.key}: has ended, with a short window at row {store.n_rows:,}, and cannot grow to {wanted:,}; "
-            "harvest without harvest.rows.last_window=short, or remove it first (`sae cache rm`)"
+            "harvest without `harvest.rows.last_window = short`, or remove it first (`remove()`)"
         )
     return store.n_rows

@@ -110,7 +110,7 @@ def expect_lease(lease: Path) -> None:
         if time.monotonic() > patience:
             raise SaeError(
                 f"a worker on {socket.gethostname()} does not see {lease.parent}; give all workers the file system of "
-                "the cache, or `--cache` a place that all of them reach"
+                "the cache, or `cache` a place that all of them reach"
             )
         time.sleep(0.1)
 

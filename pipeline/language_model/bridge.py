@@ -95,7 +95,7 @@ class Bridge:
                 found = promises.kept(trial, last=last)
             except promises.NotFinite:
                 raise SaeError(
-                    f"--model {self.name}: layer {layer} gives infinities or NaN; its weights are damaged"
+                    f"model = {self.name}: layer {layer} gives infinities or NaN; its weights are damaged"
                 ) from None
             self._widths[layer] = {site: there[site].shape[-1] for site in HOOKS if site in found}
         return self._widths[layer]
@@ -176,19 +176,19 @@ class Bridge:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever hundreds of architectures do with a configuration that is not theirs
-            raise SaeError(f"--model {self.name}: cannot be run: {one_line(error)}; give another model") from error
+            raise SaeError(f"model = {self.name}: cannot be run: {one_line(error)}; give another model") from error
         if not logits.isfinite().any():
-            raise SaeError(f"--model {self.name}: its logits are infinite or NaN; fetch or save its weights again")
+            raise SaeError(f"model = {self.name}: its logits are infinite or NaN; fetch or save its weights again")
         if not self._close(*logits.nan_to_num()[:, :-1]):
             raise SaeError(
-                f"--model {self.name}: a {type(model).__name__} sees tokens before it predicts them, so it is "
+                f"model = {self.name}: a {type(model).__name__} sees tokens before it predicts them, so it is "
                 "not a causal language model; give one such as gpt2"
             )
         return logits.nan_to_num()
 
     def _check_whole(self, plain: Tensor) -> None:
         """Raise SaeError unless the wrapped model gives the plain one's logits, whole and from the last stream."""
-        misfit = f"--model {self.name}: transformer_lens' bridge for {type(self._bridge.original_model).__name__}"
+        misfit = f"model = {self.name}: transformer_lens' bridge for {type(self._bridge.original_model).__name__}"
         try:
             logits = self.logits(self.final(self._some_ids()).flatten(0, 1)).view_as(plain)
         except torch.OutOfMemoryError:

@@ -34,30 +34,30 @@ def read_config(folder: Path, name: str) -> Any:
         if key in _QUANTIZED and value:
             how = value.get("quant_method", "") if isinstance(value, dict) else ""
             raise SaeError(
-                f"--model {name}: its weights are quantized ({key} in {CONFIG}: {str(how)[:40]}), which is not "
+                f"model = {name}: its weights are quantized ({key} in {CONFIG}: {str(how)[:40]}), which is not "
                 "supported; give the model in float32, float16 or bfloat16"
             )
         if key in _ELSEWHERE and value is not None:
-            raise SaeError(f"--model {name}: {key} in {CONFIG} is not supported; remove it, or give another model")
+            raise SaeError(f"model = {name}: {key} in {CONFIG} is not supported; remove it, or give another model")
         if isinstance(value, float) and math.isnan(value):
-            raise SaeError(f"--model {name}: {key} in {CONFIG} is NaN; fetch or save the model again")
+            raise SaeError(f"model = {name}: {key} in {CONFIG} is NaN; fetch or save the model again")
         if isinstance(value, int) and any(kind.search(key) and abs(value) > most for kind, most in _LIMITS):
-            raise SaeError(f"--model {name}: {key} in {CONFIG} is {str(value)[:30]}; fetch or save the model again")
+            raise SaeError(f"model = {name}: {key} in {CONFIG} is {str(value)[:30]}; fetch or save the model again")
     try:
         # code in the folder is never run: left unsaid, transformers would stop and ask on the terminal
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each of hundreds of classes fails in its own way on values that are not its own
         if "trust_remote_code" in str(error):  # which transformers would have us set
             raise SaeError(
-                f"--model {name}: is Python code of its own, which is never run; give a model that transformers knows"
+                f"model = {name}: is Python code of its own, which is never run; give a model that transformers knows"
             ) from error
-        raise SaeError(f"--model {name}: {CONFIG} is not understood: {one_line(error)}") from error
+        raise SaeError(f"model = {name}: {CONFIG} is not understood: {one_line(error)}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise SaeError(f"--model {name}: a {config.model_type} is not a causal language model; give one such as gpt2")
+        raise SaeError(f"model = {name}: a {config.model_type} is not a causal language model; give one such as gpt2")
     for size in _SIZES:
         value = getattr(config, size, None)
         if isinstance(value, int) and value < 1:
-            raise SaeError(f"--model {name}: {size} in {CONFIG} is {value}; fetch or save the model again")
+            raise SaeError(f"model = {name}: {size} in {CONFIG} is {value}; fetch or save the model again")
     config._attn_implementation = None  # transformers' default for the model
     config._experts_implementation = None
     return config

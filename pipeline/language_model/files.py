@@ -52,14 +52,14 @@ class ModelFiles:
         if index.is_file():
             shards = sorted({self.folder / shard for shard in _read_index(index, self.name)})
             if missing := [shard.name for shard in shards if not shard.is_file()]:
-                raise SaeError(f"--model {self.name}: {shown(missing[0])} is missing; {self._remedy()}")
+                raise SaeError(f"model = {self.name}: {shown(missing[0])} is missing; {self._remedy()}")
             return shards
         if any(path.suffix in PICKLES for path in self.folder.iterdir()):
             raise SaeError(
-                f"--model {self.name}: only pickled weights ({', '.join(PICKLES)}), which are never opened; "
+                f"model = {self.name}: only pickled weights ({', '.join(PICKLES)}), which are never opened; "
                 "save the model again with save_pretrained, which writes model.safetensors"
             )
-        raise SaeError(f"--model {self.name}: no {WEIGHTS} in it; {self._remedy()}")
+        raise SaeError(f"model = {self.name}: no {WEIGHTS} in it; {self._remedy()}")
 
     def digest(self) -> str:
         """sha256 over the names and contents of the configuration and the weight files."""
@@ -107,7 +107,7 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError("it is not an object")
     except (OSError, ValueError, RecursionError) as error:
-        raise SaeError(f"--model {name}: {path.name} is not understood: {one_line(error)}; save it again") from error
+        raise SaeError(f"model = {name}: {path.name} is not understood: {one_line(error)}; save it again") from error
     return found
 
 
@@ -121,16 +121,16 @@ def find_model(name: str, *, revision: str | None = None, offline: bool = False)
     folder = Path(os.path.expanduser(name))  # Path.expanduser raises for a user who is not there
     if folder.is_dir():
         if not (folder / CONFIG).is_file():
-            raise SaeError(f"--model {name}: the folder has no {CONFIG}; give a Hugging Face model folder")
+            raise SaeError(f"model = {name}: the folder has no {CONFIG}; give a Hugging Face model folder")
         return _without_revision(ModelFiles(folder.resolve().name, folder), revision)
     if folder.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise NotFound(f"--model {name}: no such folder; give a Hugging Face model folder, a hub name, or tiny")
+        raise NotFound(f"model = {name}: no such folder; give a Hugging Face model folder, a hub name, or tiny")
     return _from_hub(name, revision, offline)
 
 
 def _without_revision(files: ModelFiles, revision: str | None) -> ModelFiles:
     if revision is not None:
-        raise SaeError(f"--revision {revision}: {files.name} is a local folder; revisions are for hub models")
+        raise SaeError(f"revision = {revision}: {files.name} is a local folder; revisions are for hub models")
     return files
 
 
@@ -140,11 +140,11 @@ def _from_hub(name: str, revision: str | None, offline: bool) -> ModelFiles:
         path = snapshot(name, WANTED, revision=revision, offline=offline)
     except Refused as error:
         what = f"{name} at revision {revision}" if revision else name
-        remedy = "give a local Hugging Face folder, or --model tiny (embedded)"
+        remedy = "give a local Hugging Face folder, or `model = tiny` (embedded)"
         why = str(error) if error.definite else f"not, or not whole, in the local Hugging Face cache, and {error}"
-        raise NotFound(f"--model {what}: {why}; {remedy}") from error
+        raise NotFound(f"model = {what}: {why}; {remedy}") from error
     if not (path / CONFIG).is_file():
-        raise SaeError(f"--model {name}: the repository has no {CONFIG}; give a Hugging Face transformers model")
+        raise SaeError(f"model = {name}: the repository has no {CONFIG}; give a Hugging Face transformers model")
     return ModelFiles(name, path, revision=path.name)
 
 
@@ -152,7 +152,7 @@ def _read_index(index: Path, name: str) -> list[str]:
     """File names of the shards. Names with folders in them are refused."""
     shards = read_json(index, name).get("weight_map")
     if not shards or not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-        raise SaeError(f"--model {name}: {INDEX} is not a list of weight files; save the model again")
+        raise SaeError(f"model = {name}: {INDEX} is not a list of weight files; save the model again")
     if any(Path(shard).name != shard or not shard.endswith(".safetensors") for shard in shards.values()):
-        raise SaeError(f"--model {name}: {INDEX} names files outside its folder, or no safetensors; save it again")
+        raise SaeError(f"model = {name}: {INDEX} names files outside its folder, or no safetensors; save it again")
     return list(shards.values())

@@ -45,11 +45,11 @@ def model_of(store: ActivationStore, given: str | None, offline: bool) -> str:
     except ValueError as error:
         raise DamagedStore(f"{store.path / RECIPE}: {error}; remove the store and make it again") from error
     wanted = store.recipe["model"]
-    name = given if given is not None else followed(store, "model", wanted["model"], "--model")
+    name = given if given is not None else followed(store, "model", wanted["model"])
     of_hub = wanted["revision"] is not None and not Path(name).is_absolute()
     here = name == embedded.NAME or _is_folder(name) or (name.startswith(RANDOM) and "/" not in name)
     if given is None and not (of_hub or here):
-        raise SaeError(f"{store.path / HINTS}: the model is said to be at {name}, which is no folder; say --model")
+        raise SaeError(f"{store.path / HINTS}: the model is said to be at {name}, which is no folder; say `model`")
     if name.startswith(RANDOM):
         return name  # nothing is read but a configuration that the user named, or none
     files = find_model(name, revision=None if _is_folder(name) else wanted["revision"], offline=offline)
@@ -75,7 +75,7 @@ def boot(store: ActivationStore, model: str | None, device: str, offline: bool) 
 def other_model(store: ActivationStore, name: str, differs: list[str]) -> SaeError:
     """The error for a model that is not the one a store was harvested with."""
     return SaeError(
-        f"--model {name}: its {', '.join(differs)} differ from those {store.key} was harvested with; "
+        f"model = {name}: its {', '.join(differs)} differ from those {store.key} was harvested with; "
         "give that model, or harvest again"
     )
 
@@ -86,19 +86,19 @@ def tokenizer_of(store: TokenStore, given: str | None) -> str:
     if given is not None:
         return given
     if not is_plain_name(name):
-        raise DamagedStore(f"{store.path / RECIPE}: {shown(name)} is no name of a tokenizer; say it with --tokenizer")
-    return followed(store, "tokenizer", name, "--tokenizer")
+        raise DamagedStore(f"{store.path / RECIPE}: {shown(name)} is no name of a tokenizer; say it with `tokenizer`")
+    return followed(store, "tokenizer", name)
 
 
 def source_of(store: TokenStore, given: str | None) -> str:
     """Where the text of a store is: by its own name (the commit of a hub's data set), or files of this machine."""
     spec = given or _named(store) or store.hints.get("source")
     if spec is None:
-        raise SaeError(f"{store.path}: where its text is now is not known; say it with --source")
-    return spec if given or _named(store) else followed(store, "source", None, "--source")
+        raise SaeError(f"{store.path}: where its text is now is not known; say it with `source`")
+    return spec if given or _named(store) else followed(store, "source", None)
 
 
-def followed(store: Store, what: str, name: str | None, option: str) -> str:
+def followed(store: Store, what: str, name: str | None) -> str:
     """What a store hints at, where that is an absolute path or the name in its recipe; the latter where it says none.
 
     Raises SaeError for anything else.
@@ -108,7 +108,7 @@ def followed(store: Store, what: str, name: str | None, option: str) -> str:
     if hint == name or Path(hint).is_absolute():
         return hint
     raise SaeError(
-        f"{store.path / HINTS}: names the {what} {hint}; where that is right, repeat with {option} and that name"
+        f"{store.path / HINTS}: names the {what} {hint}; where that is right, repeat with `{what}` and that name"
     )
 
 
@@ -123,7 +123,7 @@ def _named(store: TokenStore) -> str | None:
         dataset, revision, split = (text(source, name) for name in ("dataset", "revision", "split"))
         return f"hub:{dataset}@{revision}:{config}:{split}"
     except ValueError as error:
-        raise DamagedStore(f"{store.path / RECIPE}: its source is none ({error}); say it with --source") from error
+        raise DamagedStore(f"{store.path / RECIPE}: its source is none ({error}); say it with `source`") from error
 
 
 def _is_folder(name: str) -> bool:

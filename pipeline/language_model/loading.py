@@ -59,7 +59,7 @@ def load_random(shape: str, dtype: torch.dtype) -> Loaded:
     else:
         folder = Path(os.path.expanduser(shape))
         if not (folder / CONFIG).is_file():
-            raise NotFound(f"--model {RANDOM}{shape}: give {', '.join(GPT2_SHAPES)}, or a folder with a {CONFIG}")
+            raise NotFound(f"model = {RANDOM}{shape}: give {', '.join(GPT2_SHAPES)}, or a folder with a {CONFIG}")
         name = slug(folder.resolve().name)
         config = read_config(folder, name)
     outline(config, RANDOM + name, dtype)

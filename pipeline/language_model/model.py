@@ -75,11 +75,11 @@ class LanguageModel:
         Raises SaeError (one line, what to try) for a name that is unknown, out of reach, incomplete or damaged.
         """
         if dtype not in _DTYPES:
-            raise SaeError(f"--dtype {dtype}: the forward pass runs in {' or '.join(_DTYPES)}")
+            raise SaeError(f"harvest.dtype = {dtype}: the forward pass runs in {' or '.join(_DTYPES)}")
         where = devices.device(device)
         if name.startswith(RANDOM):
             if revision is not None:
-                raise SaeError(f"--revision {revision}: {name} has no revisions")
+                raise SaeError(f"revision = {revision}: {name} has no revisions")
             from sae.pipeline.language_model.loading import load_random
 
             return cls(load_random(name.removeprefix(RANDOM), _DTYPES[dtype]), where)
@@ -120,13 +120,13 @@ class LanguageModel:
     def check(self, point: Point) -> None:
         """Raise SaeError, listing what exists, unless the model has this point."""
         if point.site not in SITES:
-            raise SaeError(f"--site {point.site}: the sites are {', '.join(SITES)}")
+            raise SaeError(f"site = {point.site}: the sites are {', '.join(SITES)}")
         if not 0 <= point.layer < self.n_layers:
-            raise SaeError(f"--layer {point.layer}: {self.name} has layers 0 to {self.n_layers - 1}")
+            raise SaeError(f"layer = {point.layer}: {self.name} has layers 0 to {self.n_layers - 1}")
         there = self._bridge.sites(point.layer)
         if point.site not in there:
             raise SaeError(
-                f"--site {point.site}: tried out, nothing in layer {point.layer} of {self.name} is "
+                f"site = {point.site}: tried out, nothing in layer {point.layer} of {self.name} is "
                 f"{SITES[point.site]}; it has {', '.join(there) or 'no site that is what its name says'}"
             )
 
@@ -199,14 +199,14 @@ class LanguageModel:
         assert tokens.ndim == 2 and not tokens.is_floating_point(), (tokens.shape, tokens.dtype)
         if tokens.shape[1] > self.context_length:
             raise SaeError(
-                f"--context {tokens.shape[1]}: {self.name} reads at most {self.context_length} tokens; "
-                "tokenize again with a smaller --context"
+                f"context = {tokens.shape[1]}: {self.name} reads at most {self.context_length} tokens; "
+                "tokenize again with a smaller `context`"
             )
         low, high = (int(bound) for bound in tokens.aminmax())
         if low < 0 or high >= self.n_vocab:  # on a GPU the look-up would take the whole process down
             raise SaeError(
                 f"token {low if low < 0 else high}: {self.name} knows tokens 0 to {self.n_vocab - 1}; "
-                "tokenize with the model's own tokenizer (--tokenizer)"
+                "tokenize with the model's own tokenizer (`tokenizer`)"
             )
         return tokens.to(self.device, torch.long)
 

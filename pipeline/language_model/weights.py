@@ -57,18 +57,18 @@ def stored(files: Iterable[Path], name: str) -> Iterator[dict[str, Tensor]]:
                 opened = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
                 for key in opened.keys():  # noqa: SIM118  # it is no mapping
                     if key in found:
-                        raise SaeError(f"--model {name}: {shown(key)} is in two weight files; save the model again")
+                        raise SaeError(f"model = {name}: {shown(key)} is in two weight files; save the model again")
                     part = opened.get_slice(key)
                     found[key] = Tensor(part, tuple(part.get_shape()), part.get_dtype())
             except (SafetensorError, OSError, ValueError) as error:
                 raise SaeError(
-                    f"--model {name}: {shown(path.name)}: its weights are damaged ({one_line(error)}); "
+                    f"model = {name}: {shown(path.name)}: its weights are damaged ({one_line(error)}); "
                     "fetch or save them again"
                 ) from error
         for key, tensor in found.items():
             if tensor.kind not in _FLOATS and not tensor.is_buffer(key):
                 raise SaeError(
-                    f"--model {name}: {shown(key)} is stored as {tensor.kind}: quantized weights are not supported; "
+                    f"model = {name}: {shown(key)} is stored as {tensor.kind}: quantized weights are not supported; "
                     "give the model in float32, float16 or bfloat16"
                 )
         yield found
@@ -81,7 +81,7 @@ def outline(config: Any, name: str, dtype: torch.dtype, tensors: dict[str, Tenso
     """
     layers = getattr(config, "num_hidden_layers", 0)
     if tensors is not None and isinstance(layers, int) and layers > len(tensors):
-        raise SaeError(f"--model {name}: {CONFIG} asks for {layers} layers, the files hold {len(tensors)} weights")
+        raise SaeError(f"model = {name}: {CONFIG} asks for {layers} layers, the files hold {len(tensors)} weights")
     made = 0
 
     def count(*_: object) -> None:
@@ -95,17 +95,17 @@ def outline(config: Any, name: str, dtype: torch.dtype, tensors: dict[str, Tenso
         with torch.device("meta"), quiet():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # each of hundreds of classes fails in its own way on values that are not its own
-        raise SaeError(f"--model {name}: {CONFIG} describes no model: {one_line(error)}") from error
+        raise SaeError(f"model = {name}: {CONFIG} describes no model: {one_line(error)}") from error
     finally:
         handle.remove()
     asked, held = sum(p.numel() for p in model.parameters()), sum(_numel(t.shape) for t in (tensors or {}).values())
     if tensors is not None and asked > 2 * held + 10**6:  # a little less is told weight by weight
-        raise SaeError(f"--model {name}: {CONFIG} asks for {asked:,} parameters, the files hold {held:,}")
+        raise SaeError(f"model = {name}: {CONFIG} asks for {asked:,} parameters, the files hold {held:,}")
     needed = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
-        half = "; --set harvest.dtype=bfloat16 halves it" if dtype == torch.float32 else ""
-        raise SaeError(f"--model {name}: takes {needed / 1e9:,.0f} GB, this machine has {there / 1e9:,.0f} GB{half}")
+        half = "; `harvest.dtype = bfloat16` halves it" if dtype == torch.float32 else ""
+        raise SaeError(f"model = {name}: takes {needed / 1e9:,.0f} GB, this machine has {there / 1e9:,.0f} GB{half}")
     return model
 
 
@@ -119,7 +119,7 @@ def fill(outlined: Any, tensors: dict[str, Tensor], name: str, dtype: torch.dtyp
                 dtype=dtype, local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True,
             )  # fmt: skip
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise SaeError(f"--model {name}: cannot be loaded: {one_line(error)}") from error
+        raise SaeError(f"model = {name}: cannot be loaded: {one_line(error)}") from error
     unknown = [key for key in found["unexpected_keys"] if not (key in tensors and tensors[key].is_buffer(key))]
     for keys, what in (
         (found["missing_keys"], "missing from the files"),
@@ -129,7 +129,7 @@ def fill(outlined: Any, tensors: dict[str, Tensor], name: str, dtype: torch.dtyp
         if wrong := sorted(map(str, keys)):
             names = ", ".join(map(shown, wrong[:3])) + (", ..." if len(wrong) > 3 else "")
             count = "1 weight is" if len(wrong) == 1 else f"{len(wrong)} weights are"
-            raise SaeError(f"--model {name}: {count} {what} ({names}); save the whole model again")
+            raise SaeError(f"model = {name}: {count} {what} ({names}); save the whole model again")
     return model
 
 

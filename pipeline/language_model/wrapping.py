@@ -40,11 +40,11 @@ def wrap(model: Any, name: str) -> Any:
         raise
     except Exception as error:  # its adapters fail in as many ways as there are architectures
         raise SaeError(
-            f"--model {name}: transformer_lens has no bridge that fits this {kind} ({one_line(error)}); "
+            f"model = {name}: transformer_lens has no bridge that fits this {kind} ({one_line(error)}); "
             "give one such as gpt2"
         ) from error
     if not causal:
-        raise SaeError(f"--model {name}: {kind} is not a causal transformer; give one such as gpt2")
+        raise SaeError(f"model = {name}: {kind} is not a causal transformer; give one such as gpt2")
     model.set_attn_implementation(attention)  # wrapping may have switched it to eager
     _hand_back(model)
     return bridge

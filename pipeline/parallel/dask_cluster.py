@@ -56,7 +56,7 @@ class Cluster:
     def __init__(self, client: Any, scheduler: str | None, progress: Progress) -> None:
         self._client, self._progress = client, progress
         self.is_local = scheduler is None
-        self._name = f"--scheduler {scheduler}" if scheduler else "--workers"
+        self._name = f"scheduler = {scheduler}" if scheduler else "workers = ..."
         with self._explained():
             self._workers = Workers(client, self._name, progress.note, None if self.is_local else versions())
         self._looked = self._reminded = time.monotonic()
@@ -231,17 +231,17 @@ def _client(scheduler: str, progress: Progress) -> Any:
         client = Client(scheduler, timeout=PATIENCE, set_as_default=False)
     except (OSError, ValueError) as error:
         raise SaeError(
-            f"--scheduler {scheduler}: no scheduler answers there ({str(error)[:200]}); "
+            f"scheduler = {scheduler}: no scheduler answers there ({str(error)[:200]}); "
             "start one with `dask scheduler`, and give its address as tcp://host:8786"
         ) from error
     if not client.nthreads():
-        progress.note(f"--scheduler {scheduler}: has no workers yet; waiting for one")
+        progress.note(f"scheduler = {scheduler}: has no workers yet; waiting for one")
     try:
         client.wait_for_workers(1, timeout=PATIENCE_WORKERS)
     except TimeoutError as error:
         client.close()
         raise SaeError(
-            f"--scheduler {scheduler}: has no workers; start some with `dask worker {scheduler} --nthreads 1`"
+            f"scheduler = {scheduler}: has no workers; start some with `dask worker {scheduler} `nthreads` 1`"
         ) from error
     return client
 

@@ -61,7 +61,7 @@ class Child:
             self.process.join()
             self.failure = SaeError(
                 f"process {self.seat.rank + 1} of {self.seat.world} (pid {self.process.pid}) {self._how()}; "
-                "continue from the last checkpoint with --resume"
+                "continue from the last checkpoint with `resume`"
             )
 
     def _raised(self, text: str) -> BaseException:

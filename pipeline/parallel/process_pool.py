@@ -56,7 +56,7 @@ class Pool:
                 yield turn, future.result()
         except BrokenProcessPool as error:
             raise SaeError(
-                f"--workers {self.size}: one of them died; if memory ran out ask for fewer, then repeat the command"
+                f"workers = {self.size}: one of them died; if memory ran out ask for fewer, then repeat the command"
             ) from error
 
     def _submit(self, call: Callable[..., Result], *args: Any) -> Future[Result]:

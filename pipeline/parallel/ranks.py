@@ -82,5 +82,5 @@ def expect_same(tensors: Mapping[str, Tensor], ranks: Ranks, what: str) -> None:
         names = [name for name, differs in zip(tensors, apart.tolist(), strict=True) if differs]
         raise SaeError(
             f"{what}: {', '.join(names[:3])} differ between the {ranks.world} processes; give them machines of one "
-            "kind that see the same files, then continue from the last checkpoint with --resume"
+            "kind that see the same files, then continue from the last checkpoint with `resume`"
         )

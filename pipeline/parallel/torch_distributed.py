@@ -42,16 +42,16 @@ class Seat(NamedTuple):
     folder: Path | None = None
 
 
-def seats(processes: int, device: str, option: str = "--devices") -> list[str]:
+def seats(processes: int, device: str, asked: str = "devices =") -> list[str]:
     """The devices of so many processes on this machine. Raises SaeError where there are too few."""
     gpus = torch.cuda.device_count()
     if device == "cpu" or (device == "auto" and not gpus):
         return ["cpu"] * processes
     if device not in ("auto", "cuda"):
-        raise SaeError(f"--device {device}: is one device for {processes} processes; give cuda, cpu or auto")
+        raise SaeError(f"device = {device}: is one device for {processes} processes; give cuda, cpu or auto")
     if processes > gpus:
         there = {0: "no GPU", 1: "one GPU"}.get(gpus, f"{gpus} GPUs")
-        raise SaeError(f"{option} {processes}: this machine has {there}; ask for fewer, or give --device cpu")
+        raise SaeError(f"{asked} {processes}: this machine has {there}; ask for fewer, or give `device = cpu`")
     return [f"cuda:{i}" for i in range(processes)]
 
 
@@ -168,6 +168,6 @@ def _explained() -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise LostRank(
-                "another process of the training was lost; see what it said, then continue with --resume"
+                "another process of the training was lost; see what it said, then continue with `resume`"
             ) from error
         raise

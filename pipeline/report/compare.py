@@ -38,7 +38,7 @@ def compare(runs: Sequence[Run]) -> list[Row]:
     A figure that is not there is None. Raises SaeError where a run has neither trained nor been evaluated at all.
     """
     if not runs:
-        raise NotFound("sae compare: no runs; `sae train` makes one, `sae train --sweep` many")
+        raise NotFound("no runs; `train()` makes one, `train(sweep=...)` many")
     settings = [_flat(run.settings) | {"activations": run.seen.key} for run in runs]
     keys = list(dict.fromkeys(key for one in settings for key in one))
     # a setting that only some architectures have is told by the architecture, unless its values differ
@@ -139,10 +139,10 @@ def notes(rows: Sequence[Row]) -> list[str]:
         found = sorted({row[amount.key] for row in rows if row[amount.key] is not None})
         said.append(
             f"judged on {found[0]:,} to {found[-1]:,} {amount.title}: compare only what is alike, or judge them alike "
-            "with `sae eval`"
+            "with `evaluate()`"
         )
     if missing := [row["run"] for row in rows if row["rows"] is None]:
-        said.append(f"not judged on held-out rows: {named(missing)}; `sae eval RUN` does")
+        said.append(f"not judged on held-out rows: {named(missing)}; `evaluate(RUN)` does")
     return said
 
 
@@ -155,7 +155,7 @@ def outdated(runs: Sequence[Run]) -> list[str]:
             for key in lacking(found, available(model="ce_clean" in found, truth="chance" in found)):
                 without.setdefault(key, []).append(run.name)
     shown = [key for key in held_out() if key in without]
-    return [f"judged before there was {key}: {named(without[key])}; `sae eval RUN` adds it" for key in shown]
+    return [f"judged before there was {key}: {named(without[key])}; `evaluate(RUN)` adds it" for key in shown]
 
 
 def named(names: Sequence[str], most: int = 4) -> str:

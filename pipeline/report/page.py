@@ -80,7 +80,7 @@ def _densities(run: Run, d_sae: int) -> tuple[np.ndarray | None, np.ndarray | No
             raise ValueError("whether they fired should be there for each")
     except (ValueError, KeyError) as error:
         raise DamagedStore(
-            f"{run.path / LATENTS}: is not what was written ({error}); run `sae eval {run.name}` again"
+            f"{run.path / LATENTS}: is not what was written ({error}); run `evaluate({run.name})` again"
         ) from error
     return density, None if fired is None else fired.numpy()
 

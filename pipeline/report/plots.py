@@ -38,14 +38,14 @@ TRAINED = PanelAxes("train_fvu", "train_l0", "FVU, last training batch", (), "lo
 def expect_plot(path: Path) -> None:
     """Raise SaeError for a name whose ending is no format."""
     if path.suffix not in FORMATS:
-        raise SaeError(f"--plot {path}: the ending says the format; use {', '.join(FORMATS)}")
+        raise SaeError(f"plot = {path}: the ending says the format; use {', '.join(FORMATS)}")
 
 
 def expect_drawn(keys: Sequence[str]) -> None:
     """Raise SaeError for what is no figure of a comparison."""
     known = [one.key for one in compared() if one.key != "l0"]  # which is what they are set against
     if unknown := [key for key in keys if key not in known]:
-        raise SaeError(f"--y {','.join(unknown)}: the figures are {', '.join(known)}")
+        raise SaeError(f"y = {','.join(unknown)}: the figures are {', '.join(known)}")
 
 
 def pareto(rows: Sequence[Row], path: Path, drawn: Sequence[str] | None = None) -> None:
@@ -60,10 +60,10 @@ def pareto(rows: Sequence[Row], path: Path, drawn: Sequence[str] | None = None) 
     panels = [axes for axes in map(axes_of, drawn or DRAWN) if any(_point(row, axes) for row in rows)]
     if drawn and len(panels) < len(drawn):
         lacks = {*drawn} - {panel.y for panel in panels}
-        raise SaeError(f"--y {','.join(drawn)}: no run has both L0 and {' or '.join(sorted(lacks))}; see `sae eval`")
+        raise SaeError(f"y = {','.join(drawn)}: no run has both L0 and {' or '.join(sorted(lacks))}; see `evaluate()`")
     panels = panels or [TRAINED] * any(_point(row, TRAINED) for row in rows)
     if not panels:
-        raise SaeError(f"--plot {path}: no run has both L0 and a figure to set against it")
+        raise SaeError(f"plot = {path}: no run has both L0 and a figure to set against it")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -28,10 +28,12 @@ def report(
     dataset = trained.dataset_of(run, root, activations)
     text = dataset.provenance.text
     if text is None:
-        raise SaeError(f"{run.name}: a report shows text, and the rows of {dataset.key} come from none; see `sae eval`")
+        raise SaeError(
+            f"{run.name}: a report shows text, and the rows of {dataset.key} come from none; see `evaluate()`"
+        )
     tokens = catalogue.of_recipe(root, TokenStore, text.recipe)
     if tokens is None:
-        raise NotFound(f"{root}: the tokens {dataset.key} was harvested from are gone; run `sae tokenize` again")
+        raise NotFound(f"{root}: the tokens {dataset.key} was harvested from are gone; run `tokenize()` again")
     sae = trained.load(run).to(where)
     trained.expect_fits(dataset, sae, run)
     features = find_features(sae, dataset, tokens, config or FeaturesConfig(), progress, device=where)

@@ -21,12 +21,12 @@ def device(name: str) -> torch.device:
     try:
         found = torch.device(name)
     except RuntimeError:
-        raise SaeError(f"--device {name}: not usable here (no such device); try auto, cpu or cuda:1") from None
+        raise SaeError(f"device = {name}: not usable here (no such device); try auto, cpu or cuda:1") from None
     try:
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = str(error).partition("\n")[0]
-        raise SaeError(f"--device {name}: not usable here ({first[:200]}); try auto or cpu") from None
+        raise SaeError(f"device = {name}: not usable here ({first[:200]}); try auto or cpu") from None
     return found
 
 
@@ -41,13 +41,13 @@ def take_threads(said: int | None, note: Callable[[str], None]) -> None:
     there = cores.usable()
     if said is not None:
         if said > there:
-            raise SaeError(f"--threads {said}: this process may use {there} core{'s' if there > 1 else ''}; give fewer")
+            raise SaeError(f"threads = {said}: this process may use {there} core{'s' if there > 1 else ''}; give fewer")
         torch.set_num_threads(said)
     elif not os.environ.get("OMP_NUM_THREADS"):
         free = cores.free()
         torch.set_num_threads(free)
         if free < there:
-            note(f"threads: {free} of {there}, the other cores are busy; --threads N says otherwise")
+            note(f"threads: {free} of {there}, the other cores are busy; `threads = N` says otherwise")
 
 
 def take_threads_again(before: int) -> None:

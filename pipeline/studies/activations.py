@@ -157,7 +157,7 @@ def apart(rows: Sequence[Row]) -> list[str]:
         return []
     return [
         f"L0 differs, from {low['l0']:.3g} ({low['activation']}) to {high['l0']:.3g} ({high['activation']}): "
-        "errors at different L0 do not compare; --match-l0 brings them together"
+        "errors at different L0 do not compare; `match_l0` brings them together"
     ]
 
 

@@ -109,10 +109,10 @@ class Lab:
             text = dataset.held_out(self.root).provenance.text
         except NotFound as error:
             raise NotFound(
-                f"{dataset.key}: no held-out rows beside it to judge on; make them, as `sae eval` asks for too"
+                f"{dataset.key}: no held-out rows beside it to judge on; make them, as `evaluate()` asks for too"
             ) from error
         if text is not None and self.cross_entropy and catalogue.of_recipe(self.root, TokenStore, text.recipe) is None:
             raise NotFound(
-                f"{dataset.key}: its validation tokens are not in {self.root}; leave out cross-entropy with --no-ce, "
-                "or run `sae tokenize` again"
+                f"{dataset.key}: its validation tokens are not in {self.root}; leave out cross-entropy with `no_ce`, "
+                "or run `tokenize()` again"
             )

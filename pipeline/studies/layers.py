@@ -6,7 +6,6 @@ space, decoders are compared by MMCS, to be read beside what random directions s
 dictionaries that start alike stay somewhat alike, whatever the layers have in common.
 """
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,7 +65,7 @@ class Layers(Study):
         (reference,) = setup.dataset.inputs
         if "tokens" not in reference.recipe:
             raise SaeError(
-                f"--activations {reference.key}: is of no layer of a model; name a store that `sae harvest` made"
+                f"activations = {reference.key}: is of no layer of a model; name a store that `harvest()` made"
             )
         stores = found(setup.lab.root, reference, self.layers, self.site or str(reference.recipe["site"]))
         datasets = {layer: Dataset.of(store) for layer, store in stores.items()}
@@ -112,26 +111,26 @@ def found(
     Raises NotFound for those that are missing, SaeError for what is no site.
     """
     if site not in SITES:
-        raise SaeError(f"--site {site}: the sites are {', '.join(SITES)}")
+        raise SaeError(f"site = {site}: the sites are {', '.join(SITES)}")
     there = {layer: store for (layer, its), store in points.beside(root, reference).items() if its == site}
     layers = sorted(there if layers is None else layers)
     if missing := [layer for layer in layers if layer not in there]:
         raise NotFound(
-            f"--layers {','.join(map(str, missing))}: no {site} of {'these' if len(missing) > 1 else 'this'} beside "
-            f"{reference.key}; make what is missing with `{harvest_command(root, reference, missing, site)}`"
+            f"layers = {','.join(map(str, missing))}: no {site} of {'these' if len(missing) > 1 else 'this'} beside "
+            f"{reference.key}; make what is missing with `{harvest_call(root, reference, missing, site)}`"
         )
     return {layer: there[layer] for layer in layers}
 
 
-def harvest_command(root: Path, reference: ActivationStore, layers: Sequence[int], site: str) -> str:
-    """What to type for stores like the reference, of other layers."""
+def harvest_call(root: Path, reference: ActivationStore, layers: Sequence[int], site: str) -> str:
+    """The call for stores like the reference, of other layers."""
     recipe = reference.recipe
     model = reference.hints.get("model", recipe["model"]["model"])
-    words = ["sae", "harvest", "--model", model, "--layer", ",".join(map(str, layers)), "--site", site]
     tokens = catalogue.of_recipe(root, TokenStore, recipe["tokens"])
-    if tokens is not None:
-        words += ["--tokens-from", tokens.key]
-    return shlex.join([*words, "--codec", recipe["codec"]["name"]])
+    said = {"model": model, "layer": ",".join(map(str, layers)), "site": site}
+    said |= {} if tokens is None else {"tokens_from": tokens.key}
+    said |= {"codec": recipe["codec"]["name"]}
+    return f"harvest({', '.join(f'{name}={value}' for name, value in said.items())})"
 
 
 def mean_norm(store: ActivationStore, outliers: float | None = None) -> float:

@@ -72,4 +72,4 @@ def expect_results(out: Path) -> None:
         said = None
     if not isinstance(said, dict) or "study" not in said:
         there = next(file for file in FILES.values() if (out / file).exists())
-        raise SaeError(f"--out {out}: {there} there is no study's; move it away or name another folder")
+        raise SaeError(f"out = {out}: {there} there is no study's; move it away or name another folder")

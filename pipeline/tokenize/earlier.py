@@ -35,7 +35,7 @@ def settled(source: Moving, recipe_of: Callable[[TextSource], Recipe], root: Pat
     if most is not None and catalogue.of_recipe(root, TokenStore, now) is None:
         progress.note(
             f"a new store: the text has changed since {most[0].key} ({most[0].n_tokens:,} tokens) was made; "
-            f"--source {most[1]} continues that one"
+            f"`source = {most[1]}` continues that one"
         )
     return source
 
@@ -49,5 +49,5 @@ def point_to_older(root: Path, slug: str, recipe: Recipe, tok: Tokenizer, progre
     if (found := catalogue.of_recipe(root, TokenStore, older)) is not None and found.n_contexts:
         progress.note(
             f"a new store: contexts begin with the begin token now, and not only documents as in {found.key}; "
-            "--set tokenize.begin=document continues that one"
+            "`tokenize.begin = document` continues that one"
         )

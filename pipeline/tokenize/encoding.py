@@ -129,7 +129,7 @@ def _of_texts(tok: Tokenizer, texts: list[str]) -> list[np.ndarray]:
             _of_texts(tok, [text])  # raises for the one that it was
         begin = f"of {len(texts[0]):,} characters that begins {texts[0][:40]!r}"
         raise SaeError(
-            f"--tokenizer {tok.slug}: cannot encode the text {begin} ({said(error)}); leave it out, or try another"
+            f"tokenizer = {tok.slug}: cannot encode the text {begin} ({said(error)}); leave it out, or try another"
         ) from error
 
 
@@ -143,7 +143,7 @@ def _ready_made(tok: Tokenizer, ids: np.ndarray) -> np.ndarray:
     """Token ids as a document's own: checked, and without the begin token, which the layout puts where it belongs."""
     if len(ids) and int(ids.max()) >= tok.n_vocab:
         raise SaeError(
-            f"--tokenizer {tok.slug}: has tokens 0 to {tok.n_vocab - 1}, and the ready-made ids hold {ids.max()}; "
+            f"tokenizer = {tok.slug}: has tokens 0 to {tok.n_vocab - 1}, and the ready-made ids hold {ids.max()}; "
             "name the tokenizer they were made with"
         )
     return ids[1:] if len(ids) and ids[0] == tok.begin else ids
@@ -160,5 +160,5 @@ def _tokenizer(spec: str, offline: bool, recipe: str) -> Tokenizer:
     """The worker's tokenizer. Raises SaeError where it is not the client's."""
     found = tokenizer(spec, offline=offline)
     if canonical(found.recipe()) != recipe:
-        raise SaeError(f"--tokenizer {spec}: a worker has another one of that name; give all machines the same")
+        raise SaeError(f"tokenizer = {spec}: a worker has another one of that name; give all machines the same")
     return found

@@ -31,14 +31,14 @@ class TokenMaker:
         self.spec = hints.tokenizer_of(store, origins.tokenizer)
         self.tok = tokenizer(self.spec, offline=origins.offline)
         if judge(self.tok, recipe["tokenizer"]) != "same":
-            self._expect("--tokenizer", self.spec, "tokenizer", identity(self.tok))
+            self._expect("tokenizer", self.spec, "tokenizer", identity(self.tok))
 
     def window(self, before: Store, window: Window, *, lost: bool) -> Made:
         recipe = self.store.recipe
         spec = hints.source_of(self.store, self.origins.source)
         config = self._config(spec)
         source = text_source(spec, offline=self.origins.offline, column=config.column)
-        self._expect("--source", spec, "source", source.recipe())
+        self._expect("source", spec, "source", source.recipe())
         described = token_recipe(config, source, self.tok, recipe["split"])
         if canonical({**described, "tokenizer": recipe["tokenizer"]}) != canonical(recipe):
             raise DamagedStore(f"{self.store.path / RECIPE}: is no recipe of text; remove the store and make it again")
@@ -51,7 +51,7 @@ class TokenMaker:
         made = Contexts(config, recipe["split"], source, self.tok, encoder, place).take(window.stop - window.start)
         if made is None:
             raise SaeError(
-                f"--source {spec}: ends before window {window.index} of {self.store.key}; give the whole text"
+                f"source = {spec}: ends before window {window.index} of {self.store.key}; give the whole text"
             )
         return Made(made[0], {"next": made[1]._asdict()})
 
@@ -72,12 +72,12 @@ class TokenMaker:
         assert name == VOCABULARY
         return vocabulary_bytes(self.tok.vocabulary())
 
-    def _expect(self, option: str, spec: str, part: str, found: Recipe) -> None:
+    def _expect(self, argument: str, spec: str, part: str, found: Recipe) -> None:
         """Raise SaeError unless a part of the recipe is what was found under a name."""
         wanted = self.store.recipe[part]
         if canonical(found) != canonical(wanted):
             differs = ", ".join(sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key)))
             raise SaeError(
-                f"{option} {spec}: is not what {self.store.key} was made from ({differs} differ), so nothing was "
-                f"repaired; give that with {option}, or remove the store (`sae cache rm`) and make it again"
+                f"{argument} = {spec}: is not what {self.store.key} was made from ({differs} differ), so nothing was "
+                f"repaired; give that with `{argument}`, or remove the store (`remove()`) and make it again"
             )

@@ -138,7 +138,7 @@ def tokenize(
                     raise
                 progress.note(f"no validation store: {error}")
     if config.validation == 0:
-        progress.note("no validation store: --validation 0 keeps no documents, so what is trained cannot be judged")
+        progress.note("no validation store: `validation = 0` keeps no documents, so what is trained cannot be judged")
     return TokenizeResult(stores)
 
 
@@ -203,7 +203,7 @@ def tokenize_split(
         if wanted != "all" and writer.store.n_tokens < wanted:
             progress.note(
                 f"{split}: {wanted:,} tokens wanted, {writer.store.n_tokens:,} are kept: "
-                f"--source {config.source} has no more documents{_share(config, split)}"
+                f"`source = {config.source}` has no more documents{_share(config, split)}"
             )
         return writer.store
 
@@ -238,12 +238,12 @@ def _share(config: TokenizeConfig, split: str) -> str:
 def _too_little(config: TokenizeConfig, split: str) -> str:
     if split == "validation":
         return (
-            f"the documents of --source {config.source} that fell to it ({config.validation:g} of all) do not fill a "
-            "context; a larger --validation gives it more"
+            f"the documents of `source = {config.source}` that fell to it ({config.validation:g} of all) do not fill a "
+            "context; a larger `validation` gives it more"
         )
     least = f" in documents of at least {config.min_tokens}" if config.min_tokens else ""
-    remedy = "try a smaller --context" + (" or tokenize.min_tokens" if least else "")
-    return f"--source {config.source}: holds less than one context of {config.context} tokens{least}; {remedy}"
+    remedy = "try a smaller `context`" + (" or `tokenize.min_tokens`" if least else "")
+    return f"source = {config.source}: holds less than one context of {config.context} tokens{least}; {remedy}"
 
 
 def _fill(

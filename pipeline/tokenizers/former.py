@@ -40,7 +40,7 @@ def judge(tok: Tokenizer, said: Recipe) -> Verdict:
     if not isinstance(tok, HuggingFaceTokenizer):
         return "unknown"
     try:
-        built = getattr(build(f"--tokenizer {tok.slug}", tok.folder), "backend_tokenizer", None)
+        built = getattr(build(f"tokenizer = {tok.slug}", tok.folder), "backend_tokenizer", None)
     except SaeError:  # what cannot be built made no store
         return "unknown"
     if built is None or said.get("digest") != function_digest(plain(built)):

@@ -117,7 +117,7 @@ def hub_folder(option: str, name: str, *, revision: str | None = None, offline: 
     except (Refused, errors.HFValidationError) as error:
         absent = isinstance(error, Refused) and not error.definite
         why = f"not in the local Hugging Face cache, and {said(error)}" if absent else said(error)
-        raise SaeError(f"{option}: {why}; try --tokenizer tiny or a local folder") from error
+        raise SaeError(f"{option}: {why}; try `tokenizer = tiny` or a local folder") from error
 
 
 def checked(option: str, whole: dict[str, Any]) -> Backend:

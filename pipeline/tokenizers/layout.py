@@ -64,7 +64,7 @@ def layout(
     token = None if separator is None or separator == NONE else _id(tok, separator)
     if token is not None and packing == "document":
         raise SaeError(
-            f"tokenize.separator = {separator}: with --packing document no context holds two documents; leave it out"
+            f"tokenize.separator = {separator}: with `packing = document` no context holds two documents; leave it out"
         )
     if token == tok.begin and begin == "document":
         raise SaeError(

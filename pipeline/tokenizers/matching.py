@@ -49,9 +49,9 @@ def matches(tokens: TokenStore, model: str, *, revision: str | None = None, offl
         return False
     if found is not None:
         raise SaeError(
-            f"--tokens-from {tokens.key}: was made with another tokenizer ({tokens.recipe['tokenizer']['name']}) than "
-            f"the one of --model {model}: {found}; tokenize again with --tokenizer {_spec(name)}, or take it as it is "
-            "with --set harvest.tokenizer=unchecked"
+            f"tokens_from = {tokens.key}: was made with another tokenizer ({tokens.recipe['tokenizer']['name']}) than "
+            f"the one of `model = {model}`: {found}; tokenize again with `tokenizer = {_spec(name)}`, or take it as it "
+            "is with `harvest.tokenizer = unchecked`"
         )
     return True
 
@@ -60,7 +60,7 @@ def model_tokenizer(name: str, *, revision: str | None = None, offline: bool = F
     """The tokenizer in a model's folder or repository; None where there is none, or none that can be had."""
     if name == embedded.NAME:
         return tokenizer(name)
-    option, folder = f"--model {name}", Path(os.path.expanduser(name))
+    option, folder = f"model = {name}", Path(os.path.expanduser(name))
     if not folder.is_dir():
         try:
             folder = huggingface.hub_folder(option, name, revision=revision, offline=offline_wanted(offline))

@@ -82,7 +82,7 @@ def tokenizer(spec: str, *, offline: bool = False) -> Tokenizer:
     "tiny" (embedded), a tiktoken encoding such as "gpt2", a folder with a Hugging Face tokenizer, or "hf:org/name".
     Raises SaeError where there is none of that name, or it needs a network that is not there.
     """
-    option = f"--tokenizer {spec}"
+    option = f"tokenizer = {spec}"
     if spec == embedded.NAME:
         return TiktokenTokenizer(embedded_encoding())
     if spec in _tiktoken_names():
@@ -96,7 +96,7 @@ def tokenizer(spec: str, *, offline: bool = False) -> Tokenizer:
     if spec and folder.is_dir():
         return huggingface.from_folder(option, folder, folder.resolve().name)
     raise SaeError(
-        f"--tokenizer {spec}: no such folder or tokenizer; try tiny, {', '.join(_tiktoken_names())}, a folder with a "
+        f"tokenizer = {spec}: no such folder or tokenizer; try tiny, {', '.join(_tiktoken_names())}, a folder with a "
         "tokenizer.json, or hf:org/name"
     )
 
@@ -178,8 +178,8 @@ def _from_tiktoken(name: str, offline: bool) -> tiktoken.Encoding:
         ValueError,
     ) as error:  # no network, a refusal, a download that is not what it should be
         raise SaeError(
-            f"--tokenizer {name}: not in tiktoken's cache, and cannot be fetched ({said(error)}); try --tokenizer "
-            "tiny, a local Hugging Face folder, or set TIKTOKEN_CACHE_DIR to a folder that has it"
+            f"tokenizer = {name}: not in tiktoken's cache, and cannot be fetched ({said(error)}); try "
+            "`tokenizer = tiny`, a local Hugging Face folder, or set TIKTOKEN_CACHE_DIR to a folder that has it"
         ) from error
 
 

@@ -50,7 +50,7 @@ class AlignConfig(Settings):
     warmup: int = Field(100, ge=0, description="steps over which the weight rises from 0, as half a cosine")
     every: int = Field(10, ge=1, description="steps between two searches for matching vectors")
     seeds: tuple[int, ...] = Field(
-        (), description="of the dictionaries pulled together; filled in from those that are trained with --seeds"
+        (), description="of the dictionaries pulled together; filled in from those that are trained with `seeds`"
     )
 
 

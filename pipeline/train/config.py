@@ -100,4 +100,4 @@ def settings_of(run: Run) -> TrainConfig:
         first = error.errors()[0]
         where = ".".join(["train", *map(str, first["loc"])])
         said = first["msg"].removeprefix("Value error, ")
-        raise DamagedStore(f"{run.path / CONFIG}: {where}: {said}; train again under another --name") from error
+        raise DamagedStore(f"{run.path / CONFIG}: {where}: {said}; train again under another `name`") from error

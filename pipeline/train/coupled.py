@@ -133,7 +133,7 @@ def grouped(members: Sequence[Member]) -> list[Group]:
         if sorted(seeds) != sorted(align.seeds):
             raise SaeError(
                 f"{group[0].run.path}: is trained together with seeds {', '.join(map(str, align.seeds))}; "
-                "repeat the command that began them, with --seeds"
+                "repeat the command that began them, with `seeds`"
             )
         groups.append(Group(group, Alignment(align, [member.sae for member in group])))
     return groups

@@ -108,9 +108,9 @@ def open_run(config: TrainConfig, dataset: Dataset, root: Path, name: str | None
     rows = config.store_rows
     assert rows is not None
     if config.batch > rows:
-        raise SaeError(f"--batch {config.batch}: {dataset.key} has {rows:,} rows; lower it, or harvest more")
+        raise SaeError(f"batch = {config.batch}: {dataset.key} has {rows:,} rows; lower it, or harvest more")
     limits = None if config.outliers is None else dataset.usual_limits(config.outliers)
-    dataset.kept_up_to(limits).expect_kept(config.batch, "--batch")
+    dataset.kept_up_to(limits).expect_kept(config.batch, "batch")
     content = {"train": config.model_dump(mode="json"), **_seen(dataset, rows, limits).as_json()}
     return Run.create(root / (name or run_name(config, dataset)), content)
 
@@ -128,18 +128,22 @@ def _continued(config: TrainConfig, dataset: Dataset, root: Path, name: str | No
         waiting = [run for run in found if not run.finished] or found
         if not waiting:
             raise NotFound(
-                f"--resume: no run {run_name(config, dataset)} in {root}; `sae list` shows the runs, without --resume "
-                "it is started"
+                f"resume = True: no run {run_name(config, dataset)} in {root}; `choices()` shows the runs, without "
+                "`resume` it is started"
             )
         if len(waiting) > 1:
-            raise SaeError(f"--resume: which one? Give --name: {', '.join(run.name for run in waiting)}")
+            raise SaeError(f"resume = True: which one? Give `name`: {', '.join(run.name for run in waiting)}")
         return waiting[0]
     if not (root / name / CONFIG).exists():
-        raise NotFound(f"--resume: no run {name} in {root}; `sae list` shows the runs, without --resume it is started")
+        raise NotFound(
+            f"resume = True: no run {name} in {root}; `choices()` shows the runs, without `resume` it is started"
+        )
     run = Run(root / name)
     differs = _other_rows(run.seen, dataset) or _differing(run, config)
     if differs:
-        raise SaeError(f"--resume: {run.path} was started with other settings ({', '.join(differs)}); repeat those")
+        raise SaeError(
+            f"resume = True: {run.path} was started with other settings ({', '.join(differs)}); repeat those"
+        )
     return run
 
 
@@ -287,7 +291,7 @@ def _begin(runs: Sequence[Run], dataset: Dataset, device: torch.device, progress
     threads = torch.get_num_threads()
     state.restore(ranks)
     if torch.get_num_threads() != threads:
-        progress.note(f"threads: {torch.get_num_threads()}, as before; --threads N says otherwise")
+        progress.note(f"threads: {torch.get_num_threads()}, as before; `threads = N` says otherwise")
     if ranks.rank == 0:
         for run in runs:
             run.clear_failure()
@@ -301,12 +305,12 @@ def share(config: TrainConfig, world: int) -> int:
     batch, parts = config.batch, config.accumulate
     if batch % world:
         near = batch - batch % world or world
-        raise SaeError(f"--batch {batch}: cannot be shared equally by {world} processes; try {near}")
+        raise SaeError(f"batch = {batch}: cannot be shared equally by {world} processes; try {near}")
     rows = batch // world
     least = 2 if config.sae.reduction == "fvu" else 1  # one row has no variance
     if rows < least * parts:
         raise SaeError(
-            f"--batch {batch}: too small for train.accumulate = {parts}, train.sae.reduction = {config.sae.reduction} "
+            f"batch = {batch}: too small for train.accumulate = {parts}, train.sae.reduction = {config.sae.reduction} "
             f"and {world} process{'es' if world > 1 else ''}; give {least * parts * world} or more"
         )
     return rows

@@ -53,11 +53,11 @@ def combinations(axes: Sequence[str]) -> list[dict[str, Any]]:
         except ValueError:
             found = []
         if not found or not all(path.split(".")):
-            raise SaeError(f"--sweep {axis}: write it as KEY=VALUE,VALUE, for example k=16,32,64 or lr=1e-4,3e-4")
+            raise SaeError(f"sweep = {axis}: write it as KEY=VALUE,VALUE, for example k=16,32,64 or lr=1e-4,3e-4")
         if path in spread:
-            raise SaeError(f"--sweep {axis}: {key} is swept twice; give all its values at once")
+            raise SaeError(f"sweep = {axis}: {key} is swept twice; give all its values at once")
         if any(value in found[:i] for i, value in enumerate(found)):
-            raise SaeError(f"--sweep {axis}: a value stands there twice")
+            raise SaeError(f"sweep = {axis}: a value stands there twice")
         spread[path] = found
     _expect_few(math.prod(map(len, spread.values())))
     return [dict(zip(spread, values, strict=True)) for values in itertools.product(*spread.values())]
@@ -67,16 +67,16 @@ def of_seeds(configs: Sequence[TrainConfig], seeds: int) -> list[TrainConfig]:
     """Each configuration with its own seed and the following ones, as many as `seeds` says."""
     _expect_few(len(configs) * seeds)
     if len({config.seed for config in configs}) > 1:
-        raise SaeError(f"--seeds {seeds}: the seed is swept already; give --seeds or --sweep seed=...")
+        raise SaeError(f"seeds = {seeds}: the seed is swept already; give `seeds` or `sweep = seed=...`")
     first = configs[0].seed
     if first + seeds > WHOLE:
-        raise SaeError(f"--seeds {seeds}: from seed {first} on they do not fit into 64 bits")
+        raise SaeError(f"seeds = {seeds}: from seed {first} on they do not fit into 64 bits")
     return [one.model_copy(update={"seed": seed}) for one in configs for seed in range(first, first + seeds)]
 
 
 def _expect_few(dictionaries: int) -> None:
     if dictionaries > MOST:
-        raise SaeError(f"--sweep: that is {dictionaries:,} dictionaries; at most {MOST:,} are trained at once")
+        raise SaeError(f"sweep = ...: that is {dictionaries:,} dictionaries; at most {MOST:,} are trained at once")
 
 
 def acquainted(configs: Sequence[TrainConfig]) -> list[TrainConfig]:
@@ -92,7 +92,7 @@ def acquainted(configs: Sequence[TrainConfig]) -> list[TrainConfig]:
         if config.align is not None:
             others = tuple(seeds[config.model_dump_json(exclude={"seed"})])
             if len(others) < 2:
-                raise SaeError("--align: takes dictionaries of two or more seeds; say how many with --seeds")
+                raise SaeError("align = ...: takes dictionaries of two or more seeds; say how many with `seeds`")
             config = config.model_copy(update={"align": config.align.model_copy(update={"seeds": others})})
         known.append(config)
     return known
@@ -110,7 +110,9 @@ def open_all(configs: Sequence[TrainConfig], dataset: Dataset, root: Path) -> li
         configs = [one.model_copy(update={"store_rows": one.store_rows or max(waiting)}) for one in configs]
     configs = [on_rows(config, dataset) for config in configs]
     if len({run_name(config, dataset) for config in configs}) < len(configs):
-        raise SaeError("--sweep: two of the combinations are the same settings; does another option fix a swept key?")
+        raise SaeError(
+            "sweep = ...: two of the combinations are the same settings; does another option fix a swept key?"
+        )
     runs: list[Run] = []
     with discarding(runs):
         for config in configs:
@@ -156,7 +158,7 @@ def sweep_each(plans: Sequence[Plan], progress: Progress, *, device: str = "auto
 def _sweep(plans: Sequence[Plan], progress: Progress, device: str, processes: int) -> None:
     seat = torchrun_seat(device)
     if seat is not None and processes > 1:
-        raise SaeError(f"--devices {processes}: torchrun has started the processes already; leave out --devices")
+        raise SaeError(f"devices = {processes}: torchrun has started the processes already; leave out `devices`")
     every = [run for runs, _ in plans for run in runs]
     for run in every:
         share(settings_of(run), processes)  # said before anything is started

@@ -22,7 +22,7 @@ def dictionary_of(run: Run) -> Config:
         first = error.errors()[0]
         where = ".".join(["train.sae", *map(str, first["loc"])])
         said = first["msg"].removeprefix("Value error, ")
-        raise DamagedStore(f"{run.path / CONFIG}: {where}: {said}; train again under another --name") from error
+        raise DamagedStore(f"{run.path / CONFIG}: {where}: {said}; train again under another `name`") from error
 
 
 def load(run: Run) -> SAE:
@@ -56,7 +56,7 @@ def expect_fits(dataset: Dataset, sae: SAE, run: Run) -> None:
     """Raise SaeError unless a dictionary reads and writes rows as wide as a dataset's."""
     if (dataset.d_in, dataset.d_out) != (sae.d_in, sae.d_out):
         raise SaeError(
-            f"--activations {dataset.key}: its rows have {dataset.d_in} values, {run.name} reads {sae.d_in}; "
+            f"activations = {dataset.key}: its rows have {dataset.d_in} values, {run.name} reads {sae.d_in}; "
             "give a store of the site it was trained on"
         )
 

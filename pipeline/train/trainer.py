@@ -159,7 +159,7 @@ class Member:
         sums = [_mean([part.total for part in parts], parts), *terms.values(), error, spread, active]
         loss, *each, error, spread, active = (ranks.sum(torch.stack(sums).double()) / ranks.world).tolist()
         if not math.isfinite(loss):
-            raise Diverged(f"{self.run.path}: the loss is {loss} at step {self.done}; try a smaller --lr")
+            raise Diverged(f"{self.run.path}: the loss is {loss} at step {self.done}; try a smaller `lr`")
         metrics = {"step": self.done, "rows": self.done * batch, "loss": loss}
         metrics |= {f"loss_{name}": value for name, value in zip(terms, each, strict=True)}
         if spread:  # without variance there is no share of it
@@ -180,7 +180,7 @@ class Member:
         expect_same(tensors, ranks, f"{self.run.path}: step {self.done}")
         if not all(value.isfinite().all() for value in self.sae.state_dict().values()):
             raise Diverged(
-                f"{self.run.path}: the weights are no numbers any more at step {self.done}; try a smaller --lr"
+                f"{self.run.path}: the weights are no numbers any more at step {self.done}; try a smaller `lr`"
             )
         if ranks.rank == 0:
             threads = torch.get_num_threads() * ranks.world
@@ -225,7 +225,7 @@ class Member:
             if name not in tensors or (tensors[name].shape, tensors[name].dtype) != (like.shape, like.dtype):
                 raise DamagedStore(
                     f"{self.run.path / CHECKPOINT}: its {name} is missing, or not that of the run's settings; train "
-                    "again under another --name"
+                    "again under another `name`"
                 )
         self.sae.load_state_dict({name.removeprefix("sae."): tensors[name] for name in weights})
         entries: dict[int, dict[str, Tensor]] = {place: {} for place in places}

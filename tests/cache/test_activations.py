@@ -129,7 +129,7 @@ def test_what_is_not_a_number_never_enters(tmp_path: Path, value: float) -> None
 def test_a_store_without_rows_says_so(tmp_path: Path) -> None:
     store = write_activations(tmp_path, heavy_rows(0, 7))
     assert (store.n_rows, store.n_chunks, store.complete) == (0, 0, False)
-    with pytest.raises(SaeError, match="holds no rows yet; run `sae harvest` again"):
+    with pytest.raises(SaeError, match=r"holds no rows yet; run `harvest\(\)` again"):
         _ = store.columns
 
 

@@ -28,11 +28,11 @@ def small() -> Iterator[None]:
 
 
 def find_tokens(root: Path, name: str | None = None) -> TokenStore:
-    return catalogue.find(root, TokenStore, name, "--tokens-from", "sae tokenize")
+    return catalogue.find(root, TokenStore, name)
 
 
 def find_rows(root: Path, name: str | None = None) -> ActivationStore:
-    return catalogue.find(root, ActivationStore, name, "--activations", "sae harvest")
+    return catalogue.find(root, ActivationStore, name)
 
 
 def test_a_name_is_a_key_a_beginning_or_a_path(tmp_path: Path) -> None:
@@ -42,11 +42,11 @@ def test_a_name_is_a_key_a_beginning_or_a_path(tmp_path: Path) -> None:
         assert find_rows(tmp_path, name).key == one.key
         assert catalogue.any_store(tmp_path, name).key == one.key
     for name in ("synthetic", "synthetic-1."):
-        with pytest.raises(SaeError, match=f"--activations: which one\\? {one.key}, {other.key}"):
+        with pytest.raises(SaeError, match=f"activations = .*: which one\\? {one.key}, {other.key}"):
             find_rows(tmp_path, name)
         with pytest.raises(SaeError, match=f"{name}: which one\\? {one.key}, {other.key}"):
             catalogue.any_store(tmp_path, name)
-    with pytest.raises(NotFound, match=f"--activations gpt2: no such store in .*; there is {one.key}, {other.key}"):
+    with pytest.raises(NotFound, match=f"activations = gpt2: no such store in .*; there is {one.key}, {other.key}"):
         find_rows(tmp_path, "gpt2")
     with pytest.raises(NotFound, match=f"gpt2: no such store in .*; there is {one.key}"):
         catalogue.any_store(tmp_path, "gpt2")
@@ -87,9 +87,9 @@ def test_a_key_that_begins_another_key(tmp_path: Path) -> None:
 
 
 def test_nothing_yet(tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match="tokens: no store yet; run `sae tokenize` first"):
+    with pytest.raises(NotFound, match=r"tokens: no store yet; run `tokenize\(\)` first"):
         find_tokens(tmp_path)
-    with pytest.raises(NotFound, match="there is nothing yet; run `sae tokenize`"):
+    with pytest.raises(NotFound, match=r"there is nothing yet; run `tokenize\(\)`"):
         find_tokens(tmp_path, "gpt2")
     with pytest.raises(NotFound, match=r"gpt2: no such store in .*; there is nothing yet"):
         catalogue.any_store(tmp_path, "gpt2")
@@ -108,7 +108,7 @@ def test_without_a_name_the_training_store(tmp_path: Path) -> None:
     other = write_activations(tmp_path, ROWS, site="resid_post")
     with pytest.raises(SaeError, match="which one") as caught:
         find_rows(tmp_path)
-    assert str(caught.value) == f"--activations: which one? {rows.key}, {other.key}"
+    assert str(caught.value) == f"activations = ...: which one? {rows.key}, {other.key}"
 
 
 def test_without_a_name_what_the_last_command_made(tmp_path: Path) -> None:
@@ -216,9 +216,9 @@ def test_a_store_of_another_kind(tmp_path: Path) -> None:
 def test_runs(tmp_path: Path) -> None:
     root = tmp_path / "runs"
     assert catalogue.runs(root) == []
-    with pytest.raises(NotFound, match="no finished run; run `sae train` first"):
+    with pytest.raises(NotFound, match=r"no finished run; run `train\(\)` first"):
         catalogue.find_run(root, None)
-    with pytest.raises(NotFound, match=re.escape(f"x: no such run in {root}; there is nothing yet; run `sae train`")):
+    with pytest.raises(NotFound, match=re.escape(rf"x: no such run in {root}; there is nothing yet; run `train()`")):
         catalogue.find_run(root, "x")
     seen = {"key": "rows-0a1b2c3d", "rows": 5, "recipe": activation_recipe()}
     made = [Run.create(root / name, {"train": {}, "activations": seen}) for name in ("b", "a", "c")]

@@ -104,6 +104,6 @@ def test_kept_and_others_are_all(store: ActivationStore) -> None:
 def test_too_few_that_are_kept(store: ActivationStore) -> None:
     kept = N - N // FAR
     dataset = Dataset.of(store).kept_up_to((LARGEST,))
-    dataset.expect_kept(kept, "--batch")
-    with pytest.raises(SaeError, match=rf"--batch {kept + 1}: train.outliers leaves {kept} of the {N} rows of synth"):
-        dataset.expect_kept(kept + 1, "--batch")
+    dataset.expect_kept(kept, "batch")
+    with pytest.raises(SaeError, match=rf"batch = {kept + 1}: train.outliers leaves {kept} of the {N} rows of synth"):
+        dataset.expect_kept(kept + 1, "batch")

@@ -73,7 +73,7 @@ def test_a_damaged_checkpoint_is_told_of_once_with_what_is_left_to_do(run: Run) 
         with pytest.raises(DamagedStore) as told:
             run.checkpoint_step()
         assert str(told.value).count("checkpoint.safetensors") == 1
-        assert str(told.value).endswith("train again without --resume under another --name")
+        assert str(told.value).endswith("train again without `resume` under another `name`")
         assert Run(run.path).check() == [str(told.value)]
 
 
@@ -121,14 +121,16 @@ def test_a_failed_checkpoint_leaves_the_one_before(run: Run, monkeypatch: pytest
 
 def test_a_run_is_made_once(run: Run, tmp_path: Path) -> None:
     assert (run.name, run.finished, run.settings["sae"]["arch"]) == ("first", False, "topk")
-    with pytest.raises(SaeError, match=r"--name first: .*first exists; continue it with --resume or choose another"):
+    with pytest.raises(SaeError, match=r"name = first: .*first exists; continue it with `resume` or choose another"):
         Run.create(run.path, {})
-    with pytest.raises(NotFound, match=r"is not a run folder \(no config.json\); `sae list` shows the runs"):
+    with pytest.raises(NotFound, match=r"is not a run folder \(no config.json\); `choices\(\)` shows the runs"):
         Run(tmp_path)
 
 
 def test_the_finished_dictionary(run: Run) -> None:
-    with pytest.raises(NotFound, match="training has not finished; continue it with `sae train --resume --name first`"):
+    with pytest.raises(
+        NotFound, match=r"training has not finished; continue it with `train\(resume=True, name=first\)`"
+    ):
         run.load_weights()
     run.save_weights({"W_dec": torch.eye(3), "threshold": torch.tensor(0.5)}, {"d_in": 3})
     assert run.finished

@@ -77,16 +77,28 @@ def test_later_layers_win(preset: Path) -> None:
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"flags": {"lr": 0.04}}, "--lr 0.04: --set train.lr=0.03 says otherwise; give one of the two"),
-        ({"axes": {"lr": 0.04}}, "--sweep lr=0.04: --set train.lr=0.03 says otherwise; give one of the two"),
-        ({"more": ["train.lr=0.04"]}, "--set train.lr=0.04: --set train.lr=0.03 says otherwise; give one of the two"),
-        ({"more": ["train.sae.k=3", "train.sae={k: 4}"]}, "--set train.sae={k: 4}: --set train.sae.k=3 says otherwise"),
+        ({"flags": {"lr": 0.04}}, "lr = 0.04: `overrides = train.lr=0.03` says otherwise; give one of the two"),
+        ({"axes": {"lr": 0.04}}, "sweep = lr=0.04: `overrides = train.lr=0.03` says otherwise; give one of the two"),
+        (
+            {"more": ["train.lr=0.04"]},
+            "overrides = train.lr=0.04: `overrides = train.lr=0.03` says otherwise; give one of the two",
+        ),
+        (
+            {"more": ["train.sae.k=3", "train.sae={k: 4}"]},
+            "overrides = train.sae={k: 4}: `overrides = train.sae.k=3` says otherwise",
+        ),
         (
             {"more": ["train.rows.skip_first=3", "train.rows=null"]},
-            "--set train.rows=null: --set train.rows.skip_first",
+            "overrides = train.rows=null: `overrides = train.rows.skip_first",
         ),
-        ({"flags": {"layers": ["1", "2"]}, "more": ["train.layers=[2, 1]"]}, "--layers 1,2: --set train.layers=[2, 1]"),
-        ({"flags": {"sae": {"arch": "l1"}}, "more": ["train.sae.arch=topk"]}, "--arch l1: --set train.sae.arch=topk"),
+        (
+            {"flags": {"layers": ["1", "2"]}, "more": ["train.layers=[2, 1]"]},
+            "layers = 1,2: `overrides = train.layers=[2, 1]",
+        ),
+        (
+            {"flags": {"sae": {"arch": "l1"}}, "more": ["train.sae.arch=topk"]},
+            "arch = l1: `overrides = train.sae.arch=topk",
+        ),
     ],
 )
 def test_a_command_line_that_contradicts_itself(said: dict[str, Any], message: str) -> None:
@@ -159,8 +171,8 @@ def test_what_the_chosen_architecture_has_not_is_refused(preset: Path) -> None:
     for said, message in [
         ({"file": file, "flags": arch}, f"{file}: train.sae.k: arch l1 has no k; it is of topk"),
         ({"overrides": ["train.sae.k=3"], "flags": arch}, "train.sae.k: arch l1 has no k; it is of topk"),
-        ({"axes": {"sae.k": 3}, "flags": arch}, "--sweep sae.k=3: arch l1 has no k; it is of topk"),
-        ({"flags": {"sae": {"arch": "l1", "k": 3}}}, "--k 3: arch l1 has no k; it is of topk"),
+        ({"axes": {"sae.k": 3}, "flags": arch}, "sweep = sae.k=3: arch l1 has no k; it is of topk"),
+        ({"flags": {"sae": {"arch": "l1", "k": 3}}}, "k = 3: arch l1 has no k; it is of topk"),
         ({"overrides": ["train.sae.kk=3"], "flags": arch}, "train.sae.kk: unknown key; there are arch, d_sae, penalty"),
     ]:
         with pytest.raises(SaeError) as caught:
@@ -221,9 +233,9 @@ def test_numbers_in_a_file(tmp_path: Path) -> None:
         ("train.xyzzy=1", "train.xyzzy: unknown key; there are amount, layers, lr, name, rows, sae, steps, warmup"),
         ("train.sae.kk=1", "train.sae.kk: unknown key; did you mean 'k'?"),
         ("train.rows.skip=1", "train.rows.skip: unknown key; did you mean 'skip_first'?"),
-        ("trian.lr=1", "--set trian.lr=1: unknown section 'trian'; did you mean 'train'?"),
-        ("x.lr=1", "--set x.lr=1: unknown section 'x'; there are tokenize, harvest, synthesize, train, eval, report, "
-         "study"),
+        ("trian.lr=1", "overrides = trian.lr=1: unknown section 'trian'; did you mean 'train'?"),
+        ("x.lr=1", "overrides = x.lr=1: unknown section 'x'; there are tokenize, harvest, synthesize, train, eval, "
+         "report, study"),
         ("train.sae.arch=l3", "train.sae.arch = l3: there is no such one; did you mean 'l1'?"),
         ("train.sae.arch=xyz", "train.sae.arch = xyz: there is no such one; there are topk, l1"),
         ("train.lr=-1", "train.lr = -1: input should be greater than 0"),
@@ -233,13 +245,13 @@ def test_numbers_in_a_file(tmp_path: Path) -> None:
          "integer"),
         ("train.amount=0", "train.amount = 0: input should be greater than or equal to 1; or input should be 'all'"),
         ("train.warmup=2", "train: warmup = 2.0: is a share, 0 to 1"),
-        ("train.lr", "--set train.lr: write it as section.key=value, for example train.lr=3e-4"),
-        ("train=1", "--set train=1: write it as section.key=value, for example train.lr=3e-4"),
-        ("train..lr=1", "--set train..lr=1: write it as section.key=value, for example train.lr=3e-4"),
-        ("train.lr=[", "--set train.lr=[: the value is not YAML"),
-        ("train.sae={k: 3, k: 4}", "--set train.sae={k: 3, k: 4}: the value is not YAML"),
-        ("train.sae=&a {k: *a}", "--set train.sae=&a {k: *a}: the value is not YAML"),
-        ("train.steps=", "--set train.steps=: has no value; write null where none is meant"),
+        ("train.lr", "overrides = train.lr: write it as section.key=value, for example train.lr=3e-4"),
+        ("train=1", "overrides = train=1: write it as section.key=value, for example train.lr=3e-4"),
+        ("train..lr=1", "overrides = train..lr=1: write it as section.key=value, for example train.lr=3e-4"),
+        ("train.lr=[", "overrides = train.lr=[: the value is not YAML"),
+        ("train.sae={k: 3, k: 4}", "overrides = train.sae={k: 3, k: 4}: the value is not YAML"),
+        ("train.sae=&a {k: *a}", "overrides = train.sae=&a {k: *a}: the value is not YAML"),
+        ("train.steps=", "overrides = train.steps=: has no value; write null where none is meant"),
         ("train.name=''", "train.name = '': string should have at least 1 character"),
         ("train.steps=true", "train.steps = 'true': input should be a valid integer, unable to parse string as an "
          "integer"),
@@ -303,12 +315,12 @@ def test_files_that_are_none(tmp_path: Path, content: bytes, message: str) -> No
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(SaeError, match=r"--config .*none\.yaml: cannot be read \(No such file or directory\)"):
+    with pytest.raises(SaeError, match=r"file = .*none\.yaml: cannot be read \(No such file or directory\)"):
         train(file=tmp_path / "none.yaml")
 
 
 def test_a_preset_that_is_not_there() -> None:
-    with pytest.raises(SaeError, match=f"--preset huge: no such preset; there are {', '.join(presets())}"):
+    with pytest.raises(SaeError, match=f"preset = huge: no such preset; there are {', '.join(presets())}"):
         train(preset="huge")
 
 

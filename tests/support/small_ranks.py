@@ -105,7 +105,7 @@ def parted(ranks: Ranks) -> None:
     expect_same({**same, "weights": weights}, ranks, "here")
     if ranks.world > 1:
         weights.view(torch.int32)[4] += ranks.rank
-        with pytest.raises(SaeError, match=r"here: weights differ between the \d processes; .*--resume"):
+        with pytest.raises(SaeError, match=r"here: weights differ between the \d processes; .*`resume`"):
             expect_same({**same, "weights": weights}, ranks, "here")
 
 
@@ -148,7 +148,7 @@ def kept(rows: list[Tensor]) -> Callable[[Batches], Iterator[Batch]]:
 def failed(ranks: Together, device: str) -> None:
     """The last rank finds fault with its input while the first waits for it."""
     if ranks.rank == ranks.world - 1:
-        raise SaeError("--batch 7: nobody likes it; try 8")
+        raise SaeError("batch = 7: nobody likes it; try 8")
     ranks.wait()
 
 

@@ -55,7 +55,9 @@ class HarvestConfig(SourceConfig):
         (6,), min_length=1, description="layers, from 0: one, or several as 4,6,8 or 0-3"
     )
     site: Annotated[tuple[str, ...], Distinct] = Field(
-        ("mlp_out",), min_length=1, description="sites: one, or several as resid_post,mlp_out; `sae list` explains each"
+        ("mlp_out",),
+        min_length=1,
+        description="sites: one, or several as resid_post,mlp_out; `choices()` explains each",
     )
     tokens: Amount = Field("all", description="training tokens to run")
     validation_tokens: Amount = Field(65_536, description="validation tokens to run, or all")
@@ -94,7 +96,7 @@ class LanguageModelSource(RowSource):
     @classmethod
     def of_settings(cls, config: HarvestConfig, origins: Origins, progress: Progress) -> "LanguageModelSource":
         """Over the tokens of both splits that `origins.tokens` names (by default: those made last)."""
-        train = catalogue.find(origins.root, TokenStore, origins.tokens, "--tokens-from", "sae tokenize")
+        train = catalogue.find(origins.root, TokenStore, origins.tokens)
         validation = catalogue.sibling_of(origins.root, train, "validation")
         progress.note(f"tokens: {train.key}{catalogue.unfinished(train)}")
         stores = [train, *([validation] if validation is not None and validation.n_contexts else [])]
@@ -108,7 +110,7 @@ class LanguageModelSource(RowSource):
         """Over some token stores of different splits; `model` is the one that `config` names, where it is booted."""
         codec(config.codec)  # and the sites: what is wrong without looking at the model is said before it is loaded
         if unknown := [site for site in config.site if site not in SITES]:
-            raise SaeError(f"--site {unknown[0]}: the sites are {', '.join(SITES)}")
+            raise SaeError(f"site = {unknown[0]}: the sites are {', '.join(SITES)}")
         if model is None:
             with said_if_slow(progress, f"loading {config.model}"):
                 model = LanguageModel.boot(
@@ -128,7 +130,7 @@ class LanguageModelSource(RowSource):
         if tokens is None:
             raise NotFound(
                 f"{store.path}: cannot be repaired, since the tokens it was made from are not in {origins.root}; "
-                "tokenize the same text again (`sae tokenize`), or remove the store (`sae cache rm`)"
+                "tokenize the same text again (`tokenize()`), or remove the store (`remove()`)"
             )
         config = HarvestConfig(layer=(int(recipe["layer"]),), site=(str(recipe["site"]),), rows=rule_of(store))
         name = canonical(recipe["model"])
@@ -162,7 +164,7 @@ class LanguageModelSource(RowSource):
             first = min(first, -(-wanted // tokens.context_length))
         counted = self.rows[split].count(ActivationStore.layout({}), first)
         if not counted.rows:
-            raise SaeError(f"{tokens.key}: no token of it becomes a row; see --set harvest.rows")
+            raise SaeError(f"{tokens.key}: no token of it becomes a row; see `harvest.rows`")
         asked = counted.within if first < tokens.n_contexts else counted.rows
         ended = tokens.closed or self.config.rows.last_window == "short"
         return Supply(counted.rows, asked, counted.starts.__getitem__, ended, tokens.n_tokens)
@@ -232,9 +234,9 @@ class LanguageModelSource(RowSource):
     def remedy(self, split: str, supply: Supply, rows: int) -> str:
         if self.config.rows != RowRule():  # which is what tokenize reckons with
             rows = -(-rows * supply.tokens // supply.rows)
-        option = "--tokens " if split == "train" else "--set tokenize.validation_tokens="
+        name = "tokens" if split == "train" else "tokenize.validation_tokens"
         return (
-            f"`sae tokenize` again with {option}{rows} to fill it, or --set harvest.rows.last_window=short to keep "
+            f"`tokenize()` again with `{name} = {rows}` to fill it, or `harvest.rows.last_window = short` to keep "
             "them as they are"
         )
 
@@ -266,7 +268,7 @@ def _model(opener: Opener) -> LanguageModel:
         raise type(error)(f"a worker on {socket.gethostname()} cannot load the model: {error}") from error
     if canonical(model.recipe()) != opener.identity:
         raise SaeError(
-            f"--model {config.model}: a worker on {socket.gethostname()} has other weights of that name; give all "
+            f"model = {config.model}: a worker on {socket.gethostname()} has other weights of that name; give all "
             "machines the same"
         )
     return model
@@ -278,8 +280,8 @@ def check_tokens(
     """Raise SaeError unless the token store is one for the model: made with its tokenizer, as far as can be known."""
     if tokens.context_length > model.context_length:
         raise SaeError(
-            f"--context {tokens.context_length}: {model.name} reads at most {model.context_length} tokens; "
-            "tokenize again with a smaller --context"
+            f"context = {tokens.context_length}: {model.name} reads at most {model.context_length} tokens; "
+            "tokenize again with a smaller `context`"
         )
     if config.tokenizer == "checked":
         if matches(tokens, config.model, revision=model.revision, offline=offline):
@@ -287,8 +289,8 @@ def check_tokens(
         progress.note(f"{tokens.key}: nothing says what tokenizer {model.name} has, so only their sizes were compared")
     if not tokens.n_vocab <= model.n_vocab <= tokens.n_vocab + VOCABULARY_PADDING:
         raise SaeError(
-            f"--tokens-from {tokens.key}: its tokenizer has {tokens.n_vocab:,} tokens, {model.name} {model.n_vocab:,}; "
-            "tokenize with the model's own tokenizer (--tokenizer)"
+            f"tokens_from = {tokens.key}: its tokenizer has {tokens.n_vocab:,} tokens, {model.name} {model.n_vocab:,}; "
+            "tokenize with the model's own tokenizer (`tokenizer`)"
         )
 
 

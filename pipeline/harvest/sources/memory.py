@@ -67,7 +67,7 @@ class MemorySource(RowSource):
 
     @classmethod
     def of_settings(cls, config: MemoryConfig, origins: Origins, progress: Progress) -> NoReturn:
-        raise SaeError("harvest.source = memory: rows in memory are a program's: sae.Session().dataset(x); see --table")
+        raise SaeError("harvest.source = memory: rows in memory are a program's: sae.Session().dataset(x); see `table`")
 
     @classmethod
     def of_store(cls, store: ActivationStore, origins: Origins) -> NoReturn:

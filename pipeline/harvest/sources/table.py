@@ -94,7 +94,7 @@ class TableSource(RowSource):
     def of_settings(cls, config: TableConfig, origins: Origins, progress: Progress) -> "TableSource":
         codec(config.codec)
         if config.table is None:
-            raise SaeError("harvest.table: which file the rows are in is not said; give --table FILE")
+            raise SaeError("harvest.table: which file the rows are in is not said; give `table = FILE`")
         path = config.path.expanduser()
         config = config.model_copy(update={"table": str(path.resolve())})
         table = opened(path, config.array, config.columns)
@@ -102,15 +102,15 @@ class TableSource(RowSource):
         digest = _digest(table, progress)  # all is read before it is said what there is
         held_out = any(_held_out(config, low, min(low + BLOCK, table.n)).any() for low in range(0, table.n, BLOCK))
         if config.validation and not held_out:
-            progress.note(f"--table {path}: of {table.n:,} rows none is held out; see --set harvest.validation")
+            progress.note(f"table = {path}: of {table.n:,} rows none is held out; see `harvest.validation`")
         return cls(Opener(config, ("train", "validation") if held_out else ("train",), stamp, digest), table)
 
     @classmethod
     def of_store(cls, store: ActivationStore, origins: Origins) -> "TableSource":
         said = store.recipe["source"]
         if origins.source is None and "source" not in store.hints:
-            raise SaeError(f"{store.path}: where its rows are now is not known; say it with --source")
-        path = origins.source or hints.followed(store, "source", None, "--source")
+            raise SaeError(f"{store.path}: where its rows are now is not known; say it with `source`")
+        path = origins.source or hints.followed(store, "source", None)
         try:
             where = str(Path(path).expanduser().resolve())
             config = TableConfig(
@@ -124,8 +124,8 @@ class TableSource(RowSource):
         stamp = _stamp(config.path)
         if _digest(table, Silent()) != digest:
             raise SaeError(
-                f"--source {path}: has other rows than those {store.key} was made from, so nothing was repaired; give "
-                "that table with --source, or remove the store (`sae cache rm`) and make it again"
+                f"source = {path}: has other rows than those {store.key} was made from, so nothing was repaired; give "
+                "that table with `source`, or remove the store (`remove()`) and make it again"
             )
         return cls(Opener(config, (store.split,), stamp, digest), table)
 
@@ -151,14 +151,14 @@ class TableSource(RowSource):
                 places.append((int(kept[start - rows - 1]) + 1,))
             rows += len(kept)
         if not rows:
-            raise SaeError(f"--table {self.config.path}: no row is left for {split}; see --set harvest.validation")
+            raise SaeError(f"table = {self.config.path}: no row is left for {split}; see `harvest.validation`")
         return Supply(
             rows, rows if wanted == "all" else min(wanted, rows), [*places, (self.table.n,)].__getitem__, ended=True
         )
 
     def window(self, task: WindowTask) -> Iterator[Rows]:
         if _stamp(self.config.path) != self.opener.stamp:
-            raise SaeError(f"--table {self.config.path}: was changed while it was read; repeat with it as it is now")
+            raise SaeError(f"table = {self.config.path}: was changed while it was read; repeat with it as it is now")
         left, step = task.rows, max(1, PART // (4 * self.table.d))
         for low in range(task.start[0], task.end[0], step):
             kept = self._kept(task.split, low, min(low + step, task.end[0]))[:left]
@@ -217,7 +217,7 @@ def _stamp(path: Path) -> tuple[int, ...]:
     try:
         every = [one.stat() for one in (path, *(path.rglob("*") if path.is_dir() else ()))]
     except OSError as error:
-        raise SaeError(f"--table {path}: cannot be read ({error.strerror})") from error
+        raise SaeError(f"table = {path}: cannot be read ({error.strerror})") from error
     return len(every), sum(one.st_size for one in every), max(one.st_mtime_ns for one in every)
 
 
@@ -226,5 +226,5 @@ def _opened(opener: Opener) -> TableSource:
     """The table, opened once in a worker process."""
     config = opener.config
     if _stamp(config.path) != opener.stamp:
-        raise SaeError(f"--table {config.path}: is another file there; give all machines the same")
+        raise SaeError(f"table = {config.path}: is another file there; give all machines the same")
     return TableSource(opener, opened(config.path, config.array, config.columns))

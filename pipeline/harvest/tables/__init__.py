@@ -25,7 +25,7 @@ KINDS: dict[str, Open] = {
 
 def opened(path: Path, array: str | None, columns: Sequence[str]) -> Table:
     """The table in a file, or in the folder of a Zarr array. Raises SaeError where it is none."""
-    where = f"--table {path}"
+    where = f"table = {path}"
     is_zarr = path.is_dir() and any((path / name).exists() for name in ("zarr.json", ".zarray", ".zgroup"))
     if not path.exists():
         raise SaeError(f"{where}: no such file")

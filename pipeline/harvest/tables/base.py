@@ -28,7 +28,7 @@ class Table(ABC):
     d: int
 
     def __init__(self, path: Path) -> None:
-        self.path, self.where = path, f"--table {path}"
+        self.path, self.where = path, f"table = {path}"
         self._blocks: Iterator[tuple[int, np.ndarray | Tensor]] = iter(())
         self._first, self._block = 0, torch.empty(0, 0)
 
@@ -98,7 +98,7 @@ class Table(ABC):
         if len(fitting) != 1:
             problem = "several arrays" if fitting else "no array"
             raise SaeError(
-                f"{self.where}: has {problem} of shape [n, d] ({there}); name one with --set harvest.array=NAME"
+                f"{self.where}: has {problem} of shape [n, d] ({there}); name one with `harvest.array = NAME`"
             )
         return fitting[0]
 
@@ -118,7 +118,7 @@ def readable(path: Path) -> Iterator[None]:
     except SaeError:
         raise
     except (*damage, zipfile.BadZipFile, SafetensorError) as error:
-        raise SaeError(f"--table {path}: cannot be read ({' '.join(str(error).split())[:200]})") from error
+        raise SaeError(f"table = {path}: cannot be read ({' '.join(str(error).split())[:200]})") from error
 
 
 def listed(names: Iterable[str]) -> str:

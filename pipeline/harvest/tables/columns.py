@@ -35,7 +35,7 @@ class Parquet(Table):
         if others and not self._nested:
             raise SaeError(
                 f"{self.where}: column {others[0]!r} holds {types[others[0]]}; name the columns of numbers (or one of "
-                'lists) with --set "harvest.columns=[a, b]"'
+                "lists) with `harvest.columns = [a, b]`"
             )
         rows = self._file.metadata.num_rows
         self.d, self.n = len(self._columns), rows
@@ -123,7 +123,7 @@ class Text(Table):
             said, stop = str(error).partition("\n")[0], min(first + LINES, self.n)
             raise SaeError(
                 f"{self.where}: rows {first:,} to {stop:,}: {said}; name the columns of numbers with "
-                '--set "harvest.columns=[a, b]", or mend the line'
+                "`harvest.columns = [a, b]`, or mend the line"
             ) from error
         return np.stack([found.column(name).to_numpy() for name in self._columns], axis=1)
 

@@ -104,13 +104,13 @@ def text_source(spec: str, *, offline: bool, column: str = "text") -> TextSource
     Raises SaeError where nothing goes by that name, or the thing it names cannot be read.
     """
     if not spec:
-        raise SaeError("--source: is empty; try python, fineweb or a file")
+        raise SaeError("source = ...: is empty; try python, fineweb or a file")
     for entry in registered():
         found = entry.resolve(spec, offline, column)
         if found is not None:
             return found
     raise SaeError(
-        f"--source {spec}: no such file, and not a source; try a file, a folder, a glob, "
+        f"source = {spec}: no such file, and not a source; try a file, a folder, a glob, "
         "org/name of a Hugging Face data set, python or fineweb"
     )
 
@@ -153,7 +153,7 @@ def is_validation(document: Document, fraction: float) -> bool:
 def missing_column(name: str, column: str, columns: list[str]) -> SaeError:
     """The error for records without the text column; lists what they have."""
     there = ", ".join(columns[:_LISTED]) + (", ..." if len(columns) > _LISTED else "")
-    return SaeError(f"--source {name}: no column {column!r}; it has {there or 'none'}; try --set tokenize.column=NAME")
+    return SaeError(f"source = {name}: no column {column!r}; it has {there or 'none'}; try `tokenize.column = NAME`")
 
 
 def field(name: str, record: dict[str, Any], column: str) -> Any:
@@ -189,7 +189,7 @@ def document(name: str, column: str, value: Any, where: str) -> Document:
     kinds = sorted({type(one).__name__ for one in value}) if isinstance(value, list) else []
     what = type(value).__name__ + (f" of {' and '.join(kinds)}" if kinds else "")
     raise SaeError(
-        f"--source {name}: column {column!r} holds {what} ({where}), neither text nor token ids; name another column"
+        f"source = {name}: column {column!r} holds {what} ({where}), neither text nor token ids; name another column"
     )
 
 
@@ -199,7 +199,7 @@ def token_ids(name: str, column: str, ids: Sequence[int] | np.ndarray, where: st
     wrong = next((i for i in ends if not 0 <= i < 1 << 32), None)
     if wrong is not None:
         raise SaeError(
-            f"--source {name}: column {column!r} holds {wrong} ({where}), which is no token id; name another column"
+            f"source = {name}: column {column!r} holds {wrong} ({where}), which is no token id; name another column"
         )
     return np.asarray(ids, np.uint32)
 

@@ -90,7 +90,7 @@ class FileStream:
             self._reader = None
             self._state |= {"file": self._state["file"] + 1, "place": 0}
         if not self._state["documents"]:
-            raise SaeError(f"--source {self._owner.slug}: holds no text; give a file with at least one document")
+            raise SaeError(f"source = {self._owner.slug}: holds no text; give a file with at least one document")
         raise StopIteration
 
     def state(self) -> dict[str, Any]:
@@ -103,15 +103,15 @@ def _resolve(spec: str, offline: bool, column: str) -> TextSource | None:
     try:
         files = _found(spec, path)
     except (OSError, RuntimeError) as error:  # no right to look there, a name too long, a loop of links
-        raise SaeError(f"--source {spec}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise SaeError(f"source = {spec}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if files is None:
         return None
     for file in files:
         if kind(file) is None:
-            raise SaeError(f"--source {spec}: {file.name} is not {_KINDS}; convert it, or leave it out")
+            raise SaeError(f"source = {spec}: {file.name} is not {_KINDS}; convert it, or leave it out")
     kinds = sorted({str(kind(file)) for file in files})
     if len(kinds) > 1:
-        raise SaeError(f"--source {spec}: holds {' and '.join(kinds)} files; use a glob that ends in *{kinds[0]}")
+        raise SaeError(f"source = {spec}: holds {' and '.join(kinds)} files; use a glob that ends in *{kinds[0]}")
     return FileSource(files, _slug(spec, path), column)
 
 
@@ -120,16 +120,16 @@ def _found(spec: str, path: Path) -> list[File] | None:
     if path.is_dir():
         files = [file for file in texts_in(spec, path) if kind(file) is not None]
         if not files:
-            raise SaeError(f"--source {spec}: no {_KINDS} files in this folder")
+            raise SaeError(f"source = {spec}: no {_KINDS} files in this folder")
         return files
     if path.is_file():
         return [File(path.name, path)]
     if path.exists():  # it would be waited for, and it is read more than once
-        raise SaeError(f"--source {spec}: is no regular file; put its text into one")
+        raise SaeError(f"source = {spec}: is no regular file; put its text into one")
     if re.search(r"[*?\[]", spec):
         return _matching(spec)
     if kind(File(path.name, path)) is not None or spec.startswith((".", "/", "~")) or "\\" in spec:
-        raise SaeError(f"--source {spec}: no such file or folder")
+        raise SaeError(f"source = {spec}: no such file or folder")
     return None
 
 
@@ -137,7 +137,7 @@ def _matching(pattern: str) -> list[File]:
     paths = [Path(p) for p in glob.glob(str(Path(pattern).expanduser()), recursive=True)]
     paths = [path for path in paths if path.is_file()]
     if not paths:
-        raise SaeError(f"--source {pattern}: no file matches; try a wider pattern, in quotes")
+        raise SaeError(f"source = {pattern}: no file matches; try a wider pattern, in quotes")
     fixed = Path(pattern).expanduser()
     while re.search(r"[*?\[]", str(fixed)):
         fixed = fixed.parent

@@ -39,16 +39,16 @@ def _saved(spec: str, folder: Path, state: dict[str, Any]) -> list[File]:
     """The files of one data set that `save_to_disk` wrote, in its order."""
     if state.get("_indices_data_files"):
         raise SaeError(
-            f"--source {spec}: is a selection of rows saved beside its data; load it with datasets and save what "
+            f"source = {spec}: is a selection of rows saved beside its data; load it with datasets and save what "
             "flatten_indices() gives"
         )
     try:
         names = [str(one["filename"]) for one in state["_data_files"]]
     except (TypeError, KeyError) as error:
-        raise SaeError(f"--source {spec}: {_STATE} does not name its data files; save the data set again") from error
+        raise SaeError(f"source = {spec}: {_STATE} does not name its data files; save the data set again") from error
     missing = next((name for name in names if not (folder / name).is_file()), None)
     if missing is not None:
-        raise SaeError(f"--source {spec}: {missing}, which {_STATE} names, is not there; give a whole copy")
+        raise SaeError(f"source = {spec}: {missing}, which {_STATE} names, is not there; give a whole copy")
     return [File(name, folder / name) for name in names]
 
 
@@ -84,7 +84,7 @@ def _training(spec: str, files: list[File]) -> list[File]:
     kept = [file for file in files if split_of.get(file) == chosen]
     places = sorted({file.name.rpartition("/")[0] for file in kept})
     if len(places) > 1:
-        raise SaeError(f"--source {spec}: holds {', '.join(places)}; give one of these folders")
+        raise SaeError(f"source = {spec}: holds {', '.join(places)}; give one of these folders")
     return kept
 
 
@@ -92,4 +92,4 @@ def _one_of(spec: str, splits: list[str], example: str) -> str:
     """The split that is read: the training one, or the only one."""
     if TRAIN in splits or len(splits) == 1:
         return TRAIN if TRAIN in splits else splits[0]
-    raise SaeError(f"--source {spec}: holds the splits {', '.join(splits)}; give one of them, as {example}")
+    raise SaeError(f"source = {spec}: holds the splits {', '.join(splits)}; give one of them, as {example}")

@@ -30,7 +30,7 @@ FINEWEB = "hub:HuggingFaceFW/fineweb:sample-10BT"
 _SPEC = re.compile(
     r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<config>[^:]*))?(?::(?P<split>[^:]+))?"
 )
-_OFFLINE = "without a network use --source python or local files"
+_OFFLINE = "without a network use `source = python` or local files"
 
 
 class HubSource:
@@ -40,7 +40,7 @@ class HubSource:
         match = _SPEC.fullmatch(spec.removeprefix("hub:"))
         if match is None:
             raise SaeError(
-                f"--source {spec}: not a data set's name; write hub:org/name, hub:org/name:config or "
+                f"source = {spec}: not a data set's name; write hub:org/name, hub:org/name:config or "
                 "hub:org/name:config:split"
             )
         self.repo: str = match["repo"]
@@ -91,12 +91,12 @@ class HubSource:
         """Refuse at once what would otherwise fail after half a minute of retries."""
         if offline_wanted(self._offline):
             raise Unreachable(
-                f"--source {self.repo}: not a local file, and the network is switched off (--offline or "
+                f"source = {self.repo}: not a local file, and the network is switched off (`offline` or "
                 f"HF_HUB_OFFLINE); {_OFFLINE}"
             )
         if not reachable(hub_address()):
             raise Unreachable(
-                f"--source {self.repo}: not a local file, and {hub_address()} cannot be reached; {_OFFLINE}"
+                f"source = {self.repo}: not a local file, and {hub_address()} cannot be reached; {_OFFLINE}"
             )
 
     def recipe(self) -> dict[str, Any]:
@@ -146,7 +146,7 @@ class HubSource:
     def _error(self, error: BaseException) -> SaeError:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         kind = SaeError if isinstance(error, Refused) and error.definite else Unreachable
-        return kind(f"--source {self.repo}: {line[:300]}; check the name, or {_OFFLINE}")
+        return kind(f"source = {self.repo}: {line[:300]}; check the name, or {_OFFLINE}")
 
 
 class HubStream:
@@ -174,10 +174,10 @@ class HubStream:
             except StopIteration:
                 if self._documents:
                     raise
-                raise SaeError(f"--source {self._owner.repo}: split {self._owner.split} holds no text") from None
+                raise SaeError(f"source = {self._owner.repo}: split {self._owner.split} holds no text") from None
             except hub_errors() as error:
                 raise SaeError(
-                    f"--source {self._owner.repo}: stopped after {self._documents} documents ({type(error).__name__}); "
+                    f"source = {self._owner.repo}: stopped after {self._documents} documents ({type(error).__name__}); "
                     "repeat the command to continue from there"
                 ) from error
             self._place = None

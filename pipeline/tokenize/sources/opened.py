@@ -32,7 +32,7 @@ class File(NamedTuple):
         return self.path.open("rb")
 
     def error(self, what: str) -> SaeError:
-        return SaeError(f"--source {self.name}: {what}")
+        return SaeError(f"source = {self.name}: {what}")
 
     def is_pointer(self) -> bool:
         """Whether it only stands for a file that git would have to fetch."""

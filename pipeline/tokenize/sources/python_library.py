@@ -201,7 +201,7 @@ class PythonLibrary:
     def open(self, state: dict[str, Any] | None = None) -> DocumentStream:
         """All documents, in a fixed order."""
         if not library().documents:
-            raise SaeError("--source python: this Python has no library source on disk; give a text file instead")
+            raise SaeError("source = python: this Python has no library source on disk; give a text file instead")
         return Indexed(library().documents, state)
 
 

@@ -71,7 +71,7 @@ class RowGroupStream:
                 self._state["documents"] += 1
                 return document
         if not self._state["documents"]:
-            raise SaeError(f"--source {self._repo}: holds no text")
+            raise SaeError(f"source = {self._repo}: holds no text")
         raise StopIteration
 
     def state(self) -> dict[str, Any]:
@@ -146,7 +146,7 @@ class RowGroupStream:
             return answer.result()
         except Refused as error:
             raise SaeError(
-                f"--source {self._repo}: stopped after {self._state['documents']} documents ({error}); "
+                f"source = {self._repo}: stopped after {self._state['documents']} documents ({error}); "
                 "repeat the command to continue from there"
             ) from error
 

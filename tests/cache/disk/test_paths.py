@@ -101,12 +101,12 @@ def test_the_catalogue(remote: Path) -> None:
     assert [store.key for store in catalogue.stores(remote)] == [tokens.key, rows.key]
     assert [store.key for store in catalogue.readable(remote)[0]] == [tokens.key, rows.key]
     for name in (rows.key, rows.key[:-2], str(rows.path), f"{rows.path}/"):
-        assert catalogue.find(remote, ActivationStore, name, "--activations", "sae harvest").path == rows.path
+        assert catalogue.find(remote, ActivationStore, name).path == rows.path
         assert catalogue.any_store(remote, name).path == rows.path
     assert catalogue.latest(remote) == {}
     catalogue.remember(remote, "tokens", [tokens.key])
     assert catalogue.latest(remote) == {"tokens": [tokens.key]}
-    assert catalogue.find(remote, TokenStore, None, "--tokens-from", "sae tokenize").path == tokens.path
+    assert catalogue.find(remote, TokenStore, None).path == tokens.path
     before = catalogue.bytes_in(rows.path)
     assert before > rows.manifest.stored_bytes
     assert removing.remove(remote, rows.path) > rows.manifest.stored_bytes
@@ -449,7 +449,7 @@ def test_local_places(tmp_path: Path) -> None:
     assert not is_remote(place("a/b")) and place("a/b") == Path("a/b")
     assert place(f"file://{tmp_path}") == tmp_path
     with pytest.raises(AssertionError):
-        expect_reachable("--cache", tmp_path)
+        expect_reachable("cache", tmp_path)
     assert listing(tmp_path / "nowhere") == {}
 
 

@@ -282,7 +282,7 @@ def test_a_name_that_is_somebody_s_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     before = tree(tmp_path)
     for name in ("thesis", "locked", "near", "file", "link"):
-        with pytest.raises(SaeError, match=rf"--name {name}: .* is there, and is no run \(it has no config.json\)"):
+        with pytest.raises(SaeError, match=rf"name = {name}: .* is there, and is no run \(it has no config.json\)"):
             Run.create(tmp_path / name, {})
         assert tree(tmp_path) == before
 

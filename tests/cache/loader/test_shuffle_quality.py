@@ -87,5 +87,7 @@ def test_the_token_store_is_found_in_the_cache(stores: tuple[ActivationStore, To
     root = store.path.parent.parent
     assert mixing_of(root, store) == mixing(store, tokens)
     assert mixing_of(tmp_path, store).unit == "context"
-    with pytest.raises(SaeError, match=f"--shuffle-quality: {tokens.key} holds tokens; name a store of activations"):
+    with pytest.raises(
+        SaeError, match=f"shuffle_quality = True: {tokens.key} holds tokens; name a store of activations"
+    ):
         mixing_of(root, tokens)

@@ -64,7 +64,7 @@ def test_a_dry_run_says_what_is_on_the_disk_then(tmp_path: Path) -> None:
         (plan,) = harvest(config, [tokens], root, progress, device="cpu", dry_run=True).plans
         harvest(config, [tokens], root, Silent(), device="cpu")
         assert plan.stored_bytes == pytest.approx(du(root / "activations"), rel=0.1)
-        assert any("--codec float32:zstd=1" in line for line in lines) == padded
+        assert any("`codec = float32:zstd=1`" in line for line in lines) == padded
 
 
 def test_too_little_room_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,7 +166,7 @@ def test_the_pages_numbers_are_the_codes() -> None:
 
 
 def test_what_is_no_store(tmp_path: Path, store: Store) -> None:
-    with pytest.raises(NotFound, match=r"is not a store \(no recipe.json\); `sae cache ls`"):
+    with pytest.raises(NotFound, match=r"is not a store \(no recipe.json\); `stores\(\)`"):
         TokenStore(tmp_path / "nowhere")
     other = ActivationStore if isinstance(store, TokenStore) else TokenStore
     with pytest.raises(SaeError, match=f"holds {store.kind}, not {other.kind}"):

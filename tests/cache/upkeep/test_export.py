@@ -98,7 +98,7 @@ def test_what_float16_cannot_hold(tmp_path: Path) -> None:
     rows = heavy_rows(N, D)
     rows[40, 3] = 1e5
     store = write_activations(tmp_path, rows, "float32")
-    with pytest.raises(SaeError, match=r"--dtype float16: a value of 1e\+05 is beyond it; take float32 or bfloat16"):
+    with pytest.raises(SaeError, match=r"dtype = float16: a value of 1e\+05 is beyond it; take float32 or bfloat16"):
         export(store, tmp_path / "out" / "z", nothing, dtype="float16")
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -117,9 +117,9 @@ def test_with_tokens(store: ActivationStore, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"dtype": "int4"}, "--dtype int4: rows are exported as float32, float16, bfloat16"),
-        ({"rows": 0}, "--rows 0: an export has at least one"),
-        ({"order": "any"}, "--order any: rows come in stored or in token order"),
+        ({"dtype": "int4"}, "dtype = int4: rows are exported as float32, float16, bfloat16"),
+        ({"rows": 0}, "rows = 0: an export has at least one"),
+        ({"order": "any"}, "order = any: rows come in stored or in token order"),
     ],
 )
 def test_what_is_refused(store: ActivationStore, tmp_path: Path, given: dict[str, Any], says: str) -> None:

@@ -274,7 +274,7 @@ def test_tokens_of_which_none_counts(gpt2: World, tmp_path: Path) -> None:
     empty[0, 1:] = BEGIN
     tokens = token_store(tmp_path, empty, split="validation", packing="document", seed=5)
     store = gpt2.store(0, "resid_post", "validation")
-    with pytest.raises(SaeError, match=r"^--tokens 3: none of their predictions counts; judge on more$"):
+    with pytest.raises(SaeError, match=r"^tokens = 3: none of their predictions counts; judge on more$"):
         scores(bent, gpt2, store, torch.ones(WIDTH), EvalConfig(tokens=3), tokens=tokens)
 
 
@@ -409,7 +409,7 @@ def test_judging_leaves_the_run_and_the_cache_as_they_are(gpt2: World, run: Run)
 def test_a_model_of_other_weights_is_refused(gpt2: World, run: Run, tmp_path: Path) -> None:
     other = save_model("gpt2", tmp_path / "gpt2", seed=8)
     with pytest.raises(
-        SaeError, match=r"^--model .*gpt2: its weights differ from those .* was harvested with"
+        SaeError, match=r"^model = .*gpt2: its weights differ from those .* was harvested with"
     ) as caught:
         judged(gpt2, run, model=str(other))
     assert "\n" not in str(caught.value)
@@ -422,18 +422,18 @@ def test_a_model_of_other_weights_is_refused(gpt2: World, run: Run, tmp_path: Pa
 def test_a_strangers_hint_loads_nothing(gpt2: World, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hint leads to a folder of this machine, and what is there is compared before any of it is loaded."""
     world = without(gpt2, tmp_path / "cache")
-    store = catalogue.find(world.root, ActivationStore, str(world.root / "activations" / run.seen.key), "", "")
+    store = catalogue.find(world.root, ActivationStore, str(world.root / "activations" / run.seen.key))
     other = save_model("gpt2", tmp_path / "gpt2", seed=8)
     loaded = []
     monkeypatch.setattr(LanguageModel, "boot", lambda name, **_: loaded.append(name))
     for hint, says in (
-        (str(other), r"^--model .*gpt2: its weights differ from those"),
-        ("owner/model", r"hints\.json: names the model owner/model; where that is right, repeat with --model"),
+        (str(other), r"^model = .*gpt2: its weights differ from those"),
+        ("owner/model", r"hints\.json: names the model owner/model; where that is right, repeat with `model`"),
         ("https://example.org/model", r"hints\.json: names the model https:"),
         ("s3://bucket/model", r"hints\.json: names the model s3:"),
         ("random:/etc", r"hints\.json: names the model random:/etc"),
         ("../gpt2", r"hints\.json: names the model \.\./gpt2"),
-        ("/dev/null", r"hints\.json: the model is said to be at /dev/null, which is no folder; say --model"),
+        ("/dev/null", r"hints\.json: the model is said to be at /dev/null, which is no folder; say `model`"),
     ):
         write_note(store.path / HINTS, {"model": hint})
         with pytest.raises(SaeError, match=says):
@@ -454,8 +454,8 @@ def without(world: World, root: Path, *patterns: str) -> World:
     ("pattern", "match"),
     [
         ("activations/*-validation-*", r"no held-out rows beside it; tokenize with a validation share, then harvest"),
-        ("tokens/*-validation-*", r"the validation tokens of .* are gone; run `sae tokenize` again"),
-        ("activations/*resid_post*", r"trained was trained on it, but it is not in .*; say --activations"),
+        ("tokens/*-validation-*", r"the validation tokens of .* are gone; run `tokenize\(\)` again"),
+        ("activations/*resid_post*", r"trained was trained on it, but it is not in .*; say `activations`"),
     ],
 )
 def test_what_is_missing_is_named(gpt2: World, run: Run, tmp_path: Path, pattern: str, match: str) -> None:
@@ -477,7 +477,7 @@ def test_other_rows_than_the_run_was_trained_on(gpt2: World, run: Run) -> None:
     """Of its width: what one asks for is what one gets. Of another: refused."""
     assert judged(gpt2, run, activations=gpt2.store(1, "mlp_out").key)["fvu"] != judged(gpt2, run)["fvu"]
     wide = gpt2.store(0, "mlp_post").key
-    with pytest.raises(SaeError, match=rf"^--activations {wide}: its rows have {4 * WIDTH} values, trained reads 16"):
+    with pytest.raises(SaeError, match=rf"^activations = {wide}: its rows have {4 * WIDTH} values, trained reads 16"):
         judged(gpt2, run, activations=wide)
 
 
@@ -542,7 +542,7 @@ def test_held_out_rows_that_are_all_left_out(tmp_path: Path, gpt2: World) -> Non
     described = run.read_json("config.json")
     described["activations"]["largest_norm"] = 1e-9
     run.write_json("config.json", described)
-    with pytest.raises(SaeError, match=r"^--rows \d+: training would have left all of them out for their norm"):
+    with pytest.raises(SaeError, match=r"^rows = \d+: training would have left all of them out for their norm"):
         judged(gpt2, Run(run.path))
 
 
@@ -576,7 +576,7 @@ def test_an_evaluation_on_less_leaves_one_on_more(tmp_path: Path, gpt2: World) -
     ):
         found, there, kept = again(CONFIG.model_copy(update=less))
         assert found != full and there == full and kept == latents
-        assert unit in told.notes[-1] and told.notes[-1].endswith("; --replace puts this one in its place")
+        assert unit in told.notes[-1] and told.notes[-1].endswith("; `replace` puts this one in its place")
     assert again(CONFIG)[1] == full and len(told.notes) == 3
     found, there, _ = again(CONFIG.model_copy(update={"rows": 50}), replace_larger=True)
     assert found == there != full and there["rows"] == 50

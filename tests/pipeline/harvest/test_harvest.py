@@ -448,7 +448,7 @@ def test_less_than_one_window_of_a_growing_token_store(
 ) -> None:
     windows = activations.Windows(512, 1024)
     monkeypatch.setattr(activations, "WINDOWS", windows)
-    with pytest.raises(SaeError, match=r"200 rows do not fill their window, .* 512; .* --tokens 512 "):
+    with pytest.raises(SaeError, match=r"200 rows do not fill their window, .* 512; .* `tokens = 512` "):
         run(gpt2, tmp_path, token_store(tmp_path, first_rows(200), ended=False))
     assert not (tmp_path / "activations").exists()
     closed = one(run(gpt2, tmp_path, token_store(tmp_path, first_rows(200))))
@@ -565,7 +565,7 @@ def refused(match: str, *args: Any, **settings: Any) -> None:
 
 def test_what_cannot_be_harvested(tmp_path: Path, gpt2: Path) -> None:
     tokens = token_store(tmp_path, made_up(8))
-    refused(r"^--layer 2: gpt2 has layers 0 to 1$", gpt2, tmp_path, tokens, layer=[0, 2])
+    refused(r"^layer = 2: gpt2 has layers 0 to 1$", gpt2, tmp_path, tokens, layer=[0, 2])
     refused(r"^--layer -1: gpt2 has layers 0 to 1$", gpt2, tmp_path, tokens, layer=[-1])
     refused(r"^--site mlp_output: the sites are resid_pre, ", gpt2, tmp_path, tokens, site=["mlp_output"])
     refused(r"^--codec int4: no such codec; there are int8, ", gpt2, tmp_path, tokens, codec="int4")
@@ -591,7 +591,7 @@ def test_the_validation_tokens_are_checked_before_the_training_tokens_are_run(
     monkeypatch.setattr(activations, "WINDOWS", windows)
     validation = token_store(tmp_path, made_up(16, seed=1), split="validation", ended=False)
     refused(
-        r"do not fill their window, .* --set tokenize.validation_tokens=512 ",
+        r"do not fill their window, .* `tokenize.validation_tokens = 512` ",
         gpt2,
         tmp_path,
         token_store(tmp_path, made_up(70)),

@@ -356,11 +356,11 @@ def test_a_replacement_of_another_shape_is_refused_and_leaves_no_hooks(gpt2: Lan
 
 
 def test_points_that_are_not_there_are_named_with_what_is(gpt2: LanguageModel) -> None:
-    with pytest.raises(SaeError, match=r"^--layer 14: gpt2 has layers 0 to 2$"):
+    with pytest.raises(SaeError, match=r"^layer = 14: gpt2 has layers 0 to 2$"):
         gpt2.check(Point(14, "mlp_out"))
-    with pytest.raises(SaeError, match="--layer -1"):
+    with pytest.raises(SaeError, match="layer = -1"):
         gpt2.check(Point(-1, "mlp_out"))
-    with pytest.raises(SaeError, match="--site mlp: the sites are resid_pre, "):
+    with pytest.raises(SaeError, match="site = mlp: the sites are resid_pre, "):
         gpt2.width(Point(0, "mlp"))
 
 
@@ -373,14 +373,14 @@ def test_a_site_a_model_lacks_is_named_with_those_it_has(tmp_path: Path) -> None
     model.check(Point(0, "mlp_out"))
     with pytest.raises(
         SaeError,
-        match=r"^--site resid_mid: tried out, nothing in layer 0 of random:gptj is the residual stream between .*; "
+        match=r"^site = resid_mid: tried out, nothing in layer 0 of random:gptj is the residual stream between .*; "
         "it has resid_pre, resid_post, attn_out",
     ):
         model.check(Point(0, "resid_mid"))
 
 
 def test_tokens_the_model_cannot_read_are_refused(gpt2: LanguageModel) -> None:
-    with pytest.raises(SaeError, match=r"--context 33: gpt2 reads at most 32 tokens"):
+    with pytest.raises(SaeError, match=r"context = 33: gpt2 reads at most 32 tokens"):
         gpt2.losses(torch.zeros(1, 33, dtype=torch.long))
     for wrong in (VOCAB, -1):
         with pytest.raises(SaeError, match=f"token {wrong}: gpt2 knows tokens 0 to {VOCAB - 1}"):
@@ -552,10 +552,10 @@ def test_a_hub_model_is_named_by_its_commit(
 
 def test_options_that_cannot_be_are_refused(folders: dict[str, Path]) -> None:
     folder = str(folders["gpt2"])
-    with pytest.raises(SaeError, match="--dtype int8: the forward pass runs in float32 or bfloat16"):
+    with pytest.raises(SaeError, match="dtype = int8: the forward pass runs in float32 or bfloat16"):
         LanguageModel.boot(folder, dtype="int8")
     for device in ("nosuch", "cuda:99"):
-        with pytest.raises(SaeError, match=f"--device {device}: "):
+        with pytest.raises(SaeError, match=f"device = {device}: "):
             LanguageModel.boot(folder, device=device)
-    with pytest.raises(SaeError, match="--revision main: gpt2 is a local folder"):
+    with pytest.raises(SaeError, match="revision = main: gpt2 is a local folder"):
         LanguageModel.boot(folder, revision="main")

@@ -55,7 +55,7 @@ def test_a_site_that_is_not_what_its_name_says_is_refused_with_those_that_are(tm
     model = LanguageModel.boot(str(save_family("opt, norms after", tmp_path / "opt")), device="cpu")
     for site in ("resid_mid", "attn_out", "mlp_out"):
         with pytest.raises(
-            SaeError, match=rf"^--site {site}: tried out, nothing in layer 1 of opt is .*; it has "
+            SaeError, match=rf"^site = {site}: tried out, nothing in layer 1 of opt is .*; it has "
         ) as no:
             model.check(Point(1, site))
         assert str(no.value).endswith("it has resid_pre, resid_post, attn_z, mlp_in, mlp_post")

@@ -40,7 +40,7 @@ def gpt2(saved: dict[str, Path], tmp_path: Path) -> Path:
 def refused(folder: Path, says: str) -> None:
     with pytest.raises(SaeError, match=says) as refusal:
         LanguageModel.boot(str(folder), device="cpu")
-    assert str(refusal.value).startswith("--model ") and str(refusal.value).isprintable()
+    assert str(refusal.value).startswith("model = ") and str(refusal.value).isprintable()
     assert len(str(refusal.value)) < 500
 
 
@@ -328,5 +328,5 @@ def test_a_model_larger_than_the_machine_is_refused_before_it_takes_memory(
 ) -> None:
     shutil.copy(saved["llama"] / CONFIG, tmp_path)
     configure(tmp_path, vocab_size=10**13)
-    with pytest.raises(SaeError, match=r"takes [\d,]+ GB, this machine has [\d,]+ GB; --set harvest.dtype=bfloat16"):
+    with pytest.raises(SaeError, match=r"takes [\d,]+ GB, this machine has [\d,]+ GB; `harvest.dtype = bfloat16`"):
         LanguageModel.boot(f"random:{tmp_path}", device="cpu")

@@ -167,7 +167,7 @@ def test_a_worker_that_keeps_dying(tmp_path: Path, gpt2: Path, scheduler: str, d
     assert run(gpt2, tmp_path, tokens, tokens=25 * CONTEXT).plans[0].rows == 384
     always = deaths["window"] / "always"
     always.touch()
-    with pytest.raises(SaeError, match=r"^--scheduler tcp\S+: window \d+: a worker died at it every time") as caught:
+    with pytest.raises(SaeError, match=r"^scheduler = tcp\S+: window \d+: a worker died at it every time") as caught:
         run(gpt2, tmp_path, tokens, scheduler=scheduler)
     always.unlink()
     assert "\n" not in str(caught.value)
@@ -184,7 +184,7 @@ def test_what_a_worker_cannot_do_is_said_in_one_line(tmp_path: Path, gpt2: Path,
     model.recipe()
     shutil.rmtree(here)  # as where a worker's machine does not have it
     with pytest.raises(
-        SaeError, match=r"^a worker on \S+ cannot load the model: --model .*gpt2: no such folder"
+        SaeError, match=r"^a worker on \S+ cannot load the model: model = .*gpt2: no such folder"
     ) as caught:
         run(here, tmp_path, tokens, scheduler=scheduler, model=model)
     assert "\n" not in str(caught.value)
@@ -223,7 +223,7 @@ def importing(name: str) -> None:
 def test_a_scheduler_that_is_not_there(address: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dask_cluster, "PATIENCE", 1)
     with (
-        pytest.raises(SaeError, match=rf"^--scheduler {address}: no scheduler answers there \(.*{why}") as caught,
+        pytest.raises(SaeError, match=rf"^scheduler = {address}: no scheduler answers there \(.*{why}") as caught,
         dask_cluster.connected(1, address, Silent()),
     ):
         pass
@@ -271,7 +271,7 @@ def test_a_process_of_a_pool_that_dies() -> None:
     with Pool(2) as pool:
         squares = pool.ordered(slowly_squared, range(7), lambda size: size + 1, str)
         assert list(squares) == [(n, n * n) for n in range(7)]
-        with pytest.raises(SaeError, match=r"^--workers 2: one of them died; if memory ran out ask for fewer"):
+        with pytest.raises(SaeError, match=r"^workers = 2: one of them died; if memory ran out ask for fewer"):
             list(pool.ordered(os._exit, [1, 2], lambda _: 2, str))
 
 

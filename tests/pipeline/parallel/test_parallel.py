@@ -174,7 +174,7 @@ def test_what_one_process_raises_ends_all_and_is_raised_here() -> None:
     before = children()
     with pytest.raises(SaeError) as raised:
         launch(2, "cpu", small_ranks.failed)
-    assert type(raised.value) is SaeError and str(raised.value) == "--batch 7: nobody likes it; try 8"
+    assert type(raised.value) is SaeError and str(raised.value) == "batch = 7: nobody likes it; try 8"
     assert any("in failed" in note for note in raised.value.__notes__)
     assert children() <= before
 
@@ -182,7 +182,7 @@ def test_what_one_process_raises_ends_all_and_is_raised_here() -> None:
 @pytest.mark.slow
 def test_a_killed_process_is_named_and_the_others_end() -> None:
     before = children()
-    with pytest.raises(SaeError, match=r"process 2 of 2 \(pid \d+\) was killed by SIGKILL.*--resume") as raised:
+    with pytest.raises(SaeError, match=r"process 2 of 2 \(pid \d+\) was killed by SIGKILL.*`resume`") as raised:
         launch(2, "cpu", small_ranks.killed)
     assert not isinstance(raised.value, LostRank)
     assert children() <= before
@@ -222,14 +222,14 @@ def children() -> set[str]:
 def test_each_process_has_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert seats(3, "auto") == seats(3, "cpu") == ["cpu"] * 3
-    with pytest.raises(SaeError, match=r"--devices 2: this machine has no GPU; .*--device cpu"):
+    with pytest.raises(SaeError, match=r"devices = 2: this machine has no GPU; .*`device = cpu`"):
         seats(2, "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert seats(2, "auto") == seats(2, "cuda") == ["cuda:0", "cuda:1"]
     assert seats(4, "cpu") == ["cpu"] * 4
-    with pytest.raises(SaeError, match=r"--devices 4: this machine has 2 GPUs; ask for fewer"):
+    with pytest.raises(SaeError, match=r"devices = 4: this machine has 2 GPUs; ask for fewer"):
         seats(4, "auto")
-    with pytest.raises(SaeError, match=r"--device cuda:1: is one device for 2 processes"):
+    with pytest.raises(SaeError, match=r"device = cuda:1: is one device for 2 processes"):
         seats(2, "cuda:1")
 
 

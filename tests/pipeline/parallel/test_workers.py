@@ -62,7 +62,7 @@ class Notes(Silent):
 
 def watched(there: Scheduler, expected: dict[str, str] | None = HERE) -> tuple[Workers, Callable[[], list[str]]]:
     notes = Notes()
-    workers = Workers(there, "--scheduler x", notes.note, expected)
+    workers = Workers(there, "scheduler = x", notes.note, expected)
 
     def look() -> list[str]:
         workers.look()
@@ -77,14 +77,14 @@ def test_those_that_come_and_go() -> None:
     workers, look = watched(there)
     assert (workers.size, look()) == (2, [])
     there.put("b")
-    assert look() == ["--scheduler x: b has come; 2 workers now"]
+    assert look() == ["scheduler = x: b has come; 2 workers now"]
     assert (workers.size, workers.known) == (3, {"a", "b"})
     del there.workers["a"]
-    assert look() == ["--scheduler x: a is gone; what it was at is done again by another, 1 worker now"]
+    assert look() == ["scheduler = x: a is gone; what it was at is done again by another, 1 worker now"]
     assert (workers.size, workers.lack()) == (1, None)
     del there.workers["b"]
-    assert look() == ["--scheduler x: b is gone; what it was at is done again by another, 0 workers now"]
-    assert workers.lack() == "--scheduler x: has no workers at the moment; waiting for one"
+    assert look() == ["scheduler = x: b is gone; what it was at is done again by another, 0 workers now"]
+    assert workers.lack() == "scheduler = x: has no workers at the moment; waiting for one"
 
 
 @pytest.mark.parametrize("at_once", [True, False])
@@ -93,18 +93,18 @@ def test_a_paused_one(at_once: bool) -> None:
     there = Scheduler()
     there.put("a", "paused" if at_once else "running")
     notes = Notes()
-    workers = Workers(there, "--scheduler x", notes.note, HERE)
+    workers = Workers(there, "scheduler = x", notes.note, HERE)
     there.put("a", "paused")
     workers.look()
     workers.look()
     assert notes.taken() == [
-        "--scheduler x: a is paused and takes up nothing new: it uses 3.3 of its 4.0 GB; give workers more (dask "
+        "scheduler = x: a is paused and takes up nothing new: it uses 3.3 of its 4.0 GB; give workers more (dask "
         "worker --memory-limit) or start fewer of them"
     ]
-    assert workers.lack() == "--scheduler x: has no workers that are not paused at the moment; waiting for one"
+    assert workers.lack() == "scheduler = x: has no workers that are not paused at the moment; waiting for one"
     there.put("a")
     workers.look()
-    assert (notes.taken(), workers.size, workers.lack()) == (["--scheduler x: a goes on"], 1, None)
+    assert (notes.taken(), workers.size, workers.lack()) == (["scheduler = x: a goes on"], 1, None)
 
 
 def test_one_that_is_ended_for_its_memory() -> None:
@@ -114,14 +114,14 @@ def test_one_that_is_ended_for_its_memory() -> None:
     _, look = watched(there)
     there.heard[ENDED]((0.0, {"worker": "a", "pid": 7, "rss": 3_900_000_000}))
     assert look() == [
-        "--scheduler x: a was ended by dask: it used 3.9 GB, almost all it may; what it was at is done again. Give "
+        "scheduler = x: a was ended by dask: it used 3.9 GB, almost all it may; what it was at is done again. Give "
         "workers more (dask worker --memory-limit), or ask for less at once (harvest.batch_tokens)"
     ]
     assert look() == []
     del there.workers["a"]
     assert look() == []
     there.put("a2")
-    assert look() == ["--scheduler x: a2 has come; 1 worker now"]
+    assert look() == ["scheduler = x: a2 has come; 1 worker now"]
 
 
 @pytest.mark.parametrize(
@@ -140,12 +140,12 @@ def test_one_with_other_versions(versions: object, why: str) -> None:
     there.versions["b"] = versions
     workers, look = watched(there)
     there.put("b")
-    assert look() == [f"--scheduler x: {why}; it is given nothing"]
+    assert look() == [f"scheduler = x: {why}; it is given nothing"]
     assert (look(), workers.known, workers.refused) == ([], {"a"}, True)
     del there.workers["a"]
     look()
-    assert workers.lack() == "--scheduler x: has no workers of the same versions at the moment; waiting for one"
-    with pytest.raises(SaeError, match=r"^--scheduler x: b .*; install the same versions \(constraints\.txt\)"):
+    assert workers.lack() == "scheduler = x: has no workers of the same versions at the moment; waiting for one"
+    with pytest.raises(SaeError, match=r"^scheduler = x: b .*; install the same versions \(constraints\.txt\)"):
         watched(there)
     assert watched(there, expected=None)[0].known == {"b"}
 
@@ -157,19 +157,19 @@ def test_one_that_is_gone_before_it_is_asked() -> None:
     workers, look = watched(there)
     assert workers.known == set()
     there.versions["a"] = HERE
-    assert look() == ["--scheduler x: a has come; 1 worker now"]
+    assert look() == ["scheduler = x: a has come; 1 worker now"]
 
 
 def test_what_a_task_found_is_noted_once() -> None:
     there = Scheduler()
     there.put("a")
     notes = Notes()
-    workers = Workers(there, "--scheduler x", notes.note, HERE)
+    workers = Workers(there, "scheduler = x", notes.note, HERE)
     for _ in range(2):
         workers.refuse(Refusal("b", {**HERE, "torch": "3"}))
     there.put("b")
     workers.look()
-    assert notes.taken() == ["--scheduler x: b has torch 3, here it is 2.0; it is given nothing"]
+    assert notes.taken() == ["scheduler = x: b has torch 3, here it is 2.0; it is given nothing"]
     assert workers.known == {"a"}
 
 

@@ -93,7 +93,7 @@ def test_threads_by_default_are_the_free_cores(
     notes: list[str] = []
     busy(monkeypatch, machine, 6, 6.0)
     devices.take_threads(None, notes.append)
-    assert notes == ["threads: 2 of 8, the other cores are busy; --threads N says otherwise"]
+    assert notes == ["threads: 2 of 8, the other cores are busy; `threads = N` says otherwise"]
     busy(monkeypatch, machine, 0, 6.0)
     devices.take_threads(None, notes.append)
     assert threads == [2, 8] and len(notes) == 1
@@ -106,7 +106,7 @@ def test_threads_that_are_said_are_taken(machine: Path, threads: list[int]) -> N
     devices.take_threads(3, print)
     devices.take_threads_again(5)
     assert threads == [3], "a checkpoint does not change the user's word"
-    with pytest.raises(SaeError, match="--threads 9: this process may use 8 cores; give fewer"):
+    with pytest.raises(SaeError, match="threads = 9: this process may use 8 cores; give fewer"):
         devices.take_threads(9, print)
 
 

@@ -113,7 +113,7 @@ def test_what_is_no_hub(there: Hub, where: str, body: str) -> None:
 )
 def test_refusals_are_said_plainly_and_once(there: Hub, status: int, headers: dict[str, str], said: str) -> None:
     there.faults = [Fault("/api/", status, headers=headers)]
-    for what, option in ((lambda: find_model(NAME), "--model"), (lambda: tokenizer(f"hf:{NAME}"), "--tokenizer hf:")):
+    for what, option in ((lambda: find_model(NAME), "model = "), (lambda: tokenizer(f"hf:{NAME}"), "tokenizer = hf:")):
         there.asked.clear()
         with pytest.raises(SaeError) as caught:
             what()
@@ -131,7 +131,7 @@ def test_files_that_are_gated_while_the_page_is_not(there: Hub) -> None:
 
 
 def test_a_name_that_is_not_there(there: Hub) -> None:
-    with pytest.raises(SaeError, match=r"--model someone/else: the hub has no such model"):
+    with pytest.raises(SaeError, match=r"model = someone/else: the hub has no such model"):
         find_model("someone/else")
 
 
@@ -156,7 +156,7 @@ def test_a_model_that_is_gone_is_taken_from_the_cache(there: Hub, caplog: pytest
 )
 def test_data_sets_are_refused_in_the_same_words(there: Hub, fault: Fault, said: str) -> None:
     there.faults = [fault]
-    with pytest.raises(SaeError, match=rf"^--source someone/texts: .*{said}") as caught:
+    with pytest.raises(SaeError, match=rf"^source = someone/texts: .*{said}") as caught:
         HubSource("hub:someone/texts", "text").recipe()
     assert str(caught.value).isprintable()
 

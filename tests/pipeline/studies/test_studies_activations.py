@@ -73,7 +73,7 @@ class TestActivations:
 
     def test_different_l0s_are_said(self, result: Result) -> None:
         (note,) = result.notes
-        assert note.startswith("L0 differs, from ") and "--match-l0" in note
+        assert note.startswith("L0 differs, from ") and "`match_l0`" in note
         assert apart([{"activation": "a", "l0": 10.0}, {"activation": "b", "l0": 12.0}]) == []
         assert len(apart([{"activation": "a", "l0": 10.0}, {"activation": "b", "l0": 12.1}])) == 1
         assert len(apart([{"activation": "a", "l0": 0.0}, {"activation": "b", "l0": 12.1}])) == 1

@@ -75,14 +75,14 @@ class TestLayers:
     def test_missing_layers_are_named_with_the_command(self, store: ActivationStore, lab: Lab) -> None:
         with pytest.raises(NotFound) as error:
             Layers(layers=(0, 2, 5), site="resid_post").run(Setup(BASE, Dataset.of(store), lab))
-        assert "--layers 2,5: no resid_post of these" in str(error.value)
-        assert "`sae harvest --model synthetic --layer 2,5 --site resid_post --codec float32`" in str(error.value)
-        with pytest.raises(SaeError, match="--site nowhere: the sites are resid_pre"):
+        assert "layers = 2,5: no resid_post of these" in str(error.value)
+        assert "`harvest(model=synthetic, layer=2,5, site=resid_post, codec=float32)`" in str(error.value)
+        with pytest.raises(SaeError, match="site = nowhere: the sites are resid_pre"):
             Layers(layers=(0,), site="nowhere").run(Setup(BASE, Dataset.of(store), lab))
 
     def test_stores_of_other_tokens_do_not_count(self, store: ActivationStore, cache: Path, tmp_path: Path) -> None:
         recipe = {**activation_recipe(D, "float32", site="resid_post", seed=9), "layer": 2}
         with ActivationWriter(cache, "other", recipe) as writer:
             extend(writer, planted(128, seed=3), ended=True)
-        with pytest.raises(NotFound, match="--layers 2: no resid_post of this"):
+        with pytest.raises(NotFound, match="layers = 2: no resid_post of this"):
             Layers(layers=(1, 2), site="resid_post").run(Setup(BASE, Dataset.of(store), lab_in(cache, tmp_path)))

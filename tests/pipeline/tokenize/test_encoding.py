@@ -50,7 +50,7 @@ def test_text_that_a_tokenizer_cannot_encode_is_shown(tmp_path: Path) -> None:
     tok = HuggingFaceTokenizer(words, "words", Ends(begin=2, has_begin=False, end=2), tmp_path)
     assert [ids.tolist() for ids in encoded(tok, ["a b", "b"])] == [[0, 1], [1]]
     with pytest.raises(
-        SaeError, match=r"--tokenizer words: cannot encode the text of 9 characters that begins 'c \\n odd"
+        SaeError, match=r"tokenizer = words: cannot encode the text of 9 characters that begins 'c \\n odd"
     ) as caught:
         encoded(tok, ["a b", "c \n odd a", "b"])
     assert "\n" not in str(caught.value) and "UNK" in str(caught.value)
@@ -77,7 +77,7 @@ def test_ready_made_ids_are_checked_and_lose_their_begin_token(tiny: Tokenizer) 
     found = encoded(tiny, [ids[0], "text", ids[1], ids[2], ids[3]])
     assert [found[i].tolist() for i in (0, 2, 3, 4)] == [[5, 4095], [7], [], []]
     assert found[1].tolist() == tiny.encode_batch(["text"])[0].tolist()
-    with pytest.raises(SaeError, match="--tokenizer tiny: has tokens 0 to 4095, and the ready-made ids hold 4096"):
+    with pytest.raises(SaeError, match="tokenizer = tiny: has tokens 0 to 4095, and the ready-made ids hold 4096"):
         encoded(tiny, [np.array([1, 4096], np.uint32)])
 
 

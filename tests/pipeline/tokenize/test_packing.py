@@ -324,11 +324,11 @@ def test_no_validation_at_all(tmp_path: Path, texts: list[str]) -> None:
 def test_too_little_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "tokenizer", lambda *_, **__: Letters())
     monkeypatch.setattr(stage, "text_source", lambda *_, **__: Texts(["abc"]))
-    with pytest.raises(SaeError, match="holds less than one context of 8 tokens; try a smaller --context"):
+    with pytest.raises(SaeError, match="holds less than one context of 8 tokens; try a smaller `context`"):
         tokenize(config(validation=0), tmp_path, Silent())
     monkeypatch.setattr(stage, "text_source", lambda *_, **__: Texts(["abcdefghijklmn"]))
     assert list(tokenize(config(validation=1e-9), tmp_path, notes := Notes()).stores) == ["train"]
-    assert "no validation store: the documents of --source fineweb that fell to it (1e-09 of all)" in notes.lines[-1]
+    assert "no validation store: the documents of `source = fineweb` that fell to it (1e-09 of all)" in notes.lines[-1]
     assert len(list((tmp_path / "tokens").glob("*"))) == 1  # nor the beginning of one
 
 
@@ -413,7 +413,7 @@ def test_without_a_begin_token_documents_begin_as_before(texts: list[str], monke
         ({"separator": "<|nothing|>"}, "tokenize.separator = '<|nothing|>': in letters not a token of its own; try"),
         ({"separator": 128}, "tokenize.separator = 128: letters has tokens 0 to 127"),
         ({"separator": "begin"}, "is the begin token, and with tokenize.begin = document each document begins with it"),
-        ({"separator": "eos", "packing": "document"}, "with --packing document no context holds two documents"),
+        ({"separator": "eos", "packing": "document"}, "with `packing = document` no context holds two documents"),
     ],
 )
 def test_separators_that_cannot_be(settings: dict[str, Any], message: str) -> None:
@@ -436,7 +436,7 @@ def test_a_new_default_says_where_the_old_tokens_are(tmp_path: Path, texts: list
     old = tokenize(config(), tmp_path, Silent()).stores["train"]
     new = tokenize(config(begin=None), tmp_path, notes := Notes()).stores["train"]
     assert new.key != old.key
-    said = [line for line in notes.lines if "--set tokenize.begin=document continues that one" in line]
+    said = [line for line in notes.lines if "`tokenize.begin = document` continues that one" in line]
     assert len(said) == 1 and old.key in said[0]
     tokenize(config(begin=None), tmp_path, notes := Notes())
     tokenize(config(begin="context", seed=1), tmp_path, notes)
@@ -461,7 +461,7 @@ class Moved(Texts):
 
     def recipe(self) -> dict[str, Any]:
         if self.commit is None:
-            raise Unreachable("--source texts: no hub")
+            raise Unreachable("source = texts: no hub")
         return {"source": "moved", "revision": self.commit}
 
     def __str__(self) -> str:
@@ -472,7 +472,7 @@ class Moved(Texts):
 
     def open(self, state: dict[str, Any] | None = None) -> Indexed:
         if self.commit == "unreadable":
-            raise SaeError("--source texts: cannot be opened")
+            raise SaeError("source = texts: cannot be opened")
         return super().open(state)
 
 
@@ -482,18 +482,18 @@ def test_text_that_has_moved_and_text_that_cannot_be_asked_for(
     def run(commit: str | None, slug: str = "texts", **settings: Any) -> tuple[str, str]:
         monkeypatch.setattr(stage, "text_source", lambda *_, **__: Moved(texts, commit, slug))
         stores = tokenize(config(**{"tokens": 100, "validation": 0, **settings}), tmp_path, notes := Notes()).stores
-        return stores["train"].key, "\n".join(line for line in notes.lines if re.match("a new store: |--source ", line))
+        return stores["train"].key, "\n".join(line for line in notes.lines if re.match("a new store: |source = ", line))
 
     with pytest.raises(Unreachable, match="no hub"):
         run(None)
     first, said = run("a")
     assert said == ""
     assert run("a", "another") == (first, "")  # the same text by another name
-    assert run(None) == (first, f"--source texts: no hub; going on with the text that {first} is of")
+    assert run(None) == (first, f"source = texts: no hub; going on with the text that {first} is of")
     second, said = run("b")
     assert second != first
     assert said.startswith("a new store: the text has changed since " + first)
-    assert said.endswith("tokens) was made; --source texts@a continues that one")
+    assert said.endswith("tokens) was made; `source = texts@a` continues that one")
     assert run("b") == (second, "")
     run("b", tokens="all")
     assert run(None, tokens="all")[0] == second  # which has more

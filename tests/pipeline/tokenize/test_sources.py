@@ -62,7 +62,7 @@ def refused(spec: object, **options: Any) -> str:
         list(source(spec, **options).open())
     message = str(caught.value)
     assert "\n" not in message
-    assert message.startswith("--source")
+    assert message.startswith("source = ")
     return message
 
 
@@ -590,12 +590,12 @@ class TestHub:
     def test_offline_is_said_at_once(self, spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
         monkeypatch.setattr(hub, "reachable", lambda url: pytest.fail("asked the network"))
-        assert "--source python" in refused(spec)
+        assert "source = python" in refused(spec)
 
     def test_no_network_is_said_within_seconds(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
         monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
-        with pytest.raises(SaeError, match=r"127\.0\.0\.1:9 cannot be reached.*--source python"):
+        with pytest.raises(SaeError, match=r"127\.0\.0\.1:9 cannot be reached.*`source = python`"):
             text_source("fineweb", offline=False).recipe()
 
     def test_a_network_that_swallows_everything_is_given_up(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,7 +185,7 @@ def test_hostile_folders_are_refused_in_one_line(tmp_path: Path, kind: str, capf
     with pytest.raises(SaeError) as caught:
         tokenizer(str(tmp_path), offline=True)
     message = str(caught.value)
-    assert message.startswith(f"--tokenizer {tmp_path}: ")
+    assert message.startswith(f"tokenizer = {tmp_path}: ")
     assert message.isprintable()
     assert len(message) < 500
     assert capfd.readouterr() == ("", "")

@@ -70,7 +70,7 @@ def test_text_cut_otherwise_is_noticed_with_one_vocabulary(
         matches(store, str(tmp_path / "model"), offline=True)
     message = str(caught.value)
     assert message.isprintable()
-    assert all(part in message for part in (store.key, "(one)", f"--tokenizer {tmp_path / 'model'}", "unchecked"))
+    assert all(part in message for part in (store.key, "(one)", f"tokenizer = {tmp_path / 'model'}", "unchecked"))
 
 
 def test_one_document_longer_than_the_sample(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_nobody_knows(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPa
 def test_a_model_with_a_damaged_tokenizer_is_said(tmp_path: Path, source: Path) -> None:
     store = tokens(source, write_tokenizer(tmp_path / "one", "SmolLM"), tmp_path / "cache")
     (write_tokenizer(tmp_path / "model", "SmolLM") / "tokenizer.json").write_text("{")
-    with pytest.raises(SaeError, match=r"--model .*: its tokenizer.json is not sound JSON"):
+    with pytest.raises(SaeError, match=r"model = .*: its tokenizer.json is not sound JSON"):
         matches(store, str(tmp_path / "model"), offline=True)
 
 
@@ -137,7 +137,7 @@ def test_a_model_of_the_hub_has_the_tokenizer_of_its_repository(tmp_path: Path, 
         asked = len(there.asked)
         assert matches(store, "someone/SmolLM", offline=True)  # cached
         assert len(there.asked) == asked
-        with pytest.raises(SaeError, match="--tokenizer hf:someone/Pythia"):
+        with pytest.raises(SaeError, match="tokenizer = hf:someone/Pythia"):
             matches(store, "someone/Pythia")
 
 
@@ -153,7 +153,7 @@ def test_gpt2_is_known_by_name(
         with pytest.raises(SaeError, match="another tokenizer"):
             matches(store, str(model), offline=True)
     other = tokens(source, write_tokenizer(tmp_path / "one", "SmolLM"), tmp_path / "cache")
-    with pytest.raises(SaeError, match="--tokenizer gpt2"):
+    with pytest.raises(SaeError, match="tokenizer = gpt2"):
         matches(other, "gpt2-medium", offline=True)
 
 
@@ -181,7 +181,7 @@ def test_a_harvest_refuses_other_tokens_unless_told_to_take_them(tmp_path: Path,
         return [line for line in notes.lines if "only their sizes" in line]
 
     assert harvested(own) == []
-    with pytest.raises(SaeError, match=r"harvest\.tokenizer=unchecked"):
+    with pytest.raises(SaeError, match=r"harvest\.tokenizer = unchecked"):
         harvested(other)
     assert harvested(other, tokenizer="unchecked") == []
     (model / "tokenizer.json").unlink()

@@ -286,7 +286,7 @@ def test_checkpoints_that_do_not_belong_together_are_refused(tmp_path: Path, sto
 
 def test_settings_of_a_group() -> None:
     alone = settings(align=AlignConfig())
-    with pytest.raises(SaeError, match="two or more seeds; say how many with --seeds"):
+    with pytest.raises(SaeError, match="two or more seeds; say how many with `seeds`"):
         acquainted([alone])
     pair = [settings(align=AlignConfig(), seed=seed, lr=lr) for lr in (1e-3, 1e-4) for seed in (3, 5)]
     assert [config.align.seeds for config in acquainted(pair) if config.align] == [(3, 5)] * 4

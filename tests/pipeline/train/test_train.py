@@ -370,7 +370,7 @@ def test_resumed_training_computes_with_the_threads_of_before(
         resumed = At(-1, lambda: None)
         (run,) = go(PAIR[0], store, tmp_path, resume=True, progress=resumed)
         assert torch.get_num_threads() == run.load_checkpoint()[1]["threads"] == 3
-        assert resumed.lines[0] == "threads: 3, as before; --threads N says otherwise"
+        assert resumed.lines[0] == "threads: 3, as before; `threads = N` says otherwise"
         tensors, state = run.load_checkpoint()
         run.stage_checkpoint(tensors, {name: value for name, value in state.items() if name != "threads"})
         run.publish_checkpoint()
@@ -504,10 +504,10 @@ def test_training_never_imports_a_language_model(tmp_path: Path, store: Activati
 def test_a_run_is_not_begun_twice(tmp_path: Path, store: ActivationStore) -> None:
     (run,) = go(settings(), store, tmp_path)
     before = outcome(run)
-    with pytest.raises(SaeError, match=r"^--name 0: .* exists; continue it with --resume or choose another --name$"):
+    with pytest.raises(SaeError, match=r"^name = 0: .* exists; continue it with `resume` or choose another `name`$"):
         go(settings(), store, tmp_path)
     assert not different([run], [before])
-    with pytest.raises(NotFound, match=r"^--resume: no run 1 in"):
+    with pytest.raises(NotFound, match=r"^resume = True: no run 1 in"):
         open_run(settings(), Dataset.of(store), tmp_path, "1", resume=True)
 
 
@@ -554,7 +554,9 @@ def test_resume_refuses_other_settings_and_names_them(tmp_path: Path, store: Act
         (settings(batch=64, steps=41), "batch, steps"),
         (settings({**TOPK, "k": 5}), "sae"),
     ):
-        with pytest.raises(SaeError, match=rf"^--resume: .* was started with other settings \({names}\); repeat those"):
+        with pytest.raises(
+            SaeError, match=rf"^resume = True: .* was started with other settings \({names}\); repeat those"
+        ):
             go(changed, store, tmp_path, resume=True)
     other = planted_store(tmp_path / "other", seed=9)
     with pytest.raises(SaeError, match=r"other settings \(tokens\)"):
@@ -612,7 +614,7 @@ def test_a_run_is_trained_by_one_process(tmp_path: Path, store: ActivationStore)
 def test_a_loss_that_explodes_is_said(tmp_path: Path, store: ActivationStore, log_every: int) -> None:
     """And the last checkpoint stays one from before: nothing that is not a number is ever saved."""
     config = settings(lr=1e25, clip=None, warmup=0, decay=0, log_every=log_every, checkpoint_every=1)
-    with pytest.raises(SaeError, match=r"try a smaller --lr$") as caught:
+    with pytest.raises(SaeError, match=r"try a smaller `lr`$") as caught:
         go(config, store, tmp_path)
     assert "\n" not in str(caught.value)
     run = Run(tmp_path / "0")
@@ -636,10 +638,10 @@ def test_a_dictionary_that_diverges_does_not_end_the_others(tmp_path: Path, stor
     runs = [open_run(one, Dataset.of(store), tmp_path, str(i), resume=False) for i, one in enumerate(configs)]
     with pytest.raises(Diverged) as caught:
         train(runs, Dataset.of(store), Silent(), device="cpu")
-    assert "\n" not in str(caught.value) and str(caught.value).count("try a smaller --lr") == 2
+    assert "\n" not in str(caught.value) and str(caught.value).count("try a smaller `lr`") == 2
     assert [run.finished for run in runs] == [False, True, False, False]
     for run in (runs[0], *runs[2:]):
-        assert run.failure is not None and "try a smaller --lr" in run.failure["error"] and run.failure["step"] >= 1
+        assert run.failure is not None and "try a smaller `lr`" in run.failure["error"] and run.failure["step"] >= 1
     (alone,) = go(plain, store, tmp_path / "alone")
     ours, its = runs[1].load_weights()[0], alone.load_weights()[0]
     assert runs[1].failure is None and all(torch.equal(ours[name], its[name]) for name in its)
@@ -658,7 +660,7 @@ def test_a_failure_is_forgotten_when_training_goes_on(tmp_path: Path, store: Act
 )
 def test_parts_of_too_few_rows_are_refused(changes: dict[str, Any], world: int, least: int) -> None:
     """A part without rows has no loss, and a single row no variance that an error could be a share of."""
-    with pytest.raises(SaeError, match=rf"^--batch {changes['batch']}: too small .* give {least} or more$"):
+    with pytest.raises(SaeError, match=rf"^batch = {changes['batch']}: too small .* give {least} or more$"):
         share(settings(**changes), world)
     assert share(settings(**{**changes, "batch": least}), world) == least // world
 
@@ -843,7 +845,7 @@ def test_a_dictionary_that_does_not_fit_its_settings(tmp_path: Path, store: Acti
 def test_a_run_that_has_not_finished_has_no_dictionary(tmp_path: Path, store: ActivationStore) -> None:
     with pytest.raises(KeyboardInterrupt):
         go(settings(), store, tmp_path, progress=stop_at(3))
-    with pytest.raises(NotFound, match=r"training has not finished; continue it with `sae train --resume --name 0`"):
+    with pytest.raises(NotFound, match=r"training has not finished; continue it with `train\(resume=True, name=0\)`"):
         trained.load(Run(tmp_path / "0"))
 
 
@@ -929,7 +931,7 @@ def test_a_resumed_training_without_outliers_is_the_uninterrupted_one(tmp_path: 
 
 
 def test_too_few_rows_that_are_kept_for_a_batch(tmp_path: Path, far: ActivationStore) -> None:
-    with pytest.raises(SaeError, match=r"--batch 4096: train.outliers leaves 4,055 of the 4,096 rows of planted"):
+    with pytest.raises(SaeError, match=r"batch = 4096: train.outliers leaves 4,055 of the 4,096 rows of planted"):
         open_run(settings(batch=ROWS, outliers=10.0), Dataset.of(far), tmp_path, "x", resume=False)
     assert not list(tmp_path.iterdir())
 
