@@ -1,1 +1,1 @@
-"""Latents and what they fire on."""
+"""The text on which latents fire, and their effect on a language model."""

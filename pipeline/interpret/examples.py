@@ -1,4 +1,4 @@
-"""What is known about the latents of a dictionary from the text they fire on, as plain records (`features.json`).
+"""Records (`features.json`) of the latents of a dictionary: how often, how strongly and on which text they fire.
 
 Nothing here needs a cache or a model: the records carry the bytes of every token they mention.
 """

@@ -1,4 +1,4 @@
-"""Where a dictionary's latents fire: top contexts and weaker ones, computed from the cache alone.
+"""The contexts in which a dictionary's latents fire, top and weaker ones, computed from the cache alone.
 
 Two passes, no language model. The first (`survey`) reads rows and keeps, for every latent, its largest firings (one a
 document), a uniform sample of all its firings, and counts. Then the latents to show are chosen, and the second pass
@@ -281,5 +281,5 @@ def _mentioned(features: Sequence[Feature]) -> set[int]:
 
 
 def _short(value: float) -> float:
-    """Six significant digits: what float32 arithmetic can vouch for."""
+    """Round to six significant digits, as many as float32 arithmetic makes certain."""
     return float(f"{value:.6g}")

@@ -27,7 +27,7 @@ LEAST_WAITING = 1 << 18
 
 
 class Dictionary(Protocol):
-    """What is asked of a dictionary here."""
+    """A survey needs these of a dictionary."""
 
     d_sae: int
 
@@ -45,7 +45,7 @@ class Firings:
 
 @contextmanager
 def judging(sae: Dictionary) -> Iterator[None]:
-    """Inference behaviour for the duration: no gradients, no choice of latents that depends on the batch."""
+    """Within this context there are no gradients, and no choice of latents depends on the batch."""
     training = isinstance(sae, nn.Module) and sae.training
     if isinstance(sae, nn.Module):
         sae.eval()
@@ -58,7 +58,7 @@ def judging(sae: Dictionary) -> Iterator[None]:
 
 
 def firings(sae: Dictionary, rows: Tensor) -> Firings:
-    """What fires in rows [n, d] (on the dictionary's device), on the CPU."""
+    """Return the nonzero latents of rows [n, d] (on the dictionary's device), on the CPU."""
     latents = sae.encode(rows)
     if latents.entries is None:
         row, latent = latents.values.nonzero(as_tuple=True)
@@ -99,7 +99,7 @@ class Best:
             self._merge()
 
     def _merge(self) -> None:
-        """Bring what waits into the table."""
+        """Merge the waiting firings into the table."""
         if not self._waiting:
             return
         there = self.position >= 0

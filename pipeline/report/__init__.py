@@ -1,4 +1,4 @@
-"""A run to look at: what its latents fire on, and one self-contained HTML page.
+"""Reports of runs: one self-contained HTML page, charts, and the comparison of runs.
 
 stage       `report`: run folder + cache -> eval/features.json and report.html
 features    which latents to show and their contexts (survey: the pass over the rows; examples: the records)

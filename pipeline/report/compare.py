@@ -128,12 +128,12 @@ def held_out() -> list[str]:
 
 
 def unlike(rows: Sequence[Row]) -> list[Figure]:
-    """The amounts that the rows that were judged at all were not judged on alike."""
+    """Return the amounts (`rows`, `tokens`) that differ between the runs that were judged at all."""
     return [one for one in amounts() if len({row[one.key] for row in rows if row.get(one.key) is not None}) > 1]
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """What to know before reading the figures: amounts that differ, runs that were not judged. A line each."""
+    """Return a line for each thing to know first: amounts that differ, runs that were not judged."""
     said = []
     for amount in unlike(rows):
         found = sorted({row[amount.key] for row in rows if row[amount.key] is not None})
@@ -147,7 +147,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 
 def outdated(runs: Sequence[Run]) -> list[str]:
-    """Which evaluations are of before a figure was there, a line for each of these figures."""
+    """Return a line for each figure that is newer than some evaluations, with their runs."""
     without: dict[str, list[str]] = {}
     for run in runs:
         if (found := run.evaluation()) is not None:

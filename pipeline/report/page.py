@@ -34,7 +34,7 @@ LEAST_SHARE = 1e-19  # of the rows of a store that a latent fires on, where it d
 
 
 class Found(NamedTuple):
-    """What a run folder holds; None for what is not there yet."""
+    """The contents of a run folder; None for what is not there yet."""
 
     name: str
     config: dict[str, Any]
@@ -55,7 +55,7 @@ def write_report(run: Run, out: Path) -> Path:
 
 
 def read(run: Run) -> Found:
-    """Everything the report shows."""
+    """Read everything that the report shows."""
     sae = dictionary_of(run)
     density, fired = _densities(run, sae.d_sae)
     features = None
@@ -68,7 +68,7 @@ def read(run: Run) -> Found:
 
 
 def _densities(run: Run, d_sae: int) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """How often latents fire, and which ever do, by `sae eval`."""
+    """Read, from what `sae eval` wrote, how often each latent fires and which ever do."""
     if (tensors := run.load_latents()) is None:
         return None, None
     try:
@@ -111,7 +111,7 @@ def page(found: Found) -> str:
 
 
 def _place(found: Found) -> str:
-    """Where in which model the dictionary sits; the stores' names for rows that come from no model."""
+    """Say at which point of which model the dictionary is; for rows that come from no model, name the stores."""
     sides = [provenance(recipe) for side in found.seen.recipes for recipe in side]
     if not all(isinstance(side, LanguageModelRows) for side in sides):
         return found.seen.key

@@ -23,7 +23,7 @@ DRAWN = ("fvu", "ce_degradation")  # a panel each, over L0
 
 
 class PanelAxes(NamedTuple):
-    """What is on y and on x, the label of y, which amounts both were judged on, and which end of y is better."""
+    """Axes of a panel: y and x, the label of y, which amounts both were judged on, which end of y is better."""
 
     y: str
     x: str
@@ -119,7 +119,7 @@ def plain_text(said: str, most: int = MOST_LETTERS) -> str:
 
 
 def absent(rows: Sequence[Row], panels: Sequence[PanelAxes]) -> str:
-    """Which runs have no point in a panel that is drawn, and why; empty where all have."""
+    """Say which runs have no point in a panel that is drawn, and why; empty where all have."""
     held_out = any(panel.amounts for panel in panels)
     unjudged, silent = [], []
     for row in rows:

@@ -1,4 +1,4 @@
-"""What an evaluation found, as HTML: the figures with a line on each, the cross-entropies, how often latents fire."""
+"""An evaluation as HTML: the figures with a line on each, the cross-entropies, how often latents fire."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def scores_html(values: dict[str, Any], latents: int, vocabulary: int | None) ->
 
 
 def _amount(values: dict[str, Any]) -> str:
-    """How much an evaluation was judged on, as a beginning of "documents ..."."""
+    """Say how much an evaluation was judged on, as a beginning of "documents ..."."""
     named = {"rows": "rows", "tokens": "predictions"}
     there = [f"{values[key]:,} {name}" for key, name in named.items() if values.get(key) is not None]
     return f"{' and '.join(there)} of " if there else ""
@@ -94,7 +94,7 @@ def _losses(values: dict[str, Any], vocabulary: int | None) -> str:
 
 
 def density_html(density: np.ndarray, fired: np.ndarray | None) -> str:
-    """How many latents fire how often: density float64 [d_sae], and whether each ever fired, also elsewhere."""
+    """Draw a histogram of firing rates: density float64 [d_sae], and bool [d_sae], which latents fired anywhere."""
     live = density[density > 0]
     about = (
         f"<p>Share of held-out rows on which each of {len(density):,} latents fires. "

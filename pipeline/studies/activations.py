@@ -1,4 +1,4 @@
-"""Activation functions side by side: ReLU, shifted ReLU, JumpReLU, TopK, BatchTopK, on the same data, seed and steps.
+"""ReLU, shifted ReLU, JumpReLU, TopK and BatchTopK are trained on the same data, seed and steps, and compared.
 
 Each as its architecture comes, the L0s are its own: a ReLU that leaves a quarter of its latents at zero next to a TopK
 that leaves 98 % says little about the functions. With `match_l0` the penalised ones get the coefficient that brings
@@ -78,13 +78,12 @@ class Activations(Study):
         return trials_of(variants(setup), setup)
 
     def run(self, setup: Setup) -> Result:
-        """With `match_l0`, at an L0 within a tenth of k, or as near as was found."""
+        """Train every variant; with `match_l0`, at an L0 within a tenth of k, or as near as was found."""
         setup = replace(setup, base=of_equal_rows(setup.base, [setup.dataset]))
         configs = variants(setup)
         target = int(getattr(configs["topk"].sae, "k"))  # noqa: B009 - a setting of TopK alone
         notes = _match(configs, target, setup.dataset, setup.lab) if self.match_l0 else []
-        seeds = setup.seeds or self.usual_seeds
-        rows = setup.lab.rows([seeded for trial in trials_of(configs, setup) for seeded in trial.seeded(seeds)])
+        rows = self.rows(setup, trials_of(configs, setup))
         first = [row for row in rows if row["seed"] == setup.base.seed]
         history = {row["activation"]: losses(Run(setup.lab.runs / row["run"])) for row in first}
         extra = {
@@ -104,7 +103,7 @@ class Activations(Study):
 
 
 def trials_of(configs: dict[str, TrainConfig], setup: Setup) -> list[Trial]:
-    """A dictionary of each activation function."""
+    """Return a trial for each activation function."""
     return [
         setup.trial({"activation": name, "coefficient": getattr(config.sae, "coefficient", None)}, config)
         for name, config in configs.items()
@@ -112,7 +111,7 @@ def trials_of(configs: dict[str, TrainConfig], setup: Setup) -> list[Trial]:
 
 
 def variants(setup: Setup) -> dict[str, TrainConfig]:
-    """The training of every activation function."""
+    """Return the settings of training for every activation function."""
     size = {name: value for name, value in setup.sae.items() if name != "k"}
     k = setup.sae.get("k", getattr(setup.base.sae, "k", None))
     fixed = size if k is None else {**size, "k": k}
@@ -122,7 +121,7 @@ def variants(setup: Setup) -> dict[str, TrainConfig]:
 
 
 def _match(configs: dict[str, TrainConfig], target: int, dataset: Dataset, lab: Lab) -> list[str]:
-    """Give the penalised variants the coefficients that bring their L0 to the target; what to say about it."""
+    """Give the penalised variants the coefficients that bring their L0 to the target; return notes on misses."""
     starts = {
         name: getattr(configs[name].sae, "coefficient") or kind.start  # noqa: B009 - only penalised ones have it
         for name, kind in KINDS.items()
@@ -150,7 +149,7 @@ def _match(configs: dict[str, TrainConfig], target: int, dataset: Dataset, lab: 
 
 
 def apart(rows: Sequence[Row]) -> list[str]:
-    """One line where L0s differ by more than a fifth."""
+    """Return a note where L0s differ by more than a fifth."""
     by_l0 = sorted(rows, key=lambda row: row["l0"])
     low, high = by_l0[0], by_l0[-1]
     if high["l0"] <= APART * low["l0"]:
@@ -162,7 +161,7 @@ def apart(rows: Sequence[Row]) -> list[str]:
 
 
 def losses(run: Run) -> list[float]:
-    """The run's logged losses, thinned to the length of a sparkline; the last one is kept."""
+    """Return the logged losses of a run, thinned to the length of a sparkline; the last one is kept."""
     every = [entry["loss"] for entry in run.metrics() if entry.get("loss") is not None]
     if len(every) <= LENGTH:
         return every
@@ -170,7 +169,7 @@ def losses(run: Run) -> list[float]:
 
 
 def sparkline(values: Sequence[float], *, plain: bool = False) -> str:
-    """A letter a value, by height between the smallest and the largest."""
+    """Draw values as letters, whose heights are those between the smallest and the largest."""
     if not values:
         return ""
     sparks, low, high = PLAIN_SPARKS if plain else SPARKS, min(values), max(values)
@@ -179,7 +178,7 @@ def sparkline(values: Sequence[float], *, plain: bool = False) -> str:
 
 
 def box(result: Result, *, plain: bool = False) -> list[str]:
-    """The results as lines in a frame: loss and sparsity of every variant, and the course of its loss.
+    """Draw the results in a frame of lines: loss and sparsity of every variant, and the course of its loss.
 
     plain: nothing but ASCII.
     """
@@ -207,7 +206,7 @@ def box(result: Result, *, plain: bool = False) -> list[str]:
 
 
 def panels(rows: Sequence[Row], history: dict[str, list[float]]) -> list[Panel]:
-    """L0 against FVU and against cross-entropy, and each variant's loss over training, relative to its first."""
+    """Return the panels: FVU and cross-entropy against L0, and the loss over training relative to its first value."""
 
     def points(name: str) -> dict[str, list[tuple[float, float | None]]]:
         return {row["activation"]: [(row["l0"], row[name])] for row in rows if row["l0"] > 0}

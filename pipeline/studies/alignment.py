@@ -1,4 +1,4 @@
-"""What pulling dictionaries towards each other buys: agreement, FVU and recovery side by side, over weights.
+"""Dictionaries of several seeds are pulled towards each other, with several weights, and compared.
 
 For every weight (and what it acts on) dictionaries of several seeds are trained as one group; weight 0 measures the
 same without pulling. Where the true features are known, each latent's best cosine with the other dictionaries is set
@@ -58,10 +58,12 @@ class SeedAlignment(Study):
         min_length=1,
         description="what is to agree: dec (decoder rows), hid (activations), x_hat (reconstructions), or several",
     )
-    weights: tuple[NonNegativeFloat, ...] = Field((0.0, 0.01, 0.1, 1.0), description="weights of the pull; 0 is none")
+    weights: tuple[NonNegativeFloat, ...] = Field(
+        (0.0, 0.01, 0.1, 1.0), min_length=1, description="weights of the pull; 0 is none"
+    )
 
     def trials(self, setup: Setup) -> list[Trial]:
-        """A group of dictionaries for every weight and every one of what it acts on; without weight, one for all.
+        """Return a group of dictionaries for every weight and everything it acts on; one group for weight 0.
 
         Settings of alignment the base has (matching, warm-up) are kept.
         """
@@ -117,19 +119,19 @@ def compare(rows: Sequence[Row], runs: Path, truth: Tensor | None) -> list[dict[
 
 
 def nearest(a: Tensor, b: Tensor) -> Tensor:
-    """For each row of a [n, d] its largest cosine with a row of b [m, d]: float [n]."""
+    """Return, for each row of a [n, d], its largest cosine with a row of b [m, d]: float [n]."""
     return cosine_similarity(a, b[best(a, b)])
 
 
 def correlation(a: Tensor, b: Tensor) -> float | None:
-    """Pearson's r of two [n]; None where one of them does not vary."""
+    """Return Pearson's r of two tensors [n], or None where one of them does not vary."""
     a, b = a - a.mean(), b - b.mean()
     scale = (a.norm() * b.norm()).item()
     return (a @ b).item() / scale if scale else None
 
 
 def panels(rows: Sequence[Row], latents: Sequence[dict[str, Any]]) -> list[Panel]:
-    """Each figure against the weight, a curve for what it acts on; and the latents, agreement against truth."""
+    """Return the panels: each figure against the weight, a curve for what it acts on; and agreement against truth."""
     every = list(dict.fromkeys(row["by"] for row in rows))
     above = [row["weight"] for row in rows if row["weight"]]
     free = SMALLEST * min(above, default=1.0)

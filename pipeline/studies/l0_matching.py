@@ -1,4 +1,4 @@
-"""The coefficient with which a penalised dictionary reaches a given L0, found by trainings of full length.
+"""A search for the coefficient with which a penalised dictionary reaches a given L0, by trainings of full length.
 
 L0 falls about as a power of the coefficient, but where it lies after so many steps cannot be told beforehand, and a
 shorter run is sparser or denser than a long one. So every guess is a whole training with a run folder of its own, and
@@ -21,7 +21,7 @@ Seen = list[tuple[float, float]]
 
 
 def next_coefficient(seen: Sequence[tuple[float, float]], target: float, start: float) -> float:
-    """The coefficient to try next, after those in `seen`."""
+    """Return the coefficient to try next, after those in `seen`."""
     if not seen:
         return start
     tried = sorted((c, math.log(max(l0, FLOOR) / target)) for c, l0 in seen)
@@ -36,7 +36,7 @@ def next_coefficient(seen: Sequence[tuple[float, float]], target: float, start: 
 
 
 def best(seen: Sequence[tuple[float, float]], target: float) -> tuple[float, float]:
-    """The coefficient tried whose L0 is nearest to the target (as a ratio), and that L0."""
+    """Return the coefficient tried whose L0 is nearest to the target (as a ratio), and that L0."""
     return min(seen, key=lambda one: abs(math.log(max(one[1], FLOOR) / target)))
 
 
@@ -47,7 +47,7 @@ def close(l0: float, target: float) -> bool:
 def search(
     starts: Mapping[str, float], target: float, measure: Callable[[dict[str, float]], dict[str, float]]
 ) -> dict[str, Seen]:
-    """Everything tried for each variant until its L0 is close to the target, or the rounds are over.
+    """Try coefficients for each variant until its L0 is close to the target or the rounds are over; return all tried.
 
     measure: coefficients of the variants still under way -> their L0, so that one round is one pass over the rows.
     """

@@ -1,4 +1,4 @@
-"""Where studies are carried out: the trainings they ask for, and the figures of the finished runs."""
+"""A lab trains the dictionaries that a study asks for, and collects the figures of the finished runs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any
 
 from sae.cache import catalogue
 from sae.cache.disk.identity import canonical
-from sae.cache.errors import NotFound, SaeError
+from sae.cache.errors import NotFound
 from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import Run
 from sae.cache.tokens import TokenStore
@@ -31,14 +31,14 @@ class Trial:
     dataset: Dataset
 
     def seeded(self, count: int) -> "list[Trial]":
-        """This trial with `count` seeds, its own first."""
+        """Repeat this trial with `count` seeds, its own first."""
         seeds = range(self.config.seed, self.config.seed + count)
         return [Trial(self.labels, self.config.model_copy(update={"seed": seed}), self.dataset) for seed in seeds]
 
 
 @dataclass
 class Lab:
-    """Where studies are carried out: the cache, the runs' folder, how finished runs are evaluated.
+    """The cache, the folder of the runs, the device, and the settings by which finished runs are evaluated.
 
     cross_entropy: whether runs are spliced into the language model, which is booted once, when first needed. Runs on
     rows of no language model are judged by the features they were made of, where those are known.
@@ -54,7 +54,7 @@ class Lab:
     _models: dict[str, LanguageModel] = field(default_factory=dict)
 
     def train(self, trials: Sequence[Trial]) -> list[Run]:
-        """The finished run of every trial; only what is missing is trained. Trials of the same settings share a run.
+        """Return the finished run of every trial, training what is missing. Trials of the same settings share a run.
 
         Raises SaeError, before anything is trained, where a store lacks what its runs will be judged on.
         """
@@ -71,12 +71,10 @@ class Lab:
         return [runs[run_name(trial.config, trial.dataset)] for trial in trials]
 
     def rows(self, trials: Sequence[Trial], *, whole: bool = True) -> list[Row]:
-        """Train and judge the trials: a row each, of its run, labels, seed and every figure there is.
+        """Train and judge the trials, and return a row for each: its run, labels, seed and every figure there is.
 
-        whole: what takes a language model or known features as well, and not the rows and the weights alone.
+        whole: whether figures that take a language model or known features are wanted as well.
         """
-        if not trials:
-            raise SaeError("this study has nothing to train: every list of its settings is empty; give it one value")
         found = []
         for trial, run in zip(trials, self.train(trials), strict=True):
             of_text = trial.dataset.provenance.text is not None
@@ -85,7 +83,7 @@ class Lab:
         return found
 
     def _judge(self, run: Run, dataset: Dataset, whole: bool) -> results.Figures:
-        """Every figure of a finished run; only what is missing is computed."""
+        """Return every figure of a finished run, computing what is missing."""
         dataset = dataset.kept_up_to(trained.limits(run, dataset))
         held_out = dataset.held_out(self.root)
         if whole and (eval_config := missing(run, self.eval_config, dataset, held_out, self.root)) is not None:

@@ -1,4 +1,4 @@
-"""How dictionaries differ from layer to layer: one run a layer with the same settings, on stores already harvested.
+"""Dictionaries with the same settings are trained on stores of several layers of a model, and compared.
 
 The layers' stores are found by recipe: that of the store given, with another layer and site. All runs see equally many
 rows, by themselves as many as the smallest store has. Between residual sites of neighbouring layers, which share a
@@ -61,7 +61,7 @@ class Layers(Study):
     site: str | None = Field(None, description="site, as resid_post; null: that of the store")
 
     def trials(self, setup: Setup) -> list[Trial]:
-        """A dictionary a layer. Raises NotFound, with the command that makes them, where stores are missing."""
+        """Return a trial a layer. Raises NotFound, with the command that makes them, where stores are missing."""
         (reference,) = setup.dataset.inputs
         if "tokens" not in reference.recipe:
             raise SaeError(
@@ -79,9 +79,7 @@ class Layers(Study):
         trials = self.trials(setup)
         stores = {trial.labels["layer"]: trial.dataset.inputs[0] for trial in trials}
         norms = {layer: mean_norm(store, setup.base.outliers) for layer, store in stores.items()}
-        seeds = setup.seeds or self.usual_seeds
-        rows = setup.lab.rows([seeded for trial in trials for seeded in trial.seeded(seeds)])
-        rows = [{**row, "norm": norms[row["layer"]]} for row in rows]
+        rows = [{**row, "norm": norms[row["layer"]]} for row in self.rows(setup, trials)]
         site = self.site or str(setup.dataset.inputs[0].recipe["site"])
         if site not in RESIDUAL:
             return self.result(rows, extra={"site": site})
@@ -106,7 +104,7 @@ class Layers(Study):
 def found(
     root: Path, reference: ActivationStore, layers: Sequence[int] | None, site: str
 ) -> dict[int, ActivationStore]:
-    """The store of each layer, in their order; layers None: of all that are there.
+    """Find the store of each layer, in the order of layers; layers None: of all that are there.
 
     Raises NotFound for those that are missing, SaeError for what is no site.
     """
@@ -123,7 +121,7 @@ def found(
 
 
 def harvest_call(root: Path, reference: ActivationStore, layers: Sequence[int], site: str) -> str:
-    """The call for stores like the reference, of other layers."""
+    """Return the call that makes stores like the reference, of other layers."""
     recipe = reference.recipe
     model = reference.hints.get("model", recipe["model"]["model"])
     tokens = catalogue.of_recipe(root, TokenStore, recipe["tokens"])
@@ -134,7 +132,7 @@ def harvest_call(root: Path, reference: ActivationStore, layers: Sequence[int], 
 
 
 def mean_norm(store: ActivationStore, outliers: float | None = None) -> float:
-    """Mean norm of a store's first rows, as they were before they were encoded, without those training leaves out."""
+    """Return the mean norm of a store's first rows, not yet encoded, without those that training leaves out."""
     norms = store.norms(0, min(NORM_ROWS, store.n_rows))
     if outliers is not None:
         norms = norms[norms <= largest_norm(store, outliers)]

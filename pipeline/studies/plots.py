@@ -1,4 +1,4 @@
-"""Curves side by side in one file: what the studies plot."""
+"""The plots of studies are panels of curves side by side in one file."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Panel:
 
     @property
     def there(self) -> bool:
-        """Whether there is anything to see: a point, or, where nothing marks points, a line between two."""
+        """Return whether there is anything to see: a point, or, where points have no marks, a line between two."""
         least = 1 if self.marks or self.scattered else 2
         return any(sum(y is not None for _, y in curve) >= least for curve in self.curves.values())
 

@@ -66,6 +66,6 @@ class Rates(Study):
 
 
 def decoupled(base: TrainConfig, ratio: float, decay: Decay) -> TrainConfig:
-    """The base with a decoder that learns at `ratio` times lr, and the encoder's decay."""
+    """Return the base with a decoder that learns at `ratio` times lr, and the encoder's decay."""
     encoder = {"decay": 0.0} if decay == "none" else {"decay": 1 - base.warmup, "shape": "half_cosine"}
     return base.model_copy(update={**encoder, "decoder": DecoderRate(ratio=ratio, warmup=base.warmup, decay=0)})

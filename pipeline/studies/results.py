@@ -1,7 +1,7 @@
-"""A finished run -> the figures that studies put side by side: what every metric tells of it, and its last loss.
+"""The figures of a finished run that studies put side by side: those of every metric, and its last loss.
 
-What rows and weights alone tell is what `sae eval` found, where it has judged the run on enough rows; else it is
-computed without a language model, once, and kept in `eval/study.json`. Cross-entropies, and how many of the true
+Figures of rows and weights alone are those that `sae eval` found, where it has judged the run on enough rows; else they
+are computed without a language model, once, and kept in `eval/study.json`. Cross-entropies, and how many of the true
 features were found where those are known, are those of `eval/eval.json`.
 """
 
@@ -25,12 +25,12 @@ Figures = dict[str, float | None]
 
 
 def columns(*first: str) -> tuple[str, ...]:
-    """A study's columns: those it shows first, then the other figures that are compared everywhere."""
+    """Return the columns of a study: those it shows first, then the other figures that are compared everywhere."""
     return tuple(dict.fromkeys([*first, *(one.key for one in compared())]))
 
 
 def of_rows() -> list[str]:
-    """The keys of what rows and weights alone tell, and `rows`: how many were judged.
+    """Return the keys of the figures of rows and weights alone, and `rows`: how many were judged.
 
     Where training left rows out by their norm, the figures are over the others of them.
     """
@@ -41,10 +41,10 @@ def of_rows() -> list[str]:
 def of_run(
     run: Run, dataset: Dataset, held_out: Dataset, config: EvalConfig, progress: Progress, device: str
 ) -> Figures:
-    """The figures of `of_rows`, and `train_loss`: the total loss of the last logged step, in the run's own terms.
+    """Return the figures of `of_rows`, and `train_loss`: the run's total loss at the last logged step.
 
-    What is kept serves where it has every figure and was judged on no fewer rows than are asked for. Raises NotFound
-    while training has not finished.
+    Kept figures are used where none is missing and they were judged on no fewer rows than are asked for. Raises
+    NotFound while training has not finished.
     """
     rows = config.rows_of(held_out)
     evaluated = run.evaluation() or {}
@@ -59,34 +59,34 @@ def of_run(
 
 
 def judged(run: Run) -> Figures:
-    """The figures of `of_more`; None where they do not apply."""
+    """Return the figures of `of_more`; None where they do not apply."""
     found = on_kept_rows(completed(run.evaluation() or {}))
     return {name: found.get(name) for name in of_more()}
 
 
 def of_more() -> list[str]:
-    """The keys of what `sae eval` alone can tell, and on how many `tokens`."""
+    """Return the keys of the figures that only `sae eval` finds, and `tokens`: how many they were judged on."""
     return [*(key for key in columns() if key not in of_rows()), "tokens"]
 
 
 def on_kept_rows(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """The figures of an evaluation over rows as the run was trained on, where it left some out."""
+    """Return an evaluation whose figures are over rows of the norms that the run was trained on."""
     return {**evaluation, **evaluation.get("kept", {})}
 
 
 def _flat(evaluation: dict[str, Any]) -> Figures:
-    """The figures over kept rows, with how many rows were judged in all."""
+    """Return the figures over kept rows, with how many rows were judged in all."""
     return {**on_kept_rows(evaluation), "rows": evaluation.get("rows")}
 
 
 def _enough(kept: Figures, rows: int) -> bool:
-    """Whether every figure is there, judged on so many rows at least. What cannot be null and is, is not there."""
+    """Return whether every figure is there, judged on so many rows at least. One that may not be null must not be."""
     there = {*of_rows()} <= kept.keys() and all(kept[name] is not None for name in NUMBERS)
     return there and (kept["rows"] or 0) >= rows
 
 
 def _read(run: Run) -> Figures:
-    """What an earlier study kept; nothing where there was none."""
+    """Return the figures that an earlier study kept; none where there was no study."""
     found = run.read_json(STUDY) if (run.path / STUDY).exists() else {}
     try:
         return {name: figure(found, name) for name in found if name in of_rows()}

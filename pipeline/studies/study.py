@@ -56,7 +56,7 @@ STUDIES: dict[str, type["Study"]] = {}
 
 @dataclass(frozen=True)
 class Setup:
-    """What a study is carried out on.
+    """Everything that a study needs to be carried out.
 
     base: the training that all its dictionaries have in common. seeds: how many of each, None for as many as is usual.
     sae: `k` and `d_sae` of every dictionary in the place of the base's, for a study that chooses architectures itself.
@@ -69,7 +69,7 @@ class Setup:
     sae: Mapping[str, Any] = field(default_factory=dict)
 
     def trial(self, labels: dict[str, Any], config: TrainConfig) -> Trial:
-        """One dictionary, trained on the dataset."""
+        """Return a trial: a dictionary with these labels, trained on the dataset."""
         return Trial(labels, config, self.dataset)
 
 
@@ -104,20 +104,25 @@ class Study(Settings, ABC):
 
     @abstractmethod
     def trials(self, setup: Setup) -> list[Trial]:
-        """The dictionaries to train, with one seed each. The base says how many steps or rows."""
+        """Return the dictionaries to train, with one seed each. The base says how many steps or rows."""
 
     def run(self, setup: Setup) -> Result:
         """Train and judge the dictionaries, and put them side by side.
 
         Raises SaeError, before anything is trained, where settings do not go together or there is nothing to train.
         """
-        trials = self.trials(replace(setup, base=of_equal_rows(setup.base, [setup.dataset])))
+        setup = replace(setup, base=of_equal_rows(setup.base, [setup.dataset]))
+        return self.result(self.rows(setup, self.trials(setup)))
+
+    def rows(self, setup: Setup, trials: Sequence[Trial]) -> list[Row]:
+        """Train and judge every trial with every seed: a row a run. Raises SaeError where there is no trial."""
+        if not trials:
+            raise SaeError(f"study.{self.name}: there is nothing to train, since its lists are empty; give a value")
         seeds = setup.seeds or self.usual_seeds
-        rows = setup.lab.rows([seeded for trial in trials for seeded in trial.seeded(seeds)])
-        return self.result(rows)
+        return setup.lab.rows([seeded for trial in trials for seeded in trial.seeded(seeds)])
 
     def result(self, rows: list[Row], *more: str, **other: Any) -> Result:
-        """The result of rows, one a run; with `more` columns, and whatever else there is to say."""
+        """Put rows, one a run, into a result: with `more` columns, and its other fields by name."""
         draw = other.pop("draw", self.draw)
         return Result(self.name, self.labels, (*columns(*self.shown), *more), rows, draw, **other)
 
@@ -137,7 +142,7 @@ class Study(Settings, ABC):
         draw_panels([panel(name) for name in self.shown], path)
 
     def lines(self, result: Result, *, plain: bool = False) -> list[str]:
-        """Lines to show below the table. plain: nothing but ASCII."""
+        """Return lines to show below the table. plain: nothing but ASCII."""
         return []
 
 
@@ -155,20 +160,20 @@ def register(kind: type[Kind]) -> type[Kind]:
 
 
 def studies() -> dict[str, type[Study]]:
-    """Every study by its name: the files of this folder, and those registered elsewhere."""
+    """Import the files of this folder, and return every registered study by its name."""
     for module in iter_modules(folder):
         import_module(f"{__package__}.{module.name}")
     return dict(sorted(STUDIES.items()))
 
 
 def settings() -> type[Settings]:
-    """The settings of all studies, a key each, as the section `study` of a YAML file has them."""
+    """Return the settings class of the section `study` of a YAML file: a key for every study."""
     every: dict[str, Any] = {name: (kind, kind()) for name, kind in studies().items()}
     return create_model("StudySettings", __base__=Settings, **every)
 
 
 def of_equal_rows(base: TrainConfig, datasets: Iterable[Dataset]) -> TrainConfig:
-    """The base with its length in writing: where it has none, the rows that the smallest of the datasets has now.
+    """Return the base with a length: where it has none, as many rows as the smallest of the datasets has now.
 
     So that what is trained later, when one may have grown, sees as many.
     """
@@ -178,7 +183,7 @@ def of_equal_rows(base: TrainConfig, datasets: Iterable[Dataset]) -> TrainConfig
 
 
 def variant(base: TrainConfig, arch: str, **settings: Any) -> TrainConfig:
-    """`base` with a dictionary of another architecture, and these settings of it.
+    """Return `base` with a dictionary of another architecture, and these settings of it.
 
     What the base says otherwise than its own architecture's defaults is kept: all of it for the same architecture,
     else what all architectures have in common. Raises SaeError where the settings do not go together.

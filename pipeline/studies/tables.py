@@ -1,4 +1,4 @@
-"""What a study leaves: a row a run, a table, a plot and JSON."""
+"""The result of a study is a row a run; it is written as a table, a plot and JSON."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ FILES = {"table": "table.csv", "results": "results.json", "plot": "plot.png"}
 
 @dataclass(frozen=True)
 class Result:
-    """What a study found.
+    """The result of a study.
 
     rows: one a run. columns: the labels and figures the table shows. draw: makes the plot from the table's rows and
     writes it to a path.
@@ -37,7 +37,7 @@ class Result:
 
     @property
     def unlike(self) -> tuple[str, ...]:
-        """What tells on how much runs were judged, where it was not on the same: `rows`, `tokens`."""
+        """Return which of `rows` and `tokens` differ between runs: those that were not judged on equally many."""
         return tuple(name for name in ("rows", "tokens") if len({row.get(name) for row in self.rows}) > 1)
 
     @property
@@ -48,7 +48,7 @@ class Result:
         return [{key: value for key, value in row.items() if key not in ("run", "seed")} for row in self.runs]
 
     def write(self, out: Path) -> dict[str, str]:
-        """Write table.csv, results.json and plot.png into a folder; what is where."""
+        """Write table.csv, results.json and plot.png into a folder, and return their paths by what they are."""
         expect_results(out)
         make_folder(out)
         paths = {name: out / file for name, file in FILES.items()}
@@ -58,7 +58,7 @@ class Result:
         return {name: str(path) for name, path in paths.items()}
 
     def as_json(self) -> dict[str, Any]:
-        """Everything found."""
+        """Return everything that was found, as results.json has it."""
         return {"study": self.study, "runs": self.runs, "table": self.table, "notes": self.notes, **self.extra}
 
 

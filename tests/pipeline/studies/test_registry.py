@@ -114,7 +114,7 @@ def test_a_study_of_a_file_of_its_own_is_seen_everywhere(home: Path, widths: Non
         ("--set study.widths.widths=[3,3]", "study.widths.widths = [3, 3]: 3 is there twice"),
         ("--set study.rates.ratios=[3]", "--set study.rates.ratios=[3]: `sae study widths` reads study.widths.*"),
         ("--set study.width.widths=[3]", "--set study.width.widths=[3]: `sae study widths` reads study.widths.*"),
-        ("--set study.widths.widths=[]", "every list of its settings is empty"),
+        ("--set study.widths.widths=[]", "study.widths: there is nothing to train"),
         ("--set harvest.layer=3", "`sae study` reads train.* and eval.*, and study.widths.*; give this one to"),
         ("--set train.sae.d_sae=8", "this study decides sae.d_sae itself"),
         ("--widths 4 --set study.widths.widths=[5]", "says otherwise; give one of the two"),
