@@ -2,7 +2,7 @@
 
 Each as its architecture comes, the L0s are its own: a ReLU that leaves a quarter of its latents at zero next to a TopK
 that leaves 98 % says little about the functions. With `match_l0` the penalised ones get the coefficient that brings
-their L0 to TopK's k (`matching`).
+their L0 to TopK's k (`l0_matching`).
 
 `mse` is in the data's units and the same quantity for all; the total losses hold each variant's own penalties, in its
 own scale, so that only their course is shown, as a sparkline.

@@ -133,10 +133,9 @@ class Study(Settings, ABC):
 
         def panel(name: str) -> Panel:
             curves: dict[str, list[tuple[float, float | None]]] = {}
-            for row in sorted(rows, key=lambda row: row[x]):
-                curves.setdefault(", ".join(f"{other} {row[other]}" for other in others), []).append(
-                    (row[x], row[name])
-                )
+            for row in sorted((row for row in rows if row[x] is not None), key=lambda row: row[x]):
+                curve = ", ".join(f"{other} {row[other]}" for other in others)
+                curves.setdefault(curve, []).append((row[x], row[name]))
             return Panel(titles.get(name, name), x, curves)
 
         draw_panels([panel(name) for name in self.shown], path)
