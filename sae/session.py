@@ -155,8 +155,12 @@ class Session:
                 raise SaeError("target: a dataset has its targets already; give the store of the inputs")
             return rows if first is None else rows.first(first)
         if isinstance(rows, ActivationStore | str | None):
+            if not isinstance(target, ActivationStore | str | None):
+                raise SaeError("target: is in memory, and the rows are of a store; give both in one of these ways")
             x = self._store(rows, "rows")
             return Dataset.of(x, () if target is None else self._store(target, "target"), rows=first)
+        if isinstance(target, ActivationStore | str):
+            raise SaeError("target: is a store, and the rows are in memory; give both in one of these ways")
         source = MemorySource(MemoryConfig(validation=validation), rows, target, called=name)
         stores = harvest_rows(source, self.cache, Silent()).stores["train"]
         return Dataset.of(stores[0], tuple(stores[1:]))
@@ -186,6 +190,11 @@ class Session:
         several = isinstance(dictionary, Sequence)
         freed = [other for said, other in (("steps", "rows"), ("rows", "steps")) if settings.get(said) is not None]
         chosen: Sequence[Config | None] = dictionary if isinstance(dictionary, Sequence) else [dictionary]
+        for one in chosen:
+            if not isinstance(one, Config | None):
+                raise SaeError(f"dictionary: {one!r} are no settings of one; give them as sae.TopK(k=32, d_sae=8192)")
+        if not chosen:
+            raise SaeError("dictionary: an empty list; give settings of at least one, as [sae.TopK(k=32)]")
         every = [
             _settings(
                 "train", TrainConfig, preset, settings | ({} if one is None else {"sae": one.model_dump()}), freed
@@ -297,7 +306,15 @@ def harvest(tokens_from: TokenStore | str | None = None, **settings: Any) -> dic
     return Session().harvest(tokens_from, **settings)
 
 
-def train(dictionary: Any, rows: Any = None, /, **settings: Any) -> Any:
+@overload
+def train(dictionary: Config | None, rows: Any = None, /, **settings: Any) -> TrainedRun: ...
+@overload
+def train(dictionary: Sequence[Config], rows: Any = None, /, **settings: Any) -> list[TrainedRun]: ...
+
+
+def train(
+    dictionary: Config | Sequence[Config] | None, rows: Any = None, /, **settings: Any
+) -> TrainedRun | list[TrainedRun]:
     """`Session.train` in the usual places."""
     return Session().train(dictionary, rows, **settings)
 

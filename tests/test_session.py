@@ -112,6 +112,15 @@ def test_a_pair_in_memory_makes_a_transcoder(lab: Session) -> None:
     assert lab.evaluate(coder, (x, y))["fvu"] < 1
 
 
+def test_tables_of_pandas_and_lists_are_rows_too(lab: Session) -> None:
+    pandas = pytest.importorskip("pandas")
+    x = planted(50)
+    key = lab.dataset(x, validation=0.0).key
+    for same in (pandas.DataFrame(x.numpy()), x.tolist(), x.double(), x.clone().requires_grad_()):
+        assert lab.dataset(same, validation=0.0).key == key
+    assert lab.dataset(x > 1, validation=0.0).key == lab.dataset((x > 1).long(), validation=0.0).key != key
+
+
 def test_batches_of_a_store_are_everyones_to_loop_over(lab: Session) -> None:
     x = planted(300)
     rows = lab.dataset(x, validation=0.0)
@@ -207,6 +216,19 @@ def test_errors_speak_of_arguments_and_settings(lab: Session, tmp_path: Path) ->
     ):  # fmt: skip
         with pytest.raises(sae.SaeError, match=message):
             lab.train(sae.TopK(**TOPK), rows, **SHORT)
+    for nothing in (sae.TopK, "topk", [sae.TopK], []):
+        with pytest.raises(sae.SaeError, match=r"^dictionary: .*give"):
+            lab.train(nothing, x)  # type: ignore[call-overload]
+    for rows in ("words", object(), [[1, 2], [3]], np.array([["a"]]), torch.zeros(2, 2, dtype=torch.complex64)):
+        with pytest.raises(sae.SaeError):
+            lab.dataset(rows)
+    for called in ("a/b", "..", "", "a b\n"):
+        with pytest.raises(sae.SaeError, match=r"^name = .*is not the name of a file"):
+            lab.dataset(x, name=called)
+    with pytest.raises(sae.SaeError, match=r"^target: is a store, and the rows"):
+        lab.dataset(x, "some")
+    with pytest.raises(sae.SaeError, match=r"^target: is in memory, and the rows"):
+        lab.dataset("some", x)
     with pytest.raises(sae.SaeError, match=r"^validation = 1"):
         lab.dataset(x, validation=1)
     with pytest.raises(sae.SaeError, match=rf"the dictionary reads {D} and writes {D}"):

@@ -141,8 +141,9 @@ def _found(model: nn.Module, said: Said) -> Place:
 
 def _blocks(model: Any) -> nn.ModuleList:
     """The layers of a Hugging Face model."""
-    config = getattr(model, "config", None)
-    count = None if config is None else config.get_text_config().num_hidden_layers
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    count = getattr(config, "num_hidden_layers", None)
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module

@@ -85,6 +85,8 @@ class Dictionary(nn.Module, ABC):
 
     def encode(self, x: Tensor) -> Latents:
         """x [..., d_in] in the data's units, in any precision -> its latents. ValueError for rows of another width."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x is a {type(x).__name__}; give a torch tensor, as torch.as_tensor(x)")
         if not x.dim() or x.shape[-1] != self.d_in:
             raise ValueError(f"x has the shape {list(x.shape)}; this dictionary reads [..., {self.d_in}]")
         scaled, frame = self._scaled(x.reshape(-1, self.d_in).to(self.W_dec.dtype))
@@ -97,7 +99,9 @@ class Dictionary(nn.Module, ABC):
         ValueError for values of another width, and for values alone where the dictionary scales each row by itself:
         only latents know what their rows were (`Latents.edited` gives them other values).
         """
-        if isinstance(active, Tensor):
+        if not isinstance(active, Latents):
+            if not isinstance(active, Tensor):
+                raise TypeError(f"latents are a {type(active).__name__}; give what encode gave, or a torch tensor")
             if not active.dim() or active.shape[-1] != self.d_sae:
                 raise ValueError(f"latents have the shape {list(active.shape)}; this dictionary has {self.d_sae}")
             if self.row_scaling != "none" and not self.is_transcoder:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sae.cache.activations import ActivationStore
 from sae.cache.disk.identity import Recipe
+from sae.cache.disk.parsing import is_plain_name
 from sae.cache.errors import SaeError
 from sae.cache.tokens import SPLITS
 from sae.configs.base import Amount
@@ -51,6 +52,8 @@ class MemorySource(RowSource):
             raise SaeError(
                 f"validation = {config.validation}: is no share of the rows; give a number from 0 to below 1"
             )
+        if not is_plain_name(called):
+            raise SaeError(f"name = {called!r}: is not the name of a file; take letters, digits, dots, - and _")
         self.config, self._called = config, called
         self._rows = {"x": _rows(x, "x"), **({} if y is None else {"y": _rows(y, "y")})}
         n = len(self._rows["x"])
@@ -100,10 +103,18 @@ class MemorySource(RowSource):
 
 def _rows(values: Any, what: str) -> Tensor:
     """float32 [n, d], on the CPU."""
-    rows = torch.as_tensor(values)
-    if rows.dim() != 2 or not rows.numel() or rows.is_complex():
-        raise SaeError(f"{what}: has the shape {list(rows.shape)} of {rows.dtype}; give numbers [rows, width]")
-    rows = rows.detach().to("cpu", torch.float32).contiguous()
+    if not isinstance(values, Tensor):
+        try:
+            table = np.asarray(values)
+        except ValueError as error:
+            raise SaeError(f"{what}: is no table of numbers ({error}); give a tensor or an array [n, d]") from error
+        if table.dtype.kind not in "biuf":
+            raise SaeError(f"{what}: holds {table.dtype}, which are no numbers; give a tensor or an array [n, d]")
+        with np.errstate(over="ignore"):  # found below
+            values = torch.from_numpy(table.astype(np.float32))
+    if values.dim() != 2 or not values.numel() or values.is_complex():
+        raise SaeError(f"{what}: has the shape {list(values.shape)} of {values.dtype}; give numbers [n, d]")
+    rows = values.detach().to("cpu", torch.float32).contiguous()
     if not rows.isfinite().all():
         raise SaeError(f"{what}: holds NaN or infinity (in float32); leave such rows out")
     return rows

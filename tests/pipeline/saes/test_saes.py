@@ -423,6 +423,9 @@ def test_rows_and_latents_of_another_width_are_refused() -> None:
     for values in (torch.zeros(2, D), torch.zeros(())):
         with pytest.raises(ValueError, match=f"this dictionary has {M}"):
             sae.decode(values)
+    for call, what in ((sae.encode, "x is a list; give a torch tensor"), (sae.decode, "latents are a list; give what")):
+        with pytest.raises(TypeError, match=what):
+            call([[0.0] * D])  # type: ignore[operator]
     latents = sae.encode(torch.ones(2, D))
     for values in (torch.zeros(3, M), torch.zeros(2, M - 1), torch.zeros(())):
         with pytest.raises(ValueError, match="cannot have values"):
