@@ -7,6 +7,7 @@ rows are left out are treated as those that never become rows.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,10 @@ from sae.pipeline.language_model import LanguageModel, Point
 from sae.pipeline.language_model.interventions import predicting
 from sae.pipeline.language_model.token_mask import rule_of
 from sae.pipeline.metrics.figures import OF_ROWS, amounts, available
+from sae.pipeline.metrics.figures import figures as figures_of
 from sae.pipeline.metrics.metric import Encoded, Metric, Subject, Value, metrics_of
 from sae.pipeline.runtime.progress import Progress
-from sae.pipeline.saes.dictionary import Dictionary
+from sae.pipeline.saes import Coder, Predictor
 
 
 class EvalConfig(Settings):
@@ -105,12 +107,15 @@ def judge(
         sides.append([one for one in metrics_of(subject, needs) if {*one.needs} & {*OF_ROWS, "model"}])
     sae, batch = subject.sae, config.batch_tokens
     judge_rows(sae, held_out, config.rows_of(held_out), batch, progress, sides)
-    search_rows(sae, training, min(config.dead_rows, training.n_rows), batch, progress, sides)
+    if isinstance(sae, Coder):
+        search_rows(sae, training, min(config.dead_rows, training.n_rows), batch, progress, sides)
     for side, limits in zip(sides, (None, held_out.limits), strict=False):
         if text is not None:
             mean = mean_target(training.kept_up_to(limits), min(config.mean_rows, training.n_rows))
             judge_tokens(sae, text[1], text[0], held_out.kept_up_to(limits), mean, config, progress, side)
     every, *kept = [Evaluation.of(side) for side in sides]
+    # what has no codes or directions has no figures of them
+    every.figures.update({one.key: None for one in figures_of(needs=needs) if one.key not in every.figures})
     return replace(every, kept=kept[0], limits=held_out.limits) if kept else every
 
 
@@ -125,14 +130,15 @@ def mean_target(dataset: Dataset, rows: int) -> Tensor:
 
 
 def judge_rows(
-    sae: Dictionary, dataset: Dataset, rows: int, batch: int, progress: Progress, sides: Sequence[Sequence[Metric]]
+    sae: Predictor, dataset: Dataset, rows: int, batch: int, progress: Progress, sides: Sequence[Sequence[Metric]]
 ) -> None:
     """Show metrics a dataset's first rows; where there is a second side it is shown those kept alone."""
     seen = [0 for _ in sides]
 
     def show(part: Batch, kept: bool) -> None:
-        codes = sae.encode(part.x)
-        encoded = Encoded(part.x, part.y, codes, sae.decode(codes))
+        codes = sae.encode(part.x) if isinstance(sae, Coder) else None
+        y_hat = sae.decode(codes) if isinstance(sae, Coder) else sae(part.x)
+        encoded = Encoded(part.x, part.y, codes, y_hat)
         for i, side in enumerate(sides if kept else sides[:1]):
             seen[i] += len(part.x)
             for metric in side:
@@ -144,7 +150,7 @@ def judge_rows(
 
 
 def search_rows(
-    sae: Dictionary, dataset: Dataset, rows: int, batch: int, progress: Progress, sides: Sequence[Sequence[Metric]]
+    sae: Coder, dataset: Dataset, rows: int, batch: int, progress: Progress, sides: Sequence[Sequence[Metric]]
 ) -> None:
     """Show metrics the latents that fire in a dataset's first rows; a second side is shown those of kept rows alone."""
 
@@ -159,7 +165,7 @@ def search_rows(
 
 @torch.no_grad()
 def _each_batch(
-    sae: Dictionary, dataset: Dataset, rows: int, batch: int, title: str, call: Callable[[Batch, bool], None],
+    sae: Predictor, dataset: Dataset, rows: int, batch: int, title: str, call: Callable[[Batch, bool], None],
     progress: Progress,
 ) -> None:  # fmt: skip
     """Call with every batch of a dataset's first rows, and with whether they are kept: those first, then the others."""
@@ -167,15 +173,20 @@ def _each_batch(
         return
     progress.start(title, rows, "rows")
     try:
-        with dataset.first(rows).batches(batch, epochs=1, device=sae.W_dec.device) as loader:
+        with dataset.first(rows).batches(batch, epochs=1, device=_device(sae)) as loader:
             for part in loader:
                 call(part, True)
                 progress.advance(len(part.x))
         for part in dataset.left_out(rows, batch):
-            call(part.to(sae.W_dec.device), False)
+            call(part.to(_device(sae)), False)
             progress.advance(len(part.x))
     finally:
         progress.finish()
+
+
+def _device(sae: Predictor) -> torch.device:
+    """Where its numbers are."""
+    return next(chain(sae.parameters(), sae.buffers())).device
 
 
 def judge_tokens(

@@ -46,7 +46,7 @@ def evaluate(
     for name in (EVALUATION, LATENTS):
         expect_no_link(run.path, name)
         expect_writable(run.path / name)
-    sae = trained.load(run)
+    sae = trained.load_any(run)
     training = trained.dataset_of(run, root, activations)
     trained.expect_fits(training, sae, run)
     held_out = training.held_out(root)

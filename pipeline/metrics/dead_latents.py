@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sae.pipeline.metrics.figures import Figure
 from sae.pipeline.metrics.metric import Encoded, Metric, Subject, Value, register
-from sae.pipeline.saes import Latents
+from sae.pipeline.saes import Codes
 
 
 @register
@@ -28,12 +28,13 @@ class DeadLatents(Metric):
 
     @classmethod
     def of(cls, subject: Subject) -> DeadLatents:
-        return cls(subject.sae.d_sae)
+        return cls(subject.coder.width)
 
     def update(self, batch: Encoded) -> None:
+        assert batch.codes is not None
         self.search(batch.codes)
 
-    def search(self, codes: Latents) -> None:
+    def search(self, codes: Codes) -> None:
         self.fired |= (codes.fired() > 0).cpu()
         self.rows += codes.batch
 

@@ -38,7 +38,7 @@ class Geometry(Metric):
 
     @classmethod
     def of(cls, subject: Subject) -> Geometry:
-        return cls(subject.sae)
+        return cls(subject.dictionary)
 
     @torch.no_grad()
     def result(self) -> dict[str, Value]:

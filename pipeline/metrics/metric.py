@@ -32,7 +32,7 @@ from torch import Tensor
 
 from sae.pipeline.metrics import __path__ as folder
 from sae.pipeline.metrics.figures import Figure, Need, declared
-from sae.pipeline.saes import Latents
+from sae.pipeline.saes import Coder, Codes, Predictor
 from sae.pipeline.saes.dictionary import Dictionary
 
 Value = float | int | None
@@ -44,15 +44,33 @@ class Encoded(NamedTuple):
 
     x: Tensor  # [B, d_in]
     y: Tensor  # [B, d_out], what was to be reconstructed: of an autoencoder x itself
-    codes: Latents
+    codes: Codes | None  # None of what has none
     y_hat: Tensor  # [B, d_out]
 
 
 class Subject(NamedTuple):
-    """What is judged: a dictionary, and the features [G, d_out] its rows were made of, where those are known."""
+    """What is judged, a dictionary or less, and the features [G, d_out] its rows were made of, where those are known."""
 
-    sae: Dictionary
+    sae: Predictor
     truth: Tensor | None = None
+
+    @property
+    def coder(self) -> Coder:
+        """What is judged, for a metric that needs codes."""
+        assert isinstance(self.sae, Coder), "`metrics_of` sees to it"
+        return self.sae
+
+    @property
+    def dictionary(self) -> Dictionary:
+        """What is judged, for a metric that needs directions."""
+        assert isinstance(self.sae, Dictionary), "`metrics_of` sees to it"
+        return self.sae
+
+    def lacks(self) -> set[Need]:
+        """What a metric may need that this does not have, for it is no dictionary, or not even a coder."""
+        directions: set[Need] = set() if isinstance(self.sae, Dictionary) else {"directions", "truth"}
+        codes: set[Need] = set() if isinstance(self.sae, Coder) else {"codes", "training"}
+        return directions | codes
 
 
 class Metric(ABC):
@@ -73,7 +91,7 @@ class Metric(ABC):
     def update(self, batch: Encoded) -> None:  # noqa: B027 - a metric overrides what it wants to see
         """Count a batch of held-out rows."""
 
-    def search(self, codes: Latents) -> None:  # noqa: B027
+    def search(self, codes: Codes) -> None:  # noqa: B027
         """Count a batch of training rows, which are searched for latents that fire."""
 
     def splice(  # noqa: B027
@@ -117,4 +135,5 @@ def metrics_of(subject: Subject, needs: Collection[Need]) -> list[Metric]:
     """Every metric that asks for nothing but `needs`, new, for a dictionary."""
     for module in iter_modules(folder):
         import_module(f"{__package__}.{module.name}")
-    return [METRICS[one.name].of(subject) for one in declared() if {*one.needs} <= {*needs}]
+    there = {*needs} - subject.lacks()
+    return [METRICS[one.name].of(subject) for one in declared() if {*one.needs} <= there]

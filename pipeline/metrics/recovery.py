@@ -34,7 +34,7 @@ class Recovery(Metric):
     @classmethod
     def of(cls, subject: Subject) -> Recovery:
         assert subject.truth is not None
-        return cls(subject.sae.W_dec.detach().cpu(), subject.truth)
+        return cls(subject.dictionary.W_dec.detach().cpu(), subject.truth)
 
     @torch.no_grad()
     def result(self) -> dict[str, float]:

@@ -63,10 +63,12 @@ class Sparsity(Metric):
 
     @classmethod
     def of(cls, subject: Subject) -> Sparsity:
-        return cls(subject.sae.d_sae)
+        return cls(subject.coder.width)
 
     def update(self, batch: Encoded) -> None:
-        self.count(batch.codes)
+        codes = batch.codes
+        assert codes is not None
+        self.count(codes if isinstance(codes, Latents) else Latents.of_dense(codes.dense()))
 
     def result(self) -> dict[str, Value]:
         found, density = self.scores(), self.density()

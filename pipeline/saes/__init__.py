@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
 from importlib import import_module
 from operator import or_
@@ -15,8 +16,9 @@ from pydantic import Field, TypeAdapter
 
 from .base import ARCHITECTURES, SAE, register
 from .config import FINISHED, Clock, Config
+from .contract import Coder, Codes, Predictor, Trainable
 from .latents import Latents
-from .losses import Losses, Observed
+from .losses import Losses, Observed, PlainLosses, SparseLosses
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
@@ -32,13 +34,20 @@ __all__ = [
     "SAE",
     "AnyConfig",
     "Clock",
+    "Coder",
+    "Codes",
     "Config",
     "Latents",
     "Losses",
     "Observed",
+    "PlainLosses",
+    "Predictor",
+    "SparseLosses",
+    "Trainable",
     "create",
     "parse",
     "register",
+    "trainable",
 ]
 
 
@@ -48,6 +57,15 @@ def parse(settings: object) -> Config:
     return adapter.validate_python(settings)
 
 
+def trainable(config: Config, d_in: int, d_out: int | None = None, *, seed: int = 0) -> Trainable:
+    """What a Config describes, for inputs of width d_in; given d_out, with targets of its own, even if d_out = d_in."""
+    made: Callable[..., Trainable] = ARCHITECTURES[config.arch]
+    return made(config, d_in, d_out, seed=seed)
+
+
 def create(config: Config, d_in: int, d_out: int | None = None, *, seed: int = 0) -> SAE:
-    """The dictionary a Config describes, for inputs of width d_in; given d_out, a transcoder (even if d_out = d_in)."""
-    return ARCHITECTURES[config.arch](config, d_in, d_out, seed=seed)
+    """As `trainable`, of an architecture that is a sparse dictionary. TypeError for another."""
+    made = trainable(config, d_in, d_out, seed=seed)
+    if not isinstance(made, SAE):
+        raise TypeError(f"arch {config.arch} is no sparse dictionary")
+    return made

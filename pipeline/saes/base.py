@@ -21,7 +21,7 @@ A batch may be computed in parts, one after the other or on several processes: t
 `eval()` matter only to architectures whose choice of latents depends on the batch.
 
 Randomness: whatever training draws comes from a generator seeded by the dictionary's seed, the step and the purpose
-(`SAE.generator`). There is no random state to save, and a dictionary draws the same whatever trains beside it.
+(`Trainable.generator`). There is no random state to save, and a dictionary draws the same whatever trains beside it.
 
 Units: with input_scale "rms" ("unit") a dictionary lives where E||x||^2 = d (1). `fold` leaves the space, and then the
 latents too are in the data's units (f / c for a scale c) while W_dec is untouched, so unit rows are unit in the saved
@@ -36,7 +36,6 @@ otherwise. It concerns the reconstruction alone; other terms state their own.
 from __future__ import annotations
 
 import copy
-import hashlib
 from typing import ClassVar, Self, TypeVar
 
 import torch
@@ -45,23 +44,23 @@ from torch import Tensor, nn
 
 from . import initial, sparse
 from .config import FINISHED, Clock, Config
+from .contract import Trainable
 from .dictionary import Dictionary
 from .ghosts import ghost_loss
 from .inference import Formula
 from .latents import Frame, RowScaling
-from .losses import Batch, Losses, Observed
+from .losses import Batch, Losses, Observed, SparseLosses
 
 RATE_MEMORY = 0.01
 """Weight of the newest batch in a latent's firing rate: about the last hundred batches count."""
 
 
-class SAE(Dictionary):
+class SAE(Dictionary, Trainable):
     """A dictionary that can be trained: its loss, and what goes with a step. Given d_out, it is a transcoder.
 
     Float32 and on the CPU when made; `.to()` moves it. The same config, widths and seed give the same weights.
     """
 
-    config_type: ClassVar[type[Config]]
     latent_units: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Parameters and buffers measured in units of a latent's activation, which `fold` scales along."""
 
@@ -117,7 +116,7 @@ class SAE(Dictionary):
         """Loss terms beside the reconstruction, coefficients included."""
         return {}
 
-    def _observe(self, losses: Losses) -> Tensor:
+    def _observe(self, losses: SparseLosses) -> Tensor:
         """What `_update` needs of a part of a batch: some numbers, always as many; NaN where there is none."""
         return self.W_dec.new_empty(0)
 
@@ -194,7 +193,7 @@ class SAE(Dictionary):
             case "geometric_median":
                 self.b_dec.copy_(initial.geometric_median(outputs * self.target_scale))
 
-    def loss(self, x: Tensor, target: Tensor | None = None, clock: Clock = FINISHED) -> Losses:
+    def loss(self, x: Tensor, target: Tensor | None = None, clock: Clock = FINISHED) -> SparseLosses:
         """The loss of a batch x [B, d_in], its target being x itself unless this is a transcoder.
 
         ValueError for a batch without rows, over which there is no mean.
@@ -212,7 +211,7 @@ class SAE(Dictionary):
         if self.config.ghost_grads:
             ghosts = ghost_loss(pre, self.dead(), y, y_hat, self.W_dec)
             terms["ghosts"] = ghosts * terms["reconstruction"].detach()
-        return Losses(terms, active, y_hat, self.target_scale, clock)
+        return SparseLosses(terms, clock, active, y_hat, self.target_scale)
 
     def _targets(self, x: Tensor, target: Tensor | None) -> Tensor:
         if target is None if self.is_transcoder else not (target is None or target is x):
@@ -249,6 +248,7 @@ class SAE(Dictionary):
     @torch.no_grad()
     def observe(self, losses: Losses) -> Observed:
         """What `track` needs to know of a part of a training batch."""
+        assert isinstance(losses, SparseLosses), "those of `loss`"
         active = losses.latents
         return Observed(losses.clock, active.batch, active.fired(), self._observe(losses))
 
@@ -305,11 +305,6 @@ class SAE(Dictionary):
         self._reset(which)
         self.rows_since_fired[which] = 0
 
-    def generator(self, purpose: str, step: int) -> torch.Generator:
-        """The random numbers of one purpose at one step: on the CPU, a function of these and the seed alone."""
-        name = hashlib.blake2b(f"{self.seed} {purpose} {step}".encode(), digest_size=4)
-        return torch.Generator().manual_seed(int.from_bytes(name.digest()))
-
 
 def _numbers(formula: Formula) -> dict[str, object]:
     """What a formula says beside tensors."""
@@ -317,10 +312,10 @@ def _numbers(formula: Formula) -> dict[str, object]:
     return {"rule": formula.rule.name, **own, "centred": formula.centred, "row_scaling": formula.row_scaling}
 
 
-ARCHITECTURES: dict[str, type[SAE]] = {}
+ARCHITECTURES: dict[str, type[Trainable]] = {}
 """Every registered class by its Config's tag."""
 
-S = TypeVar("S", bound=type[SAE])
+S = TypeVar("S", bound=type[Trainable])
 
 
 def register(architecture: S) -> S:

@@ -16,7 +16,7 @@ from .encoder import Preactivations
 from .fixed_k import FixedKConfig
 from .inference import Formula, ThresholdRule
 from .latents import Latents
-from .losses import Losses
+from .losses import SparseLosses
 
 MEMORY = 0.98
 """Weight of the past in the threshold; while fewer batches were seen, all count alike. A longer memory lags behind the
@@ -56,7 +56,7 @@ class BatchThreshold(SAE):
         k = self.config.k_at(clock)
         return pre.largest(k * pre.x.shape[0]).map(Tensor.relu)
 
-    def _observe(self, losses: Losses) -> Tensor:
+    def _observe(self, losses: SparseLosses) -> Tensor:
         """The least value that was kept."""
         values = losses.latents.values.detach()
         if not values.numel():

@@ -13,15 +13,16 @@ by itself no weight can say that, so it stays a part of the function, and latent
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import latents
 from .config import FINISHED, Clock
+from .contract import Coder
 from .encoder import Preactivations
 from .inference import Formula, Rule
 from .latents import Frame, Latents, RowScaling
@@ -40,7 +41,7 @@ class Metadata(NamedTuple):
     dataset: str | None = None
 
 
-class Dictionary(nn.Module, ABC):
+class Dictionary(Coder):
     """A sparse dictionary from x [B, d_in] to x itself (autoencoder) or to y [B, d_out] (transcoder)."""
 
     d_in: int
@@ -54,6 +55,10 @@ class Dictionary(nn.Module, ABC):
     scale: Tensor
     target_scale: Tensor
     metadata = Metadata()
+
+    @property
+    def width(self) -> int:
+        return self.d_sae
 
     @property
     @abstractmethod

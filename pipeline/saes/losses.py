@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
@@ -15,16 +16,10 @@ from .latents import Frame, Latents
 
 
 @dataclass(frozen=True, eq=False)
-class Losses:
-    """One batch's loss: named scalar terms with their coefficients in, and what they were computed from.
-
-    reconstruction: [B, d_out] in the space the loss is taken in; `x_hat` is the same in the data's units.
-    """
+class Losses(ABC):
+    """One batch's loss: named scalar terms with their coefficients in."""
 
     terms: dict[str, Tensor]
-    latents: Latents
-    reconstruction: Tensor
-    target_scale: Tensor
     clock: Clock
 
     @property
@@ -33,8 +28,56 @@ class Losses:
         return reduce(torch.add, self.terms.values())
 
     @property
+    @abstractmethod
+    def rows(self) -> int:
+        """How many rows the batch has."""
+
+    @property
+    @abstractmethod
+    def x_hat(self) -> Tensor:
+        """The prediction [B, d_out] in the data's units."""
+
+    def l0(self) -> Tensor | None:
+        """How many codes are active in each row, int64 [B]; None where there are none to count."""
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class PlainLosses(Losses):
+    """The loss of what has no sparse codes: its terms, and y_hat [B, d_out] in the data's units."""
+
+    y_hat: Tensor
+
+    @property
+    def rows(self) -> int:
+        return len(self.y_hat)
+
+    @property
+    def x_hat(self) -> Tensor:
+        return self.y_hat
+
+
+@dataclass(frozen=True, eq=False)
+class SparseLosses(Losses):
+    """The loss of a dictionary, and what it was computed from.
+
+    reconstruction: [B, d_out] in the space the loss is taken in; `x_hat` is the same in the data's units.
+    """
+
+    latents: Latents
+    reconstruction: Tensor
+    target_scale: Tensor
+
+    @property
+    def rows(self) -> int:
+        return self.latents.batch
+
+    @property
     def x_hat(self) -> Tensor:
         return in_data_units(self.reconstruction, self.target_scale, self.latents.frame)
+
+    def l0(self) -> Tensor:
+        return self.latents.l0()
 
 
 def in_data_units(reconstruction: Tensor, target_scale: Tensor, frame: Frame | None) -> Tensor:

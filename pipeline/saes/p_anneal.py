@@ -12,7 +12,7 @@ from .base import SAE, register
 from .config import Clock, Config, ramp, steps_of
 from .inference import ReLURule
 from .latents import Latents
-from .losses import Batch, Losses
+from .losses import Batch, SparseLosses
 
 SMALLEST = 1e-3
 """Added to a latent before it is raised to a power, whose slope at 0 is infinite."""
@@ -74,7 +74,7 @@ class PAnneal(SAE):
         weight = self.config.coefficient * ramp(self.config.warmup, batch.clock)
         return {"lp": weight * self.factor * power_sum(batch.latents, self.config.p_at(batch.clock))}
 
-    def _observe(self, losses: Losses) -> Tensor:
+    def _observe(self, losses: SparseLosses) -> Tensor:
         """The penalty with this step's exponent, and with the next one's where that is lower."""
         step, steps = losses.clock
         p, following = self.config.p_at(losses.clock), self.config.p_at(Clock(step + 1, steps))

@@ -23,7 +23,7 @@ from torch.nn.functional import cosine_similarity
 from sae.configs.base import Settings
 from sae.pipeline.metrics.similarity import best, hungarian, mutual
 from sae.pipeline.parallel.ranks import Ranks
-from sae.pipeline.saes import SAE, Losses
+from sae.pipeline.saes import SAE, SparseLosses
 
 By = Literal["dec", "hid", "x_hat"]
 BY: tuple[By, ...] = get_args(By)
@@ -61,13 +61,13 @@ class Alignment:
         self.config, self.saes = config, tuple(saes)
         self.matchings: dict[tuple[int, int], list[Matching]] = {}
 
-    def search(self, losses: Sequence[Losses], step: int) -> None:
+    def search(self, losses: Sequence[SparseLosses], step: int) -> None:
         """Look for matching vectors, where this step is due, given the losses of each dictionary on one batch."""
         if self.config.by != "x_hat" and (step % self.config.every == 0 or not self.matchings):
             vectors = self._vectors(losses)
             self.matchings = {(i, j): self._match(vectors[i], vectors[j]) for i, j in self._pairs}
 
-    def term(self, losses: Sequence[Losses]) -> Tensor:
+    def term(self, losses: Sequence[SparseLosses]) -> Tensor:
         """A, a scalar without its weight, for the losses of each dictionary on one (part of a) batch."""
         if self.config.by == "x_hat":
             alike = [
@@ -84,7 +84,7 @@ class Alignment:
         summed = self.saes[0].config.reduction == "sum_d"
         return self.config.weight * rising * (self.saes[0].d_out if summed else 1)
 
-    def _vectors(self, losses: Sequence[Losses]) -> list[Tensor]:
+    def _vectors(self, losses: Sequence[SparseLosses]) -> list[Tensor]:
         """What is matched, of each dictionary: rows [d_sae, d_out] of its decoder, or its latents [d_sae, B]."""
         if self.config.by == "dec":
             return [sae.W_dec for sae in self.saes]

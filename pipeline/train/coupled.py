@@ -11,7 +11,7 @@ from sae.cache.errors import DamagedStore, SaeError
 from sae.cache.loader.loader import Batch
 from sae.cache.runs import CHECKPOINT
 from sae.pipeline.parallel.ranks import Ranks
-from sae.pipeline.saes import Clock, Losses
+from sae.pipeline.saes import SAE, Clock, Losses, SparseLosses
 from sae.pipeline.train.alignment import Alignment
 from sae.pipeline.train.trainer import Member
 
@@ -39,10 +39,11 @@ class Group:
             each = [member.losses(part, clock) for member in self.members]
             total = torch.stack([one.total for one in each]).sum() if len(each) > 1 else each[0].total
             if self.alignment is not None:
+                sparse = [one for one in each if isinstance(one, SparseLosses)]
                 if not apart:
-                    self.alignment.search(each, clock.step)
+                    self.alignment.search(sparse, clock.step)
                     self.alignment.share(ranks)
-                apart.append(self.alignment.term(each))
+                apart.append(self.alignment.term(sparse))
                 total = total + self.alignment.weight_at(clock.step) * apart[-1]
             share = len(part.x) / len(batch.x)
             (total if share == 1 else total * share).backward()
@@ -135,5 +136,5 @@ def grouped(members: Sequence[Member]) -> list[Group]:
                 f"{group[0].run.path}: is trained together with seeds {', '.join(map(str, align.seeds))}; "
                 "repeat the command that began them, with `seeds`"
             )
-        groups.append(Group(group, Alignment(align, [member.sae for member in group])))
+        groups.append(Group(group, Alignment(align, [member.sae for member in group if isinstance(member.sae, SAE)])))
     return groups

@@ -1,17 +1,20 @@
 """A finished run -> the dictionary it trained, and the dataset it was trained on."""
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
+from torch import Tensor
 
 from sae.cache import catalogue
-from sae.cache.disk.parsing import inner
+from sae.cache.disk.parsing import inner, whole
 from sae.cache.errors import DamagedStore, SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import common_rows
 from sae.cache.runs import CONFIG, Run
 from sae.pipeline.formats import saelens
-from sae.pipeline.saes import ARCHITECTURES, SAE, Config, parse
+from sae.pipeline.saes import ARCHITECTURES, SAE, Config, Predictor, Trainable, parse, trainable
+from sae.pipeline.saes.dictionary import Metadata
 
 
 def dictionary_of(run: Run) -> Config:
@@ -25,17 +28,42 @@ def dictionary_of(run: Run) -> Config:
         raise DamagedStore(f"{run.path / CONFIG}: {where}: {said}; train again under another `name`") from error
 
 
+def written(trained: Trainable, metadata: Metadata) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and cfg.json of what was trained: a dictionary as SAELens has it, anything else by its own names."""
+    if isinstance(trained, SAE):
+        return saelens.written(trained.formula(), metadata)
+    tensors = {name: value.detach().contiguous() for name, value in trained.state_dict().items()}
+    return tensors, {"architecture": trained.config.arch, "d_in": trained.d_in, "d_out": trained.d_out}
+
+
 def load(run: Run) -> SAE:
-    """The dictionary of a finished run, in the data's units, ready to encode.
+    """The dictionary of a finished run, in the data's units, ready to encode. SaeError where it trained another thing.
 
     Raises NotFound while training has not finished, DamagedStore where the weights do not fit the run's settings.
     """
+    found = load_any(run)
+    if not isinstance(found, SAE):
+        raise SaeError(
+            f"{run.path}: trained a {found.config.arch}, which is no sparse dictionary; only `sae eval` reads it"
+        )
+    return found
+
+
+def load_any(run: Run) -> Trainable:
+    """What a finished run trained, in evaluation mode and without gradients; errors as in `load`."""
     tensors, described = run.load_weights()
     config = dictionary_of(run)
+    kind = ARCHITECTURES[config.arch]
     try:
-        sae = ARCHITECTURES[config.arch].from_formula(config, saelens.formula_of(tensors, described))
+        if not issubclass(kind, SAE):
+            made = trainable(
+                config, whole(described, "d_in", 1), whole(described, "d_out", 1) if run.seen.targets else None
+            )
+            made.load_state_dict(tensors)
+            return made.eval().requires_grad_(False)
+        sae = kind.from_formula(config, saelens.formula_of(tensors, described))
         sae.metadata = saelens.metadata_of(inner(described, "metadata") if "metadata" in described else {})
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise DamagedStore(f"{run.path}: the weights do not fit the run's settings: {error}") from error
     return sae.eval().requires_grad_(False)
 
@@ -52,7 +80,7 @@ def dataset_of(run: Run, root: Path, activations: str | None = None) -> Dataset:
     return found.kept_up_to(limits(run, found))
 
 
-def expect_fits(dataset: Dataset, sae: SAE, run: Run) -> None:
+def expect_fits(dataset: Dataset, sae: Predictor, run: Run) -> None:
     """Raise SaeError unless a dictionary reads and writes rows as wide as a dataset's."""
     if (dataset.d_in, dataset.d_out) != (sae.d_in, sae.d_out):
         raise SaeError(

@@ -16,7 +16,6 @@ from sae.cache.errors import DamagedStore, SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import Batch
 from sae.cache.runs import CHECKPOINT, Run
-from sae.pipeline.formats import saelens
 from sae.pipeline.formats.base import Metadata
 from sae.pipeline.metrics.similarity import mmcs
 from sae.pipeline.parallel.ranks import Ranks, expect_same
@@ -25,8 +24,11 @@ from sae.pipeline.saes import (
     SAE,
     Clock,
     Losses,
-    create,
+    Trainable,
+    trainable,
 )
+from sae.pipeline.saes.dictionary import Dictionary
+from sae.pipeline.train import trained
 from sae.pipeline.train.config import TrainConfig
 from sae.pipeline.train.resampling import (
     NoRevival,
@@ -51,9 +53,10 @@ class Member:
 
     run: Run
     config: TrainConfig
-    sae: SAE
+    sae: Trainable
     optimiser: torch.optim.Optimizer
     dataset: Dataset
+    device: torch.device
     truth: Tensor | None
     done: int = 0
     _spent: float = 0.0  # seconds in steps since `cost` was asked
@@ -63,7 +66,10 @@ class Member:
     @classmethod
     def begin(cls, run: Run, config: TrainConfig, dataset: Dataset, device: torch.device) -> "Member":
         """A dictionary at step 0. Raises SaeError where the rows allow none."""
-        sae = create(config.sae, dataset.d_in, dataset.d_out if dataset.targets else None, seed=config.seed).to(device)
+        sae = trainable(config.sae, dataset.d_in, dataset.d_out if dataset.targets else None, seed=config.seed).to(
+            device
+        )
+        _expect_dictionary(sae, config)
         sample = dataset.sample(config.initial_rows).to(device)
         try:
             sae.initialise(sample.x, sample.y)
@@ -72,7 +78,7 @@ class Member:
         groups = [{"params": parameters, "name": name} for name, parameters in sae.parameter_groups().items()]
         optimiser = torch.optim.Adam(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
         truth = dataset.truth
-        return cls(run, config, sae, optimiser, dataset, None if truth is None else truth.to(device))
+        return cls(run, config, sae, optimiser, dataset, device, None if truth is None else truth.to(device))
 
     def losses(self, part: Batch, clock: Clock) -> Losses:
         """The loss of a part of a batch."""
@@ -130,6 +136,7 @@ class Member:
         revive, k = self.config.revive, getattr(self.config.sae, "k", 0)
         if isinstance(revive, NoRevival) or not revive.due(self.done, total):
             return
+        assert isinstance(self.sae, SAE), "as `_expect_dictionary` says"
         generator = self.sae.generator("revival", self.done)
         if isinstance(revive, Resample):
             resample(self.sae, self.optimiser, self._drawn(revive.rows, generator), revive, generator)
@@ -148,25 +155,28 @@ class Member:
         count = min(count, self.dataset.n_rows)
         first = int(torch.randint(self.dataset.n_rows - count + 1, (), generator=generator))
         drawn = self.dataset.following(first, count, self.config.batch)
-        return (batch.to(self.sae.W_dec.device) for batch in drawn)
+        return (batch.to(self.device) for batch in drawn)
 
     def _metrics(self, y: Tensor, parts: Sequence[Losses], clock: Clock, ranks: Ranks) -> dict[str, float]:
         batch = ranks.world * len(y)
         terms = {name: _mean([part.terms[name] for part in parts], parts) for name in parts[0].terms}
         error = (y - torch.cat([part.x_hat for part in parts])).square().sum()
         spread = (y - ranks.sum(y.sum(dim=0)) / batch).square().sum()
-        active = torch.cat([part.latents.l0() for part in parts]).float().mean()
-        sums = [_mean([part.total for part in parts], parts), *terms.values(), error, spread, active]
-        loss, *each, error, spread, active = (ranks.sum(torch.stack(sums).double()) / ranks.world).tolist()
+        active = [count for part in parts if (count := part.l0()) is not None]
+        l0 = torch.cat(active).float().mean() if active else torch.zeros_like(error)
+        sums = [_mean([part.total for part in parts], parts), *terms.values(), error, spread, l0]
+        loss, *each, error, spread, l0 = (ranks.sum(torch.stack(sums).double()) / ranks.world).tolist()
         if not math.isfinite(loss):
             raise Diverged(f"{self.run.path}: the loss is {loss} at step {self.done}; try a smaller `lr`")
         metrics = {"step": self.done, "rows": self.done * batch, "loss": loss}
         metrics |= {f"loss_{name}": value for name, value in zip(terms, each, strict=True)}
         if spread:  # without variance there is no share of it
             metrics["fvu"] = error / spread
-        metrics["l0"] = active
-        metrics["dead"] = self.sae.dead().float().mean().item()
-        if self.truth is not None:
+        if active:
+            metrics["l0"] = l0
+        if isinstance(self.sae, SAE):
+            metrics["dead"] = self.sae.dead().float().mean().item()
+        if self.truth is not None and isinstance(self.sae, Dictionary):
             metrics["recovery"] = mmcs(self.truth, self.sae.W_dec.detach()).item()
         metrics["lr"], decoder = self.config.rates_at(*clock)
         return metrics if self.config.decoder is None else {**metrics, "lr_decoder": decoder}
@@ -236,12 +246,17 @@ class Member:
 
     def finish(self, metadata: Metadata) -> None:
         """Write the dictionary that was trained."""
-        self.run.save_weights(*saelens.written(self.sae.formula(), metadata))
+        self.run.save_weights(*trained.written(self.sae, metadata))
+
+
+def _expect_dictionary(sae: Trainable, config: TrainConfig) -> None:
+    """Raise SaeError where settings ask of something without latents what only a dictionary can do."""
+    asked = {"train.revive.kind": config.revive.kind != "none", "train.align": config.align is not None}
+    if not isinstance(sae, SAE) and (named := [name for name, there in asked.items() if there]):
+        raise SaeError(f"{named[0]}: arch {config.sae.arch} is no sparse dictionary, so it cannot; leave it unset")
 
 
 def _mean(values: Sequence[Tensor], parts: Sequence[Losses]) -> Tensor:
     """Mean of what the parts of a batch have, weighed by their rows."""
-    rows = sum(part.latents.batch for part in parts)
-    return torch.stack(
-        [value.detach() * (part.latents.batch / rows) for value, part in zip(values, parts, strict=True)]
-    ).sum()
+    rows = sum(part.rows for part in parts)
+    return torch.stack([value.detach() * (part.rows / rows) for value, part in zip(values, parts, strict=True)]).sum()

@@ -116,7 +116,7 @@ def made(config: saes.Config, d_out: int | None = None, seed: int = 0) -> SAE:
 
 def train(
     sae: SAE, data: Batches, lr: float = 3e-3, optimizer: torch.optim.Optimizer | None = None
-) -> list[saes.Losses]:
+) -> list[saes.SparseLosses]:
     optimizer = optimizer or torch.optim.Adam(sae.parameters(), lr=lr, fused=True)
     history = []
     for step, (x, y) in enumerate(data):

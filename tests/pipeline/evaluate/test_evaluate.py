@@ -19,6 +19,7 @@ from support.small_models import (
     WIDTH,
     blocks,
     plain_model,
+    plain_values,
     row_places,
     save_model,
     small_stages,
@@ -213,6 +214,37 @@ def test_cross_entropies_equal_the_plain_models(
         expected = (ce(baseline) - ce(spliced)) / (ce(baseline) - ce(clean))
         assert recovered.value == pytest.approx(expected, abs=1e-4)
     assert len({ce(clean), ce(spliced), ce(zero), ce(at_mean)}) == 4
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_transcoder_is_spliced_at_its_target(request: pytest.FixtureRequest, kind: str) -> None:
+    """What it makes of the rows of one site stands at the other; zero and the mean are those of the other, too."""
+    world: World = request.getfixturevalue(kind)
+    read, write = world.store(0, "resid_post", "validation"), world.store(1, "mlp_out", "validation")
+    rows = plain_values(world.model, world.held_out)[0, "resid_post"].reshape(-1, WIDTH)
+    made = bent(rows[row_places(world.held_out, world.lengths)])
+    mean = torch.linspace(-1, 1, WIDTH)
+    metric = Downstream()
+    dataset = Dataset.of(read, write)
+    judge_tokens(bent, world.booted(), world.tokens(), dataset, mean, CONFIG, Silent(), [metric])
+    found, places = metric.scores()["sae"], counted(world)
+
+    def ce(new: Callable[[Tensor], Tensor]) -> float:
+        chances = plain_logits(world, 1, "mlp_out", new)
+        return float(np.mean([-chances[c, p, world.held_out[c, p + 1]] for c, p in places]))
+
+    assert found.tokens == len(places) and found.ce_zero is not None and found.ce_mean is not None
+    assert found.ce.value == pytest.approx(ce(lambda _: made), abs=1e-6)
+    assert found.ce_zero.value == pytest.approx(ce(torch.zeros_like), abs=1e-6)
+    assert found.ce_mean.value == pytest.approx(ce(lambda x: mean.expand_as(x)), abs=1e-6)
+    assert len({found.ce.value, found.ce_zero.value, found.ce_mean.value, found.ce_clean.value}) == 4
+    norms = [store.norms(0, store.n_rows) for store in (read, write)]
+    limits = tuple(float(np.quantile(one, 0.8)) for one in norms)
+    kept = np.logical_and(*(one <= most for one, most in zip(norms, limits, strict=True)))
+    positions = {*read.positions(0, read.n_rows)[kept].tolist()}
+    limited = Downstream()
+    judge_tokens(bent, world.booted(), world.tokens(), dataset.kept_up_to(limits), mean, CONFIG, Silent(), [limited])
+    assert limited.scores()["sae"].tokens == sum(c * CONTEXT + p in positions for c, p in places) < len(places)
 
 
 def test_positions_that_training_left_out_are_left_alone(gpt2: World) -> None:

@@ -109,7 +109,8 @@ def test_shapes_and_start(config: saes.Config, d_out: int | None) -> None:
         expected = torch.tensor(1.0 if config.input_scale == "unit" else float(D))
         torch.testing.assert_close(mean_square, expected, rtol=1e-5, atol=0)
     with pytest.raises(ValueError, match="target"):
-        sae.loss(x, x if d_out is None else None)
+        sae.loss(x, x.clone() if d_out is None else None)
+    assert d_out is not None or torch.equal(sae.loss(x, x).total, losses.total)
 
 
 def test_terms_add_up_exactly_and_loss_changes_nothing(config: saes.Config, d_out: int | None) -> None:

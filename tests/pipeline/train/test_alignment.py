@@ -20,7 +20,7 @@ from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import CHECKPOINT, Run
 from sae.cache.store.manifest import Windows
 from sae.pipeline.runtime.progress import Silent
-from sae.pipeline.saes import SAE, Clock, Losses, create, parse
+from sae.pipeline.saes import SAE, Clock, SparseLosses, create, parse
 from sae.pipeline.train.alignment import AlignConfig, Alignment
 from sae.pipeline.train.config import TrainConfig
 from sae.pipeline.train.stage import open_run, train
@@ -72,7 +72,7 @@ def permuted(sae: SAE) -> SAE:
     return other
 
 
-def term(config: AlignConfig, saes: Sequence[SAE], x: Tensor) -> tuple[Tensor, list[Losses]]:
+def term(config: AlignConfig, saes: Sequence[SAE], x: Tensor) -> tuple[Tensor, list[SparseLosses]]:
     losses = [sae.loss(x, clock=Clock(0, 10)) for sae in saes]
     alignment = Alignment(config, saes)
     alignment.search(losses, 0)

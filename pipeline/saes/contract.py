@@ -1,0 +1,115 @@
+"""What is trained and judged, said in four parts, of which each consumer asks for the least it needs.
+
+    Predictor      x -> y_hat: what reconstruction and splicing are judged of
+    Coder          x -> codes -> y_hat: what is judged of codes, such as how many are active
+    Dictionary     a coder with a direction for every latent (`dictionary`)
+    Trainable      a predictor with a loss, and what goes with a step: all that training asks for
+
+An SAE is a dictionary and trainable. What a file of another tool holds is a dictionary alone, and a decomposition that
+has no codes is trainable alone. Shapes: x [B, d_in], y and y_hat [B, d_out], in the data's units.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .config import FINISHED, Clock, Config
+from .losses import Losses, Observed
+
+
+class Predictor(nn.Module, ABC):
+    """A function of rows, x [B, d_in] -> y_hat [B, d_out]."""
+
+    d_in: int
+    d_out: int
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """The prediction of y, or of x itself where that is what was to be reconstructed."""
+
+
+class Codes(Protocol):
+    """What a coder says of B rows, in whatever form it has."""
+
+    @property
+    def batch(self) -> int:
+        """How many rows."""
+
+    def dense(self) -> Tensor:
+        """The codes [B, width] with their zeros."""
+
+    def l0(self) -> Tensor:
+        """How many are not zero in each row, int64 [B]."""
+
+    def fired(self) -> Tensor:
+        """In how many rows each is not zero, int64 [width]."""
+
+
+class Coder(Predictor):
+    """A predictor by way of codes."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """How many codes there are to a row."""
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Codes:
+        """The codes of rows."""
+
+    @abstractmethod
+    def decode(self, codes: Any) -> Tensor:
+        """The prediction [B, d_out] from codes in the form that `encode` gives."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(self.encode(x))
+
+
+class Trainable(Predictor):
+    """What training trains. A class under @register, in a file of this folder, is an architecture.
+
+    Everything but `initialise`, `loss` and `forward` has a default, which is to do nothing. A loss is a function of its
+    arguments and of what `track` keeps, and draws at random from `generator` alone, so that training can be resumed.
+    """
+
+    config_type: ClassVar[type[Config]]
+    config: Config
+    seed: int
+
+    @abstractmethod
+    def initialise(self, sample: Tensor, targets: Tensor | None = None) -> None:
+        """Set what depends on the data from a sample of rows [n, d_in] and of targets [n, d_out] (None: the rows).
+
+        ValueError for rows that allow no training.
+        """
+
+    @abstractmethod
+    def loss(self, x: Tensor, target: Tensor | None = None, clock: Clock = FINISHED) -> Losses:
+        """The loss of a batch: named scalars that add up to it, and the prediction."""
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Every parameter once, by what decides its learning rate: the decoder's own, or the encoder's."""
+        return {"encoder": [*self.parameters()], "decoder": []}
+
+    def before_step(self) -> None:
+        """Between the gradients and the optimiser."""
+
+    def after_step(self) -> None:
+        """After the optimiser."""
+
+    def observe(self, losses: Losses) -> Observed:
+        """What `track` needs to know of a part of a training batch."""
+        return Observed(losses.clock, losses.rows, torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+
+    def track(self, *parts: Observed) -> None:
+        """After a training batch, of which these are all parts."""
+
+    def generator(self, purpose: str, step: int) -> torch.Generator:
+        """The random numbers of one purpose at one step: on the CPU, a function of these and the seed alone."""
+        name = hashlib.blake2b(f"{self.seed} {purpose} {step}".encode(), digest_size=4)
+        return torch.Generator().manual_seed(int.from_bytes(name.digest()))
