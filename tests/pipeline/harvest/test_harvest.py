@@ -566,7 +566,7 @@ def refused(match: str, *args: Any, **settings: Any) -> None:
 def test_what_cannot_be_harvested(tmp_path: Path, gpt2: Path) -> None:
     tokens = token_store(tmp_path, made_up(8))
     refused(r"^layer = 2: gpt2 has layers 0 to 1$", gpt2, tmp_path, tokens, layer=[0, 2])
-    refused(r"^--layer -1: gpt2 has layers 0 to 1$", gpt2, tmp_path, tokens, layer=[-1])
+    refused(r"^layer = -1: gpt2 has layers 0 to 1$", gpt2, tmp_path, tokens, layer=[-1])
     refused(r"^--site mlp_output: the sites are resid_pre, ", gpt2, tmp_path, tokens, site=["mlp_output"])
     refused(r"^--codec int4: no such codec; there are int8, ", gpt2, tmp_path, tokens, codec="int4")
     refused(r"^--dtype float8: the forward pass runs in ", gpt2, tmp_path, tokens, dtype="float8")
