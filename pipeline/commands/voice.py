@@ -6,7 +6,6 @@ an option, or `--set` where it has none; a call a command.
 
 import re
 import shlex
-from functools import cache
 from typing import Any
 
 import typer.main
@@ -33,9 +32,8 @@ def typed(line: str) -> str:
     return re.sub(r"`([a-z][a-z0-9_.]*)(?: = ([^`]+))?`", lambda found: _setting(found[1], found[2]), line)
 
 
-@cache
 def options() -> set[str]:
-    """Every option there is, of any command."""
+    """Every option there is, of any command; asked anew, for a study may have been registered since."""
     from sae.pipeline.commands.app import app  # which says what goes wrong through this module
 
     found: set[str] = set()

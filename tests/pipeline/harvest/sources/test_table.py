@@ -190,7 +190,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_what_is_no_table_is_one_line(tmp_path: Path, name: str) -> None:
     write, message = BAD[name]
     write(tmp_path / name)
-    with pytest.raises(SaeError, match=re.escape(f"--table {tmp_path / name}: ")) as caught:
+    with pytest.raises(SaeError, match=re.escape(f"table = {tmp_path / name}: ")) as caught:
         opened(tmp_path / name)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
