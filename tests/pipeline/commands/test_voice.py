@@ -58,11 +58,12 @@ def test_an_error_names_the_setting_in_python() -> None:
 
 
 def texts(path: Path) -> Iterator[tuple[int, str]]:
-    """What a module may say: its string literals without docstrings; in an f-string `{}` stands for a value."""
+    """The string literals of a module but for docstrings and asserts; `{}` stands for the value in an f-string."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     silent = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    silent |= {id(part) for node in ast.walk(tree) if isinstance(node, ast.Assert) for part in ast.walk(node)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.JoinedStr):
+        if isinstance(node, ast.JoinedStr) and id(node) not in silent:
             silent |= {id(part) for part in node.values}
             parts = [part.value if isinstance(part, ast.Constant) else "{}" for part in node.values]
             yield node.lineno, "".join(map(str, parts))
