@@ -1,4 +1,4 @@
-"""Work in a forked child that can be killed at a chosen instant, and what it said until then."""
+"""WindowJob in a forked child that can be killed at a chosen instant, and what it said until then."""
 
 import os
 import select

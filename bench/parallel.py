@@ -2,10 +2,10 @@
 
     python bench/parallel.py [--batch 2048] [--d-in 768] [--d-sae 8192] [--steps 2] [--rounds 5] [--json]
 
-The step of `sae train` (`Group.step`, TopK) on batches in memory. Both processes are started once; in every round they
-take some steps together, and then the first takes as many on whole batches, with one thread and with two, while the
-other waits. Rates are medians over rounds, ratios medians of ratios within a round, so that a machine that other work
-slows down slows all of them. Beside wall time there is CPU time, which tells what two processes add in work.
+The step of `sae train` (`CoupledTrainers.step`, TopK) on batches in memory. Both processes are started once; in every
+round they take some steps together, and then the first takes as many on whole batches, with one thread and with two,
+while the other waits. Rates are medians over rounds, ratios medians of ratios within a round, so that a machine that
+other work slows down slows all of them. Beside wall time there is CPU time, which tells what two processes add in work.
 """
 
 import argparse
@@ -26,25 +26,25 @@ from bench.rows import Row, show
 from sae.cache.activations import ActivationStore
 from sae.cache.loader.loader import Batch
 from sae.pipeline.parallel.launcher import launch
-from sae.pipeline.parallel.ranks import Alone, Ranks
-from sae.pipeline.parallel.torch_distributed import Together
+from sae.pipeline.parallel.ranks import Ranks, SingleRank
+from sae.pipeline.parallel.torch_distributed import DistributedRanks
 from sae.pipeline.saes import Clock
-from sae.pipeline.train.coupled import Group
-from sae.pipeline.train.trainer import Member
+from sae.pipeline.train.coupled import CoupledTrainers
+from sae.pipeline.train.trainer import Trainer
 
 ROWS = 16_384  # from which the bias and the scale are set
 TOGETHER, ONE, TWO = "2 processes, 1 thread each", "1 process, 1 thread", "1 process, 2 threads"
 
 
-def taken(member: Member, x: torch.Tensor, ranks: Ranks, steps: int) -> tuple[float, float]:
+def taken(member: Trainer, x: torch.Tensor, ranks: Ranks, steps: int) -> tuple[float, float]:
     """Wall and CPU seconds of some steps."""
     wall, used = time.perf_counter(), time.process_time()
     for _ in range(steps):
-        Group([member], None).step(Batch(x, x), Clock(member.done, subjects.STEPS), ranks)
+        CoupledTrainers([member], None).step(Batch(x, x), Clock(member.done, subjects.STEPS), ranks)
     return time.perf_counter() - wall, time.process_time() - used
 
 
-def work(ranks: Together, device: str, home: Path, args: argparse.Namespace) -> None:
+def work(ranks: DistributedRanks, device: str, home: Path, args: argparse.Namespace) -> None:
     """One rank's part of the measurement; rank 0 prints it."""
     store = ActivationStore(next((home / "cache").glob("*/*")))
     settings = subjects.settings({"arch": "topk", "d_sae": args.d_sae}, batch=args.batch)
@@ -54,14 +54,14 @@ def work(ranks: Together, device: str, home: Path, args: argparse.Namespace) -> 
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in (TOGETHER, ONE, TWO)}
     for round in range(args.rounds + 1):
         torch.set_num_threads(1)
-        ranks.wait()
+        ranks.barrier()
         wall, used = taken(joint, share, ranks, args.steps)
         found[TOGETHER].append((wall, ranks.sum(torch.tensor(used, dtype=torch.float64)).item()))
         for name, threads in ((ONE, 1), (TWO, 2)):
             if ranks.rank == 0:
                 torch.set_num_threads(threads)
-                found[name].append(taken(solo, x, Alone(), args.steps))
-        ranks.wait()
+                found[name].append(taken(solo, x, SingleRank(), args.steps))
+        ranks.barrier()
         if round == 0:  # the first is slower everywhere
             for seconds in found.values():
                 seconds.clear()

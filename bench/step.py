@@ -3,11 +3,11 @@
     python bench/step.py [--arch topk,l1] [--precision float32,bfloat16] [--threads 1,2] [--peers PYTHON] [--json]
                          [--d-sae 1024,4096,8192,16384,65536] [--batch 256,1024,2048,8192] [--no-clip]
 
-A step is all that `sae train` does with a batch (`Group.step`): loss, backward, clipping, dead counters, decoder
-projection, fused Adam, renormalisation. Every repetition runs the floor and then the step, so that a busy machine slows
-both; figures are medians of ratios, of CPU time with one thread and of wall time with more. The floor is always the
-float32 one. Architectures whose sparsity is learned are timed at one per cent of their latents active, which is where
-they spend most of a training. With several widths or batches, each has a table of its own.
+A step is all that `sae train` does with a batch (`CoupledTrainers.step`): loss, backward, clipping, dead counters,
+decoder projection, fused Adam, renormalisation. Every repetition runs the floor and then the step, so that a busy
+machine slows both; figures are medians of ratios, of CPU time with one thread and of wall time with more. The floor is
+always the float32 one. Architectures whose sparsity is learned are timed at one per cent of their latents active, which
+is where they spend most of a training. With several widths or batches, each has a table of its own.
 
 `--peers` names an interpreter that has sae_lens, dictionary_learning and eai-sparsify: their own steps in turns with
 ours, in the same shape, in a process of their own (bench/step_peers.py).
@@ -33,7 +33,7 @@ from bench.planted import planted_rows
 from bench.rows import Row, show
 from bench.step_peers import CASES
 from sae.cache.activations import ActivationStore
-from sae.pipeline.train.trainer import Member
+from sae.pipeline.train.trainer import Trainer
 
 ROWS = 16_384  # from which the bias and the scale are set
 
@@ -49,14 +49,14 @@ def seconds(function: Callable[[], object], threads: int) -> float:
     return now() - start
 
 
-def cases(args: argparse.Namespace, store: ActivationStore, runs: Path, size: tuple[int, int]) -> dict[str, Member]:
+def cases(args: argparse.Namespace, store: ActivationStore, runs: Path, size: tuple[int, int]) -> dict[str, Trainer]:
     """The dictionaries to time: each architecture, TopK also with dead latents, L1 also before it is sparse."""
     batch, d_sae = size
     sample = planted_rows(batch, store.d, 1)
-    made: dict[str, Member] = {}
+    made: dict[str, Trainer] = {}
     for precision in args.precision.split(","):
 
-        def add(arch: str, what: str, precision: str = precision) -> Member:
+        def add(arch: str, what: str, precision: str = precision) -> Trainer:
             title = arch + what + ("" if precision == "float32" else f", {precision}")
             sae = {"arch": arch, "d_sae": d_sae} | (
                 {"k": args.k} if arch in ("topk", "batchtopk", "matryoshka") else {}
@@ -78,7 +78,7 @@ def cases(args: argparse.Namespace, store: ActivationStore, runs: Path, size: tu
     return made
 
 
-def own_step(member: Member, batches: list[Tensor], threads: int) -> Callable[[], float]:
+def own_step(member: Trainer, batches: list[Tensor], threads: int) -> Callable[[], float]:
     """A function that makes the member's next step and gives its seconds."""
     return lambda: seconds(lambda: subjects.take_step(member, batches[member.done % len(batches)]), threads)
 

@@ -1,7 +1,7 @@
 """Dictionaries in training, at the sizes a bench asks for: stores of planted rows, and members of a training on them.
 
-A bench times `pipeline.train.coupled.Group.step`, which is what `sae train` does with a batch, so that nothing of a
-real step is left out.
+A bench times `pipeline.train.coupled.CoupledTrainers.step`, which is what `sae train` does with a batch, so that
+nothing of a real step is left out.
 """
 
 import sys
@@ -18,12 +18,12 @@ from sae.cache.activations import ActivationStore
 from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import Batch
 from sae.pipeline import saes
-from sae.pipeline.parallel.ranks import Alone
+from sae.pipeline.parallel.ranks import SingleRank
 from sae.pipeline.saes.jl import JLConfig
 from sae.pipeline.saes.jumprelu import JumpReLUConfig
-from sae.pipeline.train.coupled import Group
+from sae.pipeline.train.coupled import CoupledTrainers
 from sae.pipeline.train.stage import TrainConfig, open_run
-from sae.pipeline.train.trainer import Member
+from sae.pipeline.train.trainer import Trainer
 
 STEPS = 10**9  # of a training that is only just beginning
 
@@ -38,15 +38,15 @@ def settings(sae: dict[str, Any], **train: Any) -> TrainConfig:
     return TrainConfig.model_validate({"lr": 1e-6, "log_every": STEPS} | train | {"sae": sae})
 
 
-def member(config: TrainConfig, store: ActivationStore, runs: Path, name: str) -> Member:
+def member(config: TrainConfig, store: ActivationStore, runs: Path, name: str) -> Trainer:
     """A dictionary at its first step, with a run folder of that name, on the CPU."""
     run = open_run(config, Dataset.of(store), runs, name, resume=False)
-    return Member.begin(run, config, Dataset.of(store), torch.device("cpu"))
+    return Trainer.begin(run, config, Dataset.of(store), torch.device("cpu"))
 
 
-def take_step(member: Member, x: torch.Tensor) -> None:
+def take_step(member: Trainer, x: torch.Tensor) -> None:
     """One training step of a dictionary by itself on a batch [batch, d]."""
-    Group([member], None).step(Batch(x, x), saes.Clock(member.done, STEPS), Alone())
+    CoupledTrainers([member], None).step(Batch(x, x), saes.Clock(member.done, STEPS), SingleRank())
 
 
 def learns_its_sparsity(config: saes.Config) -> bool:

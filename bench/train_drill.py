@@ -50,7 +50,7 @@ from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import CONFIG, STAGED, WEIGHTS_CONFIG, Run
 from sae.cache.store.manifest import Windows
 from sae.pipeline.runtime.progress import Silent
-from sae.pipeline.train.coupled import Group
+from sae.pipeline.train.coupled import CoupledTrainers
 from sae.pipeline.train.stage import TrainConfig
 from sae.pipeline.train.sweep import open_all, sweep
 
@@ -126,7 +126,7 @@ def told(run: Callable[[], object], say: Say) -> object:
     telling(Run, "stage_checkpoint", "write")
     telling(Run, "publish_checkpoint", "publish", "published")
     telling(Run, "save_weights", "finish")
-    telling(Group, "step", "step")
+    telling(CoupledTrainers, "step", "step")
     say(b"begin\n")
     return run()
 

@@ -30,7 +30,7 @@ from bench.rows import Row, show
 from sae.cache.activations import ActivationStore
 from sae.cache.loader.dataset import Dataset
 from sae.pipeline.runtime.progress import Silent
-from sae.pipeline.train.coupled import Group
+from sae.pipeline.train.coupled import CoupledTrainers
 from sae.pipeline.train.stage import train
 from sae.pipeline.train.sweep import open_all
 
@@ -60,15 +60,15 @@ class Times(Silent):
 
 def noting(taken: list[float], now: Callable[[], float]) -> AbstractContextManager[object]:
     """Note the seconds of every step of a dictionary."""
-    step = Group.step
+    step = CoupledTrainers.step
 
-    def timed(group: Group, *args: Any) -> list[dict[str, float] | None]:
+    def timed(group: CoupledTrainers, *args: Any) -> list[dict[str, float] | None]:
         begun = now()
         logged = step(group, *args)
         taken.append(now() - begun)
         return logged
 
-    return patch.object(Group, "step", timed)
+    return patch.object(CoupledTrainers, "step", timed)
 
 
 def trained(store: ActivationStore, dictionaries: int, args: argparse.Namespace) -> Times:

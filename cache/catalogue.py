@@ -18,7 +18,7 @@ from sae.cache.disk.durable import read, write_atomic
 from sae.cache.disk.identity import Recipe, canonical, digest
 from sae.cache.disk.locks import held
 from sae.cache.disk.parsing import MOST_BYTES, name_of_file, parsed_mapping, shown
-from sae.cache.disk.paths import is_remote, place
+from sae.cache.disk.paths import is_remote, parse_path
 from sae.cache.errors import DamagedStore, NotFound, SaeError
 from sae.cache.runs import CONFIG, Run, SeenStore
 from sae.cache.store.head import RECIPE, read_head
@@ -112,8 +112,8 @@ def find(root: Path, kind: type[AnyStore], name: str | None, argument: str | Non
     usual, make = FOUND_BY[kind.kind]
     said = f"{argument or usual} = {'...' if name is None else name}"
     known = folders(root, kind.kind)
-    if name is not None and (place(name) / RECIPE).exists():
-        matches = [place(name)]
+    if name is not None and (parse_path(name) / RECIPE).exists():
+        matches = [parse_path(name)]
     elif name is not None:
         exact = [path for path in known if path.name == name]
         matches = exact or _meant([path for path in known if path.name.startswith(name)])
@@ -146,8 +146,8 @@ def located(root: Path, name: str) -> Path:
     if not name:
         raise SaeError("the name of a store is empty; `stores()` lists the keys")
     every = [path for kind in kinds() for path in folders(root, kind)]
-    if (place(name) / RECIPE).exists():
-        matches = [as_named(place(name))]
+    if (parse_path(name) / RECIPE).exists():
+        matches = [as_named(parse_path(name))]
     else:
         exact = [path for path in every if path.name == name]
         begun = [path for path in every if path.name.startswith(name)]

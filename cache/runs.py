@@ -343,7 +343,7 @@ class Run:
         """Write the finished dictionary (weights last: their presence says it is finished)."""
         data = json.dumps(config, indent=2, allow_nan=False).encode()
         write_in(self.path, WEIGHTS_CONFIG, data)
-        write_tensors(self.path, WEIGHTS, tensors, beside=data if self.sealed else b"")  # as the folder was begun
+        write_tensors(self.path, WEIGHTS, tensors, extra_file=data if self.sealed else b"")  # as the folder was begun
 
     def load_weights(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and cfg.json of the finished dictionary. Raises NotFound while training has not ended."""
@@ -355,7 +355,7 @@ class Run:
             raise DamagedStore(f"{self.path / WEIGHTS_CONFIG}: missing, though training has finished")
         data = self._bytes(WEIGHTS_CONFIG)
         try:
-            tensors, _ = read_tensors(self.path / WEIGHTS, sealed=self.sealed, beside=data if self.sealed else b"")
+            tensors, _ = read_tensors(self.path / WEIGHTS, sealed=self.sealed, extra_file=data if self.sealed else b"")
         except DamagedStore as error:
             raise DamagedStore(f"{error}, or {WEIGHTS_CONFIG} beside it is not what was written") from error
         with _reading(self.path / WEIGHTS_CONFIG):

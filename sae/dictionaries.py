@@ -25,7 +25,7 @@ def load(run: Named | Run, *, runs: Named | None = None, device: str = "cpu") ->
     """
     if not isinstance(run, Run):
         run = _found(Path(run).expanduser(), runs_folder(runs))
-    return trained.load(run).to(devices.device(device))
+    return trained.load_run(run).to(devices.resolve_device(device))
 
 
 def read(folder: Named, *, device: str = "cpu") -> Dictionary:
@@ -33,7 +33,7 @@ def read(folder: Named, *, device: str = "cpu") -> Dictionary:
 
     It is in the units of that tool's data, in float32. Raises SaeError where there is none.
     """
-    return formats.read(Path(folder).expanduser()).dictionary.to(devices.device(device))
+    return formats.read(Path(folder).expanduser()).dictionary.to(devices.resolve_device(device))
 
 
 def runs_folder(runs: Named | None) -> Path:

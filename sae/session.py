@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from sae import configs
 from sae.cache import catalogue
 from sae.cache.activations import ActivationStore
-from sae.cache.disk.paths import place
+from sae.cache.disk.paths import parse_path
 from sae.cache.errors import SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import CONFIG, Run
@@ -83,12 +83,12 @@ class Session:
         import platformdirs
 
         given = cache if cache is not None else os.environ.get("SAE_CACHE") or platformdirs.user_cache_dir("sae")
-        self.cache = place(os.path.expanduser(os.fspath(given)))
+        self.cache = parse_path(os.path.expanduser(os.fspath(given)))
         self.runs = runs_folder(runs)
         for name, folder in (("cache", self.cache), ("runs", self.runs)):
             if folder.exists() and not folder.is_dir():
                 raise SaeError(f"{name} = {folder}: is a file, not a folder; name another")
-        devices.device(device)  # said at once where there is none
+        devices.resolve_device(device)  # said at once where there is none
         self.device, self.offline = device, offline
         self.progress = _progress(progress) if isinstance(progress, bool) else progress
 
@@ -253,7 +253,11 @@ class Session:
         here = what.W_dec.device
         config = config.model_copy(update={"dead_rows": 0})
         found = judge(
-            Subject(what.to(devices.device(self.device)), dataset.truth), dataset, dataset, config, self.progress
+            Subject(what.to(devices.resolve_device(self.device)), dataset.truth),
+            dataset,
+            dataset,
+            config,
+            self.progress,
         )
         what.to(here)
         return Figures(found.as_json())

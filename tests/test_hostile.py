@@ -127,7 +127,7 @@ def readings(home: Path, about: str) -> Iterator[Callable[[], object]]:
     yield lambda: Run(one).evaluation()
     yield lambda: Run(one).load_checkpoint()
     yield lambda: settings_of(Run(one))
-    yield lambda: trained.load(Run(one))
+    yield lambda: trained.load_run(Run(one))
     yield lambda: compare([Run(one)])
     yield lambda: page(read(Run(one)))
 

@@ -5,7 +5,7 @@ holds it. On network file systems without flock, writers must not meet: use one 
 
 On a remote filesystem the lock is an object that only one process can create (for S3 a conditional PUT) and that its
 holder deletes. It does not die with its holder: one left by a dead process of this machine is taken over, about one of
-another machine only a person can know. Filesystems without exclusive creation give no more than good manners.
+another machine only a person can know. Filesystems without exclusive creation give an advisory lock only.
 
 Who reads a store of this machine for long holds its folder, shared (`reading`), and who removes it wants it alone.
 Remotely nobody knows of readers.
@@ -57,79 +57,79 @@ class Lock:
         self.path = folder / LOCK
         self.wait = wait
         self.stale: str | None = None
-        self._grip: _Grip = _ObjectGrip(self.path) if is_remote(folder) else _FileGrip(self.path)
+        self._backend: _LockBackend = _ObjectBackend(self.path) if is_remote(folder) else _FileBackend(self.path)
 
     def __enter__(self) -> "Lock":
         tries = 0
         try:
-            while not self._grip.take():
+            while not self._backend.acquire():
                 tries += 1
                 if tries >= TRIES and not self.wait:
-                    raise Busy(self._grip.busy())
-                time.sleep(self._grip.pause)
+                    raise Busy(self._backend.busy())
+                time.sleep(self._backend.pause)
         except failures() as error:
             raise explained(error, self.path) from error
-        left = self._grip.left
+        left = self._backend.stale_owner
         self.stale = f"{self.path.parent}: took over the lock that {_name(left)} left behind" if left else None
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._grip.release()
+        self._backend.release()
 
     def confirm(self) -> None:
         """Raise Busy where the lock is not ours any more: somebody deleted it, and another process may be writing."""
-        if not self._grip.kept():
+        if not self._backend.is_held():
             raise Busy(
                 f"{self.path.parent}: its lock was taken away while this process was writing; repeat the command"
             )
 
     def erase(self) -> None:
         """Remove the lock, and its folder where nothing else is in it: somebody may have begun anew."""
-        if self._grip.kept():
+        if self._backend.is_held():
             self.path.unlink()
             with suppress(OSError):
                 self.path.parent.rmdir()
 
 
-class _Grip(ABC):
-    """How a lock is held. `left` is what a dead holder wrote into it, empty where it had been released."""
+class _LockBackend(ABC):
+    """How a lock is held. `stale_owner` is what a dead holder wrote into it, empty where it had been released."""
 
     pause: ClassVar[float]  # seconds between tries
 
     def __init__(self, path: Path) -> None:
-        self.path, self.left = path, b""
+        self.path, self.stale_owner = path, b""
 
     @abstractmethod
-    def take(self) -> bool:
+    def acquire(self) -> bool:
         """Try once."""
 
     @abstractmethod
     def release(self) -> None: ...
 
     @abstractmethod
-    def kept(self) -> bool:
+    def is_held(self) -> bool:
         """Whether it is still ours."""
 
     def busy(self) -> str:
         return f"{self.path.parent}: {_name(read(self.path))} is writing here; wait for it or end it"
 
 
-class _FileGrip(_Grip):
+class _FileBackend(_LockBackend):
     """The kernel's lock on an open file."""
 
     pause = 0.1
     _handle: int | None = None
 
-    def take(self) -> bool:
+    def acquire(self) -> bool:
         make_folder(self.path.parent)
         expect_no_link(self.path.parent)
         handle = opened_to_change(self.path)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if self._is_at_path(handle):
-                self.left = self._own_text(handle)
+                self.stale_owner = self._own_text(handle)
                 if os.fstat(handle).st_nlink == 1:
                     os.ftruncate(handle, 0)
                     os.pwrite(handle, _me(), 0)
@@ -143,7 +143,7 @@ class _FileGrip(_Grip):
             os.close(handle)
             raise
         os.close(handle)  # it was removed before we had it, by us or with its folder
-        return self.take()
+        return self.acquire()
 
     def release(self) -> None:
         assert self._handle is not None
@@ -151,7 +151,7 @@ class _FileGrip(_Grip):
         os.close(self._handle)
         self._handle = None
 
-    def kept(self) -> bool:
+    def is_held(self) -> bool:
         return self._handle is not None and self._is_at_path(self._handle)
 
     def _is_at_path(self, handle: int) -> bool:
@@ -169,13 +169,13 @@ class _FileGrip(_Grip):
         return text.strip(b"\0")  # zeros: its power was cut
 
 
-class _ObjectGrip(_Grip):
+class _ObjectBackend(_LockBackend):
     """An object that only one process can create."""
 
     pause = 0.5
     _mine = b""
 
-    def take(self) -> bool:
+    def acquire(self) -> bool:
         self._mine = _me()
         try:
             filesystem(self.path).pipe_file(filesystem_path(self.path), self._mine, mode="create")
@@ -192,15 +192,15 @@ class _ObjectGrip(_Grip):
             unchanged = read(self.path) == dead
             if unchanged:
                 write_atomic(self.path, self._mine)
-                self.left = dead
+                self.stale_owner = dead
             turns.erase()
         return unchanged
 
     def release(self) -> None:
-        if self.kept():
+        if self.is_held():
             self.path.unlink(missing_ok=True)
 
-    def kept(self) -> bool:
+    def is_held(self) -> bool:
         return read(self.path) == self._mine
 
     def busy(self) -> str:

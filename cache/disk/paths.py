@@ -21,7 +21,7 @@ NO_SUCH_RANGE = re.compile(r"InvalidRange|range.* not satisfiable", re.IGNORECAS
 QUICK = {"config_kwargs": {"retries": {"max_attempts": 1}, "connect_timeout": 5, "read_timeout": 5}}
 
 
-def place(text: str) -> Path:
+def parse_path(text: str) -> Path:
     """The folder or file that a text names: a path of this machine, or a URL (of which nothing is asked yet).
 
     Raises SaeError for a filesystem that is not known or not installed, and for a name with a pattern in it.

@@ -17,21 +17,28 @@ CRC = "crc32c"
 
 
 def write_tensors(
-    folder: Path, name: str, tensors: dict[str, Tensor], header: dict[str, str] | None = None, *, beside: bytes = b""
+    folder: Path,
+    name: str,
+    tensors: dict[str, Tensor],
+    header: dict[str, str] | None = None,
+    *,
+    extra_file: bytes = b"",
 ) -> None:
     """Write a file of a run atomically, with texts in its header beside the tensors.
 
-    `beside` is the content of another file, which the checksum covers as well. (The library writes several texts of a
-    header in any order, so a file whose bytes are to follow from its content has the checksum alone.)
+    `extra_file` is the content of another file, which the checksum covers as well. (The library writes several texts
+    of a header in any order, so a file whose bytes are to follow from its content has the checksum alone.)
     """
     import safetensors.torch
 
     said = dict(header or {})
     flat = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    write_in(folder, name, safetensors.torch.save(flat, metadata={**said, CRC: _checksum(flat, said, beside)}))
+    write_in(folder, name, safetensors.torch.save(flat, metadata={**said, CRC: _checksum(flat, said, extra_file)}))
 
 
-def read_tensors(path: Path, *, sealed: bool = True, beside: bytes = b"") -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(
+    path: Path, *, sealed: bool = True, extra_file: bytes = b""
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header of a file; with `sealed` false its checksum may be missing, as in files of version 0.1.0.
 
     Raises NotFound where it is not there, DamagedStore where it is not what was written.
@@ -44,7 +51,7 @@ def read_tensors(path: Path, *, sealed: bool = True, beside: bytes = b"") -> tup
         raise DamagedStore(f"{path}: is not the file that was written ({error})") from error
     except OSError as error:
         raise unreadable(error, path) from error
-    if (sealed or CRC in header) and header.get(CRC) != _checksum(tensors, header, beside):
+    if (sealed or CRC in header) and header.get(CRC) != _checksum(tensors, header, extra_file):
         raise DamagedStore(f"{path}: damaged (its checksum differs)")
     return tensors, header
 
@@ -63,13 +70,13 @@ def read_header(path: Path) -> dict[str, str]:
         raise unreadable(error, path) from error
 
 
-def _checksum(tensors: dict[str, Tensor], header: dict[str, str], beside: bytes) -> str:
+def _checksum(tensors: dict[str, Tensor], header: dict[str, str], extra_file: bytes) -> str:
     """crc32c over every tensor's name, type, shape and bytes, the texts of the header, and the file beside it."""
     import torch
 
     parts = [header.get("state", "")]  # all that a header said in version 0.1.0
     parts += [f"{name} {header[name]}" for name in sorted(header) if name not in (CRC, "state")]
-    parts += [checksum(beside)] if beside else []
+    parts += [checksum(extra_file)] if extra_file else []
     for name in sorted(tensors):
         tensor = tensors[name]
         data = checksum(tensor.flatten().view(torch.uint8).numpy().data)

@@ -1,11 +1,11 @@
 """Where the loader's rows come from: the open chunks of one store, shared by the threads that fill its buffers.
 
-Uncompressed chunks of this machine take no room of their own: what a step takes of one is read in one call, each slice
-straight to its place in the batches (`Slices`). Everything else, that is compressed chunks and remote stores, is
-decoded ahead of its first use into buffers that are used again (`Decoded`). Either way every byte of a chunk is checked
-against what was committed before one of its rows is given: compressed ones each time they are decoded, uncompressed
-ones when a loader first opens them. (A check of each slice, each time, cost a quarter of the speed; files are replaced,
-never changed in place.)
+Uncompressed chunks of this machine take no buffer of their own: what a step takes of one is read in one call, each
+slice straight to its place in the batches (`DirectReader`). Everything else, that is compressed chunks and remote
+stores, is decoded ahead of its first use into buffers that are used again (`DecodingReader`). Either way every byte of
+a chunk is checked against what was committed before one of its rows is given: compressed ones each time they are
+decoded, uncompressed ones when a loader first opens them. (A check of each slice, each time, cost a quarter of the
+speed; files are replaced, never changed in place.)
 """
 
 import os
@@ -28,7 +28,7 @@ IOV_MAX = os.sysconf("SC_IOV_MAX")  # buffers that one call can fill
 PIECE = 1 << 18  # bytes read and checked at a time, while they are in the processor's nearest cache
 
 
-Opened = TypeVar("Opened", "File", "Whole")
+Opened = TypeVar("Opened", "OpenFile", "DecodedChunk")
 
 
 class Chunks(ABC, Generic[Opened]):
@@ -83,14 +83,14 @@ class Chunks(ABC, Generic[Opened]):
         apart[IOV_MAX - 1 :: IOV_MAX] = True
         runs: np.ndarray = np.concatenate([[0], np.flatnonzero(apart) + 1])  # the first span of each stretch of a file
         first, last = low[runs], low[runs] + np.add.reduceat(sizes, runs)
-        rooms = _cut(rows, (end - sizes) * self._row_bytes, end * self._row_bytes)
-        theirs = [rooms[i:j] for i, j in pairwise([*runs.tolist(), len(rooms)])]
+        buffers = _cut(rows, (end - sizes) * self._row_bytes, end * self._row_bytes)
+        theirs = [buffers[i:j] for i, j in pairwise([*runs.tolist(), len(buffers)])]
         scales = []
-        for number, at, to, room in zip(chunk[runs].tolist(), first.tolist(), last.tolist(), theirs, strict=True):
+        for number, at, to, buffer in zip(chunk[runs].tolist(), first.tolist(), last.tolist(), theirs, strict=True):
             opened = self._ready.get(number)
             if opened is None:
                 opened = self._ready[number] = self._open[number].result()
-            self._copy(opened, at * self._row_bytes, to * self._row_bytes, room)
+            self._copy(opened, at * self._row_bytes, to * self._row_bytes, buffer)
             scales.append(opened.scale[at:to])
         if scale is not None:
             _lay(np.concatenate(scales), sizes, end, scale)
@@ -104,8 +104,8 @@ class Chunks(ABC, Generic[Opened]):
             self._close(opened.result())
 
     @abstractmethod
-    def _copy(self, opened: Opened, first: int, last: int, rooms: list[memoryview]) -> None:
-        """Fill the rooms, one after the other, with bytes [first, last) of a decoded chunk."""
+    def _copy(self, opened: Opened, first: int, last: int, buffers: list[memoryview]) -> None:
+        """Fill the buffers, one after the other, with bytes [first, last) of a decoded chunk."""
 
     @abstractmethod
     def _opened(self, chunk: int) -> Opened: ...
@@ -114,7 +114,7 @@ class Chunks(ABC, Generic[Opened]):
     def _close(self, opened: Opened) -> None: ...
 
 
-class File(NamedTuple):
+class OpenFile(NamedTuple):
     """An open chunk file, and its rows' scales (nothing where there are none)."""
 
     path: Path
@@ -123,72 +123,72 @@ class File(NamedTuple):
 
 
 @final
-class Slices(Chunks[File]):
+class DirectReader(Chunks[OpenFile]):
     """Uncompressed chunk files of this machine, of which each stretch is read to where its slices belong."""
 
     def __init__(self, store: ActivationStore, pool: Executor) -> None:
         super().__init__(store, pool)
         self._checked: set[int] = set()
 
-    def _copy(self, opened: File, first: int, last: int, rooms: list[memoryview]) -> None:
+    def _copy(self, opened: OpenFile, first: int, last: int, buffers: list[memoryview]) -> None:
         try:
-            got = os.preadv(opened.handle, rooms, first)
+            got = os.preadv(opened.handle, buffers, first)
         except OSError as error:
             raise unreadable(error, opened.path) from error
         if got != last - first:
             raise self.store.damaged(opened.path)
 
-    def _opened(self, chunk: int) -> File:
+    def _opened(self, chunk: int) -> OpenFile:
         name = self.store.arrays["rows"].chunk_file(chunk)
         path = self.store.path / name
         scale = self._scale(chunk)
         handle = opened_file(self.store, name)
         try:
             if chunk not in self._checked:
-                room = np.empty(PIECE, np.uint8)
-                read_checked(self.store, handle, name, lambda got: room)
+                buffer = np.empty(PIECE, np.uint8)
+                read_checked(self.store, handle, name, lambda got: buffer)
                 self._checked.add(chunk)
             elif os.fstat(handle).st_size != self.store.committed(name)[0]:
                 raise self.store.damaged(path)
         except BaseException:
             os.close(handle)
             raise
-        return File(path, handle, scale)
+        return OpenFile(path, handle, scale)
 
-    def _close(self, opened: File) -> None:
+    def _close(self, opened: OpenFile) -> None:
         os.close(opened.handle)
 
 
-class Whole(NamedTuple):
+class DecodedChunk(NamedTuple):
     """A decoded chunk, its bytes, and its rows' scales (nothing where there are none)."""
 
-    room: np.ndarray
+    buffer: np.ndarray
     rows: memoryview
     scale: np.ndarray
 
 
 @final
-class Decoded(Chunks[Whole]):
+class DecodingReader(Chunks[DecodedChunk]):
     """Chunks decoded whole, into buffers that are used again."""
 
     def __init__(self, store: ActivationStore, pool: Executor) -> None:
         super().__init__(store, pool)
-        self._free: list[np.ndarray] = []  # room for decoded chunks
-        self._stored: list[np.ndarray] = []  # room for stored ones
+        self._free: list[np.ndarray] = []  # buffer for decoded chunks
+        self._stored: list[np.ndarray] = []  # buffer for stored ones
         self._local = not is_remote(store.path)
 
-    def _copy(self, opened: Whole, first: int, last: int, rooms: list[memoryview]) -> None:
-        for room in rooms:
-            room[:] = opened.rows[first : first + len(room)]
-            first += len(room)
+    def _copy(self, opened: DecodedChunk, first: int, last: int, buffers: list[memoryview]) -> None:
+        for buffer in buffers:
+            buffer[:] = opened.rows[first : first + len(buffer)]
+            first += len(buffer)
 
-    def _opened(self, chunk: int) -> Whole:
+    def _opened(self, chunk: int) -> DecodedChunk:
         spec, scale = self.store.arrays["rows"], self._scale(chunk)
         name = spec.chunk_file(chunk)
-        room = self._free.pop() if self._free else np.empty(spec.chunk_shape, spec.dtype)
+        buffer = self._free.pop() if self._free else np.empty(spec.chunk_shape, spec.dtype)
         if not self._local:
-            self.store.decoded_chunk(name, self.store.stored(name), room)
-            return Whole(room, bytes_of(room), scale)
+            self.store.decoded_chunk(name, self.store.stored(name), buffer)
+            return DecodedChunk(buffer, bytes_of(buffer), scale)
         size = self.store.committed(name)[0]
         stored = self._stored.pop() if self._stored else np.empty(0, np.uint8)
         if len(stored) <= size:  # one byte more, so that a file that grew is noticed
@@ -198,12 +198,12 @@ class Decoded(Chunks[Whole]):
             read_checked(self.store, handle, name, lambda got: stored[got : min(got + PIECE, size + 1)])
         finally:
             os.close(handle)
-        self.store.decoded_chunk(name, stored[:size], room)
+        self.store.decoded_chunk(name, stored[:size], buffer)
         self._stored.append(stored)
-        return Whole(room, bytes_of(room), scale)
+        return DecodedChunk(buffer, bytes_of(buffer), scale)
 
-    def _close(self, opened: Whole) -> None:
-        self._free.append(opened.room)
+    def _close(self, opened: DecodedChunk) -> None:
+        self._free.append(opened.buffer)
 
 
 def bytes_of(rows: np.ndarray) -> memoryview:
@@ -213,8 +213,8 @@ def bytes_of(rows: np.ndarray) -> memoryview:
 
 def _cut(rows: np.ndarray, begin: np.ndarray, end: np.ndarray) -> list[memoryview]:
     """Bytes [begin, end) of an array, for each of them."""
-    room = bytes_of(rows)
-    return [room[low:high] for low, high in zip(begin.tolist(), end.tolist(), strict=True)]
+    buffer = bytes_of(rows)
+    return [buffer[low:high] for low, high in zip(begin.tolist(), end.tolist(), strict=True)]
 
 
 def _lay(found: np.ndarray, sizes: np.ndarray, end: np.ndarray, out: np.ndarray) -> None:
@@ -239,26 +239,26 @@ def opened_file(store: ActivationStore, name: str) -> int:
 def read_checked(store: ActivationStore, handle: int, name: str, room_at: Callable[[int], np.ndarray]) -> None:
     """Read a committed file piece by piece, what starts at byte `got` into `room_at(got)`.
 
-    The rooms must have place for a byte more than was committed, so that a file that grew is noticed. Raises
+    The buffers must have place for a byte more than was committed, so that a file that grew is noticed. Raises
     DamagedStore where the bytes are not those committed.
     """
     path = store.path / name
     size, crc = store.committed(name)
     got = found = 0
     while got <= size:
-        room = room_at(got)
+        buffer = room_at(got)
         try:
-            n = os.preadv(handle, (room.data,), got)
+            n = os.preadv(handle, (buffer.data,), got)
         except OSError as error:
             raise unreadable(error, path) from error
         if not n:
             break
-        found, got = crc32c_of(found, room[:n]), got + n
+        found, got = crc32c_of(found, buffer[:n]), got + n
     if got != size or f"{found:08x}" != crc:
         raise store.damaged(path)
 
 
-def chunks(store: ActivationStore, pool: Executor) -> Slices | Decoded:
+def chunks(store: ActivationStore, pool: Executor) -> DirectReader | DecodingReader:
     """The fastest way to read a store."""
     direct = store.arrays["rows"].zstd is None and not is_remote(store.path)
-    return Slices(store, pool) if direct else Decoded(store, pool)
+    return DirectReader(store, pool) if direct else DecodingReader(store, pool)

@@ -29,8 +29,8 @@ from sae.cache.activations import ActivationStore, origin
 from sae.cache.disk.identity import canonical
 from sae.cache.disk.parsing import whole
 from sae.cache.errors import DamagedStore, SaeError
-from sae.cache.loader.prefetch import Buffer, Filler
-from sae.cache.loader.schedule import OPEN_CHUNKS, BatchRows, Place, Schedule, Spans, shares
+from sae.cache.loader.prefetch import Buffer, Prefetcher
+from sae.cache.loader.schedule import OPEN_CHUNKS, BatchRows, LoaderPosition, Schedule, Spans, shares
 from sae.cache.outliers import Outliers, largest_norm
 from sae.cache.store.codecs import Columns, Encoded, from_numpy
 
@@ -116,7 +116,7 @@ class _Stored:
             self.rows, max(sizes), batch * world, open_chunks, seed, piece=min(sizes), dropped=dropped
         )
         self._columns = [Columns(*(column.to(self.device) for column in store.columns)) for store in self.stores]
-        self._place = Place()
+        self._place = LoaderPosition()
         self._last: list[tuple[Spans, int, int]] = []  # the steps, and rows [low, high) of each, of the last batch
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
@@ -131,11 +131,11 @@ class _Stored:
         """Continue where `state_dict` was taken (by any rank). Raises SaeError for a state of another order."""
         for name in {**self._order, **state}:
             given, mine = state.get(name), self._order.get(name)
-            if name not in Place._fields and given != mine:
+            if name not in LoaderPosition._fields and given != mine:
                 where = self.stores[0].path
                 raise SaeError(f"{where}: the state is of {name} = {given}, this loader has {mine}")
         try:
-            place = Place(whole(state, "epoch", 0, 1 << 40), whole(state, "step"), whole(state, "taken"))
+            place = LoaderPosition(whole(state, "epoch", 0, 1 << 40), whole(state, "step"), whole(state, "taken"))
             if place.step >= self.schedule.steps or place.taken > self.schedule.count(place.epoch, place.step):
                 raise ValueError(f"step {place.step} of {self.schedule.steps} has no row {place.taken}")
         except ValueError as error:
@@ -186,11 +186,11 @@ class _Stored:
                         yield [_joined(parts) for parts in zip(*begun, strict=True)]
                         begun, spans, got = [], [], 0
 
-    def _filler(self) -> Filler:
+    def _filler(self) -> Prefetcher:
         plan = shares(
             self.schedule, self._place, batch=self.batch, epochs=self.epochs, rank=self.rank, world=self.world
         )
-        return Filler(self.stores, plan, device=self.device, pool=self._pool, threads=self._threads)
+        return Prefetcher(self.stores, plan, device=self.device, pool=self._pool, threads=self._threads)
 
     def _taken(self, buffer: Buffer, low: int, high: int, *, keep: bool) -> list[Encoded]:
         """Rows of a buffer, on the device; with `keep` they outlive what the buffer holds."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sae.cache.activations import ActivationStore
-from sae.cache.loader.chunks import Decoded, Slices, chunks
+from sae.cache.loader.chunks import DecodingReader, DirectReader, chunks
 from sae.cache.loader.schedule import Share, Spans
 from sae.cache.store.codecs import Encoded, from_numpy, to_numpy
 
@@ -42,7 +42,7 @@ class Buffer:
             self._copied.synchronize()
 
 
-class Filler:
+class Prefetcher:
     """Iterates (share, buffer that holds its rows); the buffer is the caller's until the next one is asked for.
 
     A whole step's share is laid out at once, in one read of each open chunk: calls and handing over cost more than is
@@ -70,7 +70,7 @@ class Filler:
         self._filling: deque[tuple[Share, Buffer, Future[None]]] = deque()
         self._ahead = threads + 2
 
-    def __enter__(self) -> "Filler":
+    def __enter__(self) -> "Prefetcher":
         return self
 
     def __exit__(
@@ -105,7 +105,7 @@ class Filler:
             self._filling.append((share, buffer, self._pool.submit(self._fill, share.spans, buffer)))
         return bool(self._filling)
 
-    def _too_many(self, chunks: Slices | Decoded, needed: list[int]) -> bool:
+    def _too_many(self, chunks: DirectReader | DecodingReader, needed: list[int]) -> bool:
         """Whether more chunks would be held, beside those needed, than are read ahead."""
         return chunks.beside(needed) > self._ahead
 

@@ -61,7 +61,7 @@ class Spans(NamedTuple):
         return Spans(start[start < stop], stop[start < stop])
 
 
-class Place(NamedTuple):
+class LoaderPosition(NamedTuple):
     """Where a round starts: `taken` rows of step `step` of an epoch have been given."""
 
     epoch: int = 0
@@ -129,7 +129,7 @@ class Schedule:
         gone = [self._dropped(chunk) for chunk in sorted({*(segments // self.chunk_rows).tolist()})]
         return spans.without(np.concatenate(gone))
 
-    def after(self, place: Place, rows: int, epochs: int | None) -> tuple[int, Place]:
+    def after(self, place: LoaderPosition, rows: int, epochs: int | None) -> tuple[int, LoaderPosition]:
         """How many of the next `rows` rows there are, and the place after them."""
         epoch, step, taken = place
         given = 0
@@ -143,7 +143,7 @@ class Schedule:
                     epoch, step = epoch + 1, 0
                     if not given and epoch > place.epoch + 1:
                         raise SaeError(f"every one of the {self.rows:,} rows is an outlier; allow larger norms")
-        return given, Place(epoch, step, taken)
+        return given, LoaderPosition(epoch, step, taken)
 
 
 class BatchRows(NamedTuple):
@@ -151,7 +151,7 @@ class BatchRows(NamedTuple):
 
     start: int
     rows: int
-    after: Place
+    after: LoaderPosition
 
 
 class Share(NamedTuple):
@@ -162,7 +162,7 @@ class Share(NamedTuple):
 
 
 def shares(
-    schedule: Schedule, place: Place, *, batch: int, epochs: int | None, rank: int, world: int
+    schedule: Schedule, place: LoaderPosition, *, batch: int, epochs: int | None, rank: int, world: int
 ) -> Iterator[Share]:
     """A rank's rows from a place on, step by step. Steps of which it takes nothing are left out.
 

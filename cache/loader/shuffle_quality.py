@@ -16,7 +16,7 @@ import numpy as np
 from sae.cache.activations import ActivationStore
 from sae.cache.catalogue import of_recipe
 from sae.cache.errors import SaeError
-from sae.cache.loader.schedule import OPEN_CHUNKS, Place, Schedule
+from sae.cache.loader.schedule import OPEN_CHUNKS, LoaderPosition, Schedule
 from sae.cache.store.store import Store
 from sae.cache.tokens import TokenStore
 
@@ -126,7 +126,7 @@ def _stretches(schedule: Schedule, batch: int) -> Iterator[np.ndarray]:
     for number in range(min(MOST_STRETCHES, max(1, schedule.rows // (STRETCH * batch)))):
         step = number * schedule.steps // MOST_STRETCHES if schedule.steps >= MOST_STRETCHES else number
         parts: list[np.ndarray] = []
-        place = Place(0, step)
+        place = LoaderPosition(0, step)
         while place.epoch == 0 and sum(map(len, parts)) < STRETCH * batch:
             spans = schedule.spans(0, place.step)
             sizes = spans.stop - spans.start

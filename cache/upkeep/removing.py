@@ -9,7 +9,7 @@ from sae.cache.disk import removal
 from sae.cache.disk.durable import expect_no_link, explained, read
 from sae.cache.disk.identity import digest
 from sae.cache.disk.locks import Lock, held
-from sae.cache.disk.paths import is_remote, place
+from sae.cache.disk.paths import is_remote, parse_path
 from sae.cache.errors import Busy, NotFound, SaeError
 from sae.cache.store.contents import group_recipe, is_own
 from sae.cache.store.head import RECIPE, read_head
@@ -45,7 +45,7 @@ def removable(root: Path, name: str) -> Path:
         raise SaeError(f"{name}: which one? {catalogue.listed(matches)}")
     if matches:
         return matches[0]
-    path = catalogue.as_named(place(name))
+    path = catalogue.as_named(parse_path(name))
     if not (path.exists() or path.is_symlink()):
         raise NotFound(f"{name}: no such store in {root}; there is {catalogue.listed(known) or 'nothing yet'}")
     for parent in parents:

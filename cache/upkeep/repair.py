@@ -36,17 +36,17 @@ from sae.cache.store.writer import encoders
 from sae.cache.upkeep.damage import DamagedStoreView, Finding, inspect_damage
 
 
-class Made(NamedTuple):
+class RebuiltWindow(NamedTuple):
     """A window made again: its arrays, and the notes of its line."""
 
     arrays: dict[str, np.ndarray]
     notes: dict[str, Any]
 
 
-class Maker(Protocol):
+class WindowRebuilder(Protocol):
     """What makes the parts of one store again. Each raises SaeError where what it needs is not there any more."""
 
-    def window(self, before: Store, window: Window, *, lost: bool) -> Made:
+    def window(self, before: Store, window: Window, *, lost: bool) -> RebuiltWindow:
         """A window of a store that is whole `before` it. Of a lost one only the bounds are known: the rows may end."""
 
     def file(self, name: str) -> bytes:
@@ -70,7 +70,7 @@ class Repaired:
         return {"key": self.key, "files": list(self.files), "replaced_windows": list(self.replaced)}
 
 
-def repair(folder: Path, damaged: Collection[str], maker: Callable[[Store], Maker]) -> Repaired:
+def repair(folder: Path, damaged: Collection[str], maker: Callable[[Store], WindowRebuilder]) -> Repaired:
     """Make the `damaged` files of the store in a folder again, and what its manifest and its metadata have lost.
 
     `maker` is asked once, and only where something has to be made again. Raises Busy while a writer holds the store,
@@ -81,7 +81,7 @@ def repair(folder: Path, damaged: Collection[str], maker: Callable[[Store], Make
 
 
 def repair_all(
-    found: Sequence[DamagedStoreView], findings: Sequence[Finding], maker: Callable[[Store], Maker]
+    found: Sequence[DamagedStoreView], findings: Sequence[Finding], maker: Callable[[Store], WindowRebuilder]
 ) -> tuple[list[Repaired], list[SaeError]]:
     """Repair the stores that have damage, one after the other: what was done, and what could not be."""
     done: list[Repaired] = []
@@ -118,10 +118,10 @@ class _Repair:
     """One repair, under the lock."""
 
     found: DamagedStoreView
-    new_maker: Callable[[Store], Maker]
+    new_maker: Callable[[Store], WindowRebuilder]
     written: list[str] = field(default_factory=list)
     replaced: list[int] = field(default_factory=list)
-    _maker: Maker | None = None
+    _maker: WindowRebuilder | None = None
 
     def run(self, damaged: Collection[str]) -> Repaired:
         store = self.found.store

@@ -92,11 +92,11 @@ def mend(
     from sae.cache.activations import ActivationStore
     from sae.cache.store.store import Store
     from sae.cache.tokens import TokenStore
-    from sae.cache.upkeep.repair import Maker, repair_all
+    from sae.cache.upkeep.repair import WindowRebuilder, repair_all
     from sae.pipeline.harvest.repair import RowMaker
     from sae.pipeline.tokenize.repair import TokenMaker
 
-    def maker(store: Store) -> Maker:
+    def maker(store: Store) -> WindowRebuilder:
         if isinstance(store, TokenStore):
             return TokenMaker(store, origins, progress)
         assert isinstance(store, ActivationStore), store.kind

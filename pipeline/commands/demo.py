@@ -30,7 +30,7 @@ def demo(
         from sae.pipeline.commands.all_stages import all_stages
         from sae.pipeline.runtime import devices
 
-    devices.device(device)
+    devices.resolve_device(device)
     devices.take_threads(threads, bars.note)
     result = all_stages(root, folder("--runs", runs), bars, overrides=set_ or [], device=device, workers=workers)
     if json:

@@ -98,9 +98,9 @@ def cache_root(given: str | None) -> Path:
     """The folder of the cache. Raises SaeError for a file, and for a URL that cannot be reached."""
     import platformdirs
 
-    from sae.cache.disk.paths import expect_reachable, is_remote, place
+    from sae.cache.disk.paths import expect_reachable, is_remote, parse_path
 
-    found = place(given or platformdirs.user_cache_dir("sae"))
+    found = parse_path(given or platformdirs.user_cache_dir("sae"))
     if is_remote(found):
         expect_reachable("cache", found)
         return found

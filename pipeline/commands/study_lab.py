@@ -85,7 +85,7 @@ def lab(
     from sae.pipeline.runtime import devices
     from sae.pipeline.studies.lab import Lab
 
-    devices.device(device)
+    devices.resolve_device(device)
     eval_config = resolve("eval", EvalConfig, preset=preset, file=file, overrides=overrides or ())
     bars = Bars()
     devices.take_threads(threads, bars.note)

@@ -97,7 +97,7 @@ def train(
         from sae.pipeline.train.alignment import BY
         from sae.pipeline.train.config import settings_of
         from sae.pipeline.train.stage import TrainConfig, open_run
-        from sae.pipeline.train.sweep import acquainted, combinations, of_seeds
+        from sae.pipeline.train.sweep import combinations, fill_in_align_seeds, of_seeds
         from sae.pipeline.train.trained import dataset_of
 
     take_threads(threads, bars.note)
@@ -132,7 +132,7 @@ def train(
     elif name is not None:
         expect_name(name)
     if not many and not resume:
-        acquainted(every)  # one that is to agree with others has none here
+        fill_in_align_seeds(every)  # one that is to agree with others has none here
     datasets = datasets or read.datasets(root, every[0].store_rows, bars)
     if many:
         every = every if seeds is None else of_seeds(every, seeds)
@@ -162,14 +162,14 @@ def took_part(device: str) -> bool:
 
     If so, it has done its share of the training on return. Where another process ended that, it is quiet about it.
     """
-    from sae.pipeline.parallel.torch_distributed import LostRank, torchrun_seat
-    from sae.pipeline.train.sweep import follow
+    from sae.pipeline.parallel.torch_distributed import LostRank, torchrun_process
+    from sae.pipeline.train.sweep import run_as_worker_rank
 
-    seat = torchrun_seat(device)
+    seat = torchrun_process(device)
     if seat is None or seat.rank == 0:
         return False
     try:
-        follow(seat)
+        run_as_worker_rank(seat)
     except LostRank as error:
         raise typer.Exit(error.exit_code) from error
     return True

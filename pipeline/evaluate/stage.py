@@ -60,7 +60,7 @@ def evaluate(
         raise SaeError(f"model = {model}: the rows of {training.key} come from no language model; leave it out")
     for line in _not_so_many(config, held_out, None if text is None else text[0]):
         progress.note(line)
-    sae.to(devices.device(device) if text is None else text[1].device)
+    sae.to(devices.resolve_device(device) if text is None else text[1].device)
     result = judge(Subject(sae, training.truth), training, held_out, config, progress, text=text)
     result.details["held_out"] = held_out.key
     found = result.as_json()

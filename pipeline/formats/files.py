@@ -38,7 +38,7 @@ def read_pair(folder: Path, settings: str, weights: str) -> tuple[dict[str, Any]
     if size > memory():
         raise SaeError(f"{folder / weights}: has {size / 2**30:,.1f} GiB, more than the memory of this machine")
     try:
-        tensors, _ = read_tensors(folder / weights, sealed=False, beside=data)
+        tensors, _ = read_tensors(folder / weights, sealed=False, extra_file=data)
     except DamagedStore as error:
         raise SaeError(f"{error}; is it whole, and of one making with {settings} beside it?") from error
     return said, tensors
@@ -48,7 +48,7 @@ def write_pair(folder: Path, settings: str, said: dict[str, Any], weights: str, 
     """Write what `read_pair` reads; the tensors last, with a checksum of both."""
     data = json.dumps(said, indent=2, allow_nan=False).encode()
     write_in(folder, settings, data)
-    write_tensors(folder, weights, tensors, beside=data)
+    write_tensors(folder, weights, tensors, extra_file=data)
 
 
 def memory() -> int:

@@ -9,7 +9,7 @@ from sae.cache.activations import ActivationStore
 from sae.cache.errors import DamagedStore, SaeError
 from sae.cache.store.manifest import Manifest, Window
 from sae.cache.store.store import Store
-from sae.cache.upkeep.repair import Made
+from sae.cache.upkeep.repair import RebuiltWindow
 from sae.pipeline.harvest.sources import WindowTask, source_of
 from sae.pipeline.harvest.windows import compute
 from sae.pipeline.runtime.origins import Origins
@@ -23,7 +23,7 @@ class RowMaker:
         self.store, self.progress, self.source = store, progress, source_of(store, origins)
         self.stream = self.source.streams[0].name
 
-    def window(self, before: Store, window: Window, *, lost: bool) -> Made:
+    def window(self, before: Store, window: Window, *, lost: bool) -> RebuiltWindow:
         assert isinstance(before, ActivationStore)
         task = self._task(before, window, lost)
         source = self.source.as_made(self.store.manifest.windows, window)
@@ -39,7 +39,7 @@ class RowMaker:
             self.progress.finish()
         if kept is not None and window.index == 0:
             arrays |= {"col_mean": kept.mean.numpy(), "col_scale": kept.scale.numpy()}
-        return Made(arrays, source.notes(task))
+        return RebuiltWindow(arrays, source.notes(task))
 
     def file(self, name: str) -> bytes:
         raise AssertionError(f"activations have no {name}")

@@ -66,7 +66,7 @@ def firings(sae: Dictionary, rows: Tensor) -> Firings:
     else:
         value = latents.values.reshape(-1)
         on = value.nonzero().view(-1)
-        row, latent, value = latents.entries.rows[on], latents.entries.indices[on], value[on]
+        row, latent, value = latents.entries.row_ids[on], latents.entries.indices[on], value[on]
     return Firings(row.cpu().numpy(), latent.cpu().numpy(), value.float().cpu().numpy())
 
 

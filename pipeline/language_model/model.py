@@ -76,7 +76,7 @@ class LanguageModel:
         """
         if dtype not in _DTYPES:
             raise SaeError(f"harvest.dtype = {dtype}: the forward pass runs in {' or '.join(_DTYPES)}")
-        where = devices.device(device)
+        where = devices.resolve_device(device)
         if name.startswith(RANDOM):
             if revision is not None:
                 raise SaeError(f"revision = {revision}: {name} has no revisions")

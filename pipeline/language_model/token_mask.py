@@ -19,7 +19,7 @@ from sae.configs.base import Settings
 SCAN_CONTEXTS = 8192
 
 
-class RowRule(Settings):
+class TokenMask(Settings):
     """Which tokens become rows."""
 
     skip_first: int = Field(
@@ -69,25 +69,25 @@ class RowRule(Settings):
         return kept
 
 
-def rule_of(store: ActivationStore) -> RowRule:
+def rule_of(store: ActivationStore) -> TokenMask:
     """The rule by which the rows of a store were chosen. Raises DamagedStore where its recipe says none."""
     try:
-        return RowRule.model_validate(store.recipe["rows"])
+        return TokenMask.model_validate(store.recipe["rows"])
     except ValidationError as error:
         raise DamagedStore(f"{store.path / RECIPE}: rows: no rule of ours; remove the store") from error
 
 
-class Place(NamedTuple):
+class TokenPosition(NamedTuple):
     """Where the next row comes from: a context, and how many of its rows are used already."""
 
     context: int
     row: int
 
 
-class RowsOf:
+class TokenRows:
     """The rows of a token store under a rule: which tokens they are, how many, where each window of them starts."""
 
-    def __init__(self, tokens: TokenStore, rule: RowRule) -> None:
+    def __init__(self, tokens: TokenStore, rule: TokenMask) -> None:
         self.tokens, self.rule = tokens, rule
         self.begin = int(tokens.recipe["tokenizer"]["begin"])
         if rule.skip_tokens and rule.skip_tokens[-1] >= tokens.n_vocab:
@@ -106,7 +106,7 @@ class RowsOf:
 
         Where the last window may be short, there is nothing beyond the first `contexts`.
         """
-        starts, rows, within = [Place(0, 0)], 0, 0
+        starts, rows, within = [TokenPosition(0, 0)], 0, 0
         end = starts[0]
         every = contexts if self.rule.last_window == "short" else self.tokens.n_contexts
         for start in range(0, every, SCAN_CONTEXTS):
@@ -119,9 +119,11 @@ class RowsOf:
             while (stop_row := windows.start(len(starts))) <= rows:
                 last = int(np.searchsorted(ends, stop_row))  # the context of the window's last row
                 used = int(stop_row - (ends[last] - here[last]))
-                starts.append(Place(start + last + 1, 0) if used == here[last] else Place(start + last, used))
+                starts.append(
+                    TokenPosition(start + last + 1, 0) if used == here[last] else TokenPosition(start + last, used)
+                )
             if here.any():
-                end = Place(start + int(np.flatnonzero(here)[-1]) + 1, 0)
+                end = TokenPosition(start + int(np.flatnonzero(here)[-1]) + 1, 0)
         if windows.start(len(starts) - 1) < rows:
             starts.append(end)
         return Counted(rows, within, starts)
@@ -132,4 +134,4 @@ class Counted(NamedTuple):
 
     rows: int
     within: int  # rows in the first contexts that were asked about
-    starts: list[Place]
+    starts: list[TokenPosition]

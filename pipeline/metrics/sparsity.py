@@ -94,7 +94,7 @@ class Sparsity(Metric):
             largest = size.amax(1, keepdim=True) if values.numel() else size.new_zeros(len(values), 1)
         else:
             assert codes.entries is not None
-            rows = codes.entries.rows
+            rows = codes.entries.row_ids
             largest = size.new_zeros(codes.batch).scatter_reduce(0, rows, size, "amax")[rows]
         counts = [fires.sum(), (size > TINY).sum(), (fires & (size > RELATIVE * largest)).sum()]
         self._sums += torch.stack([*counts, size.sum(dtype=torch.float64)]).double().cpu()

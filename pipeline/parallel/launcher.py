@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.cache.errors import SaeError
-from sae.pipeline.parallel.torch_distributed import LostRank, Seat, seats, together
+from sae.pipeline.parallel.torch_distributed import LostRank, ProcessInfo, assign_devices, together
 from sae.pipeline.runtime import devices
 from sae.pipeline.runtime.interrupts import Interrupted, interruptible, interrupts_withheld
 
@@ -35,7 +35,9 @@ DONE = "done"
 class Child:
     """One of the processes. `failure` is what it raised, once it has ended so; `ended` whether it has."""
 
-    def __init__(self, seat: Seat, share: tuple[int, bool], work: Callable[..., None], args: Sequence[Any]) -> None:
+    def __init__(
+        self, seat: ProcessInfo, share: tuple[int, bool], work: Callable[..., None], args: Sequence[Any]
+    ) -> None:
         spawning = get_context("spawn")
         self.seat = seat
         self.link, theirs = spawning.Pipe()
@@ -94,13 +96,13 @@ def launch(processes: int, device: str, work: Callable[..., None], *args: Any) -
     Raises what one of them raised, Interrupted where they stopped because they were told to, SaeError where one was
     killed or there are too few devices. None is left over, whatever happens.
     """
-    seated, share = seats(processes, device), devices.threads_of_each(processes)
+    seated, share = assign_devices(processes, device), devices.threads_of_each(processes)
     children: list[Child] = []
     with tempfile.TemporaryDirectory(prefix="sae-") as folder, interruptible() as stopping:
         try:
             with interrupts_withheld():
                 for rank, its in enumerate(seated):
-                    children.append(Child(Seat(rank, processes, its, Path(folder)), share, work, args))
+                    children.append(Child(ProcessInfo(rank, processes, its, Path(folder)), share, work, args))
             _watch(children, stopping)
         finally:
             for child in children:
@@ -132,7 +134,11 @@ def _watch(children: Sequence[Child], stopping: Sequence[int]) -> None:
 
 
 def _child(
-    seat: Seat, share: tuple[int, bool], link: connection.Connection, work: Callable[..., None], args: Sequence[Any]
+    seat: ProcessInfo,
+    share: tuple[int, bool],
+    link: connection.Connection,
+    work: Callable[..., None],
+    args: Sequence[Any],
 ) -> None:
     """What a child does: take its seat, work, and say how it went."""
     stop = threading.Event()

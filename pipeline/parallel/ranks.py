@@ -24,16 +24,16 @@ class Ranks(Protocol):
     world: int
 
     @property
-    def asked(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether whoever started this process wants the training to stop."""
 
-    def average(self, gradients: Iterable[Tensor]) -> None:
+    def all_reduce_mean(self, gradients: Iterable[Tensor]) -> None:
         """Replace each tensor by its mean over the ranks."""
 
-    def copy(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by that of rank 0."""
 
-    def gather(self, parts: Sequence[Observed]) -> list[Observed]:
+    def all_gather(self, parts: Sequence[Observed]) -> list[Observed]:
         """The parts of all ranks, those of rank 0 first; of as many parts on each."""
 
     def sum(self, values: Tensor) -> Tensor:
@@ -42,20 +42,20 @@ class Ranks(Protocol):
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Return once all ranks are here."""
 
 
-class Alone:
+class SingleRank:
     """The only process."""
 
-    rank, world, asked = 0, 1, False
+    rank, world, stop_requested = 0, 1, False
 
-    def average(self, gradients: Iterable[Tensor]) -> None: ...
+    def all_reduce_mean(self, gradients: Iterable[Tensor]) -> None: ...
 
-    def copy(self, tensors: Iterable[Tensor]) -> None: ...
+    def broadcast(self, tensors: Iterable[Tensor]) -> None: ...
 
-    def gather(self, parts: Sequence[Observed]) -> list[Observed]:
+    def all_gather(self, parts: Sequence[Observed]) -> list[Observed]:
         return list(parts)
 
     def sum(self, values: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class Alone:
     def any(self, flag: bool) -> bool:
         return flag
 
-    def wait(self) -> None: ...
+    def barrier(self) -> None: ...
 
 
 def expect_same(tensors: Mapping[str, Tensor], ranks: Ranks, what: str) -> None:

@@ -30,7 +30,7 @@ class LostRank(SaeError):
     """Another process of the training is gone; what it said tells why."""
 
 
-class Seat(NamedTuple):
+class ProcessInfo(NamedTuple):
     """Which of the processes this one is, and where its tensors live.
 
     folder: where they meet; None: where torchrun's environment says.
@@ -42,7 +42,7 @@ class Seat(NamedTuple):
     folder: Path | None = None
 
 
-def seats(processes: int, device: str, asked: str = "devices =") -> list[str]:
+def assign_devices(processes: int, device: str, asked: str = "devices =") -> list[str]:
     """The devices of so many processes on this machine. Raises SaeError where there are too few."""
     gpus = torch.cuda.device_count()
     if device == "cpu" or (device == "auto" and not gpus):
@@ -55,18 +55,18 @@ def seats(processes: int, device: str, asked: str = "devices =") -> list[str]:
     return [f"cuda:{i}" for i in range(processes)]
 
 
-def torchrun_seat(device: str) -> Seat | None:
+def torchrun_process(device: str) -> ProcessInfo | None:
     """The seat torchrun gave this process; None where it was not started by torchrun."""
     if not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys():
         return None
     rank, world, local, beside = (
         int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     )
-    return Seat(rank, world, seats(beside, device, "torchrun --nproc-per-node")[local])
+    return ProcessInfo(rank, world, assign_devices(beside, device, "torchrun --nproc-per-node")[local])
 
 
 @contextmanager
-def together(seat: Seat, stop: threading.Event | None = None) -> Iterator["Together"]:
+def together(seat: ProcessInfo, stop: threading.Event | None = None) -> Iterator["DistributedRanks"]:
     """Take the seat, once all have come. `stop`: set when whoever started this process wants the training to end."""
     on_gpu = seat.device != "cpu"
     if on_gpu:
@@ -79,7 +79,7 @@ def together(seat: Seat, stop: threading.Event | None = None) -> Iterator["Toget
         )  # fmt: skip
         control = dist.new_group(backend="gloo", timeout=PATIENCE) if on_gpu else None
     try:
-        yield Together(seat.rank, seat.world, control, stop or threading.Event())
+        yield DistributedRanks(seat.rank, seat.world, control, stop or threading.Event())
     except BaseException:
         if not on_gpu:  # NCCL may wait for ever for work that others have given up
             dist.destroy_process_group()
@@ -87,7 +87,7 @@ def together(seat: Seat, stop: threading.Event | None = None) -> Iterator["Toget
     dist.destroy_process_group()
 
 
-class Together:
+class DistributedRanks:
     """`pipeline.parallel.ranks.Ranks` over the process group. Raises LostRank where a process of it is gone.
 
     control: a group over gloo, where the default group is none.
@@ -98,10 +98,10 @@ class Together:
         self._control, self._stop = control, stop
 
     @property
-    def asked(self) -> bool:
+    def stop_requested(self) -> bool:
         return self._stop.is_set()
 
-    def average(self, gradients: Iterable[Tensor]) -> None:
+    def all_reduce_mean(self, gradients: Iterable[Tensor]) -> None:
         tensors = list(gradients)
         with _explained():
             works = [dist.all_reduce(tensor, group=self._group(tensor), async_op=True) for tensor in tensors]
@@ -109,12 +109,12 @@ class Together:
                 work.wait()
         torch._foreach_div_(tensors, self.world)
 
-    def copy(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         with _explained():
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), 0, group=self._group(tensor))
 
-    def gather(self, parts: Sequence[Observed]) -> list[Observed]:
+    def all_gather(self, parts: Sequence[Observed]) -> list[Observed]:
         first = parts[0]  # of the same step and as many rows as each rank's first, and so on
         mine = torch.stack([torch.cat([part.fired, part.numbers.double().view(torch.int64)]) for part in parts])
         everybody = [torch.empty_like(mine) for _ in range(self.world)]
@@ -138,10 +138,10 @@ class Together:
             dist.all_reduce(told, dist.ReduceOp.MAX, group=self._control)
         return bool(told)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         self.any(False)
 
-    def tell(self, text: str) -> str:
+    def broadcast_text(self, text: str) -> str:
         """What rank 0 says, on every rank; what the others give is not read."""
         data = torch.tensor(list(text.encode()), dtype=torch.uint8)
         size = torch.tensor(len(data))

@@ -24,7 +24,7 @@ def report(
     for name in (FEATURES, REPORT):
         expect_no_link(run.path, name)
         expect_writable(run.path / name)
-    where = devices.device(device)
+    where = devices.resolve_device(device)
     dataset = trained.dataset_of(run, root, activations)
     text = dataset.provenance.text
     if text is None:
@@ -34,7 +34,7 @@ def report(
     tokens = catalogue.of_recipe(root, TokenStore, text.recipe)
     if tokens is None:
         raise NotFound(f"{root}: the tokens {dataset.key} was harvested from are gone; run `tokenize()` again")
-    sae = trained.load(run).to(where)
+    sae = trained.load_run(run).to(where)
     trained.expect_fits(dataset, sae, run)
     features = find_features(sae, dataset, tokens, config or FeaturesConfig(), progress, device=where)
     run.write_json(FEATURES, features.model_dump(mode="json"))

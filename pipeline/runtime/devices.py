@@ -11,7 +11,7 @@ from sae.pipeline.runtime import cores
 _said = False  # whether the number of threads is the user's word, which a checkpoint's does not change
 
 
-def device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
     """The device a name stands for: auto (a GPU where there is one), cpu, cuda, cuda:1, ...
 
     Raises SaeError where it cannot be used.

@@ -40,7 +40,7 @@ def auxk_loss(pre: Preactivations, dead: Tensor, k_aux: int, y: Tensor, y_hat: T
 
 
 def _explain(pre: Preactivations, who: Tensor, k_aux: int, table: Tensor) -> Tensor:
-    p = pre.of(who)
+    p = pre.columns(who)
     if who.numel() == k_aux:
         return p.relu() @ table[who]
     top = p.detach().topk(k_aux, dim=1, sorted=False)
@@ -49,5 +49,5 @@ def _explain(pre: Preactivations, who: Tensor, k_aux: int, table: Tensor) -> Ten
         return (p.relu() * keep) @ table[who]
     chosen = Latents.of_rows(top.values, who[top.indices], pre.d_sae)
     assert chosen.entries is not None
-    values = pre.at(chosen.entries, top.values.reshape(-1)).relu()
+    values = pre.gather(chosen.entries, top.values.reshape(-1)).relu()
     return latents.decode(Latents(values, chosen.entries, pre.d_sae), table)

@@ -48,7 +48,7 @@ from .contract import Trainable
 from .dictionary import Dictionary
 from .ghosts import ghost_loss
 from .inference import Formula
-from .latents import Frame, RowScaling
+from .latents import RowScaling, RowStats
 from .losses import Batch, Losses, Observed, SparseLosses
 
 RATE_MEMORY = 0.01
@@ -181,7 +181,7 @@ class SAE(Dictionary, Trainable):
         """
         outputs = self._targets(sample, targets)
         if self.config.input_scale == "per_token" and not self.is_transcoder:
-            outputs = Frame.of(outputs).enter(outputs)
+            outputs = RowStats.of(outputs).normalise(outputs)
         elif self.config.input_scale != "none":
             unit = self.config.input_scale == "unit"
             self.target_scale.copy_(initial.rms_scale(outputs) / (self.d_out**0.5 if unit else 1))
@@ -201,10 +201,10 @@ class SAE(Dictionary, Trainable):
         if not len(x):
             raise ValueError("a batch without rows has no loss")
         y = self._targets(x, target)
-        x, frame = self._scaled(x)
+        x, row_stats = self._scaled(x)
         y = y * self.target_scale if self.is_transcoder else x
         pre = self._preactivations(x)
-        active = self._framed(self._activate(pre, clock), frame)
+        active = self._with_row_stats(self._activate(pre, clock), row_stats)
         y_hat = self._reconstruct(active)
         terms = {"reconstruction": self.squared_error(y_hat, y)}
         terms |= self._terms(Batch(x, y, pre, active, y_hat, clock))
@@ -271,8 +271,8 @@ class SAE(Dictionary, Trainable):
         """Where a latent for a row would point: unit [B, d_in] and [B, d_out], and the row's squared error [B]."""
         losses = self.loss(x, target)
         outputs = self._targets(x, target)
-        scaled, frame = self._scaled(x)
-        y = outputs * self.target_scale if frame is None or self.is_transcoder else frame.enter(outputs)
+        scaled, row_stats = self._scaled(x)
+        y = outputs * self.target_scale if row_stats is None or self.is_transcoder else row_stats.normalise(outputs)
         towards = F.normalize(y - self.b_dec, dim=1)
         inputs = F.normalize(scaled, dim=1) if self.is_transcoder else towards
         return inputs, towards, (y - losses.reconstruction).square().sum(1)

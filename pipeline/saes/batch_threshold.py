@@ -51,10 +51,10 @@ class BatchThreshold(SAE):
 
     def _activate(self, pre: Preactivations, clock: Clock) -> Latents:
         if not self.training:
-            chosen = pre.above(self.threshold.item())
+            chosen = pre.above_threshold(self.threshold.item())
             return chosen.map(lambda p: p * (p > self.threshold))
         k = self.config.k_at(clock)
-        return pre.largest(k * pre.x.shape[0]).map(Tensor.relu)
+        return pre.batch_topk(k * pre.x.shape[0]).map(Tensor.relu)
 
     def _observe(self, losses: SparseLosses) -> Tensor:
         """The least value that was kept."""

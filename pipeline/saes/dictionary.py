@@ -8,7 +8,7 @@ Adam moments come back contiguous from a file: Adam(fused=True) on the CPU reads
 Units: a dictionary may live in a space of its own, the data times `scale` (its targets times `target_scale`); its
 weights and latents are in that space, `forward` and `decode` answer in the data's own units. Where each row is scaled
 by itself no weight can say that, so it stays a part of the function, and latents carry what their rows were
-(`Latents.frame`) for `decode` to use.
+(`Latents.row_stats`) for `decode` to use.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .config import FINISHED, Clock
 from .contract import Coder
 from .encoder import Preactivations
 from .inference import Formula, Rule
-from .latents import Frame, Latents, RowScaling
+from .latents import Latents, RowScaling, RowStats
 from .losses import in_data_units
 
 
@@ -94,8 +94,8 @@ class Dictionary(Coder):
             raise TypeError(f"x is a {type(x).__name__}; give a torch tensor, as torch.as_tensor(x)")
         if not x.dim() or x.shape[-1] != self.d_in:
             raise ValueError(f"x has the shape {list(x.shape)}; this dictionary reads [..., {self.d_in}]")
-        scaled, frame = self._scaled(x.reshape(-1, self.d_in).to(self.W_dec.dtype))
-        active = self._framed(self._activate(self._preactivations(scaled), FINISHED), frame)
+        scaled, row_stats = self._scaled(x.reshape(-1, self.d_in).to(self.W_dec.dtype))
+        active = self._with_row_stats(self._activate(self._preactivations(scaled), FINISHED), row_stats)
         return active if x.dim() == 2 else replace(active, lead=tuple(x.shape[:-1]))
 
     def decode(self, active: Latents | Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class Dictionary(Coder):
                     "what encode gave, or latents.edited(values) of it"
                 )
             active = Latents.of_dense(active.to(self.W_dec.dtype))
-        return active.in_lead(in_data_units(self._reconstruct(active), self.target_scale, active.frame))
+        return active.in_lead(in_data_units(self._reconstruct(active), self.target_scale, active.row_stats))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d_in] -> its reconstruction (or prediction of y) [..., d_out], in the data's units."""
@@ -126,16 +126,16 @@ class Dictionary(Coder):
         numbers = [f"{name}={value}" for name, value in self.rule.values().items() if not isinstance(value, Tensor)]
         return ", ".join([f"d_in={self.d_in}", f"d_sae={self.d_sae}", f"d_out={self.d_out}", *numbers])
 
-    def _scaled(self, x: Tensor) -> tuple[Tensor, Frame | None]:
+    def _scaled(self, x: Tensor) -> tuple[Tensor, RowStats | None]:
         """x in the space the dictionary lives in, and what takes it back where that is the row's own affair."""
         if self.row_scaling == "none":
             return x * self.scale, None
-        frame = Frame.of(x) if self.row_scaling == "standard" else Frame.of_norms(x)
-        return frame.enter(x), frame
+        row_stats = RowStats.of(x) if self.row_scaling == "standard" else RowStats.of_norms(x)
+        return row_stats.normalise(x), row_stats
 
-    def _framed(self, active: Latents, frame: Frame | None) -> Latents:
-        # a transcoder's outputs are not in its inputs' frame
-        return active if frame is None or self.is_transcoder else replace(active, frame=frame)
+    def _with_row_stats(self, active: Latents, row_stats: RowStats | None) -> Latents:
+        # a transcoder's outputs are not in its inputs' row_stats
+        return active if row_stats is None or self.is_transcoder else replace(active, row_stats=row_stats)
 
     def _preactivations(self, scaled_x: Tensor) -> Preactivations:
         centre = self.b_dec if self.b_dec_applied_to_input else scaled_x.new_zeros(self.d_in)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import sparse
 from .latents import Latents
-from .sparse import Entries
+from .sparse import SparsePattern
 
 BLOCK_ELEMENTS = 2**24
 """Pre-activations held at a time (64 MiB in float32); smaller blocks were slower in every measurement."""
@@ -27,17 +27,17 @@ MIN_BLOCK_ROWS = 256
 """Below this many rows per product, packing the weights costs more than a smaller block saves."""
 
 PROBED_ROWS = 32
-"""Rows `above` looks at before it decides: their product costs 2 % of a batch of 2048."""
+"""Rows `above_threshold` looks at before it decides: their product costs 2 % of a batch of 2048."""
 
 SPARSE_BELOW = 0.15
-"""Share of entries kept up to which `above` goes entry by entry. Beyond, dense products are cheaper: from 0.16 on for
-L1, 0.20 for gated, 0.25 and more for JumpReLU."""
+"""Share of entries kept up to which `above_threshold` goes entry by entry. Beyond, dense products are cheaper: from
+0.16 on for L1, 0.20 for gated, 0.25 and more for JumpReLU."""
 
 GROUPS = 4
 """Groups a row is cut into when its k largest are searched by the groups' maxima, as a multiple of k."""
 
 SAMPLE = 2**18
-"""Pre-activations from which `largest` guesses its bound."""
+"""Pre-activations from which `batch_topk` guesses its bound."""
 
 _scratch = threading.local()
 
@@ -103,21 +103,21 @@ class Preactivations:
 
         return here
 
-    def at(self, entries: Entries, values: Tensor) -> Tensor:
+    def gather(self, entries: SparsePattern, values: Tensor) -> Tensor:
         """The pre-activations at the entries, differentiable: `values` [n] are what the scan saw there."""
         if values.dtype != self.weight.dtype:
             with torch.no_grad():
-                values = sparse.dots(entries, self.centred, self.weight) + self.bias[entries.indices]
-        return sparse.attach(values, self.x, self.centre, self.weight, self.bias, self.centred, entries)
+                values = sparse.sddmm(entries, self.centred, self.weight) + self.bias[entries.indices]
+        return sparse.with_gradient(values, self.x, self.centre, self.weight, self.bias, self.centred, entries)
 
     def topk(self, k: int) -> Latents:
         """The k largest of every row: values [B, k] (of either sign), exactly k of them whatever the ties."""
         kept = [_row_topk(p, k) for _, p in self.blocks()]
-        entries = Entries.per_row(torch.cat([indices for _, indices in kept]), self.d_sae)
-        values = self.at(entries, torch.cat([values for values, _ in kept]).reshape(-1))
+        entries = SparsePattern.per_row(torch.cat([indices for _, indices in kept]), self.d_sae)
+        values = self.gather(entries, torch.cat([values for values, _ in kept]).reshape(-1))
         return Latents(values.view(-1, k), entries, self.d_sae)
 
-    def largest(self, count: int) -> Latents:
+    def batch_topk(self, count: int) -> Latents:
         """The `count` largest of the whole batch among the positive ones, exactly so many whatever the ties.
 
         A bound guessed from a sample, a little low, leaves few candidates to choose from. Where it was too high after
@@ -139,7 +139,7 @@ class Preactivations:
             flat, values = flat[keep], values[keep]
         return self._ragged(flat, values)
 
-    def above(self, bound: Tensor | float) -> Latents:
+    def above_threshold(self, bound: Tensor | float) -> Latents:
         """p where it exceeds a bound (of each latent, [m], or of all): entry by entry where few do, else all of p.
 
         Dense or not, what is not above the bound is for the caller's function to zero. Decided on a few rows.
@@ -156,14 +156,14 @@ class Preactivations:
     def _ragged(self, flat: Tensor, values: Tensor) -> Latents:
         """Latents at ascending places of the flattened [B, m], with the values a scan saw there."""
         firsts = torch.arange(self.x.shape[0], device=flat.device) * self.d_sae
-        entries = Entries(flat % self.d_sae, torch.searchsorted(flat, firsts), self.d_sae)
-        return Latents(self.at(entries, values), entries, self.d_sae)
+        entries = SparsePattern(flat % self.d_sae, torch.searchsorted(flat, firsts), self.d_sae)
+        return Latents(self.gather(entries, values), entries, self.d_sae)
 
     def dense(self) -> Tensor:
         """All of p, [B, m], differentiable the ordinary way."""
         return sparse.centred_linear(self.x, self.centre, self.weight, self.bias)
 
-    def of(self, latents: Tensor) -> Tensor:
+    def columns(self, latents: Tensor) -> Tensor:
         """p of some latents only (int64 [c]): [B, c], differentiable, at c / m of the cost of `dense`."""
         return sparse.centred_linear(self.x, self.centre, self.weight[latents], self.bias[latents])
 

@@ -46,8 +46,8 @@ class Gated(SAE):
         return GatedRule(self.r_mag, self.b_mag)
 
     def _terms(self, batch: Batch) -> dict[str, Tensor]:
-        assert batch.latents.before is not None
-        gate = replace(batch.latents, values=batch.latents.before.relu())
+        assert batch.latents.preactivations is not None
+        gate = replace(batch.latents, values=batch.latents.preactivations.relu())
         through_gate = latents.decode(gate, self.W_dec.detach()) + self.b_dec.detach()
         return {
             "l1": self.config.coefficient_at(batch.clock) * l1(self.config.penalty, gate, batch, self.W_dec.detach()),

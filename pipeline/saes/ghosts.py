@@ -26,7 +26,7 @@ def ghost_loss(pre: Preactivations, dead: Tensor, y: Tensor, y_hat: Tensor, tabl
     if who.numel() == 0:
         return y.new_zeros(())
     residual = (y - y_hat).detach()
-    ghosts = pre.of(who).clamp_max(LARGEST).exp() @ table[who]
+    ghosts = pre.columns(who).clamp_max(LARGEST).exp() @ table[who]
     norms = torch.linalg.vector_norm(ghosts.detach(), dim=1, keepdim=True)
     wanted = torch.linalg.vector_norm(residual, dim=1, keepdim=True)
     error = (ghosts * (wanted / (2 * norms + 1e-6)) - residual).square().sum()

@@ -47,7 +47,7 @@ class ReLURule(Rule):
     name = "relu"
 
     def __call__(self, pre: Preactivations) -> Latents:
-        return pre.above(0.0).map(Tensor.relu)
+        return pre.above_threshold(0.0).map(Tensor.relu)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +69,8 @@ class ThresholdRule(Rule):
     threshold: Tensor
 
     def __call__(self, pre: Preactivations) -> Latents:
-        chosen = pre.above(self.threshold)
-        bounds = chosen.each(self.threshold)
+        chosen = pre.above_threshold(self.threshold)
+        bounds = chosen.per_entry(self.threshold)
         return chosen.map(lambda p: p.relu() * (p > bounds))
 
 
@@ -83,10 +83,10 @@ class GatedRule(Rule):
     b_mag: Tensor
 
     def __call__(self, pre: Preactivations) -> Latents:
-        gates = pre.above(0.0)
-        pi, gain = gates.values, gates.each(self.r_mag.exp())
-        magnitudes = gain * (pi - gates.each(pre.bias)) + gates.each(self.b_mag)
-        return replace(gates, values=magnitudes.relu() * (pi > 0), before=pi)
+        gates = pre.above_threshold(0.0)
+        pi, gain = gates.values, gates.per_entry(self.r_mag.exp())
+        magnitudes = gain * (pi - gates.per_entry(pre.bias)) + gates.per_entry(self.b_mag)
+        return replace(gates, values=magnitudes.relu() * (pi > 0), preactivations=pi)
 
 
 @dataclass(frozen=True, eq=False)

@@ -90,28 +90,28 @@ class JumpReLU(SAE):
 
     def _activate(self, pre: Preactivations, clock: Clock) -> Latents:
         # with entries a little below their thresholds: the kernel reaches there
-        chosen = pre.above(self.threshold.detach() - self.config.bandwidth / 2)
-        values, _ = jump(chosen.values, chosen.each(self.threshold), self.config.bandwidth)
-        return replace(chosen, values=values, before=chosen.values)
+        chosen = pre.above_threshold(self.threshold.detach() - self.config.bandwidth / 2)
+        values, _ = jump(chosen.values, chosen.per_entry(self.threshold), self.config.bandwidth)
+        return replace(chosen, values=values, preactivations=chosen.values)
 
     def _terms(self, batch: Batch) -> dict[str, Tensor]:
         config, norms = self.config, torch.linalg.vector_norm(self.W_dec, dim=1)
         weight = config.coefficient * ramp(config.warmup, batch.clock)
         if config.penalty == "tanh":
-            scale = batch.latents.each(config.tanh_scale * norms)
-            terms = {"tanh": weight * batch.latents.map(lambda f: (scale * f).tanh()).total().mean()}
+            scale = batch.latents.per_entry(config.tanh_scale * norms)
+            terms = {"tanh": weight * batch.latents.map(lambda f: (scale * f).tanh()).sum_per_row().mean()}
         else:
             terms = {"l0": weight * self._l0(batch.latents)}
         if config.pre_act_coefficient > 0:
             who = self.dead().nonzero().view(-1)
-            below = (self.threshold[who] - batch.pre.of(who)).relu()
+            below = (self.threshold[who] - batch.pre.columns(who)).relu()
             terms["pre_act"] = config.pre_act_coefficient * (below * norms[who]).sum(1).mean()
         return terms
 
     def _l0(self, active: Latents) -> Tensor:
-        assert active.before is not None
-        _, steps = jump(active.before.detach(), active.each(self.threshold), self.config.bandwidth)
-        l0 = active.map(lambda _: steps).total().mean()
+        assert active.preactivations is not None
+        _, steps = jump(active.preactivations.detach(), active.per_entry(self.threshold), self.config.bandwidth)
+        l0 = active.map(lambda _: steps).sum_per_row().mean()
         return l0 if self.config.target_l0 is None else (l0 / self.config.target_l0 - 1).square()
 
     def latent_parameters(self) -> dict[str, nn.Parameter]:

@@ -10,34 +10,34 @@ import torch
 from torch import Tensor
 
 from . import sparse
-from .sparse import Entries
+from .sparse import SparsePattern
 
 RowScaling = Literal["none", "standard", "norm"]
 """How rows are scaled one by one: less their mean and over their deviation, or to a norm of sqrt(d)."""
 
 
-class Frame(NamedTuple):
+class RowStats(NamedTuple):
     """What a row was before it was scaled: what was subtracted from it and what it was divided by, both [B, 1]."""
 
     mean: Tensor
     std: Tensor
 
     @classmethod
-    def of(cls, x: Tensor) -> Frame:
-        """The frame of rows [B, d], a little off zero (SAELens' `layer_norm` to the letter)."""
+    def of(cls, x: Tensor) -> RowStats:
+        """The row_stats of rows [B, d], a little off zero (SAELens' `layer_norm` to the letter)."""
         spread = x.std(1, keepdim=True) if len(x) else x.new_empty(0, 1)  # of which torch warns
         return cls(x.mean(1, keepdim=True), spread + 1e-5)
 
     @classmethod
-    def of_norms(cls, x: Tensor) -> Frame:
-        """The frame in which rows [B, d] have norm sqrt(d); rows of zeros stay so."""
+    def of_norms(cls, x: Tensor) -> RowStats:
+        """The row_stats in which rows [B, d] have norm sqrt(d); rows of zeros stay so."""
         norms = torch.linalg.vector_norm(x, dim=1, keepdim=True) / x.shape[1] ** 0.5
         return cls(torch.zeros_like(norms), norms.masked_fill(norms == 0, 1))
 
-    def enter(self, x: Tensor) -> Tensor:
+    def normalise(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std
 
-    def leave(self, x: Tensor) -> Tensor:
+    def denormalise(self, x: Tensor) -> Tensor:
         return x * self.std + self.mean
 
 
@@ -47,23 +47,23 @@ class Latents:
 
     values: [B, k] when every row has k entries, [n] when the number varies, [B, d_sae] when dense.
     entries: where the values sit, or None when dense.
-    before: laid out as `values`, the pre-activations they were made from, where an architecture's loss needs them.
-    frame: of the rows they were encoded from, where those were standardised one by one.
+    preactivations: laid out as `values`, what they were made from, where an architecture's loss needs it.
+    row_stats: of the rows they were encoded from, where those were standardised one by one.
     lead: the shape [...] of rows that came as [..., d]; None where they came as [B, d].
     An entry may hold the value 0 (TopK followed by ReLU): it counts as not firing everywhere here.
     """
 
     values: Tensor
-    entries: Entries | None
+    entries: SparsePattern | None
     d_sae: int
-    before: Tensor | None = None
-    frame: Frame | None = None
+    preactivations: Tensor | None = None
+    row_stats: RowStats | None = None
     lead: tuple[int, ...] | None = None
 
     @classmethod
     def of_rows(cls, values: Tensor, indices: Tensor, d_sae: int) -> Latents:
         """From values [B, k] and indices [B, k]; indices are unique within a row."""
-        return cls(values, Entries.per_row(indices, d_sae), d_sae)
+        return cls(values, SparsePattern.per_row(indices, d_sae), d_sae)
 
     @classmethod
     def of_dense(cls, values: Tensor) -> Latents:
@@ -75,7 +75,7 @@ class Latents:
         """Other values [..., d_sae] of the same rows, for `decode` to put where these rows were."""
         if values.shape[-1:] != (self.d_sae,) or values.shape[:-1].numel() != self.batch:
             raise ValueError(f"{self.batch} rows of {self.d_sae} latents cannot have values {list(values.shape)}")
-        return replace(Latents.of_dense(values), frame=self.frame)
+        return replace(Latents.of_dense(values), row_stats=self.row_stats)
 
     @property
     def batch(self) -> int:
@@ -91,9 +91,9 @@ class Latents:
         return replace(self, values=function(self.values))
 
     def detach(self) -> Latents:
-        return replace(self, values=self.values.detach(), before=None)
+        return replace(self, values=self.values.detach(), preactivations=None)
 
-    def each(self, weights: Tensor) -> Tensor:
+    def per_entry(self, weights: Tensor) -> Tensor:
         """Numbers of latents [d_sae] at the entries: of the shape of `values`, or broadcasting to it."""
         if self.entries is None:
             return weights
@@ -103,7 +103,7 @@ class Latents:
         """[B, d_sae] or [..., d_sae], differentiable in the values."""
         if self.entries is None:
             return self.in_lead(self.values)
-        flat = self.entries.rows * self.d_sae + self.entries.indices
+        flat = self.entries.row_ids * self.d_sae + self.entries.indices
         zeros = self.values.new_zeros(self.batch * self.d_sae)
         return self.in_lead(zeros.index_put((flat,), self.values.reshape(-1)).view(self.batch, self.d_sae))
 
@@ -120,13 +120,13 @@ class Latents:
         on = (self.values != 0).long()
         return on.sum(0) if self.entries is None else sparse.sum_by_latent(self.entries, on.reshape(-1))
 
-    def total(self, weights: Tensor | None = None) -> Tensor:
+    def sum_per_row(self, weights: Tensor | None = None) -> Tensor:
         """[B]: the sum of each row's values, each times its latent's weight [d_sae] when given; differentiable."""
         if weights is None:
             return _per_row(self, self.values)
         if self.entries is None:
             return self.values @ weights
-        return _per_row(self, self.values * self.each(weights))
+        return _per_row(self, self.values * self.per_entry(weights))
 
 
 def _per_row(latents: Latents, values: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def _per_row(latents: Latents, values: Tensor) -> Tensor:
     if values.dim() == 2:
         return values.sum(1)
     assert latents.entries is not None
-    return values.new_zeros(latents.batch).index_add(0, latents.entries.rows, values)
+    return values.new_zeros(latents.batch).index_add(0, latents.entries.row_ids, values)
 
 
 def decode(latents: Latents, table: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .config import Clock
 from .encoder import Preactivations
-from .latents import Frame, Latents
+from .latents import Latents, RowStats
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,15 +74,15 @@ class SparseLosses(Losses):
 
     @property
     def x_hat(self) -> Tensor:
-        return in_data_units(self.reconstruction, self.target_scale, self.latents.frame)
+        return in_data_units(self.reconstruction, self.target_scale, self.latents.row_stats)
 
     def l0(self) -> Tensor:
         return self.latents.l0()
 
 
-def in_data_units(reconstruction: Tensor, target_scale: Tensor, frame: Frame | None) -> Tensor:
+def in_data_units(reconstruction: Tensor, target_scale: Tensor, row_stats: RowStats | None) -> Tensor:
     """[B, d_out] out of the space the loss is taken in."""
-    return reconstruction / target_scale if frame is None else frame.leave(reconstruction)
+    return reconstruction / target_scale if row_stats is None else row_stats.denormalise(reconstruction)
 
 
 class Batch(NamedTuple):

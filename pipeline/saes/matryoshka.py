@@ -63,7 +63,7 @@ class Matryoshka(BatchThreshold):
         if active.entries is None:
             return [active.values[:, :size] @ self.W_dec[:size] for size in bounds[1:]]
         entries, groups = active.entries, len(bounds)
-        places = entries.rows * self.d_sae + entries.indices
+        places = entries.row_ids * self.d_sae + entries.indices
         rows = torch.arange(entries.batch, device=places.device)[:, None] * self.d_sae
         starts = torch.searchsorted(places, (rows + torch.tensor(bounds, device=places.device)).view(-1))
         sums = sparse.decode(active.values, entries.regrouped(starts), self.W_dec)

@@ -89,4 +89,4 @@ class PAnneal(SAE):
 
 def power_sum(active: Latents, p: float) -> Tensor:
     """Scalar: the mean over rows of sum_i (f_i + s)^p - s^p, which is 0 where f is and L1 for p = 1."""
-    return active.map(lambda f: (f + SMALLEST).pow(p) - SMALLEST**p).total().mean()
+    return active.map(lambda f: (f + SMALLEST).pow(p) - SMALLEST**p).sum_per_row().mean()

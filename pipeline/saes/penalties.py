@@ -50,10 +50,10 @@ def l1(form: Form, latents: Latents, batch: Batch, table: Tensor) -> Tensor:
     """
     match form:
         case "plain":
-            sums = latents.total()
+            sums = latents.sum_per_row()
         case "decoder_norm":
-            sums = latents.total(torch.linalg.vector_norm(table, dim=1))
+            sums = latents.sum_per_row(torch.linalg.vector_norm(table, dim=1))
         case "per_token":
             norms = torch.linalg.vector_norm(batch.x, dim=1)
-            sums = latents.total() / norms.masked_fill(norms == 0, torch.inf)
+            sums = latents.sum_per_row() / norms.masked_fill(norms == 0, torch.inf)
     return sums.mean()

@@ -47,7 +47,7 @@ class ShiftedReLU(SAE):
         return ReLURule()
 
     def _activate(self, pre: Preactivations, clock: Clock) -> Latents:
-        return pre.above(self.shift.item()).map(lambda p: (p - self.shift).relu())
+        return pre.above_threshold(self.shift.item()).map(lambda p: (p - self.shift).relu())
 
     def _terms(self, batch: Batch) -> dict[str, Tensor]:
         if self.config.coefficient == 0:

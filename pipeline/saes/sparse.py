@@ -20,41 +20,41 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-class Entries:
+class SparsePattern:
     """Which latents are active in which row: the pattern of a sparse [B, m] matrix, without its values.
 
-    indices: int64 [n], the latent of each entry, row after row. starts: int64 [B], where each row's entries begin.
+    indices: int64 [n], the latent of each entry, row after row. offsets: int64 [B], where each row's entries begin.
     The orderings derived from it are computed at most once: the decoder's and the encoder's backward share one sort.
     """
 
-    def __init__(self, indices: Tensor, starts: Tensor, d_sae: int) -> None:
+    def __init__(self, indices: Tensor, offsets: Tensor, d_sae: int) -> None:
         self.indices = indices
-        self.starts = starts
+        self.offsets = offsets
         self.d_sae = d_sae
 
     @classmethod
-    def per_row(cls, indices: Tensor, d_sae: int) -> Entries:
+    def per_row(cls, indices: Tensor, d_sae: int) -> SparsePattern:
         """The same number of entries in every row: indices [B, k]."""
         batch, k = indices.shape
         starts = torch.arange(batch, device=indices.device) * k
         return cls(indices.reshape(-1), starts, d_sae)
 
-    def regrouped(self, starts: Tensor) -> Entries:
+    def regrouped(self, starts: Tensor) -> SparsePattern:
         """The same entries cut into other rows, which share the ordering by latent: starts int64 [B']."""
-        other = Entries(self.indices, starts, self.d_sae)
+        other = SparsePattern(self.indices, starts, self.d_sae)
         other.__dict__["by_latent"] = self.by_latent
         return other
 
     @property
     def batch(self) -> int:
-        return self.starts.shape[0]
+        return self.offsets.shape[0]
 
     @cached_property
-    def rows(self) -> Tensor:
+    def row_ids(self) -> Tensor:
         """int64 [n]: the row each entry belongs to."""
-        ends = torch.cat([self.starts[1:], self.starts.new_tensor([self.indices.shape[0]])])
-        numbers = torch.arange(self.batch, device=self.starts.device)
-        return numbers.repeat_interleave(ends - self.starts, output_size=self.indices.shape[0])
+        ends = torch.cat([self.offsets[1:], self.offsets.new_tensor([self.indices.shape[0]])])
+        numbers = torch.arange(self.batch, device=self.offsets.device)
+        return numbers.repeat_interleave(ends - self.offsets, output_size=self.indices.shape[0])
 
     @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor]:
@@ -67,25 +67,25 @@ class Entries:
         return order, counts.cumsum(0) - counts
 
 
-def mix_rows(entries: Entries, weights: Tensor, table: Tensor) -> Tensor:
+def spmm(entries: SparsePattern, weights: Tensor, table: Tensor) -> Tensor:
     """Sparse [B, m] with the given weights [n], times table [m, d]: [B, d]."""
-    return F.embedding_bag(entries.indices, table, entries.starts, mode="sum", per_sample_weights=weights)
+    return F.embedding_bag(entries.indices, table, entries.offsets, mode="sum", per_sample_weights=weights)
 
 
-def mix_batch(entries: Entries, weights: Tensor, batch_rows: Tensor) -> Tensor:
+def spmm_t(entries: SparsePattern, weights: Tensor, batch_rows: Tensor) -> Tensor:
     """Transpose of the sparse [B, m], times batch_rows [B, d]: [m, d] (the shape of a weight gradient)."""
     order, starts = entries.by_latent
-    return F.embedding_bag(entries.rows[order], batch_rows, starts, mode="sum", per_sample_weights=weights[order])
+    return F.embedding_bag(entries.row_ids[order], batch_rows, starts, mode="sum", per_sample_weights=weights[order])
 
 
-def dots(entries: Entries, batch_rows: Tensor, table: Tensor) -> Tensor:
+def sddmm(entries: SparsePattern, batch_rows: Tensor, table: Tensor) -> Tensor:
     """[n]: for each entry, the inner product of its batch row [B, d] and its latent's table row [m, d].
 
     Taken latent after latent, so that a table row is at hand for all its entries and only the batch, the smaller of
     the two, is read at random: half the time of going row after row.
     """
     order, _ = entries.by_latent
-    ordered = _pair_dots(table, entries.indices[order], batch_rows, entries.rows[order])
+    ordered = _pair_dots(table, entries.indices[order], batch_rows, entries.row_ids[order])
     return torch.empty_like(ordered).index_copy_(0, order, ordered)
 
 
@@ -105,7 +105,7 @@ def _pair_dots(a: Tensor, a_rows: Tensor, b: Tensor, b_rows: Tensor) -> Tensor:
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(a, b, b_rows, no_offsets, a_rows, sum_mode)
 
 
-def sum_by_latent(entries: Entries, weights: Tensor) -> Tensor:
+def sum_by_latent(entries: SparsePattern, weights: Tensor) -> Tensor:
     """[m]: the weights [n] added up per latent."""
     return weights.new_zeros(entries.d_sae).index_add_(0, entries.indices, weights)
 
@@ -114,10 +114,10 @@ class _Decode(torch.autograd.Function):
     """values [n], W_dec [m, d_out] -> [B, d_out], differentiable in both."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, table: Tensor, entries: Entries) -> Tensor:
+    def forward(ctx: Any, values: Tensor, table: Tensor, entries: SparsePattern) -> Tensor:
         ctx.save_for_backward(values, table)
         ctx.entries = entries
-        return mix_rows(entries, values, table)
+        return spmm(entries, values, table)
 
     @staticmethod
     @once_differentiable
@@ -126,13 +126,13 @@ class _Decode(torch.autograd.Function):
         entries, grad = ctx.entries, grad.contiguous()
         wants_values, wants_table, _ = ctx.needs_input_grad
         return (
-            dots(entries, grad, table) if wants_values else None,
-            mix_batch(entries, values, grad) if wants_table else None,
+            sddmm(entries, grad, table) if wants_values else None,
+            spmm_t(entries, values, grad) if wants_table else None,
             None,
         )
 
 
-class _Attach(torch.autograd.Function):
+class _WithGradient(torch.autograd.Function):
     """Values already computed without a graph, given the gradient of (x - centre) @ W.T + b at their entries.
 
     `centred` is x - centre, computed by the caller; x and centre come along only to receive gradients. The centre's
@@ -141,7 +141,14 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, x: Tensor, centre: Tensor, weight: Tensor, bias: Tensor, centred: Tensor, at: Entries
+        ctx: Any,
+        values: Tensor,
+        x: Tensor,
+        centre: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        centred: Tensor,
+        at: SparsePattern,
     ) -> Tensor:
         ctx.save_for_backward(weight, centred)
         ctx.entries = at
@@ -156,9 +163,9 @@ class _Attach(torch.autograd.Function):
         per_latent = sum_by_latent(entries, grad) if wants_bias or wants_centre else None
         return (
             None,
-            mix_rows(entries, grad, weight) if wants_x else None,
+            spmm(entries, grad, weight) if wants_x else None,
             -(per_latent @ weight) if wants_centre and per_latent is not None else None,
-            mix_batch(entries, grad, centred) if wants_weight else None,
+            spmm_t(entries, grad, centred) if wants_weight else None,
             per_latent if wants_bias else None,
             None,
             None,
@@ -192,16 +199,16 @@ class _CentredLinear(torch.autograd.Function):
         )
 
 
-def decode(values: Tensor, entries: Entries, table: Tensor) -> Tensor:
+def decode(values: Tensor, entries: SparsePattern, table: Tensor) -> Tensor:
     """Weighted sums of the table's rows: values of any shape with n elements, table [m, d] -> [B, d]."""
     return _Decode.apply(values.reshape(-1), table, entries)
 
 
-def attach(
-    values: Tensor, x: Tensor, centre: Tensor, weight: Tensor, bias: Tensor, centred: Tensor, at: Entries
+def with_gradient(
+    values: Tensor, x: Tensor, centre: Tensor, weight: Tensor, bias: Tensor, centred: Tensor, at: SparsePattern
 ) -> Tensor:
-    """The same values [n], differentiable in x [B, d], centre [d], weight [m, d] and bias [m]; see _Attach."""
-    return _Attach.apply(values, x, centre, weight, bias, centred, at)
+    """The same values [n], differentiable in x [B, d], centre [d], weight [m, d] and bias [m]; see _WithGradient."""
+    return _WithGradient.apply(values, x, centre, weight, bias, centred, at)
 
 
 def centred_linear(x: Tensor, centre: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

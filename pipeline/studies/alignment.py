@@ -26,7 +26,7 @@ from sae.pipeline.studies.study import Setup, Study, register
 from sae.pipeline.studies.tables import Result
 from sae.pipeline.train import trained
 from sae.pipeline.train.alignment import AlignConfig, By
-from sae.pipeline.train.sweep import acquainted
+from sae.pipeline.train.sweep import fill_in_align_seeds
 
 TRUTH = "agreement_truth_r"
 DRAWN = ("agreement", "fvu", "true_to_learned", "ce_degradation", TRUTH)
@@ -76,7 +76,7 @@ class SeedAlignment(Study):
             config = setup.base.model_copy(update={"align": align.model_copy(update={"by": what, "weight": weight})})
             seeds = range(config.seed, config.seed + (setup.seeds or self.usual_seeds))
             group = [config.model_copy(update={"seed": seed}) for seed in seeds]
-            trials += [setup.trial({"by": what, "weight": weight}, one) for one in acquainted(group)]
+            trials += [setup.trial({"by": what, "weight": weight}, one) for one in fill_in_align_seeds(group)]
         return trials
 
     def run(self, setup: Setup) -> Result:
@@ -104,7 +104,7 @@ def compare(rows: Sequence[Row], runs: Path, truth: Tensor | None) -> list[dict[
         groups.setdefault(tuple(row[name] for name in SeedAlignment.labels), []).append(row)
     latents = []
     for labels, group in groups.items():
-        decoders = [trained.load(Run(runs / row["run"])).W_dec.detach() for row in group]
+        decoders = [trained.load_run(Run(runs / row["run"])).W_dec.detach() for row in group]
         for i, (row, agreement) in enumerate(zip(group, mutual(decoders), strict=True)):
             row |= {"agreement": agreement, "agreement_truth_r": None}
             if truth is None:

@@ -141,7 +141,7 @@ def mean_norm(store: ActivationStore, outliers: float | None = None) -> float:
 
 def _compare_neighbours(rows: list[Row], runs: Path) -> None:
     """Add to each row how alike its decoder and its counterpart's a layer below are, where there is one."""
-    decoders = {(row["layer"], row["seed"]): trained.load(Run(runs / row["run"])).W_dec for row in rows}
+    decoders = {(row["layer"], row["seed"]): trained.load_run(Run(runs / row["run"])).W_dec for row in rows}
     m, d = next(iter(decoders.values())).shape
     by_chance = chance(m, m, d)
     for row in rows:

@@ -52,7 +52,7 @@ def of_run(
     if not _enough(kept, rows):
         kept = _read(run)
     if not _enough(kept, rows):
-        sae = trained.load(run).to(devices.device(device))
+        sae = trained.load_run(run).to(devices.resolve_device(device))
         kept = _flat(judge(Subject(sae), dataset, held_out, config, progress).as_json())
         run.write_json(STUDY, {name: kept[name] for name in of_rows()})
     return {**{name: kept[name] for name in of_rows()}, "train_loss": (run.metrics() or [{}])[-1].get("loss")}

@@ -12,7 +12,7 @@ import numpy as np
 from sae.pipeline.tokenizers.layout import Layout
 
 
-class Place(NamedTuple):
+class DocumentPosition(NamedTuple):
     """Where the next context starts."""
 
     source: dict[str, Any] | None  # state of the source before the block
@@ -30,11 +30,11 @@ class Packer:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self._held: deque[tuple[np.ndarray, Place]] = deque()  # documents not yet fully used
+        self._held: deque[tuple[np.ndarray, DocumentPosition]] = deque()  # documents not yet fully used
         self._tokens = 0
         self.contexts = 0  # whole contexts that `take` can give
 
-    def add(self, tokens: np.ndarray, place: Place) -> None:
+    def add(self, tokens: np.ndarray, place: DocumentPosition) -> None:
         """Take in what is left of a document (as `Layout.document` lays it) from `place` on."""
         layout, body = self.layout, self.layout.body
         apart = layout.packing == "document"
@@ -47,7 +47,7 @@ class Packer:
             self._tokens += len(tokens)
             self.contexts = self.contexts + -(-len(tokens) // body) if apart else self._tokens // body
 
-    def take(self, contexts: int) -> tuple[dict[str, np.ndarray], Place]:
+    def take(self, contexts: int) -> tuple[dict[str, np.ndarray], DocumentPosition]:
         """Arrays of the next `contexts` contexts, and the place of the context after them."""
         assert 0 < contexts <= self.contexts
         layout, body = self.layout, self.layout.body

@@ -10,12 +10,12 @@ from sae.cache.store.head import RECIPE
 from sae.cache.store.manifest import Window, place_after
 from sae.cache.store.store import Store
 from sae.cache.tokens import VOCABULARY, TokenStore, vocabulary_bytes
-from sae.cache.upkeep.repair import Made
+from sae.cache.upkeep.repair import RebuiltWindow
 from sae.pipeline.language_model import hints
 from sae.pipeline.runtime.origins import Origins
 from sae.pipeline.runtime.progress import Progress
 from sae.pipeline.tokenize.encoding import Encoder
-from sae.pipeline.tokenize.packing import Place
+from sae.pipeline.tokenize.packing import DocumentPosition
 from sae.pipeline.tokenize.sources import text_source
 from sae.pipeline.tokenize.stage import Contexts, TokenizeConfig, token_recipe
 from sae.pipeline.tokenizers.former import identity, judge
@@ -33,7 +33,7 @@ class TokenMaker:
         if judge(self.tok, recipe["tokenizer"]) != "same":
             self._expect("tokenizer", self.spec, "tokenizer", identity(self.tok))
 
-    def window(self, before: Store, window: Window, *, lost: bool) -> Made:
+    def window(self, before: Store, window: Window, *, lost: bool) -> RebuiltWindow:
         recipe = self.store.recipe
         spec = hints.source_of(self.store, self.origins.source)
         config = self._config(spec)
@@ -44,16 +44,18 @@ class TokenMaker:
             raise DamagedStore(f"{self.store.path / RECIPE}: is no recipe of text; remove the store and make it again")
         self.progress.note(f"{self.store.key}: tokenizing window {window.index} again")
         windows = before.manifest.windows
-        place = Place(None, 0, 0, 0, 0)
+        place = DocumentPosition(None, 0, 0, 0, 0)
         if window.index:
-            place = Place(**place_after(windows[window.index - 1], Place._fields, self.store.path))
+            place = DocumentPosition(
+                **place_after(windows[window.index - 1], DocumentPosition._fields, self.store.path)
+            )
         encoder = Encoder(self.spec, self.tok, offline=self.origins.offline)
         made = Contexts(config, recipe["split"], source, self.tok, encoder, place).take(window.stop - window.start)
         if made is None:
             raise SaeError(
                 f"source = {spec}: ends before window {window.index} of {self.store.key}; give the whole text"
             )
-        return Made(made[0], {"next": made[1]._asdict()})
+        return RebuiltWindow(made[0], {"next": made[1]._asdict()})
 
     def _config(self, spec: str) -> TokenizeConfig:
         """The settings that the recipe says."""

@@ -30,14 +30,14 @@ from sae.cache.store.manifest import Window, place_after
 from sae.cache.store.space import expect_room
 from sae.cache.tokens import TokenStore, TokenWriter
 from sae.configs.base import MOST, Amount, Settings
-from sae.pipeline.language_model.token_mask import RowRule, RowsOf
+from sae.pipeline.language_model.token_mask import TokenMask, TokenRows
 from sae.pipeline.parallel.dask_cluster import connected
 from sae.pipeline.parallel.process_pool import Pool
 from sae.pipeline.runtime.interrupts import telling
 from sae.pipeline.runtime.progress import Progress
 from sae.pipeline.tokenize.earlier import point_to_older, settled
 from sae.pipeline.tokenize.encoding import ALONE_CHARACTERS, Block, Encoder
-from sae.pipeline.tokenize.packing import Packer, Place
+from sae.pipeline.tokenize.packing import DocumentPosition, Packer
 from sae.pipeline.tokenize.sources import Document, Moving, TextSource, is_validation, text_source
 from sae.pipeline.tokenizers.former import begun, identity
 from sae.pipeline.tokenizers.layout import DEFAULT, Begin, Layout, layout
@@ -216,7 +216,7 @@ def _reach(store: TokenStore, wanted: Amount, progress: Progress) -> int | None:
     if wanted == "all":
         return None
     rows = activations.WINDOWS.round_up(wanted)
-    there = RowsOf(store, RowRule()).count(activations.WINDOWS, store.n_contexts).rows
+    there = TokenRows(store, TokenMask()).count(activations.WINDOWS, store.n_contexts).rows
     contexts = -(-wanted // store.context_length)
     if there < rows and (there or not store.n_contexts):  # a context has one row less than tokens, or fewer
         contexts = max(contexts, store.n_contexts + -(-(rows - there) // (store.context_length - 1)))
@@ -252,7 +252,11 @@ def _fill(
 ) -> None:  # fmt: skip
     """Pack and commit windows until the target or the source's end."""
     windows = writer.store.manifest.windows
-    place = Place(**place_after(windows[-1], Place._fields, writer.store.path)) if windows else Place(None, 0, 0, 0, 0)
+    place = (
+        DocumentPosition(**place_after(windows[-1], DocumentPosition._fields, writer.store.path))
+        if windows
+        else DocumentPosition(None, 0, 0, 0, 0)
+    )
     writer.request(target if target is not None else 1 << 62)
     stream = Contexts(config, split, source, tok, encoder, place)
     number, contexts = len(windows), writer.store.n_contexts
@@ -278,13 +282,19 @@ class Contexts:
     """The contexts of one split from a place in its source on."""
 
     def __init__(
-        self, config: TokenizeConfig, split: str, source: TextSource, tok: Tokenizer, encoder: Encoder, place: Place
+        self,
+        config: TokenizeConfig,
+        split: str,
+        source: TextSource,
+        tok: Tokenizer,
+        encoder: Encoder,
+        place: DocumentPosition,
     ) -> None:
         layout = config.layout(tok)
         self._documents = _encoded_documents(_blocks(config, split, source, place), place, encoder, layout)
         self._packer = Packer(layout)
 
-    def take(self, contexts: int) -> tuple[dict[str, np.ndarray], Place] | None:
+    def take(self, contexts: int) -> tuple[dict[str, np.ndarray], DocumentPosition] | None:
         """Arrays of the next `contexts` contexts (fewer where the source ends) and the place after them, or None."""
         while self._packer.contexts < contexts and (item := next(self._documents, None)) is not None:
             self._packer.add(*item)
@@ -299,7 +309,7 @@ def _committed(window: Future[Window] | None, writer: TokenWriter, progress: Pro
         progress.advance(tokens, documents=done.notes["next"]["documents"])
 
 
-def _blocks(config: TokenizeConfig, split: str, source: TextSource, place: Place) -> Iterator[Block]:
+def _blocks(config: TokenizeConfig, split: str, source: TextSource, place: DocumentPosition) -> Iterator[Block]:
     """Blocks of the source from `place` on: read, kept to one split, shuffled."""
     stream = source.open(place.source)
     state, index = place.source, place.block
@@ -319,11 +329,11 @@ def _blocks(config: TokenizeConfig, split: str, source: TextSource, place: Place
 
 
 def _encoded_documents(
-    blocks: Iterator[Block], place: Place, encoder: Encoder, layout: Layout
-) -> Iterator[tuple[np.ndarray, Place]]:
+    blocks: Iterator[Block], place: DocumentPosition, encoder: Encoder, layout: Layout
+) -> Iterator[tuple[np.ndarray, DocumentPosition]]:
     """Every document that is kept, from `place` on: its tokens as they are laid, and the place of its first token."""
     used, number = place.token, place.documents
     for block, index, ids in encoder.documents(blocks, place.document):
         if layout.keeps(ids):
-            yield layout.document(ids)[used:], Place(block.source, block.number, index, used, number)
+            yield layout.document(ids)[used:], DocumentPosition(block.source, block.number, index, used, number)
             used, number = 0, number + 1

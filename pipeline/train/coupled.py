@@ -13,14 +13,14 @@ from sae.cache.runs import CHECKPOINT
 from sae.pipeline.parallel.ranks import Ranks
 from sae.pipeline.saes import SAE, Clock, Losses, SparseLosses
 from sae.pipeline.train.alignment import Alignment
-from sae.pipeline.train.trainer import Member
+from sae.pipeline.train.trainer import Trainer
 
 
 @dataclass
-class Group:
+class CoupledTrainers:
     """Members at one and the same step, and what pulls them together."""
 
-    members: list[Member]
+    members: list[Trainer]
     alignment: Alignment | None
 
     @property
@@ -88,7 +88,7 @@ class Group:
         """Take up the checkpoints: the loader's state. None where there are none yet."""
         if ranks.rank == 0:
             self._publish_rest()
-        ranks.wait()
+        ranks.barrier()
         states = [member.restore(ranks) for member in self.members]
         if len({member.done for member in self.members}) > 1:
             raise DamagedStore(
@@ -115,16 +115,16 @@ class Group:
                 run.publish_checkpoint()
 
 
-def grouped(members: Sequence[Member]) -> list[Group]:
+def grouped(members: Sequence[Trainer]) -> list[CoupledTrainers]:
     """Members by themselves, but for those whose settings pull them together.
 
     Raises SaeError where some of the dictionaries that belong together are missing.
     """
-    groups: list[Group] = []
-    together: dict[str, list[Member]] = {}
+    groups: list[CoupledTrainers] = []
+    together: dict[str, list[Trainer]] = {}
     for member in members:
         if member.config.align is None:
-            groups.append(Group([member], None))
+            groups.append(CoupledTrainers([member], None))
         else:
             alike = member.config.model_dump_json(exclude={"seed"})
             together.setdefault(alike, []).append(member)
@@ -136,5 +136,7 @@ def grouped(members: Sequence[Member]) -> list[Group]:
                 f"{group[0].run.path}: is trained together with seeds {', '.join(map(str, align.seeds))}; "
                 "repeat the command that began them, with `seeds`"
             )
-        groups.append(Group(group, Alignment(align, [member.sae for member in group if isinstance(member.sae, SAE)])))
+        groups.append(
+            CoupledTrainers(group, Alignment(align, [member.sae for member in group if isinstance(member.sae, SAE)]))
+        )
     return groups

@@ -109,7 +109,7 @@ def _draw(sae: SAE, rows: Iterable[Batch], count: int, generator: torch.Generato
 
 
 @torch.no_grad()
-def inequality(sae: SAE, k: int) -> float:
+def firing_rate_skew(sae: SAE, k: int) -> float:
     """Mean over latents of |r / r* - 1|^3, for firing rates r and the rate r* = k / d_sae of equal latents."""
     return (sae.firing_rate * (sae.d_sae / k) - 1).abs().pow(3).mean().item()
 

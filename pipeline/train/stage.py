@@ -27,14 +27,14 @@ from sae.cache.provenance import LanguageModelRows, provenance
 from sae.cache.runs import CONFIG, FAILURE, Run, Seen, SeenStore
 from sae.cache.store.space import expect_room
 from sae.pipeline.formats.base import Metadata
-from sae.pipeline.parallel.ranks import Alone, Ranks
+from sae.pipeline.parallel.ranks import Ranks, SingleRank
 from sae.pipeline.runtime import devices
 from sae.pipeline.runtime.interrupts import Interrupted, interruptible
 from sae.pipeline.runtime.progress import Progress
 from sae.pipeline.saes import Clock
 from sae.pipeline.train.config import STREAM, TrainConfig, settings_of
-from sae.pipeline.train.coupled import Group, grouped
-from sae.pipeline.train.trainer import Diverged, Member
+from sae.pipeline.train.coupled import CoupledTrainers, grouped
+from sae.pipeline.train.trainer import Diverged, Trainer
 
 SHOWN = ("loss", "fvu", "l0", "dead", "agreement", "recovery")  # beside the progress bar
 
@@ -162,7 +162,7 @@ def _other_rows(seen: Seen, dataset: Dataset) -> list[str]:
 class TrainState:
     """Everything that must survive a restart."""
 
-    groups: list[Group]
+    groups: list[CoupledTrainers]
     loader: Batches
     total: int
     step: int = 0
@@ -170,7 +170,7 @@ class TrainState:
     diverged: list[Diverged] = field(default_factory=list)
 
     @property
-    def members(self) -> list[Member]:
+    def members(self) -> list[Trainer]:
         return [member for group in self.groups for member in group.members]
 
     def save(self, ranks: Ranks) -> None:
@@ -182,7 +182,7 @@ class TrainState:
                 except Diverged as error:
                     self.end(group, error, ranks)
 
-    def end(self, group: Group, error: Diverged, ranks: Ranks) -> None:
+    def end(self, group: CoupledTrainers, error: Diverged, ranks: Ranks) -> None:
         """Go on without a group that diverged; its run folders say why they are not finished."""
         self.groups.remove(group)
         self.diverged.append(error)
@@ -207,8 +207,8 @@ def train(
     With several ranks each calls this and takes its share of every batch; what is written is written by rank 0.
     Raises Diverged, once the others are finished, where a dictionary diverged.
     """
-    ranks = Alone() if ranks is None else ranks
-    where = devices.device(device)
+    ranks = SingleRank() if ranks is None else ranks
+    where = devices.resolve_device(device)
     with ExitStack() as stack:
         if ranks.rank == 0:
             for run in runs:
@@ -225,7 +225,7 @@ def train(
             progress.advance(1, **shown)
             if not state.groups:
                 break
-            stop = ranks.any(bool(stopping) or ranks.asked)
+            stop = ranks.any(bool(stopping) or ranks.stop_requested)
             every = min(member.config.checkpoint_every for member in state.members)
             if state.step % every == 0 or stop or state.step == state.total:
                 state.save(ranks)
@@ -237,7 +237,7 @@ def train(
         if ranks.rank == 0:
             for member in state.members:
                 member.finish(_metadata(dataset))
-        ranks.wait()
+        ranks.barrier()
         if state.diverged:
             raise Diverged("; ".join(map(str, state.diverged)))
         return [run.metrics()[-1] for run in runs] if ranks.rank == 0 else []
@@ -282,9 +282,9 @@ def _begin(runs: Sequence[Run], dataset: Dataset, device: torch.device, progress
         share(first, ranks.world), seed=first.data_seed, device=device, outliers=first.outliers, rank=ranks.rank,
         world=ranks.world,
     )  # fmt: skip
-    members = [Member.begin(run, config, dataset, device) for run, config in zip(runs, configs, strict=True)]
+    members = [Trainer.begin(run, config, dataset, device) for run, config in zip(runs, configs, strict=True)]
     for member in members:
-        ranks.copy(member.sae.state_dict().values())  # to the bit, however each device rounds a mean
+        ranks.broadcast(member.sae.state_dict().values())  # to the bit, however each device rounds a mean
     if any(not run.has_checkpoint for run in runs) and ranks.rank == 0:
         expect_room(runs[0].path, sum(member.on_disk() for member in members), "what training writes")
     state = TrainState(grouped(members), loader, first.total_steps(rows))

@@ -17,15 +17,15 @@ from typing import Any
 from sae.cache import catalogue
 from sae.cache.activations import ActivationStore
 from sae.cache.disk.identity import canonical
-from sae.cache.disk.paths import place
+from sae.cache.disk.paths import parse_path
 from sae.cache.errors import NotFound, SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import Run, discarding
 from sae.configs import parsed
 from sae.configs.base import WHOLE
 from sae.pipeline.parallel.launcher import launch
-from sae.pipeline.parallel.ranks import Alone, Ranks
-from sae.pipeline.parallel.torch_distributed import Seat, Together, together, torchrun_seat
+from sae.pipeline.parallel.ranks import Ranks, SingleRank
+from sae.pipeline.parallel.torch_distributed import DistributedRanks, ProcessInfo, together, torchrun_process
 from sae.pipeline.runtime.progress import Progress, Silent
 from sae.pipeline.train.config import settings_of
 from sae.pipeline.train.stage import STREAM, TrainConfig, begun, on_rows, open_run, run_name, share, train
@@ -79,7 +79,7 @@ def _expect_few(dictionaries: int) -> None:
         raise SaeError(f"sweep = ...: that is {dictionaries:,} dictionaries; at most {MOST:,} are trained at once")
 
 
-def acquainted(configs: Sequence[TrainConfig]) -> list[TrainConfig]:
+def fill_in_align_seeds(configs: Sequence[TrainConfig]) -> list[TrainConfig]:
     """The configurations, those that pull towards each other knowing each other's seeds.
 
     Raises SaeError where one of these has nobody to agree with.
@@ -104,7 +104,7 @@ def open_all(configs: Sequence[TrainConfig], dataset: Dataset, root: Path) -> li
     Where some were interrupted and the store has grown since, all are trained on as many rows as those.
     """
     there = [run for run in catalogue.readable_runs(root)[0] if _named_here(run, dataset)]
-    configs = acquainted(configs)
+    configs = fill_in_align_seeds(configs)
     waiting = [run.seen.rows for config in configs for run in begun(config, dataset, there) if not run.finished]
     if waiting:
         configs = [one.model_copy(update={"store_rows": one.store_rows or max(waiting)}) for one in configs]
@@ -148,15 +148,15 @@ def sweep_each(plans: Sequence[Plan], progress: Progress, *, device: str = "auto
     """Train what is not finished of the runs of each dataset, all that share a stream of batches in one pass.
 
     With several processes of this machine, or several that torchrun has started, each takes its share of every batch.
-    Of torchrun's, only rank 0 calls this: the others call `follow`. Raises Diverged, once the others are finished,
-    where a dictionary diverged. A run folder that was made for this is removed where nothing came of it.
+    Of torchrun's, only rank 0 calls this: the others call `run_as_worker_rank`. Raises Diverged, once the others are
+    finished, where a dictionary diverged. A run folder that was made for this is removed where nothing came of it.
     """
     with discarding([run for runs, _ in plans for run in runs]):
         _sweep(plans, progress, device, processes)
 
 
 def _sweep(plans: Sequence[Plan], progress: Progress, device: str, processes: int) -> None:
-    seat = torchrun_seat(device)
+    seat = torchrun_process(device)
     if seat is not None and processes > 1:
         raise SaeError(f"devices = {processes}: torchrun has started the processes already; leave out `devices`")
     every = [run for runs, _ in plans for run in runs]
@@ -171,27 +171,27 @@ def _sweep(plans: Sequence[Plan], progress: Progress, device: str, processes: in
         for runs, dataset in plans
     ])  # fmt: skip
     if processes > 1 and not all(run.finished for run in every):
-        launch(processes, device, _take_part, task, progress)
+        launch(processes, device, _train_as_rank, task, progress)
     elif seat is not None:
         with together(seat) as ranks:
-            _take_part(ranks, seat.device, ranks.tell(task), progress)
+            _train_as_rank(ranks, seat.device, ranks.broadcast_text(task), progress)
     else:
-        _each(plans, progress, device, Alone())
+        _each(plans, progress, device, SingleRank())
 
 
-def follow(seat: Seat) -> None:
+def run_as_worker_rank(seat: ProcessInfo) -> None:
     """What a process of torchrun other than rank 0 does: take part in what rank 0 trains, and write nothing."""
     with together(seat) as ranks:
-        _take_part(ranks, seat.device, ranks.tell(""), Silent())
+        _train_as_rank(ranks, seat.device, ranks.broadcast_text(""), Silent())
 
 
-def _take_part(ranks: Together, device: str, task: str, progress: Progress) -> None:
+def _train_as_rank(ranks: DistributedRanks, device: str, task: str, progress: Progress) -> None:
     """One rank's part of the training that a task tells of."""
     plans: list[Plan] = []
     try:
         for named in json.loads(task):
             runs = [Run(Path(path)) for path in named["runs"]]
-            sides = [tuple(ActivationStore(place(path)) for path in named[side]) for side in ("inputs", "targets")]
+            sides = [tuple(ActivationStore(parse_path(path)) for path in named[side]) for side in ("inputs", "targets")]
             plans.append((runs, Dataset.of(*sides, rows=named["rows"])))
     except NotFound as error:
         raise NotFound(f"{error} (rank {ranks.rank}); all machines need the same cache and runs") from error
@@ -213,7 +213,7 @@ def _each(plans: Sequence[Plan], progress: Progress, device: str, ranks: Ranks) 
 def _passes(runs: Sequence[Run], dataset: Dataset, progress: Progress, device: str, ranks: Ranks) -> None:
     """Train what is not finished, pass by pass."""
     waiting = [run for run in runs if not run.finished]
-    ranks.wait()  # so that all have looked before the first is finished
+    ranks.barrier()  # so that all have looked before the first is finished
     # what is pulled together ends together: the finished ones of such a group are needed by the others
     pulled = {_group(run) for run in waiting if settings_of(run).align is not None}
     streams: dict[tuple[object, ...], list[Run]] = {}

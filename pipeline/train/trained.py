@@ -36,7 +36,7 @@ def written(trained: Trainable, metadata: Metadata) -> tuple[dict[str, Tensor], 
     return tensors, {"architecture": trained.config.arch, "d_in": trained.d_in, "d_out": trained.d_out}
 
 
-def load(run: Run) -> SAE:
+def load_run(run: Run) -> SAE:
     """The dictionary of a finished run, in the data's units, ready to encode. SaeError where it trained another thing.
 
     Raises NotFound while training has not finished, DamagedStore where the weights do not fit the run's settings.

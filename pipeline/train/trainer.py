@@ -33,7 +33,7 @@ from sae.pipeline.train.config import TrainConfig
 from sae.pipeline.train.resampling import (
     NoRevival,
     Resample,
-    inequality,
+    firing_rate_skew,
     reinitialise,
     resample,
 )
@@ -44,7 +44,7 @@ class Diverged(SaeError):
 
 
 @dataclass
-class Member:
+class Trainer:
     """One dictionary in training: its run, its weights, its optimiser, and how many steps it has taken.
 
     dataset: the rows that the run was promised, of which further ones are drawn.
@@ -64,7 +64,7 @@ class Member:
     _shown: bool = False  # whether this process has computed metrics yet
 
     @classmethod
-    def begin(cls, run: Run, config: TrainConfig, dataset: Dataset, device: torch.device) -> "Member":
+    def begin(cls, run: Run, config: TrainConfig, dataset: Dataset, device: torch.device) -> "Trainer":
         """A dictionary at step 0. Raises SaeError where the rows allow none."""
         sae = trainable(config.sae, dataset.d_in, dataset.d_out if dataset.targets else None, seed=config.seed).to(
             device
@@ -92,7 +92,7 @@ class Member:
         With several ranks `batch` and `parts` are this rank's.
         """
         step, total = clock
-        ranks.average(parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None)
+        ranks.all_reduce_mean(parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None)
         self.sae.before_step()
         if self.config.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.config.clip)
@@ -101,7 +101,7 @@ class Member:
             group["lr"] = rates[group["name"]]
         self.optimiser.step()
         self.sae.after_step()
-        self.sae.track(*ranks.gather([self.sae.observe(part) for part in parts]))
+        self.sae.track(*ranks.all_gather([self.sae.observe(part) for part in parts]))
         self.done = step + 1
         self._revive(total, ranks)
         first, self._shown = not self._shown, True
@@ -140,7 +140,7 @@ class Member:
         generator = self.sae.generator("revival", self.done)
         if isinstance(revive, Resample):
             resample(self.sae, self.optimiser, self._drawn(revive.rows, generator), revive, generator)
-        elif inequality(self.sae, k) > revive.threshold:
+        elif firing_rate_skew(self.sae, k) > revive.threshold:
             drawn = [*self._drawn(self.config.initial_rows, generator)]
             x = torch.cat([one.x for one in drawn])
             sample = Batch(x, torch.cat([one.y for one in drawn]) if self.dataset.targets else x)
@@ -148,7 +148,7 @@ class Member:
                 reinitialise(self.sae, self.optimiser, sample, generator)
             except ValueError as error:
                 raise SaeError(f"{self.dataset.key}: {error}") from error
-        ranks.copy(self.sae.state_dict().values())  # errors that devices round apart may have chosen other rows
+        ranks.broadcast(self.sae.state_dict().values())  # errors that devices round apart may have chosen other rows
 
     def _drawn(self, count: int, generator: torch.Generator) -> Iterator[Batch]:
         """So many rows from a random place on (they were shuffled when written), a batch at a time."""

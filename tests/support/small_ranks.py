@@ -14,8 +14,8 @@ from sae.cache.errors import SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import Batch, Batches
 from sae.cache.runs import Run
-from sae.pipeline.parallel.ranks import Alone, Ranks, expect_same
-from sae.pipeline.parallel.torch_distributed import Together
+from sae.pipeline.parallel.ranks import Ranks, SingleRank, expect_same
+from sae.pipeline.parallel.torch_distributed import DistributedRanks
 from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.saes import Clock, Observed
 from sae.pipeline.train.stage import train
@@ -60,7 +60,7 @@ def numbers(ranks: Ranks) -> None:
     """What every `Ranks` must do, against results by hand."""
     rank, world = ranks.rank, ranks.world
     tensors = [torch.full((3, 2), float(rank)), torch.tensor([1.0 + rank, -1.0])]
-    ranks.average(tensors)
+    ranks.all_reduce_mean(tensors)
     mean = (world - 1) / 2
     assert torch.equal(tensors[0], torch.full((3, 2), mean)) and torch.equal(tensors[1], torch.tensor([1 + mean, -1]))
     large = torch.tensor([2**60 + rank, -1])  # no float holds them
@@ -70,10 +70,10 @@ def numbers(ranks: Ranks) -> None:
     assert ranks.sum(tenth).item() == pytest.approx(0.1 * world, rel=1e-15)
     assert [ranks.any(flag) for flag in (False, rank == 0, rank == world - 1, True)] == [False, True, True, True]
     weights = torch.nn.Parameter(torch.arange(4.0) + rank)
-    ranks.copy([weights, weights[:0]])
+    ranks.broadcast([weights, weights[:0]])
     assert weights.tolist() == [0, 1, 2, 3]
-    ranks.wait()
-    assert not ranks.asked
+    ranks.barrier()
+    assert not ranks.stop_requested
 
 
 def seen(ranks: Ranks) -> None:
@@ -87,14 +87,14 @@ def seen(ranks: Ranks) -> None:
         floats[1, 1] = torch.nan
         return [Observed(clock, 5 - i, fired[i], floats[i]) for i in range(2)]
 
-    found = ranks.gather(parts(ranks.rank))
+    found = ranks.all_gather(parts(ranks.rank))
     expected = [part for rank in range(ranks.world) for part in parts(rank)]
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         assert (one.clock, one.rows) == (other.clock, other.rows)
         assert torch.equal(one.fired, other.fired) and one.numbers.dtype == torch.float32
         assert torch.equal(one.numbers.view(torch.int32), other.numbers.view(torch.int32))
-    nothing = ranks.gather([part._replace(numbers=torch.empty(0)) for part in parts(ranks.rank)])
+    nothing = ranks.all_gather([part._replace(numbers=torch.empty(0)) for part in parts(ranks.rank)])
     assert all(part.numbers.shape == (0,) for part in nothing)
 
 
@@ -109,12 +109,12 @@ def parted(ranks: Ranks) -> None:
             expect_same({**same, "weights": weights}, ranks, "here")
 
 
-def everything(ranks: Together, device: str, store: Path, root: Path, together: list[list[str]]) -> None:
+def everything(ranks: DistributedRanks, device: str, store: Path, root: Path, together: list[list[str]]) -> None:
     """All that two ranks do where nothing fails, and at the end a Ctrl-C for the parent, which passes it on."""
     assert device == "cpu" and torch.get_num_threads() == 1
     for check in (numbers, seen, parted):
         check(ranks)
-    assert ranks.tell("Größe" if ranks.rank == 0 else "") == "Größe"
+    assert ranks.broadcast_text("Größe" if ranks.rank == 0 else "") == "Größe"
     rows: list[Tensor] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Batches, "__iter__", kept(rows))
@@ -125,8 +125,8 @@ def everything(ranks: Together, device: str, store: Path, root: Path, together: 
     for name in ("parts", "mixed"):
         stopped(store, [root / name], ranks)
     if ranks.rank == 0:
-        stopped(store, [root / "mixed"], Alone(), steps=3)
-    ranks.wait()
+        stopped(store, [root / "mixed"], SingleRank(), steps=3)
+    ranks.barrier()
     for name in ("parts", "mixed"):
         one(store, [root / name], ranks)
     tell = At(2, lambda: os.kill(os.getppid(), signal.SIGINT))
@@ -145,21 +145,21 @@ def kept(rows: list[Tensor]) -> Callable[[Batches], Iterator[Batch]]:
     return iterate
 
 
-def failed(ranks: Together, device: str) -> None:
+def failed(ranks: DistributedRanks, device: str) -> None:
     """The last rank finds fault with its input while the first waits for it."""
     if ranks.rank == ranks.world - 1:
         raise SaeError("batch = 7: nobody likes it; try 8")
-    ranks.wait()
+    ranks.barrier()
 
 
-def killed(ranks: Together, device: str) -> None:
+def killed(ranks: DistributedRanks, device: str) -> None:
     """The last rank is killed while the first waits for it."""
     if ranks.rank == ranks.world - 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    ranks.wait()
+    ranks.barrier()
 
 
-def unsendable(ranks: Together, device: str) -> None:
+def unsendable(ranks: DistributedRanks, device: str) -> None:
     """Fails with an error of a kind that no other process knows."""
 
     class OwnError(Exception):
@@ -168,5 +168,5 @@ def unsendable(ranks: Together, device: str) -> None:
     raise OwnError("what happened")
 
 
-def trained(ranks: Together, device: str, store: Path, runs: list[Path]) -> None:
+def trained(ranks: DistributedRanks, device: str, store: Path, runs: list[Path]) -> None:
     one(store, runs, ranks)

@@ -26,7 +26,7 @@ from sae.configs.base import Amount, Settings
 from sae.pipeline.runtime.origins import Origins
 from sae.pipeline.runtime.progress import Progress
 
-Place = tuple[int, ...]  # where a window begins; what the numbers mean is the source's own
+TokenPosition = tuple[int, ...]  # where a window begins; what the numbers mean is the source's own
 
 
 class Stream(NamedTuple):
@@ -57,7 +57,7 @@ class Supply(NamedTuple):
 
     rows: int
     asked: int
-    place: Callable[[int], Place]
+    place: Callable[[int], TokenPosition]
     ended: bool
     tokens: int = 0
 
@@ -68,8 +68,8 @@ class WindowTask(NamedTuple):
     split: str
     window: int
     rows: int
-    start: Place
-    end: Place
+    start: TokenPosition
+    end: TokenPosition
     streams: tuple[str, ...]
 
 
@@ -130,7 +130,7 @@ class RowSource(ABC):
         """What the manifest is to say of a window besides its files: `next`, and what its bits depend on, `made`."""
         return {}
 
-    def noted(self, line: Window | None, folder: Path) -> Place | None:
+    def noted(self, line: Window | None, folder: Path) -> TokenPosition | None:
         """Where the window after a committed one of the store in a folder begins, by its notes.
 
         `line` None: the first window. None where this source notes nothing.

@@ -1,6 +1,6 @@
 """Activations of a language model over a token store: one forward pass, one stream for each (layer, site).
 
-Which tokens become rows is decided by tokens and positions only (`RowRule`), never by values, so rows of all sites of
+Which tokens become rows is decided by tokens and positions only (`TokenMask`), never by values, so rows of all sites of
 a model align. A window's batches are cut from its own contexts, as even as they can be; the context that straddles two
 windows is computed for both.
 """
@@ -31,7 +31,7 @@ from sae.cache.store.manifest import Window, place_after
 from sae.cache.tokens import TokenStore
 from sae.configs.base import Amount, Distinct
 from sae.pipeline.language_model import SITES, LanguageModel, Point, hints
-from sae.pipeline.language_model.token_mask import Place, RowRule, RowsOf, rule_of
+from sae.pipeline.language_model.token_mask import TokenMask, TokenPosition, TokenRows, rule_of
 from sae.pipeline.runtime.origins import Origins
 from sae.pipeline.runtime.progress import Progress, Silent, said_if_slow
 from sae.pipeline.tokenizers.matching import matches
@@ -61,7 +61,7 @@ class HarvestConfig(SourceConfig):
     )
     tokens: Amount = Field("all", description="training tokens to run")
     validation_tokens: Amount = Field(65_536, description="validation tokens to run, or all")
-    rows: RowRule = RowRule()
+    rows: TokenMask = TokenMask()
     batch_tokens: int = Field(4096, ge=1, description="tokens in one forward pass, at most")
     dtype: str = Field("float32", description="precision of the forward pass: float32 or bfloat16")
     tokenizer: Literal["checked", "unchecked"] = Field(
@@ -87,7 +87,7 @@ class LanguageModelSource(RowSource):
         """The points of the opener's settings, over token stores of different splits."""
         self.opener, self.config, self.model = opener, opener.config, model
         self.tokens = {store.split: store for store in stores}
-        self.rows = {split: RowsOf(tokens, self.config.rows) for split, tokens in self.tokens.items()}
+        self.rows = {split: TokenRows(tokens, self.config.rows) for split, tokens in self.tokens.items()}
         self.splits, self.points, self.device = tuple(self.tokens), self.config.points, model.device
         self.batch = max(1, self.config.batch_tokens // stores[0].context_length)  # contexts in a forward pass
         self._named = {f"{point.layer}.{point.site}": point for point in self.points}
@@ -170,7 +170,7 @@ class LanguageModelSource(RowSource):
         return Supply(counted.rows, asked, counted.starts.__getitem__, ended, tokens.n_tokens)
 
     def window(self, task: WindowTask) -> Iterator[Rows]:
-        rows, start, end = self.rows[task.split], Place(*task.start), Place(*task.end)
+        rows, start, end = self.rows[task.split], TokenPosition(*task.start), TokenPosition(*task.end)
         first, last = start.context, end.context + (end.row > 0)
         parts = -(-(last - first) // self.batch)
         bounds = [first + (last - first) * i // parts for i in range(parts + 1)]
@@ -194,10 +194,12 @@ class LanguageModelSource(RowSource):
         made = {
             "device": self.model.device.type, "dtype": self.model.recipe()["dtype"], "contexts": self.batch,
         }  # fmt: skip
-        return {"next": Place(*task.end)._asdict(), "made": made}
+        return {"next": TokenPosition(*task.end)._asdict(), "made": made}
 
-    def noted(self, line: Window | None, folder: Path) -> Place:
-        return Place(0, 0) if line is None else Place(**place_after(line, Place._fields, folder))
+    def noted(self, line: Window | None, folder: Path) -> TokenPosition:
+        return (
+            TokenPosition(0, 0) if line is None else TokenPosition(**place_after(line, TokenPosition._fields, folder))
+        )
 
     def as_made(self, windows: Sequence[Window], window: Window) -> "LanguageModelSource":
         """With as many contexts in a forward pass as then (where the window's line is lost: as near it)."""
@@ -232,7 +234,7 @@ class LanguageModelSource(RowSource):
         return tokens.numel() / (time.perf_counter() - begun)
 
     def remedy(self, split: str, supply: Supply, rows: int) -> str:
-        if self.config.rows != RowRule():  # which is what tokenize reckons with
+        if self.config.rows != TokenMask():  # which is what tokenize reckons with
             rows = -(-rows * supply.tokens // supply.rows)
         name = "tokens" if split == "train" else "tokenize.validation_tokens"
         return (

@@ -23,7 +23,7 @@ from sae.cache.activations import ActivationStore
 from sae.cache.disk import locks
 from sae.cache.disk.durable import append_line, read, write_atomic
 from sae.cache.disk.locks import LOCK, Lock, held
-from sae.cache.disk.paths import expect_reachable, filesystem, is_remote, listing, place
+from sae.cache.disk.paths import expect_reachable, filesystem, is_remote, listing, parse_path
 from sae.cache.errors import Busy, DamagedStore, SaeError
 from sae.cache.loader.loader import Loader
 from sae.cache.store.head import RECIPE
@@ -40,14 +40,14 @@ PROJECT = Path(__file__).resolve().parents[3]
 def endpoint() -> Iterator[str]:
     with s3_server() as found, shrunk(), pytest.MonkeyPatch.context() as patch:
         lead_to(patch, found)
-        filesystem(place(f"s3://{BUCKET}")).mkdir(BUCKET)
+        filesystem(parse_path(f"s3://{BUCKET}")).mkdir(BUCKET)
         yield found
 
 
 @pytest.fixture
 def s3(endpoint: str, request: pytest.FixtureRequest) -> Path:
     """A prefix of its own for each test."""
-    return place(f"s3://{BUCKET}/{plain(request.node.name)}")
+    return parse_path(f"s3://{BUCKET}/{plain(request.node.name)}")
 
 
 @pytest.fixture(params=["s3", "memory"])
@@ -56,7 +56,7 @@ def remote(request: pytest.FixtureRequest) -> Path:
         found: Path = request.getfixturevalue("s3")
         return found
     request.getfixturevalue("endpoint")  # for the small windows
-    return place(f"memory://{plain(request.node.name)}")
+    return parse_path(f"memory://{plain(request.node.name)}")
 
 
 def plain(name: str) -> str:
@@ -297,10 +297,10 @@ CONTENDER = """
 import sys
 from sae.cache.errors import Busy
 from sae.cache.disk.locks import Lock
-from sae.cache.disk.paths import place
+from sae.cache.disk.paths import parse_path
 sys.stdin.readline()
 try:
-    with Lock(place(sys.argv[1])):
+    with Lock(parse_path(sys.argv[1])):
         print("mine", flush=True)
         sys.stdin.readline()
 except Busy:
@@ -332,9 +332,9 @@ import sys
 sys.path[:0] = ["tests"]
 from support.small_tokens import write_tokens
 from sae.cache import tokens
-from sae.cache.disk.paths import place
+from sae.cache.disk.paths import parse_path
 tokens.CHUNK_TOKENS, tokens.WINDOW_CHUNKS = 256, 4
-write_tokens(place(sys.argv[1]), 100_000)
+write_tokens(parse_path(sys.argv[1]), 100_000)
 """
 
 
@@ -446,8 +446,8 @@ def test_an_outage_in_the_middle_of_a_command(s3: Path, monkeypatch: pytest.Monk
 
 
 def test_local_places(tmp_path: Path) -> None:
-    assert not is_remote(place("a/b")) and place("a/b") == Path("a/b")
-    assert place(f"file://{tmp_path}") == tmp_path
+    assert not is_remote(parse_path("a/b")) and parse_path("a/b") == Path("a/b")
+    assert parse_path(f"file://{tmp_path}") == tmp_path
     with pytest.raises(AssertionError):
         expect_reachable("cache", tmp_path)
     assert listing(tmp_path / "nowhere") == {}
@@ -490,7 +490,7 @@ def test_all_stages_on_s3(s3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("stop", range(4))
 def test_a_removal_cut_short_is_completed(stop: int, monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
     """Remotely an object says that a store is none any more, whatever is left of it."""
-    root = place(f"memory://cut-short-{stop}")
+    root = parse_path(f"memory://cut-short-{stop}")
     store, other = write_tokens(root, CHUNK), write_tokens(root, CHUNK, seed=1)
     remote, left = filesystem(root), [stop]
 

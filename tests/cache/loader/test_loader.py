@@ -20,11 +20,11 @@ from support.small_stores import CHUNK, few, files, heavy_rows, shrunk, write_ac
 from torch import Tensor
 
 from sae.cache.activations import ActivationStore
-from sae.cache.disk.paths import place
+from sae.cache.disk.paths import parse_path
 from sae.cache.errors import DamagedStore, SaeError
-from sae.cache.loader.chunks import Chunks, Decoded, Slices
+from sae.cache.loader.chunks import Chunks, DecodingReader, DirectReader
 from sae.cache.loader.loader import Batches, Loader, Settings
-from sae.cache.loader.schedule import Place, shares
+from sae.cache.loader.schedule import LoaderPosition, shares
 from sae.cache.store.codecs import to_numpy
 from sae.cache.store.manifest import Windows
 from sae.pipeline.harvest.sources.synthetic import Independent, SyntheticConfig
@@ -164,7 +164,7 @@ every_reader = pytest.mark.parametrize(
 @every_reader
 @pytest.mark.parametrize("batch", [48, 64])
 def test_batches_are_the_stores_rows(tmp_path: Path, codec: str, batch: int) -> None:
-    """Decoded from slices as from whole chunks; a batch belongs to whoever got it."""
+    """DecodingReader from slices as from whole chunks; a batch belongs to whoever got it."""
     store = write_activations(tmp_path, heavy_rows(4 * CHUNK, 5), codec)
     expected = store.rows(0, store.n_rows)
     with Loader(store, batch, epochs=1, open_chunks=2) as loader:
@@ -188,7 +188,7 @@ def test_rows_come_as_the_schedule_says(
         with pytest.MonkeyPatch.context() as patch, Loader(store, batch, **settings, outliers=1.2) as loader:
             patch.setattr("sae.cache.loader.chunks.IOV_MAX", most)
             found = [[part.clone() for part in one] for one in islice(loader.encoded(), 6)]
-        plan = shares(loader.schedule, Place(), batch=batch, epochs=None, rank=world - 1, world=world)
+        plan = shares(loader.schedule, LoaderPosition(), batch=batch, epochs=None, rank=world - 1, world=world)
         spans = (span for share in plan for span in zip(*map(np.ndarray.tolist, share.spans), strict=True))
         expected = islice(chain.from_iterable(range(*span) for span in spans), sum(len(one[0].rows) for one in found))
         numbers = list(expected)
@@ -297,7 +297,7 @@ def test_remote_stores_are_read_whole(tmp_path: Path, codec: str) -> None:
     local = write_activations(tmp_path, heavy_rows(4 * CHUNK + 3, 5), codec, ended=True)
     with Loader(local, 24, epochs=1) as here:
         expected = list(here)
-    remote = place("memory://" + tmp_path.name)
+    remote = parse_path("memory://" + tmp_path.name)
     for name, data in files(local.path).items():
         (remote / name).parent.mkdir(parents=True, exist_ok=True)
         (remote / name).write_bytes(data)
@@ -429,7 +429,7 @@ def test_a_chunk_is_opened_about_once_an_epoch(tmp_path: Path, codec: str, monke
     store = write_activations(tmp_path, numbered(N), codec, ended=True)
     opened: Counter[int] = Counter()
     lock = threading.Lock()
-    kind = Slices if codec == "float32" else Decoded
+    kind = DirectReader if codec == "float32" else DecodingReader
     original = kind._opened
 
     def count(self: object, chunk: int) -> object:

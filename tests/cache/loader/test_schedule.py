@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.small_stores import some
 
 from sae.cache.errors import SaeError
-from sae.cache.loader.schedule import Place, Schedule, Share, Spans, shares
+from sae.cache.loader.schedule import LoaderPosition, Schedule, Share, Spans, shares
 
 sizes = (
     st.integers(1, 3000), st.integers(0, 8).map(lambda n: 1 << n), st.integers(1, 300), st.integers(1, 40),
@@ -93,8 +93,8 @@ def test_dropped_rows_are_left_out(
 def test_without_any_row_there_is_an_error_and_no_endless_search() -> None:
     schedule = Schedule(10, 4, 2, 2, 0, dropped=lambda chunk: np.arange(4 * chunk, 4 * chunk + 4))
     with pytest.raises(SaeError, match="every one of the 10 rows is an outlier"):
-        schedule.after(Place(3, 1, 0), 5, None)
-    assert schedule.after(Place(0, 1, 0), 5, 1)[0] == 0
+        schedule.after(LoaderPosition(3, 1, 0), 5, None)
+    assert schedule.after(LoaderPosition(0, 1, 0), 5, 1)[0] == 0
 
 
 @some
@@ -105,7 +105,7 @@ def test_ranks_share_every_round(
     """Rank by rank, the shares of a round laid end to end are the round: nothing lost, nothing doubled."""
     schedule = Schedule(rows, chunk_rows, batch * world, open_chunks, seed)
     every = [row for epoch in range(epochs) for row in epoch_rows(schedule, epoch)]
-    given, place = schedule.after(Place(), from_round * batch * world, epochs)
+    given, place = schedule.after(LoaderPosition(), from_round * batch * world, epochs)
     expected = [every[low : low + batch * world] for low in range(given, len(every), batch * world)]
     ranks = []
     for rank in range(world):
@@ -136,7 +136,7 @@ def test_a_rank_reads_hardly_more_than_its_own_chunks() -> None:
     schedule = Schedule(100 * 256 - 77, 256, 4 * 16, 32, 0)
     own = []
     for rank in range(4):
-        for share in islice(shares(schedule, Place(), batch=16, epochs=1, rank=rank, world=4), 100):
+        for share in islice(shares(schedule, LoaderPosition(), batch=16, epochs=1, rank=rank, world=4), 100):
             own.append(len(set((share.spans.start // 256).tolist())))
     assert sorted(own)[len(own) // 2] <= 9
     assert sum(own) / len(own) <= 10

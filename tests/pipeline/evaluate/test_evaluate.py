@@ -392,7 +392,7 @@ def run(gpt2: World, tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_rows_are_judged_as_brute_force_does(gpt2: World, run: Run, rows: Any, dead_rows: int) -> None:
     found = judged(gpt2, run, EvalConfig(rows=rows, dead_rows=dead_rows, batch_tokens=96), replace_larger=True)
     held_out, training = gpt2.store(0, "resid_post", "validation"), gpt2.store(0, "resid_post")
-    sae = trained.load(run)
+    sae = trained.load_run(run)
     x = held_out.rows(0, held_out.n_rows if rows == "all" else min(rows, held_out.n_rows))
     searched = training.rows(0, min(dead_rows, training.n_rows))
     latents, x_hat = sae.encode(x).dense(), sae(x).double()

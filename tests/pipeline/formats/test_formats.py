@@ -288,7 +288,7 @@ def test_a_rule_of_an_architectures_own_is_kept_in_a_run_folder(tmp_path: Path) 
 
         def __call__(self, pre: Preactivations) -> Latents:
             found = pre.above(0.0)
-            gains = found.each(self.gain)
+            gains = found.per_entry(self.gain)
             return found.map(lambda p: gains * p.relu().square())
 
     globals()["Squared"] = Squared

@@ -43,7 +43,7 @@ from sae.pipeline.harvest import stage
 from sae.pipeline.harvest.sources.language_model import HarvestConfig
 from sae.pipeline.harvest.stage import HarvestResult
 from sae.pipeline.language_model import SITES, LanguageModel, Point
-from sae.pipeline.language_model.token_mask import RowRule
+from sae.pipeline.language_model.token_mask import TokenMask
 from sae.pipeline.runtime.progress import Silent
 
 KINDS = ("gpt2", "llama", "mistral")
@@ -139,7 +139,7 @@ def test_every_token_comes_once_except_the_first_and_the_begin_tokens(tmp_path: 
 @pytest.mark.parametrize("skip_begin", [True, False])
 def test_which_tokens_become_rows_can_be_chosen(tmp_path: Path, gpt2: Path, skip_first: int, skip_begin: bool) -> None:
     tokens = made_up(6)
-    rule = RowRule(skip_first=skip_first, skip_begin=skip_begin)
+    rule = TokenMask(skip_first=skip_first, skip_begin=skip_begin)
     store = one(run(gpt2, tmp_path, token_store(tmp_path, tokens), rows=rule))
     expected = [
         place
@@ -167,7 +167,7 @@ def test_padding_is_never_a_row(tmp_path: Path, models: dict[str, Path]) -> None
     for context, length in enumerate(lengths):
         tokens[context, length:] = BEGIN
     padded = token_store(tmp_path, tokens, lengths, packing="document")
-    store = one(run(models["llama"], tmp_path, padded, rows=RowRule(skip_begin=False)))
+    store = one(run(models["llama"], tmp_path, padded, rows=TokenMask(skip_begin=False)))
     positions = store.positions(0, store.n_rows)
     assert len(positions) == (lengths - 1).sum()
     assert (positions % CONTEXT < lengths[positions // CONTEXT]).all()
@@ -570,7 +570,7 @@ def test_what_cannot_be_harvested(tmp_path: Path, gpt2: Path) -> None:
     refused(r"^site = mlp_output: the sites are resid_pre, ", gpt2, tmp_path, tokens, site=["mlp_output"])
     refused(r"^codec = int4: no such codec; there are int8, ", gpt2, tmp_path, tokens, codec="int4")
     refused(r"^harvest.dtype = float8: the forward pass runs in ", gpt2, tmp_path, tokens, dtype="float8")
-    refused(r"no token of it becomes a row", gpt2, tmp_path, tokens, rows=RowRule(skip_first=CONTEXT))
+    refused(r"no token of it becomes a row", gpt2, tmp_path, tokens, rows=TokenMask(skip_first=CONTEXT))
     refused(r"no such folder", tmp_path / "nothing" / "there", tmp_path, tokens)
     long = token_store(tmp_path, made_up(4, length=40))
     refused(r"^context = 40: gpt2 reads at most 32 tokens; tokenize again", gpt2, tmp_path, long)

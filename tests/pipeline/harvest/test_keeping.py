@@ -87,7 +87,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, di
     return found
 
 
-class Passes:
+class ForwardPass:
     """Counts forward passes; the one after `left` of them raises."""
 
     def __init__(self, patch: pytest.MonkeyPatch, left: int = 1 << 30, error: type[BaseException] = Killed) -> None:
@@ -112,10 +112,10 @@ def test_no_forward_pass_is_done_twice(
         root = tmp_path_factory.mktemp("killed")
         errors = (Killed, KeyboardInterrupt, SaeError)
         with pytest.MonkeyPatch.context() as patch, suppress(*errors):
-            counted = Passes(patch, passes, errors[passes % 3])
+            counted = ForwardPass(patch, passes, errors[passes % 3])
             run(model, root, codec=codec)
         with pytest.MonkeyPatch.context() as patch:
-            again = Passes(patch)
+            again = ForwardPass(patch)
             run(model, root, codec=codec)
         remaining.append(again.done)
         assert everything(root) == whole[codec] and not list(root.rglob(f"*{PARTIAL}"))
@@ -170,7 +170,7 @@ def test_a_signal_keeps_what_there_is_and_says_so(
 def interrupted(model: Path, root: Path, passes: int, **settings: Any) -> list[Path]:
     """The files that a harvest killed after so many passes has kept."""
     with pytest.MonkeyPatch.context() as patch:
-        Passes(patch, passes)
+        ForwardPass(patch, passes)
         with pytest.raises(Killed):
             run(model, root, **settings)
     return sorted(path for path in root.rglob(f"under-way*{PARTIAL}"))

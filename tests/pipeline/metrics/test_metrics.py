@@ -14,7 +14,7 @@ from sae.pipeline.metrics.downstream import Downstream
 from sae.pipeline.metrics.reconstruction import Reconstruction
 from sae.pipeline.metrics.sparsity import Sparsity
 from sae.pipeline.saes import Latents
-from sae.pipeline.saes.sparse import Entries
+from sae.pipeline.saes.sparse import SparsePattern
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 
@@ -103,7 +103,7 @@ def latents(rows: int, d_sae: int, k: int, seed: int) -> tuple[Tensor, Tensor, T
 
 def varying(values: Tensor, indices: Tensor, counts: Tensor, d_sae: int) -> Latents:
     """Latents with so many entries [B] a row."""
-    return Latents(values, Entries(indices, counts.cumsum(0) - counts, d_sae), d_sae)
+    return Latents(values, SparsePattern(indices, counts.cumsum(0) - counts, d_sae), d_sae)
 
 
 @settings(deadline=None, max_examples=60)

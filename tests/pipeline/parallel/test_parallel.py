@@ -27,8 +27,8 @@ from sae.cache.loader.loader import Batches
 from sae.cache.runs import Run
 from sae.pipeline import saes
 from sae.pipeline.parallel.launcher import launch
-from sae.pipeline.parallel.ranks import Alone
-from sae.pipeline.parallel.torch_distributed import LostRank, Seat, seats, together, torchrun_seat
+from sae.pipeline.parallel.ranks import SingleRank
+from sae.pipeline.parallel.torch_distributed import LostRank, ProcessInfo, assign_devices, together, torchrun_process
 from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.train.alignment import AlignConfig
 from sae.pipeline.train.resampling import (
@@ -124,11 +124,11 @@ def expect_equal(one: Run, other: Run) -> None:
 
 def test_one_rank_does_what_the_only_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    with together(Seat(0, 1, "cpu", tmp_path)) as one:
-        for ranks in (Alone(), one):
+    with together(ProcessInfo(0, 1, "cpu", tmp_path)) as one:
+        for ranks in (SingleRank(), one):
             for check in (small_ranks.numbers, small_ranks.seen, small_ranks.parted):
                 check(ranks)
-        assert one.tell("a word") == "a word"
+        assert one.broadcast_text("a word") == "a word"
 
 
 # What comes of it
@@ -221,27 +221,27 @@ def children() -> set[str]:
 
 def test_each_process_has_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert seats(3, "auto") == seats(3, "cpu") == ["cpu"] * 3
+    assert assign_devices(3, "auto") == assign_devices(3, "cpu") == ["cpu"] * 3
     with pytest.raises(SaeError, match=r"devices = 2: this machine has no GPU; .*`device = cpu`"):
-        seats(2, "cuda")
+        assign_devices(2, "cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert seats(2, "auto") == seats(2, "cuda") == ["cuda:0", "cuda:1"]
-    assert seats(4, "cpu") == ["cpu"] * 4
+    assert assign_devices(2, "auto") == assign_devices(2, "cuda") == ["cuda:0", "cuda:1"]
+    assert assign_devices(4, "cpu") == ["cpu"] * 4
     with pytest.raises(SaeError, match=r"devices = 4: this machine has 2 GPUs; ask for fewer"):
-        seats(4, "auto")
+        assign_devices(4, "auto")
     with pytest.raises(SaeError, match=r"device = cuda:1: is one device for 2 processes"):
-        seats(2, "cuda:1")
+        assign_devices(2, "cuda:1")
 
 
 def test_torchruns_environment_says_who_is_who(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert torchrun_seat("cpu") is None
+    assert torchrun_process("cpu") is None
     for name, value in (("RANK", 5), ("WORLD_SIZE", 8), ("LOCAL_RANK", 1), ("LOCAL_WORLD_SIZE", 4)):
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert torchrun_seat("auto") == Seat(5, 8, "cuda:1")
+    assert torchrun_process("auto") == ProcessInfo(5, 8, "cuda:1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(SaeError, match=r"torchrun --nproc-per-node 4: this machine has 2 GPUs"):
-        torchrun_seat("auto")
+        torchrun_process("auto")
 
 
 # The command line

@@ -18,7 +18,7 @@ from sae.pipeline import saes
 from sae.pipeline.saes import Clock, encoder, sparse
 from sae.pipeline.saes.dictionary import FixedDictionary
 from sae.pipeline.saes.encoder import Preactivations
-from sae.pipeline.saes.sparse import Entries
+from sae.pipeline.saes.sparse import SparsePattern
 
 single = pytest.fixture(autouse=True, scope="module")(one_thread)
 
@@ -169,17 +169,17 @@ def test_the_input_gets_a_gradient_when_it_asks(config: saes.Config) -> None:
 def dense_twin(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace every sparse product by the plain dense one and leave its gradient to autograd."""
 
-    def at(pre: Preactivations, entries: Entries, values: Tensor) -> Tensor:
-        return ((pre.x - pre.centre) @ pre.weight.T + pre.bias)[entries.rows, entries.indices]
+    def at(pre: Preactivations, entries: SparsePattern, values: Tensor) -> Tensor:
+        return ((pre.x - pre.centre) @ pre.weight.T + pre.bias)[entries.row_ids, entries.indices]
 
-    def decode(values: Tensor, entries: Entries, table: Tensor) -> Tensor:
+    def decode(values: Tensor, entries: SparsePattern, table: Tensor) -> Tensor:
         full = values.new_zeros(entries.batch, entries.d_sae)
-        return full.index_put((entries.rows, entries.indices), values.reshape(-1)) @ table
+        return full.index_put((entries.row_ids, entries.indices), values.reshape(-1)) @ table
 
     def centred_linear(x: Tensor, centre: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return (x - centre) @ weight.T + bias
 
-    monkeypatch.setattr(Preactivations, "at", at)
+    monkeypatch.setattr(Preactivations, "gather", at)
     monkeypatch.setattr(sparse, "decode", decode)
     monkeypatch.setattr(sparse, "centred_linear", centred_linear)
     monkeypatch.setattr(encoder, "SPARSE_BELOW", -1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from sae.pipeline.saes import auxk, encoder, initial, latents, sparse
 from sae.pipeline.saes.encoder import Preactivations
 from sae.pipeline.saes.latents import Latents
-from sae.pipeline.saes.sparse import Entries
+from sae.pipeline.saes.sparse import SparsePattern
 
 B, D_IN, M, D_OUT = 6, 5, 9, 4
 
@@ -24,47 +24,47 @@ def made(*shape: int, seed: int = 0, grad: bool = False) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_(grad)
 
 
-def pattern(kind: str) -> Entries:
-    """Entries of every shape the package uses; the ragged one has empty rows at both ends and in the middle."""
+def pattern(kind: str) -> SparsePattern:
+    """SparsePattern of every shape the package uses; the ragged one has empty rows at both ends and in the middle."""
     if kind == "per row":
-        return Entries.per_row(made(B, M).topk(3, dim=1).indices, M)
+        return SparsePattern.per_row(made(B, M).topk(3, dim=1).indices, M)
     counts = torch.tensor([0, 4, 0, 1, 2, 0]) if kind == "ragged" else torch.zeros(B, dtype=torch.int64)
     rows = [made(M, seed=row).topk(int(count)).indices for row, count in enumerate(counts)]
-    return Entries(torch.cat(rows), counts.cumsum(0) - counts, M)
+    return SparsePattern(torch.cat(rows), counts.cumsum(0) - counts, M)
 
 
-def dense(entries: Entries, values: Tensor) -> Tensor:
+def dense(entries: SparsePattern, values: Tensor) -> Tensor:
     full = torch.zeros(entries.batch, entries.d_sae, dtype=values.dtype)
-    return full.index_put((entries.rows, entries.indices), values)
+    return full.index_put((entries.row_ids, entries.indices), values)
 
 
 @pytest.fixture(params=["per row", "ragged", "empty"])
-def entries(request: pytest.FixtureRequest) -> Entries:
+def entries(request: pytest.FixtureRequest) -> SparsePattern:
     return pattern(request.param)
 
 
-def test_the_products_are_those_of_the_dense_matrix(entries: Entries) -> None:
+def test_the_products_are_those_of_the_dense_matrix(entries: SparsePattern) -> None:
     weights, table, rows = made(entries.indices.numel(), seed=1), made(M, D_IN, seed=2), made(B, D_IN, seed=3)
     full = dense(entries, weights)
-    torch.testing.assert_close(sparse.mix_rows(entries, weights, table), full @ table)
-    torch.testing.assert_close(sparse.mix_batch(entries, weights, rows), full.T @ rows)
-    torch.testing.assert_close(sparse.dots(entries, rows, table), (rows @ table.T)[entries.rows, entries.indices])
+    torch.testing.assert_close(sparse.spmm(entries, weights, table), full @ table)
+    torch.testing.assert_close(sparse.spmm_t(entries, weights, rows), full.T @ rows)
+    torch.testing.assert_close(sparse.sddmm(entries, rows, table), (rows @ table.T)[entries.row_ids, entries.indices])
     torch.testing.assert_close(sparse.sum_by_latent(entries, weights), full.sum(0))
     torch.testing.assert_close(sparse.row_dots(table, table), table.square().sum(1))
 
 
-def test_gradcheck_decode(entries: Entries) -> None:
+def test_gradcheck_decode(entries: SparsePattern) -> None:
     values, table = made(entries.indices.numel(), grad=True), made(M, D_OUT, grad=True)
     assert torch.autograd.gradcheck(lambda v, t: sparse.decode(v, entries, t), (values, table))
 
 
-def test_gradcheck_preactivations(entries: Entries) -> None:
+def test_gradcheck_preactivations(entries: SparsePattern) -> None:
     x, centre, weight, bias = (made(*shape, grad=True) for shape in ((B, D_IN), (D_IN,), (M, D_IN), (M,)))
 
     def at_the_entries(x: Tensor, centre: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         pre = Preactivations(x, centre, weight, bias)
         full = torch.cat([p.clone() for _, p in pre.blocks()])
-        return pre.at(entries, full[entries.rows, entries.indices])
+        return pre.gather(entries, full[entries.row_ids, entries.indices])
 
     assert torch.autograd.gradcheck(at_the_entries, (x, centre, weight, bias))
     assert torch.autograd.gradcheck(sparse.centred_linear, (x, centre, weight, bias))
@@ -75,8 +75,8 @@ def test_nothing_is_computed_for_an_input_that_asks_for_no_gradient(
     activate: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pre = Preactivations(made(B, D_IN), made(D_IN), made(M, D_IN, grad=True), made(M, grad=True))
-    chosen = pre.topk(2) if activate == "topk" else pre.above(0.0)
-    monkeypatch.setattr(sparse, "mix_rows", None)  # the input's gradient would need it
+    chosen = pre.topk(2) if activate == "topk" else pre.above_threshold(0.0)
+    monkeypatch.setattr(sparse, "spmm", None)  # the input's gradient would need it
     chosen.values.sum().backward()
     assert pre.weight.grad is not None and pre.x.grad is None
 
@@ -137,7 +137,7 @@ def test_largest_is_torchs_whatever_the_guess(guess: float | None, count: int, m
     if guess is not None:
         monkeypatch.setattr(encoder, "_bound", lambda p, share: guess)
     x, centre, weight, bias = made(B, D_IN), made(D_IN, seed=1), made(M, D_IN, seed=2), made(M, seed=3)
-    found = Preactivations(x, centre, weight, bias).largest(count)
+    found = Preactivations(x, centre, weight, bias).batch_topk(count)
     p = ((x - centre) @ weight.T + bias).relu().flatten()
     top = p.topk(count)
     expected = torch.zeros_like(p).index_copy(0, top.indices, top.values).view(B, M)
@@ -178,9 +178,9 @@ def test_above_is_the_same_by_either_path(monkeypatch: pytest.MonkeyPatch) -> No
         x, centre, weight, bias = (
             made(*shape, seed=seed, grad=True) for seed, shape in enumerate(((B, D_IN), (D_IN,), (M, D_IN), (M,)))
         )
-        found = Preactivations(x, centre, weight, bias).above(0.0).map(Tensor.relu)
+        found = Preactivations(x, centre, weight, bias).above_threshold(0.0).map(Tensor.relu)
         assert (found.entries is None) == (limit < 0)
-        (latents.decode(found, table).square().sum() + found.total().sum()).backward()
+        (latents.decode(found, table).square().sum() + found.sum_per_row().sum()).backward()
         results.append([found.dense().detach(), *(leaf.grad for leaf in (x, centre, weight, bias))])
     torch.testing.assert_close(results[0], results[1])
 
@@ -227,8 +227,8 @@ def test_latents_mean_the_same_in_every_form(kind: str) -> None:
     assert found.batch == B and full.shape == (B, M)
     assert torch.equal(found.l0(), (full > 0).sum(1))
     assert torch.equal(found.fired(), (full > 0).sum(0))
-    torch.testing.assert_close(found.total(), full.sum(1))
-    torch.testing.assert_close(found.total(weights), full @ weights)
+    torch.testing.assert_close(found.sum_per_row(), full.sum(1))
+    torch.testing.assert_close(found.sum_per_row(weights), full @ weights)
     torch.testing.assert_close(found.map(lambda values: 2 * values).dense(), 2 * full)
 
 

@@ -96,7 +96,7 @@ class TestCoefficients:
         x = held_out.rows(0, held_out.n_rows)
         searched = torch.cat([x, store.rows(0, 128)])
         for row in ablation.rows:
-            sae = trained.load(Run(lab.runs / row["run"]))
+            sae = trained.load_run(Run(lab.runs / row["run"]))
             fired = sae.encode(x).dense() != 0
             error = (sae(x) - x).square().sum().item()
             density = fired.double().mean(0)

@@ -62,7 +62,7 @@ def test_latents_agree_on_what_is_true(store: ActivationStore, lab: Lab) -> None
     result = SeedAlignment(weights=(0.0,)).run(Setup(base, Dataset.of(store), lab, seeds=3))
     truth = store.truth
     assert truth is not None
-    tables = [trained.load(Run(lab.runs / row["run"])).W_dec.detach() for row in result.runs]
+    tables = [trained.load_run(Run(lab.runs / row["run"])).W_dec.detach() for row in result.runs]
 
     def closest(a: Tensor, others: Tensor) -> list[float]:
         return [max(float(torch.cosine_similarity(x, y, dim=0)) for y in others) for x in a]

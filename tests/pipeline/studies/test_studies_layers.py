@@ -41,7 +41,7 @@ class TestRates:
             last = run.metrics()[-1]
             assert last["lr_decoder"] == pytest.approx(row["ratio"] * BASE.lr)
             assert (last["lr"] < 0.1 * BASE.lr) == (row["encoder_decay"] == "cosine")
-            sae = trained.load(run)
+            sae = trained.load_run(run)
             cosines = torch.cosine_similarity(sae.W_enc.T, sae.W_dec)
             assert row["encoder_decoder_cosine"] == pytest.approx(cosines.mean().item())
         result.write(tmp_path)
@@ -65,7 +65,7 @@ class TestLayers:
     def test_neighbours_are_compared_seed_by_seed(self, store: ActivationStore, lab: Lab) -> None:
         result = Layers(layers=(0, 1), site="resid_post").run(Setup(BASE, Dataset.of(store), lab, seeds=2))
         assert [row["seed"] for row in result.runs] == [0, 1, 1000, 1001], "layers do not start alike"
-        decoders = [trained.load(Run(lab.runs / row["run"])).W_dec for row in result.runs]
+        decoders = [trained.load_run(Run(lab.runs / row["run"])).W_dec for row in result.runs]
         for low, high in ((0, 2), (1, 3)):
             expected = symmetric_mmcs(decoders[high], decoders[low]).item()
             assert result.runs[high]["mmcs_previous"] == pytest.approx(expected)

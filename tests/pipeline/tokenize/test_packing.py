@@ -16,10 +16,10 @@ from sae.cache import activations
 from sae.cache.errors import SaeError
 from sae.cache.store.manifest import Windows
 from sae.cache.tokens import TokenStore
-from sae.pipeline.language_model.token_mask import RowRule, RowsOf
+from sae.pipeline.language_model.token_mask import TokenMask, TokenRows
 from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.tokenize import encoding, stage
-from sae.pipeline.tokenize.packing import Packer, Place
+from sae.pipeline.tokenize.packing import DocumentPosition, Packer
 from sae.pipeline.tokenize.sources import Unreachable
 from sae.pipeline.tokenize.sources.base import Indexed
 from sae.pipeline.tokenize.stage import TokenizeConfig, tokenize
@@ -47,8 +47,8 @@ def documents_of(lengths: list[int]) -> list[np.ndarray]:
     return [np.arange(start, end, dtype=np.uint32) for start, end in pairwise(ends)]
 
 
-def place_of(document: int, token: int = 0) -> Place:
-    return Place(None, 0, document, token, document)
+def place_of(document: int, token: int = 0) -> DocumentPosition:
+    return DocumentPosition(None, 0, document, token, document)
 
 
 @st.composite
@@ -245,7 +245,7 @@ def test_resuming_at_every_window_gives_the_same_bytes(tmp_path: Path, texts: li
     whole = tokenize(config(**rules), tmp_path / "whole", Silent()).stores["train"]
     assert len(whole.manifest.windows) > 4
     for window in whole.manifest.windows:
-        rows = RowsOf(whole, RowRule()).count(activations.WINDOWS, window.stop).within
+        rows = TokenRows(whole, TokenMask()).count(activations.WINDOWS, window.stop).within
         stores = tokenize(config(**rules, tokens=rows), tmp_path / "parts", Silent()).stores
         assert stores["train"].n_contexts == window.stop
     stores = tokenize(config(**rules), tmp_path / "parts", Silent()).stores
@@ -287,7 +287,7 @@ def test_what_is_asked_for_is_rounded_up(tmp_path_factory: Any, tokens: int, con
         settings = config(tokens=tokens, context=context, validation=0)
         store = tokenize(settings, tmp_path_factory.mktemp("asked"), Silent()).stores["train"]
     available = (sum(map(len, texts_of(120))) + 120) // context
-    rows = RowsOf(store, RowRule()).count(activations.WINDOWS, available).rows
+    rows = TokenRows(store, TokenMask()).count(activations.WINDOWS, available).rows
     assert store.complete
     if store.closed:
         assert store.n_contexts == available

@@ -24,7 +24,7 @@ from sae.pipeline.saes import SAE, Clock, SparseLosses, create, parse
 from sae.pipeline.train.alignment import AlignConfig, Alignment
 from sae.pipeline.train.config import TrainConfig
 from sae.pipeline.train.stage import open_run, train
-from sae.pipeline.train.sweep import acquainted, open_all, sweep
+from sae.pipeline.train.sweep import fill_in_align_seeds, open_all, sweep
 
 BY = ("dec", "hid", "x_hat")
 MATCHINGS = ("max", "hungarian")
@@ -188,7 +188,7 @@ def test_matching_vectors_are_looked_for_now_and_then() -> None:
 def aligned(count: int = 3, by: str = "dec", sae: dict[str, Any] | None = None, **changes: Any) -> list[TrainConfig]:
     given = {key: changes.pop(key) for key in ("weight", "matching", "every", "warmup") if key in changes}
     align = AlignConfig(by=by, **{"warmup": 5, "every": 3, **given})  # type: ignore[arg-type]
-    return acquainted([settings(sae, seed=seed, align=align, **changes) for seed in range(count)])
+    return fill_in_align_seeds([settings(sae, seed=seed, align=align, **changes) for seed in range(count)])
 
 
 def go(configs: Sequence[TrainConfig], store: ActivationStore, root: Path, progress: Silent | None = None) -> list[Run]:
@@ -287,10 +287,10 @@ def test_checkpoints_that_do_not_belong_together_are_refused(tmp_path: Path, sto
 def test_settings_of_a_group() -> None:
     alone = settings(align=AlignConfig())
     with pytest.raises(SaeError, match="two or more seeds; say how many with `seeds`"):
-        acquainted([alone])
+        fill_in_align_seeds([alone])
     pair = [settings(align=AlignConfig(), seed=seed, lr=lr) for lr in (1e-3, 1e-4) for seed in (3, 5)]
-    assert [config.align.seeds for config in acquainted(pair) if config.align] == [(3, 5)] * 4
-    assert acquainted([settings(), settings(seed=1)]) == [settings(), settings(seed=1)]
+    assert [config.align.seeds for config in fill_in_align_seeds(pair) if config.align] == [(3, 5)] * 4
+    assert fill_in_align_seeds([settings(), settings(seed=1)]) == [settings(), settings(seed=1)]
     with pytest.raises(ValidationError):
         AlignConfig(by="encoder")  # type: ignore[arg-type]
 

@@ -22,7 +22,7 @@ from sae.pipeline.saes.topk import TopK
 from sae.pipeline.train import resampling
 from sae.pipeline.train.resampling import (
     Resample,
-    inequality,
+    firing_rate_skew,
     reinitialise,
     resample,
 )
@@ -165,9 +165,9 @@ def test_nothing_to_resample_and_nothing_alive() -> None:
 def test_unequal_latents_start_again() -> None:
     sae, optimiser = with_dead({"arch": "topk"})
     sae.firing_rate.fill_(4 / M)
-    assert inequality(sae, 4) == 0
+    assert firing_rate_skew(sae, 4) == 0
     sae.firing_rate[0] = 5 * 4 / M
-    assert inequality(sae, 4) == pytest.approx(64 / M)
+    assert firing_rate_skew(sae, 4) == pytest.approx(64 / M)
     before = copy.deepcopy(sae.state_dict())
     x = Planted()(512)
     reinitialise(sae, optimiser, Batch(x, x), generator())

@@ -95,7 +95,7 @@ def test_the_loss_falls_and_the_planted_dictionary_is_found(tmp_path: Path, stor
     metrics = run.metrics()
     assert metrics[-1]["loss"] < 0.15 * metrics[0]["loss"]
     assert metrics[-1]["fvu"] < 0.1 < 0.4 < metrics[0]["fvu"]
-    found = trained.load(run).W_dec
+    found = trained.load_run(run).W_dec
     cosines = (true_features() @ found.T).amax(1)
     untrained = create(parse(TOPK), D, seed=1).W_dec.detach()
     assert cosines.mean() > 0.93 > 0.8 > (true_features() @ untrained.T).amax(1).mean()
@@ -454,7 +454,7 @@ store, root = ActivationStore(Path(sys.argv[1])), Path(sys.argv[2])
 config = TrainConfig.model_validate_json(sys.argv[3])
 run = open_run(config, Dataset.of(store), root, "0", resume=(root / "0" / CONFIG).exists())
 train([run], Dataset.of(store), Silent(), device="cpu")
-trained.load(run)
+trained.load_run(run)
 print(json.dumps(sorted(name for name in sys.modules if name.startswith("trans") or name.startswith("pipeline."))))
 """
 
@@ -712,7 +712,7 @@ def test_every_architecture_is_resumed_and_saved(tmp_path: Path, store: Activati
     assert not different([run], [outcome(whole)])
     alive, x = in_training(run).eval(), store.rows(0, 512)
     expected = alive(x)
-    assert (trained.load(run)(x) - expected).abs().max() <= 1e-6 * expected.abs().max() + 1e-5
+    assert (trained.load_run(run)(x) - expected).abs().max() <= 1e-6 * expected.abs().max() + 1e-5
 
 
 @pytest.mark.parametrize("revive", REVIVALS, ids=lambda revive: revive["kind"])
@@ -774,7 +774,7 @@ def test_what_is_saved_is_what_was_trained(tmp_path: Path, store: ActivationStor
     """The folded dictionary is the trained one, in the data's units."""
     (run,) = go(settings(sae), store, tmp_path)
     alive = in_training(run)
-    saved = trained.load(run)
+    saved = trained.load_run(run)
     x = store.rows(0, 512)
     expected = alive(x)
     assert (saved(x) - expected).abs().max() <= 1e-6 * expected.abs().max() + 1e-5
@@ -826,7 +826,7 @@ def test_the_files_are_what_saelens_opens(tmp_path: Path, store: ActivationStore
         least = np.sort(latents, axis=1)[:, -cfg["k"], None]
         latents = np.where(latents >= least, latents, 0)
     np.testing.assert_allclose(
-        latents @ tensors["W_dec"] + tensors["b_dec"], trained.load(run)(torch.from_numpy(x)), rtol=1e-4, atol=1e-3
+        latents @ tensors["W_dec"] + tensors["b_dec"], trained.load_run(run)(torch.from_numpy(x)), rtol=1e-4, atol=1e-3
     )
 
 
@@ -835,18 +835,18 @@ def test_a_dictionary_that_does_not_fit_its_settings(tmp_path: Path, store: Acti
     tensors, cfg = run.load_weights()
     run.save_weights({**tensors, "threshold": torch.zeros(D_SAE)}, cfg)
     with pytest.raises(DamagedStore, match=r"do not fit the run's settings: .*threshold"):
-        trained.load(run)
+        trained.load_run(run)
     data = bytearray(safetensors.torch.save(tensors))
     (run.path / WEIGHTS).write_bytes(data[:-3])
     with pytest.raises(DamagedStore, match="sae_weights"):
-        trained.load(run)
+        trained.load_run(run)
 
 
 def test_a_run_that_has_not_finished_has_no_dictionary(tmp_path: Path, store: ActivationStore) -> None:
     with pytest.raises(KeyboardInterrupt):
         go(settings(), store, tmp_path, progress=stop_at(3))
     with pytest.raises(NotFound, match=r"training has not finished; continue it with `train\(resume=True, name=0\)`"):
-        trained.load(Run(tmp_path / "0"))
+        trained.load_run(Run(tmp_path / "0"))
 
 
 # Rows that lie far out

@@ -117,7 +117,7 @@ def test_every_architecture_learns_the_target_and_is_resumed_to_the_bit(
     (weights, metrics), (again, its) = outcome(run), outcome(go(config, dataset, tmp_path / "parts", resume=True))
     assert metrics == its and weights.keys() == again.keys()
     assert all(torch.equal(weights[name], again[name]) for name in weights)
-    found, batch = trained.load(run), dataset.rows(0, 256)
+    found, batch = trained.load_run(run), dataset.rows(0, 256)
     assert found.is_transcoder and (found.d_in, found.d_out) == (D, OUT) and not found.b_dec_applied_to_input
     assert metrics[-1]["fvu"] < metrics[0]["fvu"]
     error = (batch.y - found(batch.x)).square().sum() / (batch.y - batch.y.mean(0)).square().sum()
