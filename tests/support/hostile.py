@@ -251,14 +251,14 @@ def _tensors(home: Path) -> Iterator[Lie]:
     for name in (WEIGHTS, CHECKPOINT, LATENTS):
         path = home / "runs/one" / name
         beside = (home / "runs/one" / WEIGHTS_CONFIG).read_bytes() if name == WEIGHTS else b""
-        tensors, header = read_tensors(path, beside=beside)
+        tensors, header = read_tensors(path, extra_file=beside)
         del header["crc32c"]
         yield from _raw("run: ", path.relative_to(home))
 
         def saves(
             tensors: dict[str, Any], header: dict[str, str] = header, name: str = name, beside: bytes = beside
         ) -> Callable[[Path], None]:
-            return lambda home: write_tensors(home / "runs/one", name, tensors, header, beside=beside)
+            return lambda home: write_tensors(home / "runs/one", name, tensors, header, extra_file=beside)
 
         for key, tensor in tensors.items():
             others = {

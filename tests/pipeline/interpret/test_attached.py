@@ -94,12 +94,12 @@ def test_steering_adds_a_direction_and_ablating_takes_what_a_latent_wrote(model:
         latents = coder.encode(value)
         written = torch.zeros_like(latents.dense())
         written[..., busiest] = latents.dense()[..., busiest]
-        frame = 1.0 if latents.frame is None else latents.frame.std.view(*value.shape[:-1], 1)
+        frame = 1.0 if latents.row_stats is None else latents.row_stats.std.view(*value.shape[:-1], 1)
         return value - frame * (written @ coder.W_dec)
 
     def steered(value: Tensor) -> Tensor:
         latents = coder.encode(value)
-        frame = 1.0 if latents.frame is None else latents.frame.std.view(*value.shape[:-1], 1)
+        frame = 1.0 if latents.row_stats is None else latents.row_stats.std.view(*value.shape[:-1], 1)
         return value + frame * 2.5 * coder.W_dec[3] - frame * 0.5 * coder.W_dec[busiest]
 
     clean = model(TOKENS, use_cache=False).logits

@@ -11,6 +11,7 @@ from pydantic import Field, PositiveInt, ValidationError
 from support.command_line import done, sae
 
 from sae.pipeline.commands.described import studies as described
+from sae.pipeline.commands.voice import DECLARED
 from sae.pipeline.studies.lab import Trial
 from sae.pipeline.studies.study import STUDIES, Setup, Study, register, settings, studies, variant
 
@@ -46,9 +47,12 @@ class Widths(Study):
 @pytest.fixture
 def widths() -> Iterator[None]:
     """A study written in a test, known while the test runs."""
+    before = dict(DECLARED)
     register(Widths)
     yield
     del STUDIES["widths"]
+    DECLARED.clear()
+    DECLARED.update(before)
 
 
 @pytest.fixture(scope="module")
