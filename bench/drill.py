@@ -47,8 +47,8 @@ from sae.cache.store.manifest import MANIFEST, Window, Windows
 from sae.cache.store.store import HINTS, REQUEST
 from sae.cache.store.writer import Writer
 from sae.cache.tokens import TokenStore
-from sae.pipeline.harvest import stage
-from sae.pipeline.harvest.stage import HarvestConfig, harvest
+from sae.pipeline.harvest.sources.language_model import HarvestConfig, LanguageModelSource
+from sae.pipeline.harvest.stage import harvest
 from sae.pipeline.language_model import LanguageModel
 from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.tokenize.stage import TokenizeConfig, tokenize
@@ -132,15 +132,15 @@ def inspect(path: Path | None, whole: dict[str, bytes], promised: int, drill: Dr
 def practise(kills: int, seed: int, home: Path, say: Callable[[str], None]) -> Drill:
     """The whole drill, in an empty folder."""
     torch.set_num_threads(1)
-    activations.CHUNK_ROWS, activations.WINDOWS, stage.WINDOWS = CHUNK_ROWS, WINDOWS, WINDOWS  # type: ignore[attr-defined]
+    activations.CHUNK_ROWS, activations.WINDOWS = CHUNK_ROWS, WINDOWS
     model = LanguageModel.boot("tiny", device="cpu", dtype="float32", revision=None, offline=True)
     config = TokenizeConfig(source="python", tokenizer="tiny", context=64, tokens=TOKENS, validation=0)
     tokens: TokenStore = tokenize(config, home / "tokens", Silent(), offline=True).stores["train"]
     asked = HarvestConfig(model="tiny", layer=(1,), site=("mlp_out",), tokens=TOKENS, batch_tokens=512)
 
     def started(root: Path) -> Child:
-        run = partial(harvest, asked, [tokens], root, Silent(), model=model, device="cpu", offline=True)
-        return Child(partial(told, run))
+        source = LanguageModelSource.over(asked, [tokens], Silent(), model=model, device="cpu", offline=True)
+        return Child(partial(told, partial(harvest, source, root, Silent())))
 
     begun = time.monotonic()
     assert not started(home / "whole").killed_after(600)

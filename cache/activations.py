@@ -324,7 +324,7 @@ def norms_of(rows: Tensor) -> Tensor:
 
 
 def origin(recipe: Recipe) -> Recipe:
-    """What the rows of a store came from, one after the other: a token store, or the source of rows without tokens."""
+    """The part of a recipe that fixes the order of rows: the token recipe, or the source and the split."""
     return recipe["tokens"] if "tokens" in recipe else {name: recipe[name] for name in ("source", "split")}
 
 

@@ -198,7 +198,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether training ended: the dictionary is there (weights last)."""
+        """Return True if training ended: the dictionary is there (weights last)."""
         return (self.path / WEIGHTS).exists()
 
     @property
@@ -400,12 +400,12 @@ def discarding(runs: Sequence[Run]) -> Iterator[None]:
 
 
 def is_begun(name: str) -> bool:
-    """Whether a file of a run folder, named relative to it, is there before training begins."""
+    """Return True if a file of a run folder, named relative to it, is there before training begins."""
     return name in (CONFIG, LOCK) or final_name(name) == CONFIG
 
 
 def _is_vacant(path: Path) -> bool:
-    """Whether nothing is at a path but what is left of a run that was killed while it was begun."""
+    """Return True if nothing is at a path but what is left of a run that was killed while it was begun."""
     if path.is_symlink() or (path.exists() and not path.is_dir()) or (path / CONFIG).exists():
         return False
     return not path.exists() or not removal.strangers(path, is_begun)

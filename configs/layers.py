@@ -123,7 +123,7 @@ def _beside(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 
 def _contradict(path: Path, value: Any, other: Path, other_value: Any) -> bool:
-    """Whether both cannot be so. Options leave values as text; {} says only that there is a mapping."""
+    """Return True if both cannot be so. Options leave values as text; {} says only that there is a mapping."""
     if path == other:
         return _as_text(value) != _as_text(other_value)
     shorter, outer = (path, value) if len(path) < len(other) else (other, other_value)

@@ -28,7 +28,6 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from sae.cache import activations, tokens
 from sae.cache.store.manifest import Windows
 from sae.pipeline.harvest import repair
-from sae.pipeline.harvest import stage as harvest
 from sae.pipeline.tokenize import stage as tokenize
 from sae.pipeline.tokenize.sources import TextSource, text_source
 from sae.pipeline.tokenizers.tokenizer import embedded_encoding
@@ -101,8 +100,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     whole = TrainConfig.total_steps
     with small_stages() as patch:
         patch.setattr(activations, "CHUNK_ROWS", ROWS)
-        for module in (activations, harvest):
-            patch.setattr(module, "WINDOWS", Windows(ROWS, 4 * ROWS))
+        patch.setattr(activations, "WINDOWS", Windows(ROWS, 4 * ROWS))
         patch.setattr(tokens, "CHUNK_TOKENS", TOKENS)
         for stage in (tokenize, repair):
             patch.setattr(stage, "text_source", source)

@@ -5,7 +5,7 @@ holds it. On network file systems without flock, writers must not meet: use one 
 
 On a remote filesystem the lock is an object that only one process can create (for S3 a conditional PUT) and that its
 holder deletes. It does not die with its holder: one left by a dead process of this machine is taken over, about one of
-another machine only a person can know. Filesystems without exclusive creation give an advisory lock only.
+another machine only a person can know. Without exclusive creation the lock is advisory only.
 
 Who reads a store of this machine for long holds its folder, shared (`reading`), and who removes it wants it alone.
 Remotely nobody knows of readers.
@@ -110,7 +110,7 @@ class _LockBackend(ABC):
 
     @abstractmethod
     def is_held(self) -> bool:
-        """Whether it is still ours."""
+        """Return True if it is still ours."""
 
     def busy(self) -> str:
         return f"{self.path.parent}: {_name(read(self.path))} is writing here; wait for it or end it"
@@ -155,7 +155,7 @@ class _FileBackend(_LockBackend):
         return self._handle is not None and self._is_at_path(self._handle)
 
     def _is_at_path(self, handle: int) -> bool:
-        """Whether it is our file that lies at the path, and not another that was put there."""
+        """Return True if it is our file that lies at the path, and not another that was put there."""
         try:
             return os.path.samestat(os.fstat(handle), os.lstat(self.path))
         except FileNotFoundError:
@@ -210,7 +210,7 @@ class _ObjectBackend(_LockBackend):
 
 
 def held(folder: Path) -> bool:
-    """Whether a living process is writing in a folder right now (remote: or may be, on another machine)."""
+    """Return True if a living process is writing in a folder right now (remote: or may be, on another machine)."""
     path = folder / LOCK
     if is_remote(path):
         there = read(path)
@@ -290,7 +290,7 @@ def _since(text: bytes | None) -> str:
 
 
 def _is_dead(text: bytes) -> bool:
-    """Whether the process of a lock was one of this machine and is gone."""
+    """Return True if the process of a lock was one of this machine and is gone."""
     who = _parsed(text)
     pid = who.get("pid")
     if (who.get("host"), who.get("space")) != (socket.gethostname(), space()) or not isinstance(pid, int) or pid < 1:

@@ -89,7 +89,7 @@ def name_of_file(of: dict[str, Any], name: str) -> str:
 
 
 def is_plain_name(value: str) -> bool:
-    """Whether a text names something inside a folder, on any system."""
+    """Return True if a text names something inside a folder, on any system."""
     return len(value) <= MOST_LETTERS and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", value) is not None
 
 
@@ -145,7 +145,7 @@ def _bounded(said: str) -> int:
 
 
 def _is_deep(value: Any) -> bool:
-    """Whether more is inside each other than MOST_DEPTH."""
+    """Return True if more is inside each other than MOST_DEPTH."""
     level = [value]
     for _ in range(MOST_DEPTH):
         level = [

@@ -58,7 +58,7 @@ def expect_reachable(argument: str, path: Path) -> None:
 
 
 def is_remote(path: Path) -> bool:
-    """Whether a place is a URL's."""
+    """Return True if a place is a URL's."""
     return not isinstance(path, Path)
 
 

@@ -28,7 +28,8 @@ def space() -> str:
 
 
 def is_gone(pid: int, since: int = 0) -> bool:
-    """Whether no process of this machine has the number any more (or another that began at another time has it)."""
+    """Return True if no process of this machine has the number any more (or another that began at another time has
+    it)."""
     try:
         with suppress(PermissionError):  # another user's, alive
             os.kill(pid, 0)
@@ -49,7 +50,7 @@ def final_name(temporary_name: str) -> str | None:
 
 
 def left_behind(name: str) -> bool | None:
-    """Whether the writer of a temporary file is gone; None where that cannot be known here."""
+    """Return True if the writer of a temporary file is gone; None where that cannot be known here."""
     found = TEMPORARY.fullmatch(name)
     if found is None or found[2] != _machine():
         return None

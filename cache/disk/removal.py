@@ -116,7 +116,7 @@ def _expect_ours(folder: Path, ours: Ours) -> None:
 
 
 def _is_whole_ours(folder: Path, ours: Ours) -> bool:
-    """Whether all that is below a folder can be read and is ours."""
+    """Return True if all that is below a folder can be read and is ours."""
     try:
         return not strangers(folder, ours)
     except SaeError:
@@ -124,7 +124,7 @@ def _is_whole_ours(folder: Path, ours: Ours) -> bool:
 
 
 def _is_folder_of_ours(name: str, ours: Ours) -> bool:
-    """Whether our files would lie below `name`."""
+    """Return True if our files would lie below `name`."""
     return any(ours(f"{name}/{inner}") for inner in ("zarr.json", "0", "0/0"))
 
 

@@ -106,7 +106,7 @@ class Prefetcher:
         return bool(self._filling)
 
     def _too_many(self, chunks: DirectReader | DecodingReader, needed: list[int]) -> bool:
-        """Whether more chunks would be held, beside those needed, than are read ahead."""
+        """Return True if more chunks would be held, beside those needed, than are read ahead."""
         return chunks.beside(needed) > self._ahead
 
     def _fill(self, spans: Spans, buffer: Buffer) -> None:

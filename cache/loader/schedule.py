@@ -72,7 +72,7 @@ class LoaderPosition(NamedTuple):
 class Schedule:
     """The order of the first `rows` rows of a store. `batch`: rows of a round, of all ranks together.
 
-    `piece` bounds a slice (a store read beside this one may have smaller chunks, and no slice may straddle two).
+    `piece` bounds the rows of a slice: an aligned store may have smaller chunks, and no slice may straddle two of them.
     `dropped(chunk)` are rows to leave out, as ascending row numbers of the store.
     """
 

@@ -22,17 +22,17 @@ LEASE = re.compile(rf"lease-[0-9a-f]{{16}}{re.escape(PARTIAL)}")
 
 
 def is_own(name: str) -> bool:
-    """Whether a file of a store's folder, named relative to it, is one that writers of stores make."""
+    """Return True if a file of a store's folder, named relative to it, is one that writers of stores make."""
     return _is_whole(name) or is_temporary(name)
 
 
 def is_chunk(name: str) -> bool:
-    """Whether a file holds a chunk of an array."""
+    """Return True if a file holds a chunk of an array."""
     return CHUNK.fullmatch(name) is not None
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file is one that was being written, a lease of workers, or rows kept of an unfinished window."""
+    """Return True if a file is one that was being written, a lease of workers, or rows kept of an unfinished window."""
     folder, slash, file = name.rpartition("/")
     whole = final_name(file)
     if LEASE.fullmatch(name) or scratch.NAME.fullmatch(name):

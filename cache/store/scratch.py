@@ -86,7 +86,7 @@ def remove(folder: Path, window: int, start: int = 0) -> None:
 
 
 def is_wanted(name: str, first: int | None) -> bool:
-    """Whether a file of a store's folder holds rows of a window from `first` on (None: the store is closed)."""
+    """Return True if a file of a store's folder holds rows of a window from `first` on (None: the store is closed)."""
     named = NAME.fullmatch(name)
     return named is not None and first is not None and int(named[1]) >= first
 

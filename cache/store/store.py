@@ -86,7 +86,7 @@ class Store:
 
     @property
     def closed(self) -> bool:
-        """Whether the source ended: there is nothing to grow into."""
+        """Return True if the source ended: there is nothing to grow into."""
         return self.manifest.closed
 
     @property
@@ -97,7 +97,7 @@ class Store:
 
     @property
     def complete(self) -> bool:
-        """Whether everything that was asked for is there."""
+        """Return True if everything that was asked for is there."""
         return self.closed or (self.n_rows > 0 and self.n_rows >= self.requested)
 
     @property
@@ -177,7 +177,8 @@ class Store:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def fits(self, window: Window) -> bool:
-        """Whether a window is one that the recipe asks for: its rows, and its files with the sizes they can have."""
+        """Return True if a window is one that the recipe asks for: its rows, and its files with the sizes they can
+        have."""
         start, stop = self.windows.bounds(window.index)
         if window.start != start or not start < window.stop <= stop:
             return False
@@ -241,7 +242,7 @@ class Store:
         return found
 
     def closed_by_metadata(self) -> bool:
-        """Whether the group's `zarr.json` says that the source has ended."""
+        """Return True if the group's `zarr.json` says that the source has ended."""
         return read(self.path / "zarr.json") == self._group(True)
 
     def _expect_all_lines(self, shown: dict[str, int], closed: bool) -> None:

@@ -1,4 +1,4 @@
-"""What can still be read of a store, and which of its bytes are not as committed.
+"""Inspects a damaged store: what can still be read of it, and which bytes differ from what was committed.
 
 A store whose manifest has damaged lines cannot be opened; its other lines say as much as ever. A lost window is known
 by the gap it leaves; after the last good line, by a line too many and by its first chunk on the disk.
@@ -122,17 +122,18 @@ def verify(stores: Sequence[DamagedStoreView], advance: Callable[[int], None]) -
 
 
 def _was_end(text: bytes, rows: int) -> bool:
-    """Whether a damaged line was the one that closes a store of so many rows: short, and half of it readable."""
+    """Return True if a damaged line was the one that closes a store of so many rows: short, and half of it readable."""
     return len(text) <= len(end_line(rows)) + 1 and (b'"end":' in text or f":{rows}}}}}".encode() in text)
 
 
 def _is_doubtful(store: Store) -> bool:
-    """Whether windows may have lost their lines unnoticed: their chunks are there, and nothing witnesses the number."""
+    """Return True if windows may have lost their lines unnoticed: their chunks are there, and nothing witnesses the
+    number."""
     return not store.closed and not store.rows_by_metadata() and _is_on_disk(store, len(store.manifest.windows))
 
 
 def _is_on_disk(store: Store, window: int) -> bool:
-    """Whether a window was written: the first chunk of one of its arrays is there."""
+    """Return True if a window was written: the first chunk of one of its arrays is there."""
     start = store.windows.start(window)
     growing = [spec for spec in store.arrays.values() if spec.grows]
     return any((store.path / spec.chunk_file(start // spec.chunk_rows)).exists() for spec in growing)

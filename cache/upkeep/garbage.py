@@ -135,7 +135,7 @@ def _is_link(path: Path) -> bool:
 
 
 def _is_left_over(folder: Path) -> bool:
-    """Whether a folder without a recipe is what is left of a store: by its name, and by all that is in it.
+    """Return True if a folder without a recipe is what is left of a store: by its name, and by all that is in it.
 
     One that lacks its recipe alone can be repaired.
     """

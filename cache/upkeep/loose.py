@@ -46,7 +46,7 @@ def noted(root: Path, half: Path) -> Iterator[None]:
 
 
 def is_of_an_export(name: str) -> bool:
-    """Whether a file of an export, named relative to it, is one that its writing makes."""
+    """Return True if a file of an export, named relative to it, is one that its writing makes."""
     return PART.fullmatch(name) is not None
 
 
@@ -100,7 +100,7 @@ def _unlink(folder: Path, names: tuple[str, ...], size: int) -> int:
 
 
 def _is_hardly_begun(folder: Path) -> bool:
-    """Whether a folder holds no more than what a run has before its first file."""
+    """Return True if a folder holds no more than what a run has before its first file."""
     if not (folder / LOCK).is_file() or (folder / CONFIG).exists() or held(folder):
         return False
     return not removal.strangers(folder, is_begun)

@@ -80,7 +80,8 @@ def remove(root: Path, path: Path) -> int:
 
 
 def _is_store(path: Path) -> bool:
-    """Whether a folder is a store by more than names: its head is right or, where that is damaged, another part is."""
+    """Return True if a folder is a store by more than names: its head is right or, where that is damaged, another part
+    is."""
     try:
         read_head(path)
     except SaeError:

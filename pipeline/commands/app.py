@@ -116,7 +116,7 @@ def misused(error: typer.TyperException) -> str:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether Python, torch or CUDA ran out of memory."""
+    """Return True if Python, torch or CUDA ran out of memory."""
     torch_says = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
     return isinstance(error, MemoryError) or torch_says
 

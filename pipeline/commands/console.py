@@ -166,7 +166,7 @@ def note(line: str) -> None:
 
 
 def agreed(question: str) -> bool:
-    """Whether the answer on stdin is yes. Asked on stderr; no answer is a no."""
+    """Return True if the answer on stdin is yes. Asked on stderr; no answer is a no."""
     err.print(Text(f"{printable(question)} [y/N] "), end="", soft_wrap=True)
     answer = sys.stdin.readline()
     if not answer.endswith("\n"):  # nobody ended the line
@@ -175,7 +175,7 @@ def agreed(question: str) -> bool:
 
 
 def complain(line: str) -> None:
-    """The one line an error is."""
+    """Format an error as one line."""
     text = printable(" ".join(f"sae: error: {typed(line)}".splitlines()))
     err.print(Text(text, style="bold red" if err.is_terminal else ""), soft_wrap=True)
 

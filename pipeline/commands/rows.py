@@ -43,12 +43,12 @@ class Rows(NamedTuple):
 
     @property
     def beyond_activations(self) -> bool:
-        """Whether more was said than one store to read."""
+        """Return True if more was said than one store to read."""
         return any(part is not None for part in self[1:])
 
     @property
     def several(self) -> bool:
-        """Whether it is more than one dataset."""
+        """Return True if it is more than one dataset."""
         return len(self.layers or [0]) * len(self.sites or [""]) > 1
 
     def stores(self, root: Path) -> "list[tuple[ActivationStore, ActivationStore | None]]":

@@ -158,9 +158,9 @@ def say_rows(every: "Iterable[TrainConfig]", bars: "Bars") -> None:
 
 
 def took_part(device: str) -> bool:
-    """Whether torchrun has made this process another than its first, which alone opens, prints and writes.
+    """Return True if this is a torchrun worker with rank > 0, after running its part of the training.
 
-    If so, it has done its share of the training on return. Where another process ended that, it is quiet about it.
+    Rank 0 alone opens run folders, prints and writes. A worker whose training another process ended says nothing.
     """
     from sae.pipeline.parallel.torch_distributed import LostRank, torchrun_process
     from sae.pipeline.train.sweep import run_as_worker_rank

@@ -34,7 +34,7 @@ class Format(ABC):
 
     @abstractmethod
     def detects(self, folder: Path) -> bool:
-        """Whether a folder is laid out like this, by the names of its files."""
+        """Return True if a folder is laid out like this, by the names of its files."""
 
     @abstractmethod
     def formula(self, folder: Path) -> tuple[Formula, Metadata]:

@@ -199,7 +199,7 @@ class Bridge:
             raise SaeError(f"{misfit} gives other logits than the model itself; give another model")
 
     def _close(self, one: Tensor, other: Tensor) -> bool:
-        """Whether logits agree but for the rounding of a whole model."""
+        """Return True if logits agree but for the rounding of a whole model."""
         return bool((one - other).abs().max() <= torch.finfo(self.dtype).eps ** 0.5 * other.abs().max())
 
     @cached_property

@@ -220,7 +220,7 @@ def _tried(model: Any, block: nn.Module) -> dict[str, _Seen]:
 
 
 def _of_tokens(value: Any) -> TypeGuard[Tensor]:
-    """Whether a value may be something of each of the tokens."""
+    """Return True if a value may be something of each of the tokens."""
     return isinstance(value, Tensor) and value.numel() > 0 and value.numel() % TRIED == 0
 
 

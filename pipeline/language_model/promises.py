@@ -123,7 +123,8 @@ class _Layer:
         )
 
     def is_at(self, site: str, module: str) -> bool:
-        """Whether a site is nothing but the module's output, as where a bridge knows no place before it (experts)."""
+        """Return True if a site is nothing but the module's output, as where a bridge knows no place before it
+        (experts)."""
         return equal(self._seen[site], [self._seen[module]])
 
     def is_projected(self, site: str, module: str) -> bool:
@@ -140,7 +141,7 @@ class _Layer:
 
 
 def equal(value: Tensor, terms: list[Tensor], roundings: int = _SUM, dtype: torch.dtype | None = None) -> bool:
-    """Whether a value is the sum of the terms, but for rounding in `dtype` (default: the value's own)."""
+    """Return True if a value is the sum of the terms, but for rounding in `dtype` (default: the value's own)."""
     if any(term.shape != value.shape for term in terms):
         return False
     largest = max(float(part.abs().max()) for part in [value, *terms])

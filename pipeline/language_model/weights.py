@@ -42,7 +42,7 @@ class Tensor:
     kind: str  # as safetensors names it: F32, BF16, I64, F8_E4M3, ...
 
     def is_buffer(self, name: str) -> bool:
-        """Whether it is something a model makes for itself (a mask is [1, 1, T, T], its bias one number)."""
+        """Return True if it is something a model makes for itself (a mask is [1, 1, T, T], its bias one number)."""
         is_mask = self.shape[:-2] == (1, 1) or self.shape in ((), (1,))
         return _BUFFERS.search(name) is not None and (is_mask or not name.endswith(("bias", "mask")))
 

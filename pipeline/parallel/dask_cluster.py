@@ -6,7 +6,7 @@ written does not depend on how many workers there are, nor on when they come and
 four deaths at one task gives up. Worker processes here get no memory limit, since dask would kill them in the middle of
 a window.
 
-Given up: a second at the start; and workers elsewhere must have the versions that are here (they are asked). Text on
+The price is a second at the start. Workers of other machines must have the versions of this one, and are asked. Text on
 this machine is encoded by `pipeline.parallel.process_pool`, which is faster for many small results.
 """
 

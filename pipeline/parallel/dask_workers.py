@@ -95,7 +95,7 @@ class Workers:
 
     @property
     def refused(self) -> bool:
-        """Whether there is or was one that may not."""
+        """Return True if there is or was one that may not."""
         return bool(self._refused)
 
     def look(self) -> None:

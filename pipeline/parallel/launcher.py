@@ -1,8 +1,8 @@
 """Processes of this machine that train together: start them, pass on Ctrl-C, and see to it that all end when one does.
 
-Each child has a pipe to its parent. A word in it asks the child to stop; its end says that the parent is gone, however
-it went, and the child goes, too. What a child raised comes back through it and is raised here, where every error is
-shown: children print nothing but rank 0's progress. They ignore Ctrl-C, which reaches all processes of a terminal.
+Each child has a pipe to its parent. The parent writes to the pipe to request a stop; if the pipe closes, the parent has
+died and the child exits. An exception of a child comes back through the pipe and is raised in the parent, which shows
+all errors: children print nothing but rank 0's progress. They ignore Ctrl-C, which reaches every process of a terminal.
 
 They meet at a file in a temporary folder and talk over the loopback device, so no name of the network is asked for.
 Given up: the seconds each needs to import torch.

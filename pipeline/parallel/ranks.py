@@ -25,7 +25,7 @@ class Ranks(Protocol):
 
     @property
     def stop_requested(self) -> bool:
-        """Whether whoever started this process wants the training to stop."""
+        """Return True if whoever started this process wants the training to stop."""
 
     def all_reduce_mean(self, gradients: Iterable[Tensor]) -> None:
         """Replace each tensor by its mean over the ranks."""
@@ -40,7 +40,7 @@ class Ranks(Protocol):
         """The sum over the ranks."""
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
+        """Return True if the flag is set on any rank."""
 
     def barrier(self) -> None:
         """Return once all ranks are here."""

@@ -42,7 +42,7 @@ class Refused(Exception):
 
 
 def offline_wanted(offline: bool) -> bool:
-    """Whether requests are forbidden: by our own option, or by the variable the Hugging Face libraries obey."""
+    """Return True if requests are forbidden: by our own option, or by the variable the Hugging Face libraries obey."""
     return offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
@@ -122,7 +122,7 @@ def download(url: str) -> bytes:
 
 
 def reachable(url: str) -> bool:
-    """Whether the server of `url` (or the proxy that leads to it) accepts a connection within a few seconds."""
+    """Return True if the server of `url` (or the proxy that leads to it) accepts a connection within a few seconds."""
     parts = urlsplit(url)
     proxies = urllib.request.getproxies()
     proxy = proxies.get(parts.scheme) or proxies.get("all")

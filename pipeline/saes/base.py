@@ -117,7 +117,7 @@ class SAE(Dictionary, Trainable):
         return {}
 
     def _observe(self, losses: SparseLosses) -> Tensor:
-        """What `_update` needs of a part of a batch: some numbers, always as many; NaN where there is none."""
+        """Per-micro-batch statistics for `_update`: a float vector of fixed length; NaN marks a missing value."""
         return self.W_dec.new_empty(0)
 
     def _update(self, seen: Tensor, clock: Clock) -> None:

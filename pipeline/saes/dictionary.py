@@ -68,7 +68,7 @@ class Dictionary(Coder):
     @property
     @abstractmethod
     def b_dec_applied_to_input(self) -> bool:
-        """Whether b_dec is subtracted from the input before it is encoded."""
+        """Return True if b_dec is subtracted from the input before it is encoded."""
 
     @property
     @abstractmethod

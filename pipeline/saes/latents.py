@@ -94,7 +94,7 @@ class Latents:
         return replace(self, values=self.values.detach(), preactivations=None)
 
     def per_entry(self, weights: Tensor) -> Tensor:
-        """Numbers of latents [d_sae] at the entries: of the shape of `values`, or broadcasting to it."""
+        """Gather a per-latent vector [d_sae] at the active entries: in the shape of `values`, or broadcasting to it."""
         if self.entries is None:
             return weights
         return weights.index_select(0, self.entries.indices).view(self.values.shape)

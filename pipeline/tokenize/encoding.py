@@ -134,7 +134,7 @@ def _of_texts(tok: Tokenizer, texts: list[str]) -> list[np.ndarray]:
 
 
 def _is_of_text(error: BaseException) -> bool:
-    """Whether a tokenizer stumbled over its text. A panic of those written in Rust is not an Exception."""
+    """Return True if a tokenizer stumbled over its text. A panic of those written in Rust is not an Exception."""
     unrelated = isinstance(error, SaeError | MemoryError) or not isinstance(error, Exception)
     return not unrelated or type(error).__name__ == "PanicException"
 

@@ -171,7 +171,7 @@ def _loaded(option: str, whole: dict[str, Any]) -> Backend:
 
 
 def _of_the_library(error: BaseException) -> bool:
-    """Whether an error is one of the `tokenizers` library: a bare Exception, or a panic of Rust."""
+    """Return True if an error is one of the `tokenizers` library: a bare Exception, or a panic of Rust."""
     return type(error) is Exception or type(error).__name__ == "PanicException"
 
 

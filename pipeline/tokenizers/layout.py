@@ -39,7 +39,8 @@ class Layout:
         return {name: value for name, value in fields.items() if value != getattr(plain, name)}
 
     def keeps(self, ids: np.ndarray) -> bool:
-        """Whether a document is long enough. One without tokens is something only where it has its begin token."""
+        """Return True if a document is long enough. One without tokens is something only where it has its begin
+        token."""
         return len(ids) >= (self.min_tokens or int(self.begin != "document"))
 
     def document(self, ids: np.ndarray) -> np.ndarray:

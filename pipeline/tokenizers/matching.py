@@ -31,7 +31,8 @@ GPT2_MODELS = {
 
 
 def matches(tokens: TokenStore, model: str, *, revision: str | None = None, offline: bool = False) -> bool:
-    """Whether the store was made with the tokenizer of the model `--model model` names; False where nobody knows.
+    """Return True if the store was made with the tokenizer of the model `--model model` names; False where nobody
+    knows.
 
     `revision` is the commit of a hub's model. Raises SaeError where it is another tokenizer, saying both and where
     they differ.

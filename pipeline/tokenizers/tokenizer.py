@@ -50,7 +50,7 @@ class Tokenizer(Protocol):
 
     @property
     def has_begin(self) -> bool:
-        """Whether `begin` is meant for that; otherwise it is the token that ends texts, for want of one."""
+        """Return True if `begin` is meant for that; otherwise it is the token that ends texts, for want of one."""
         ...
 
     @property

@@ -30,7 +30,7 @@ class _AtSteps(Settings):
     until: float = Field(0.8, gt=0, description="the last step it may happen at; below 1, a share of the training")
 
     def due(self, done: int, total: int) -> bool:
-        """Whether it happens after that many steps of so many in all."""
+        """Return True if it happens after that many steps of so many in all."""
         clock = Clock(done, total)
         return done % self._interval(total) == 0 and 0 < done <= steps_of(self.until, clock)
 

@@ -80,9 +80,9 @@ def _expect_few(dictionaries: int) -> None:
 
 
 def fill_in_align_seeds(configs: Sequence[TrainConfig]) -> list[TrainConfig]:
-    """The configurations, those that pull towards each other knowing each other's seeds.
+    """Fill in `align.seeds` for configurations that differ only in their seed.
 
-    Raises SaeError where one of these has nobody to agree with.
+    Raises SaeError where only one seed is left to agree with.
     """
     seeds: dict[str, list[int]] = {}
     for config in configs:
@@ -122,7 +122,7 @@ def open_all(configs: Sequence[TrainConfig], dataset: Dataset, root: Path) -> li
 
 
 def _named_here(run: Run, dataset: Dataset) -> bool:
-    """Whether a run on a store has the name that its settings give it; one that a user named is the user's."""
+    """Return True if a run on a store has the name that its settings give it; one that a user named is the user's."""
     return run.seen.recipes == dataset.recipes and run.name == run_name(settings_of(run), dataset)
 
 

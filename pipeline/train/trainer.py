@@ -110,7 +110,7 @@ class Trainer:
         )  # which waits for a GPU
 
     def logs(self, total: int) -> bool:
-        """Whether the metrics of the step just taken belong in the log."""
+        """Return True if the metrics of the step just taken belong in the log."""
         return self.done % self.config.log_every == 0 or self.done == total
 
     def spend(self, seconds: float) -> None:

@@ -136,7 +136,7 @@ class Indexed:
 
 
 def is_validation(document: Document, fraction: float) -> bool:
-    """Whether a document belongs to the validation split.
+    """Return True if a document belongs to the validation split.
 
     Decided by a hash of the text (or the token ids) alone, so a document keeps its side whatever the order, the source
     or the number of workers, exact copies fall on one side, and a larger `fraction` only adds documents. Never for 0,

@@ -64,7 +64,7 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def _is_clone(folder: Path) -> bool:
-    """Whether a folder says of itself that it is a data set of the hub."""
+    """Return True if a folder says of itself that it is a data set of the hub."""
     if (folder / "dataset_infos.json").is_file():
         return True
     card = folder / "README.md"

@@ -53,7 +53,7 @@ def plain(file: File, place: int, column: str) -> Iterator[tuple[Document, int]]
 
 
 def _survey(file: File) -> tuple[bool, int]:
-    """Whether a text has separator lines, and its bytes."""
+    """Return True if a text has separator lines, and its bytes."""
     separated, size = False, 0
     with file.open() as raw:
         for line, _, stop in lines(raw, 0):

@@ -35,7 +35,7 @@ class File(NamedTuple):
         return SaeError(f"source = {self.name}: {what}")
 
     def is_pointer(self) -> bool:
-        """Whether it only stands for a file that git would have to fetch."""
+        """Return True if it only stands for a file that git would have to fetch."""
         with self.path.open("rb") as raw:
             return raw.read(len(_POINTER)) == _POINTER
 

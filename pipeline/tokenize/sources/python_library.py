@@ -95,7 +95,7 @@ class _Said:
         self._skipped = skipped
 
     def new(self, text: str) -> bool:
-        """Whether `text` says something of its own; if so, its lines are said from now on."""
+        """Return True if `text` says something of its own; if so, its lines are said from now on."""
         stripped = {line.strip() for line in text.splitlines()}
         # Short lines ("else:", "return None") are everybody's.
         lines = {line for line in stripped if len(line) > 8} or stripped - {""}

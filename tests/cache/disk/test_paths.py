@@ -31,7 +31,6 @@ from sae.cache.store.manifest import MANIFEST, Windows
 from sae.cache.store.store import Store
 from sae.cache.tokens import TokenStore
 from sae.cache.upkeep import removing
-from sae.pipeline.harvest import stage as harvest
 
 PROJECT = Path(__file__).resolve().parents[3]
 
@@ -463,7 +462,6 @@ def test_all_stages_on_s3(s3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Through the command line, at small sizes: the same files as in a local cache, and a dictionary from them."""
     monkeypatch.setattr(activations, "CHUNK_ROWS", 512)  # fewer objects than in the other tests
     monkeypatch.setattr(activations, "WINDOWS", Windows(512, 1024))
-    monkeypatch.setattr(harvest, "WINDOWS", Windows(512, 1024))
     monkeypatch.setattr(tokens, "CHUNK_TOKENS", 1024)
     few_tokens, few_rows = (f"--set {stage}.validation_tokens=1000" for stage in ("tokenize", "harvest"))
     text = tmp_path / "text"

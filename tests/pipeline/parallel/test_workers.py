@@ -210,7 +210,7 @@ def scheduler(failures: int, **options: Any) -> Iterator[str]:
 @contextmanager
 def late(address: str, folder: Path, *preloads: str) -> Iterator[None]:
     """Workers that come later, each changed by a line."""
-    started, paths = [], [str(PROJECT), str(PROJECT / "tests")]
+    started, paths = [], [str(PROJECT), str(PROJECT / "tests"), str(Path(__file__).parent)]
     for number, preload in enumerate(preloads):
         script = folder / f"preload_{number}.py"
         script.write_text(f"import sys; sys.path[:0] = {paths!r}; {preload}\n")

@@ -446,6 +446,7 @@ activations.CHUNK_ROWS, activations.WINDOWS = 256, Windows(256, 1024)
 import torch
 torch.set_num_threads(1)
 from sae.cache.activations import ActivationStore
+from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import CONFIG
 from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.train.stage import TrainConfig, open_run, train
@@ -455,7 +456,7 @@ config = TrainConfig.model_validate_json(sys.argv[3])
 run = open_run(config, Dataset.of(store), root, "0", resume=(root / "0" / CONFIG).exists())
 train([run], Dataset.of(store), Silent(), device="cpu")
 trained.load_run(run)
-print(json.dumps(sorted(name for name in sys.modules if name.startswith("trans") or name.startswith("pipeline."))))
+print(json.dumps(sorted(name for name in sys.modules if name.startswith("trans") or name.startswith("sae.pipeline."))))
 """
 
 
