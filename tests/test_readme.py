@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import tiktoken
 import torch
+from pyarrow import parquet
 from support.command_line import sae
 from support.pages import PAGES, README, blocks, typed
 from support.small_models import small_stages
@@ -27,7 +29,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from sae.cache import activations, tokens
 from sae.cache.store.manifest import Windows
-from sae.pipeline.harvest import repair
+from sae.pipeline.tokenize import repair
 from sae.pipeline.tokenize import stage as tokenize
 from sae.pipeline.tokenize.sources import TextSource, text_source
 from sae.pipeline.tokenizers.tokenizer import embedded_encoding
@@ -139,6 +141,8 @@ def test_the_commands_of_a_block_run_as_written(
     for name in ("cache", "runs", "texts"):
         shutil.copytree(begun / name, tmp_path / name)
     shutil.copy(begun / "mine.yaml", tmp_path)
+    columns = {f"x{i}": np.random.default_rng(i).normal(size=4096).astype(np.float32) for i in range(8)}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "embeddings.parquet")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SAE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("SAE_RUNS", str(tmp_path / "runs"))
