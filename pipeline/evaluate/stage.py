@@ -10,11 +10,12 @@ Rows of no language model have no cross-entropy. Where the features are known th
 judged by how well it found those.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from sae.cache import catalogue
+from sae.cache.activations import ActivationStore
 from sae.cache.disk.durable import expect_no_link, expect_writable
 from sae.cache.errors import DamagedStore, NotFound, SaeError
 from sae.cache.loader.dataset import Dataset
@@ -53,6 +54,7 @@ def evaluate(
     source, target = training.provenance, (training.targets or training.inputs)[0]
     text: tuple[TokenStore, LanguageModel] | None = None
     if isinstance(source, LanguageModelRows):
+        expect_one_model(training.stores)
         tokens = _tokens(root, training, held_out)
         with said_if_slow(progress, f"loading {source.model}"):
             text = tokens, language_model or hints.boot(target, model, device, offline)
@@ -117,6 +119,17 @@ def missing(run: Run, config: EvalConfig, training: Dataset, held_out: Dataset, 
     # what an older version did not write is judged anew; of rows and weights alone it takes no evaluation to tell
     lacks = lacking(found, available(model=tokens is not None, truth=training.truth is not None))
     return None if enough and not {*lacks} - {*lacking(found, WITHOUT_MODEL)} else config.model_copy(update=more)
+
+
+def expect_one_model(stores: Sequence[ActivationStore]) -> None:
+    """Raise SaeError where aligned stores are of different language models: there is none to splice into."""
+    first = stores[0]
+    for other in stores[1:]:
+        if other.recipe.get("model") != first.recipe.get("model"):
+            raise SaeError(
+                f"{other.key}: is of another language model than {first.key}, so there is none to splice into; "
+                "harvest both sites with one model"
+            )
 
 
 def _not_so_many(config: EvalConfig, held_out: Dataset, tokens: TokenStore | None) -> Iterator[str]:

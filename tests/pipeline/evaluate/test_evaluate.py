@@ -5,7 +5,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ from sae.cache.store.notes import write_note
 from sae.cache.store.store import HINTS
 from sae.cache.tokens import TokenStore
 from sae.pipeline.evaluate.judging import judge_tokens
-from sae.pipeline.evaluate.stage import EvalConfig, evaluate
+from sae.pipeline.evaluate.stage import EvalConfig, evaluate, expect_one_model
 from sae.pipeline.harvest.sources.language_model import HarvestConfig
 from sae.pipeline.language_model import LanguageModel
 from sae.pipeline.metrics.downstream import Downstream, DownstreamScores
@@ -629,3 +630,14 @@ def test_it_looks_first_whether_it_can_write(
     monkeypatch.setattr(LanguageModel, "boot", lambda *_, **__: pytest.fail("it went to work"))
     with pytest.raises(SaeError, match=r"eval: cannot write here"):
         judged(gpt2, run)
+
+
+def test_sites_of_two_models_are_not_spliced() -> None:
+    """Rows of two models over the same tokens align, and may be trained on; there is no model to splice into."""
+    one, same, other = (
+        cast(ActivationStore, SimpleNamespace(key=key, recipe={"model": {"weights": weights}}))
+        for key, weights in (("a", "1"), ("b", "1"), ("c", "2"))
+    )
+    expect_one_model([one, same])
+    with pytest.raises(SaeError, match=r"^c: is of another language model than a"):
+        expect_one_model([one, same, other])
