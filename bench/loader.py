@@ -75,8 +75,7 @@ def main() -> None:
 def made(folder: Path, text: str, n: int) -> ActivationStore:
     """A store of n heavy-tailed rows (the same 65,536 again and again), unless it is there."""
     recipe = {
-        "tokens": {"split": "train"}, "model": {"model": "heavy tails"}, "layer": 0, "site": "rows", "d": D, "rows": {},
-        "codec": codec_recipe(codec(text)),
+        "source": {"name": "heavy tails"}, "split": "train", "site": "rows", "d": D, "codec": codec_recipe(codec(text)),
     }  # fmt: skip
     source = HeavyTails(D)
     base: list[torch.Tensor] = []

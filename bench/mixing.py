@@ -70,8 +70,8 @@ def documents(root: Path, contexts: int, mean: float, sigma: float) -> TokenStor
 def every_token(root: Path, tokens: TokenStore) -> ActivationStore:
     """A store with one row a token."""
     recipe = {
-        "tokens": tokens.recipe, "model": {"model": "none"}, "layer": 0, "site": "rows", "d": 1, "rows": {},
-        "codec": codec_recipe(codec("float32")),
+        "tokens": tokens.recipe, "model": {"model": "none"}, "layer": 0, "site": "rows", "d": 1,
+        "hook": "none", "rows": {}, "codec": codec_recipe(codec("float32")),
     }  # fmt: skip
     with ActivationWriter(root, "bench", recipe) as writer:
         while (left := tokens.n_tokens - writer.store.n_rows) > 0:
