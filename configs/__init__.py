@@ -6,7 +6,7 @@ Later layers win: the defaults of the settings class, the preset, the file, the 
 layer: its own options, `--set section.key=value` and the axes of a sweep may not contradict each other.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,14 +41,12 @@ def resolve(
     axes: dict[str, Any] | None = None,
     flags: dict[str, Any] | None = None,
     given: dict[str, Any] | None = None,
-    freed: Sequence[str] = (),
 ) -> Kind:
     """The settings of one stage. Raises SaeError naming the key, the value and what to try.
 
     settings: their class, or several told apart by a tag, of which the first is meant where nothing is said.
     overrides: what `--set` says. axes: a combination of `--sweep`, as {"sae.k": 3}. flags: the command's own options;
-    None in it means not given. given: settings that a program gives, on top of all else. freed: keys of which it does
-    not count what a preset or a file says, because an option took the place of them.
+    None in it means not given. given: settings that a program gives, on top of all else.
     """
     kinds = [settings] if isinstance(settings, type) else list(settings)
     tag = tag_of(kinds)
@@ -61,12 +59,14 @@ def resolve(
     options = [*_swept(axes or {}), *_options(flags or {})]
     layers = [
         *(Layer("", _defaults(kind, tag), lenient=True) for kind in reversed(kinds)),
-        *(layer._replace(values={k: v for k, v in layer.values.items() if k not in freed}) for layer in below if layer),
+        *(layer for layer in below if layer),
         Layer("", command_line([*overridden, *options])),
         Layer("", given or {}),
     ]
     origins = Origins(section, layers, {path: one.option for one in options for path, _ in leaves(one.values)})
     kind = _chosen(kinds, tag, layers, origins)
+    for names in getattr(kind, "alternatives", ()):
+        layers = list(_of_one(layers, names, origins))
     try:
         return kind.model_validate(joined(layers, kinds))
     except ValidationError as error:
@@ -83,6 +83,20 @@ def _chosen(kinds: Sequence[type[Kind]], tag: str | None, layers: Sequence[Layer
         where = origins.option([tag]) or f"{origins.name([tag])} = {said}"
         raise SaeError(f"{where}: there is no such one{reading.nearest(said, list(known))}")
     return known[said]
+
+
+def _of_one(layers: Sequence[Layer], names: Collection[str], origins: Origins) -> Iterator[Layer]:
+    """The layers, without what stands of alternative settings below the highest layer that says one of them.
+
+    Raises SaeError where two of them are options of one command.
+    """
+    saying = [i for i, layer in enumerate(layers) if any(layer.values.get(name) is not None for name in names)]
+    options = [option for name in names if (option := origins.option([name]))]
+    if len(options) > 1:
+        raise SaeError(f"{options[0]}: `{options[1]}` says otherwise; give one of the two")
+    for i, layer in enumerate(layers):
+        counts = not saying or i >= saying[-1]
+        yield layer if counts else layer._replace(values={k: v for k, v in layer.values.items() if k not in names})
 
 
 def settings_of(item: str, section: str) -> list[str]:

@@ -1,6 +1,6 @@
 """What all settings have in common: the class that every settings class descends from."""
 
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -14,6 +14,7 @@ Amount = Annotated[int, Field(ge=1)] | Literal["all"]
 class Settings(BaseModel):
     """Settings. Unknown keys, empty words and numbers that are none, or out of any sense, are refused."""
 
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()  # one of them takes the place of what lower layers say
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, str_min_length=1)
 
     @model_validator(mode="before")

@@ -10,10 +10,7 @@ an architecture's settings go by the name of its class (`sae.TopK(k=32, d_sae=81
 
 from __future__ import annotations
 
-import re
-import sys
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -52,7 +49,6 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _ARCHITECTURES = "sae.pipeline.saes"
-_REGISTERED = r"^@register\s+class (\w+)"
 
 
 def __getattr__(name: str) -> Any:
@@ -76,9 +72,7 @@ def __dir__() -> list[str]:
 
 
 def _architectures() -> set[str]:
-    """Names of the classes of all architectures. Before they are imported, those of the files that are there."""
-    imported = sys.modules.get(_ARCHITECTURES)
-    if imported is not None and hasattr(imported, "create"):  # wholly imported
-        return {one.__name__ for one in imported.ARCHITECTURES.values()}
-    files = (Path(__file__).parent / "pipeline" / "saes").glob("*.py")
-    return {name for path in files for name in re.findall(_REGISTERED, path.read_text("utf-8"), re.MULTILINE)}
+    """Names of the classes of all architectures, which are not imported for it."""
+    from sae.configs.declared import registered
+
+    return {one.name for one in registered(f"{_ARCHITECTURES}.base.ARCHITECTURES", "arch").values()}

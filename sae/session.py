@@ -37,6 +37,7 @@ from sae.pipeline.report.stage import report as write_report
 from sae.pipeline.runtime import devices
 from sae.pipeline.runtime.origins import Origins
 from sae.pipeline.runtime.progress import Progress, Silent
+from sae.pipeline.runtime.workplace import Workplace
 from sae.pipeline.saes import SAE, Config
 from sae.pipeline.saes.dictionary import Dictionary
 from sae.pipeline.studies.lab import Lab
@@ -67,7 +68,7 @@ class TrainedRun(Run):
         return f"TrainedRun({str(self.path)!r})"
 
 
-class Session:
+class Session(Workplace):
     """Where things are kept, where they are computed, and whether it is told how far they are.
 
     cache: folder or URL of the cache; default SAE_CACHE, else the platform's. runs: folder of the runs; default
@@ -83,14 +84,13 @@ class Session:
         import platformdirs
 
         given = cache if cache is not None else os.environ.get("SAE_CACHE") or platformdirs.user_cache_dir("sae")
-        self.cache = parse_path(os.path.expanduser(os.fspath(given)))
-        self.runs = runs_folder(runs)
-        for name, folder in (("cache", self.cache), ("runs", self.runs)):
+        folders = {"cache": parse_path(os.path.expanduser(os.fspath(given))), "runs": runs_folder(runs)}
+        for name, folder in folders.items():
             if folder.exists() and not folder.is_dir():
                 raise SaeError(f"{name} = {folder}: is a file, not a folder; name another")
         devices.resolve_device(device)  # said at once where there is none
-        self.device, self.offline = device, offline
-        self.progress = _progress(progress) if isinstance(progress, bool) else progress
+        told = _progress(progress) if isinstance(progress, bool) else progress
+        super().__init__(**folders, progress=told, device=device, offline=offline)
 
     def __repr__(self) -> str:
         return f"Session(cache={str(self.cache)!r}, runs={str(self.runs)!r}, device={self.device!r})"
@@ -188,7 +188,6 @@ class Session:
         x, y = rows if isinstance(rows, tuple) else (rows, None)
         dataset = self.dataset(x, y)
         several = isinstance(dictionary, Sequence)
-        freed = [other for said, other in (("steps", "rows"), ("rows", "steps")) if settings.get(said) is not None]
         chosen: Sequence[Config | None] = dictionary if isinstance(dictionary, Sequence) else [dictionary]
         for one in chosen:
             if not isinstance(one, Config | None):
@@ -196,9 +195,7 @@ class Session:
         if not chosen:
             raise SaeError("dictionary: an empty list; give settings of at least one, as [sae.TopK(k=32)]")
         every = [
-            _settings(
-                "train", TrainConfig, preset, settings | ({} if one is None else {"sae": one.model_dump()}), freed
-            )
+            _settings("train", TrainConfig, preset, settings | ({} if one is None else {"sae": one.model_dump()}))
             for one in chosen
         ]
         if name is None:
@@ -285,7 +282,7 @@ class Session:
             if study.sets(key := ".".join(path)):
                 raise SaeError(f"train.{key}: the study {study.name} decides it itself; its own settings say how")
         base = _settings("train", TrainConfig, preset, settings)
-        lab = Lab(self.cache, self.runs, self.progress, EvalConfig(), cross_entropy, self.device, self.offline)
+        lab = Lab(self, EvalConfig(), cross_entropy)
         return study.run(Setup(base, self.dataset(rows), lab, seeds))
 
     def report(self, run: Run | Named | None = None, **settings: Any) -> Path:
@@ -328,11 +325,9 @@ def evaluate(what: Dictionary | Run | Named | None = None, rows: Any = None, /, 
     return Session().evaluate(what, rows, **settings)
 
 
-def _settings(
-    section: str, kind: type[Kind], preset: str | None, settings: dict[str, Any], freed: Sequence[str] = ()
-) -> Kind:
+def _settings(section: str, kind: type[Kind], preset: str | None, settings: dict[str, Any]) -> Kind:
     """The settings of a stage. Raises SaeError naming the setting, its value and what to try."""
-    return configs.resolve(section, kind, preset=preset, given=settings, freed=freed)
+    return configs.resolve(section, kind, preset=preset, given=settings)
 
 
 def _progress(wanted: bool) -> Progress:

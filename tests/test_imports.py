@@ -29,25 +29,26 @@ def test_looking_around_imports_nothing_heavy(command: str, tmp_path: Path) -> N
     assert ran.stdout.splitlines()[-1] == "imported []", ran.stdout + ran.stderr
 
 
-def test_the_list_of_formats_is_that_of_the_registry() -> None:
+@pytest.mark.parametrize(
+    ("registry", "tag"),
+    [
+        ("sae.pipeline.saes.base.ARCHITECTURES", "arch"),
+        ("sae.pipeline.formats.base.FORMATS", "name"),
+        ("sae.pipeline.harvest.sources.base.SOURCES", "name"),
+    ],
+)
+def test_what_is_read_of_a_registry_is_what_importing_it_says(registry: str, tag: str) -> None:
     """It is read from the files' text; importing them tells the same."""
+    module, attribute = registry.rsplit(".", 1)
     program = (
-        "import sys; from sae.pipeline.commands.registry_listing import formats\n"
-        "before = formats(); assert 'torch' not in sys.modules\n"
-        "from sae.pipeline.formats import FORMATS\n"
-        "assert list(before) == sorted(FORMATS) and before == formats(), before\n"
-        "assert all(before.values())"
-    )
-    subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": ":".join(sys.path)}, check=True)
-
-
-def test_the_list_of_architectures_is_that_of_the_registry() -> None:
-    """It is read from the files' text; importing them tells the same."""
-    program = (
-        "import sys; from sae.pipeline.commands.registry_listing import architectures\n"
-        "before = architectures(); assert 'torch' not in sys.modules\n"
-        "from sae.pipeline.saes import ARCHITECTURES\n"
-        "assert list(before) == sorted(ARCHITECTURES) and before == architectures(), before\n"
-        "assert all(before.values())"
+        "import sys; from importlib import import_module\n"
+        "from sae.configs.declared import imported, registered\n"
+        f"read = registered({registry!r}, {tag!r}); assert 'torch' not in sys.modules\n"
+        f"import_module({module.rpartition('.')[0]!r})\n"
+        f"there = getattr(sys.modules[{module!r}], {attribute!r})\n"
+        "kinds = {name: one if isinstance(one, type) else type(one) for name, one in there.items()}\n"
+        "said = {name: imported(kind).summary for name, kind in sorted(kinds.items())}\n"
+        "assert {name: one.summary for name, one in read.items()} == said and all(said.values()), (read, said)\n"
+        f"assert registered({registry!r}, {tag!r}) == read"
     )
     subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": ":".join(sys.path)}, check=True)

@@ -6,7 +6,6 @@ commands are typed one by one.
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 from sae import configs
@@ -19,7 +18,7 @@ from sae.pipeline.harvest.sources.language_model import HarvestConfig, LanguageM
 from sae.pipeline.harvest.stage import harvest
 from sae.pipeline.interpret.features import FeaturesConfig
 from sae.pipeline.report.stage import report
-from sae.pipeline.runtime.progress import Progress
+from sae.pipeline.runtime.workplace import Workplace
 from sae.pipeline.tokenize.stage import TokenizeConfig, tokenize
 from sae.pipeline.train.stage import TrainConfig, open_run, train
 
@@ -27,9 +26,7 @@ PRESET = "tiny"
 Result = TypeVar("Result")
 
 
-def all_stages(
-    root: Path, runs: Path, progress: Progress, *, overrides: list[str], device: str, workers: int, name: str = "demo"
-) -> dict[str, Any]:
+def all_stages(place: Workplace, *, overrides: list[str], workers: int, name: str = "demo") -> dict[str, Any]:
     """Run everything on the embedded preset; the evaluation, the seconds each stage took, and the report's path.
 
     Repeating it takes up what is there: tokens, rows and training steps are not made again; judging and the report are.
@@ -45,6 +42,7 @@ def all_stages(
     def settings(section: str, kind: type[configs.Kind]) -> configs.Kind:
         return configs.resolve(section, kind, preset=PRESET, overrides=overrides)
 
+    root, runs, progress, device = place.cache, place.runs, place.progress, place.device
     # all of them first: what is wrong with the last should not wait for the others
     tokenizing, harvesting = settings("tokenize", TokenizeConfig), settings("harvest", HarvestConfig)
     training, judging = settings("train", TrainConfig), settings("eval", EvalConfig)

@@ -22,6 +22,7 @@ from sae.pipeline.commands.demo import demo
 from sae.pipeline.commands.evaluate import evaluate
 from sae.pipeline.commands.harvest import harvest
 from sae.pipeline.commands.list import list_
+from sae.pipeline.commands.options import expanded
 from sae.pipeline.commands.report import report
 from sae.pipeline.commands.synthesize import synthesize
 from sae.pipeline.commands.tokenize import tokenize
@@ -76,7 +77,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "list": list_,
 }
 for verb, command in VERBS.items():
-    app.command(verb)(command)
+    app.command(verb)(expanded(command))
 
 
 def show_version(wanted: bool) -> None:

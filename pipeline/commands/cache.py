@@ -11,14 +11,7 @@ from sae.cache.errors import SaeError
 from sae.pipeline.commands.cache_export import export
 from sae.pipeline.commands.cache_gc import gc
 from sae.pipeline.commands.cache_verify import verify
-from sae.pipeline.commands.options import (
-    CacheRoot,
-    Json,
-    StoreName,
-    Yes,
-    cache_root,
-    complete_store,
-)
+from sae.pipeline.commands.options import CacheRoot, Json, StoreName, Yes, cache_root, complete_store
 from sae.pipeline.commands.shown import report_damage
 
 if TYPE_CHECKING:

@@ -6,13 +6,7 @@ from typing import Annotated
 import typer
 
 from sae.cache.errors import SaeError
-from sae.pipeline.commands.options import (
-    CacheRoot,
-    Json,
-    StoreName,
-    cache_root,
-    folder,
-)
+from sae.pipeline.commands.options import CacheRoot, Json, StoreName, cache_root, folder
 from sae.pipeline.commands.words import count
 
 

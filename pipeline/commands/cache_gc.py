@@ -7,14 +7,7 @@ from typing import Annotated
 import typer
 
 from sae.cache.errors import SaeError
-from sae.pipeline.commands.options import (
-    CacheRoot,
-    Json,
-    RunsRoot,
-    Yes,
-    cache_root,
-    folder,
-)
+from sae.pipeline.commands.options import CacheRoot, Json, RunsRoot, Yes, cache_root, folder
 from sae.pipeline.commands.shown import report_damage
 
 SPANS = {"h": 3600.0, "d": 86_400.0, "w": 7 * 86_400.0}

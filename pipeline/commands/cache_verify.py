@@ -6,16 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sae.cache.errors import DamagedStore, NotFound, SaeError
-from sae.pipeline.commands.options import (
-    CacheRoot,
-    Device,
-    Json,
-    Offline,
-    RunsRoot,
-    cache_root,
-    complete_store,
-    folder,
-)
+from sae.pipeline.commands.options import CacheRoot, Device, Json, Offline, RunsRoot, cache_root, complete_store, folder
 from sae.pipeline.commands.shown import raise_last
 from sae.pipeline.commands.voice import typed
 

@@ -6,13 +6,7 @@ from typing import Annotated
 import typer
 
 from sae.cache.disk.durable import expect_writable, write_atomic
-from sae.pipeline.commands.options import (
-    Json,
-    RunsRoot,
-    as_csv_file,
-    complete_run,
-    folder,
-)
+from sae.pipeline.commands.options import Json, RunsRoot, as_csv_file, complete_run, folder
 from sae.pipeline.commands.shown import report_damage, show_runs
 from sae.pipeline.commands.words import several
 

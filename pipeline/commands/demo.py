@@ -1,16 +1,16 @@
 """`sae demo`: the four stages and the report on what is embedded."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sae.pipeline.commands.options import CacheRoot, Device, Json, RunsRoot, Set, Threads, cache_root, folder
+from sae.pipeline.commands.options import Here, Json, Set, here_with
 
 
 def demo(
+    *,
     workers: Annotated[int, typer.Option(metavar="N", min=1, show_default=False, help="Processes that encode text. Default: 1.")] = 1,
-    device: Device = "auto", threads: Threads = None, cache: CacheRoot = None, runs: RunsRoot = Path("runs"), set_: Set = None, json: Json = False,
+    here: Annotated[Here, here_with("device", "threads", "cache", "runs")], set_: Set = None, json: Json = False,
 ) -> None:  # fmt: skip
     """All four stages and a report on the embedded default: real text, a small real model, no network, two minutes.
 
@@ -22,17 +22,13 @@ def demo(
         sae demo --set train.steps=4000 --json
     """
     from sae.pipeline.commands import console
-    from sae.pipeline.commands.bars import Bars
-    from sae.pipeline.runtime.progress import said_if_slow
 
-    root, bars = cache_root(cache), Bars()
-    with said_if_slow(bars, "loading torch"):
+    with here.loading_torch():
         from sae.pipeline.commands.all_stages import all_stages
         from sae.pipeline.runtime import devices
 
-    devices.resolve_device(device)
-    devices.take_threads(threads, bars.note)
-    result = all_stages(root, folder("--runs", runs), bars, overrides=set_ or [], device=device, workers=workers)
+    devices.resolve_device(here.device)
+    result = all_stages(here, overrides=set_ or [], workers=workers)
     if json:
         console.as_json(result)
         return

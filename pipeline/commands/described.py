@@ -3,23 +3,18 @@
 It is read from the text of that class: importing one takes the seconds that torch takes, and `--help` has none.
 """
 
-import ast
-import inspect
 import re
-import sys
-from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
-from textwrap import dedent
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from inspect import Parameter
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from sae.configs.declared import Declared, Setting, declared, registered
 from sae.pipeline.commands.voice import DECLARED, typed
-from sae.pipeline.commands.words import AMOUNT, LIST, amount
+from sae.pipeline.commands.words import AMOUNT, LIST, amount, numbers, several, whole
 
-PIPELINE = Path(__file__).parents[1]
-CLASSES = {  # folder and names of the classes that hold the settings below a path
+CLASSES = {  # room and names of the classes that hold the settings below a path
     "tokenize": ("tokenize", ["TokenizeConfig"]),
     "harvest": ("harvest", ["HarvestConfig", "TableConfig", "SourceConfig"]),
     "synthesize": ("harvest", ["SyntheticConfig", "SourceConfig"]),
@@ -30,102 +25,86 @@ CLASSES = {  # folder and names of the classes that hold the settings below a pa
     "eval": ("evaluate", ["EvalConfig"]),
     "report": ("interpret", ["FeaturesConfig"]),
 }
-STUDIES = f"{__package__.rpartition('.')[0]}.studies"
+CHOICES = {  # options that choose the class of further settings: no single class describes them
+    "train.sae.arch": "Architecture; `sae list` explains each. Default: topk.",
+    "harvest.source": "Where rows come from, with settings by `--set`; `sae list` explains each. Default: language_model.",
+    "synthesize.presence.mode": "groups: a row has some members of one group of features; iid: each feature is in a row "
+    "or not, independently. Default: groups.",
+}
+FLAGS = {"train.align.by": "align"}  # options that are not called as their setting
+UNSAID = {"train.align.by": "nothing"}  # what holds without an option, where that is not the setting's default
+AMOUNTS = ("rows", "tokens")  # settings that people write as 300k, 10M or all
 METAVARS = {
     "bool": "", "int": "N", "float": "X", "str": "NAME", "list of int": f"N{LIST}", "list of float": f"X{LIST}",
     "list of str": f"NAME{LIST}",
 }  # fmt: skip
+TYPES: dict[str, Any] = {"bool": bool, "int": int | None, "float": float | None}
+READERS: dict[str, Callable[[str, str | None], Any]] = {
+    "list of int": whole, "list of float": numbers, "list of str": several,
+}  # fmt: skip
 
 
-class Described(NamedTuple):
-    """A setting as its class has it: the text of its type, its default, what it means."""
+class SettingOption(NamedTuple):
+    """An option that gives a setting: the parameter that typer makes it of, and the reader of what was typed."""
 
-    annotation: str
-    default: Any
-    description: str
-
-    @property
-    def kind(self) -> str:
-        """What it holds: bool, int, float or str, or a list of int, float or str. Names of other types are str."""
-        plain = self.annotation.removeprefix("Annotated[").removesuffix(" | None")
-        listed = plain.startswith("tuple[")
-        item = re.split(r"\W", plain.removeprefix("tuple["))[0].lower()
-        known = next((kind for kind in ("bool", "int", "float") if item.endswith(kind)), "str")
-        return f"list of {known}" if listed else known
+    parameter: Parameter
+    read: Callable[[Any], Any]
 
 
-def described(path: str) -> Described:
-    """What the class of a setting says of it, as train.sae.k. Raises KeyError for a path that is no setting's."""
+def described(path: str) -> Setting:
+    """Return what the class of a setting says of it, as train.sae.k. Raises KeyError for a path that is no setting's."""
     owner, _, name = path.rpartition(".")
     if owner.startswith("study."):
-        return {f"study.{study.name}": study.settings for study in studies()}[owner][name]
-    folder, classes = CLASSES[owner]
+        return studies()[owner.removeprefix("study.")].settings[name]
+    room, classes = CLASSES[owner]
     for kind in classes:
-        if name in (fields := _fields(folder, kind)):
-            return fields[name]
+        if name in (settings := declared(f"sae.pipeline.{room}", kind).settings):
+            return settings[name]
     raise KeyError(path)
 
 
-class DescribedStudy(NamedTuple):
-    """A study as its class has it: its name, its docstring, which options say something of its dictionaries."""
-
-    name: str
-    help: str
-    dictionary: tuple[str, ...]
-    settings: dict[str, Described]
+def studies() -> dict[str, Declared]:
+    """Return every study by its name."""
+    return registered("sae.pipeline.studies.study.STUDIES")
 
 
-def studies() -> list[DescribedStudy]:
-    """Every study: the classes under `@register` in the folder of studies, and those registered elsewhere."""
-    found = [_study(node) for path in (PIPELINE / "studies").glob("*.py") for node in _registered(path)]
-    if (imported := sys.modules.get(f"{STUDIES}.study")) is not None:
-        elsewhere = [kind for kind in imported.STUDIES.values() if kind.__module__.rpartition(".")[0] != STUDIES]
-        found += [_study(ast.parse(dedent(inspect.getsource(kind))).body[0]) for kind in elsewhere]
-    return sorted(found, key=lambda study: study.name)
+def option(said: str) -> SettingOption:
+    """Make the option of a setting, as `train.lr`; with another word for its value than usual, as `report.top COUNT`.
 
-
-def _registered(path: Path) -> Iterator[ast.ClassDef]:
-    for node in ast.parse(path.read_text("utf-8")).body:
-        if isinstance(node, ast.ClassDef) and "register" in map(ast.unparse, node.decorator_list):
-            yield node
-
-
-def _study(node: ast.stmt) -> DescribedStudy:
-    assert isinstance(node, ast.ClassDef)
-    said = {ast.unparse(one.targets[0]): one.value for one in node.body if isinstance(one, ast.Assign)}
-    dictionary = ast.literal_eval(said["dictionary"]) if "dictionary" in said else ("arch", "k", "d_sae")
-    return DescribedStudy(ast.literal_eval(said["name"]), ast.get_docstring(node) or "", dictionary, _fields_of(node))
-
-
-def option(path: str, flag: str | None = None, *, metavar: str | None = None, unsaid: str | None = None) -> Any:
-    """The option that gives a setting.
-
-    flag: where it is not called as the setting. unsaid: what holds without it, where that is not the setting's default.
+    The option of a flag turns its setting into what it is not by default.
     """
+    path, _, metavar = said.partition(" ")
+    name = FLAGS.get(path, path.rpartition(".")[2])
+    flag = f"--{name.replace('_', '-')}"
+    if path in CHOICES:
+        return _option(name, str | None, typer.Option(flag, metavar="NAME", help=CHOICES[path]))
     setting = described(path)
-    name = DECLARED.setdefault(path, flag or "--" + path.rpartition(".")[2].replace("_", "-"))
-    return typer.Option(
-        name, metavar=metavar or METAVARS[setting.kind], show_default=False, help=_help(setting, unsaid)
-    )
+    text = _help(setting, UNSAID.get(path))
+    if setting.kind == "bool":
+        flag = f"--no-{flag[2:]}" if setting.default is True else flag
+        text = text.partition(" Default: ")[0]
+    elif name in AMOUNTS:
+        text = f"{text} {AMOUNT}"
+    DECLARED.setdefault(path, flag)
+    made = typer.Option(
+        flag, metavar=metavar or ("N" if name in AMOUNTS else METAVARS[setting.kind]), show_default=False, help=text,
+        parser=amount if name in AMOUNTS else None,
+    )  # fmt: skip
+    if setting.kind == "bool":
+        return _option(name, bool, made, False, lambda given: not setting.default if given else None)
+    if reader := READERS.get(setting.kind):
+        return _option(name, str | None, made, None, lambda given: reader(flag, given))
+    return _option(name, str | None if name in AMOUNTS else TYPES.get(setting.kind, str | None), made)
 
 
-def study_option(study: str, name: str, setting: Described) -> Any:
-    """The option that gives a setting of a study. A flag turns its setting into what it is not by default."""
-    negative = "no-" if setting.default is True else ""
-    flag = DECLARED.setdefault(f"study.{study}.{name}", f"--{negative}{name.replace('_', '-')}")
-    text = _help(setting).partition(" Default: ")[0] if setting.kind == "bool" else _help(setting)
-    unsaid = False if setting.kind == "bool" else None
-    return typer.Option(unsaid, flag, metavar=METAVARS[setting.kind], show_default=False, help=text)
+def _option(
+    name: str, kind: Any, option: Any, default: Any = None, read: Callable[[Any], Any] = lambda given: given
+) -> SettingOption:
+    parameter = Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+    return SettingOption(parameter, read)
 
 
-def count_option(path: str) -> Any:
-    """The option that gives a setting which is an amount, as people write it."""
-    setting = described(path)
-    name = DECLARED.setdefault(path, "--" + path.rpartition(".")[2].replace("_", "-"))
-    return typer.Option(name, parser=amount, metavar="N", show_default=False, help=f"{_help(setting)} {AMOUNT}")
-
-
-def _help(setting: Described, unsaid: str | None = None) -> str:
+def _help(setting: Setting, unsaid: str | None = None) -> str:
     """A sentence and the default, which words of the description stand for where it is None."""
     text, _, none = re.sub(r"; (?:null|unset): ", "\0", setting.description).partition("\0")
     default = none if setting.default is None else shown(setting.default)
@@ -143,32 +122,3 @@ def shown(default: Any) -> str:
     if isinstance(default, int) and default and default % 1_000_000 == 0:
         return f"{default // 1_000_000}M"
     return f"{default:g}" if isinstance(default, float) else str(default)
-
-
-@cache
-def _fields(folder: str, kind: str) -> dict[str, Described]:
-    """The settings of a class that have a plain default and are described in it."""
-    (text,) = _texts(folder, kind)
-    (node,) = ast.parse(text).body
-    assert isinstance(node, ast.ClassDef)
-    return _fields_of(node)
-
-
-def _fields_of(node: ast.ClassDef) -> dict[str, Described]:
-    found = {}
-    for one in node.body:
-        if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and isinstance(one.value, ast.Call):
-            said = {key.arg: key.value for key in one.value.keywords}
-            if one.value.args and isinstance(said.get("description"), ast.Constant):
-                default, description = one.value.args[0], said["description"]
-                if isinstance(default, ast.Constant | ast.Tuple):
-                    plain = ast.literal_eval(default), ast.literal_eval(description)
-                    found[one.target.id] = Described(ast.unparse(one.annotation), *plain)
-    return found
-
-
-def _texts(folder: str, kind: str) -> Iterator[str]:
-    """The text of a class, from the one file of a folder of `pipeline` that has it."""
-    for path in sorted((PIPELINE / folder).rglob("*.py")):
-        if found := re.search(rf"^class {kind}\(.*?(?=^\S)", path.read_text("utf-8") + "#", re.M | re.S):
-            yield found[0]

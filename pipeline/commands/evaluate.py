@@ -1,38 +1,20 @@
 """`sae eval`: a run folder to figures on held-out data."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sae.pipeline.commands.described import count_option
-from sae.pipeline.commands.options import (
-    CacheRoot,
-    ConfigFile,
-    Device,
-    Json,
-    Offline,
-    Preset,
-    RunName,
-    RunsRoot,
-    Set,
-    Threads,
-    TrainingStore,
-    cache_root,
-    folder,
-    settings,
-)
+from sae.pipeline.commands.options import Here, Json, RunName, Said, TrainingStore, here_with, said_of
 
 
 def evaluate(
+    *,
     run: Annotated[str | None, RunName] = None,
-    rows: Annotated[str | None, count_option("eval.rows")] = None,
-    tokens: Annotated[str | None, count_option("eval.tokens")] = None,
+    said: Annotated[Said, said_of("eval.rows", "eval.tokens")],
     activations: TrainingStore = None,
     model: Annotated[str | None, typer.Option(metavar="NAME", help="Where the language model is now. Default: where harvest found it.")] = None,
     replace: Annotated[bool, typer.Option("--replace", metavar="", help="Write the figures in the place of ones that were judged on more.")] = False,
-    device: Device = "auto", threads: Threads = None, cache: CacheRoot = None, runs: RunsRoot = Path("runs"), offline: Offline = False,
-    preset: Preset = None, config: ConfigFile = None, set_: Set = None, json: Json = False,
+    here: Annotated[Here, here_with("device", "threads", "cache", "runs", "offline")], json: Json = False,
 ) -> None:  # fmt: skip
     """Judge a trained dictionary on held-out documents: reconstruction, cross-entropy when spliced in, dead latents.
 
@@ -47,22 +29,17 @@ def evaluate(
     """
     from sae.cache import catalogue
     from sae.pipeline.commands import console
-    from sae.pipeline.commands.bars import Bars
-    from sae.pipeline.runtime.progress import said_if_slow
 
-    root, bars = cache_root(cache), Bars()
-    found = catalogue.find_run(folder("--runs", runs), run)
-    with said_if_slow(bars, "loading torch"):
+    found = catalogue.find_run(here.runs, run)
+    with here.loading_torch():
         from sae.pipeline.evaluate.stage import EvalConfig
         from sae.pipeline.evaluate.stage import evaluate as stage
-        from sae.pipeline.runtime import devices
 
-    values = settings("eval", EvalConfig, preset, config, set_, rows=rows, tokens=tokens)
-    bars.note(f"run: {found.path}")
-    devices.take_threads(threads, bars.note)
+    values = said.settings("eval", EvalConfig)
+    here.progress.note(f"run: {found.path}")
     result = stage(
-        values, found, root, bars, activations=activations, model=model, device=device, offline=offline,
-        replace_larger=replace,
+        values, found, here.cache, here.progress, activations=activations, model=model, device=here.device,
+        offline=here.offline, replace_larger=replace,
     )  # fmt: skip
     if json:
         console.as_json(result.as_json())

@@ -6,41 +6,22 @@ from typing import Annotated, Any
 import typer
 
 from sae.cache.errors import SaeError
-from sae.pipeline.commands.described import count_option, option
-from sae.pipeline.commands.options import (
-    CacheRoot,
-    ConfigFile,
-    Device,
-    Json,
-    Offline,
-    Preset,
-    Scheduler,
-    Set,
-    Threads,
-    cache_root,
-    complete_store,
-    settings,
-    team,
-)
+from sae.pipeline.commands.options import Here, Json, Said, Scheduler, complete_store, here_with, said_of, team
 from sae.pipeline.commands.shown import show_stores
-from sae.pipeline.commands.words import several, whole
 
 
 def harvest(
-    model: Annotated[str | None, option("harvest.model")] = None,
-    layer: Annotated[str | None, option("harvest.layer", metavar="N,...")] = None,
-    site: Annotated[str | None, option("harvest.site", metavar="NAME,...")] = None,
-    codec: Annotated[str | None, option("harvest.codec")] = None,
-    table: Annotated[str | None, option("harvest.table", metavar="FILE")] = None,
-    source: Annotated[str | None, typer.Option(metavar="NAME", help="Where rows come from, with settings by `--set`; `sae list` explains each. Default: language_model.")] = None,
-    tokens: Annotated[str | None, count_option("harvest.tokens")] = None,
+    *,
+    said: Annotated[Said, said_of(
+        "harvest.model", "harvest.layer", "harvest.site", "harvest.codec", "harvest.table FILE", "harvest.source",
+        "harvest.tokens",
+    )],
     tokens_from: Annotated[str | None, typer.Option(metavar="STORE", autocompletion=complete_store, help="Token store: key, beginning of a key, or path. Default: the last one made.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", metavar="", help="Only say how many rows, bytes and minutes it would take.")] = False,
     wait: Annotated[bool, typer.Option("--wait", metavar="", help="Wait where another process is writing the same store.")] = False,
     workers: Annotated[int | None, typer.Option(metavar="N", min=1, help="Processes that run the model, each with a copy of it and its share of the cores. Default: 1, this one alone.")] = None,
     scheduler: Scheduler = None,
-    device: Device = "auto", threads: Threads = None, cache: CacheRoot = None, offline: Offline = False, preset: Preset = None,
-    config: ConfigFile = None, set_: Set = None, json: Json = False,
+    here: Annotated[Here, here_with("device", "threads", "cache", "offline")], json: Json = False,
 ) -> None:  # fmt: skip
     """Run the model over a token store and keep its activations: one pass, one store for each layer and site.
 
@@ -62,37 +43,32 @@ def harvest(
     """
     from sae.cache import catalogue
     from sae.cache.tokens import TokenStore
-    from sae.pipeline.commands.bars import Bars
-    from sae.pipeline.runtime.progress import said_if_slow
 
-    root, bars, together = cache_root(cache), Bars(), team(workers, scheduler, 1)
+    root, together = here.cache, team(workers, scheduler, 1)
     if tokens_from is not None:  # before the seconds that torch takes
         catalogue.find(root, TokenStore, tokens_from)
-    with said_if_slow(bars, "loading torch"):
+    with here.loading_torch():
         from sae.pipeline.harvest.sources import SOURCES, settings_of_sources
         from sae.pipeline.harvest.stage import harvest as stage
-        from sae.pipeline.runtime import devices
         from sae.pipeline.runtime.origins import Origins
 
-    values = settings(
-        "harvest", settings_of_sources(), preset, config, set_,
-        source=source if table is None else "table", table=table, codec=codec, tokens=tokens,
-        model=model, layer=whole("--layer", layer), site=several("--site", site),
-    )  # fmt: skip
+    source = said.options.get("harvest.source")
+    if "harvest.table" in said.options:
+        said.options["harvest.source"] = "table"
+    values = said.settings("harvest", settings_of_sources())
     if source is not None and source != values.source:
         raise SaeError(f"--source {source}: --table says otherwise; give one of the two")
     if tokens_from is not None and values.source != "language_model":
         raise SaeError(f"--tokens-from {tokens_from}: the rows of {values.source} come from no tokens; leave it out")
-    devices.take_threads(threads, bars.note)
-    origins = Origins(root, tokens=tokens_from, device=device, offline=offline)
-    rows = SOURCES[values.source].of_settings(values, origins, bars)
-    result = stage(rows, root, bars, dry_run=dry_run, wait=wait, workers=together, scheduler=scheduler)
+    origins = Origins(root, tokens=tokens_from, device=here.device, offline=here.offline)
+    rows = SOURCES[values.source].of_settings(values, origins, here.progress)
+    result = stage(rows, root, here.progress, dry_run=dry_run, wait=wait, workers=together, scheduler=scheduler)
     if dry_run:
         show_plans([asdict(plan) for plan in result.plans], json)
         return
     catalogue.remember(root, "activations", [store.key for store in result.stores["train"]])
-    if not bars.worked:
-        bars.note("nothing to do: the rows asked for were there already")
+    if not here.progress.worked:
+        here.progress.note("nothing to do: the rows asked for were there already")
     show_stores([s for split in result.stores.values() for s in split], json, "width", lambda store: store.d)
 
 

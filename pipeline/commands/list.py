@@ -5,11 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sae.pipeline.commands.options import (
-    Json,
-    RunsRoot,
-    folder,
-)
+from sae.pipeline.commands.options import Json, RunsRoot, folder
 from sae.pipeline.commands.shown import report_damage
 from sae.pipeline.commands.voice import typed
 

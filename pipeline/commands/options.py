@@ -1,16 +1,34 @@
-"""The options that commands share, and what comes of them: folders, settings."""
+"""The options that commands share, and the arguments that come of them.
 
-from collections.abc import Sequence
+A command is a function whose parameters are its options. Two of them may stand for several options each:
+
+    def evaluate(
+        *, said: Annotated[Said, said_of("eval.rows", "eval.tokens")], here: Annotated[Here, here_with("device", "cache")]
+    ) -> None:
+
+has the options `--rows`, `--tokens`, `--preset`, `--config`, `--set`, and `--device`, `--cache`: `expanded` puts them in
+the place of the two. The command calls `said.settings("eval", EvalConfig)` for what they say together, and finds its
+folders in `here`.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from inspect import Parameter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from sae.cache.errors import SaeError
 from sae.pipeline.commands.described import option
+from sae.pipeline.runtime.progress import said_if_slow
+from sae.pipeline.runtime.workplace import Workplace
 
 if TYPE_CHECKING:
     from sae.configs import Kind
+    from sae.pipeline.commands.bars import Bars
 
 
 def complete_preset() -> list[str]:
@@ -30,44 +48,12 @@ def complete_run(context: typer.Context) -> list[str]:
     return sorted(path.parent.name for path in Path(context.params.get("runs") or "runs").glob("*/config.json"))
 
 
-FILES = frozenset(  # endings that promise a file of some format, and so neither a folder nor a table of ours
-    [
-        ".arrow",
-        ".bin",
-        ".bz2",
-        ".csv",
-        ".feather",
-        ".gz",
-        ".h5",
-        ".hdf5",
-        ".html",
-        ".json",
-        ".jsonl",
-        ".log",
-        ".npy",
-        ".npz",
-        ".parquet",
-        ".pdf",
-        ".pickle",
-        ".pkl",
-        ".png",
-        ".pt",
-        ".pth",
-        ".safetensors",
-        ".sqlite",
-        ".svg",
-        ".tar",
-        ".tgz",
-        ".tsv",
-        ".txt",
-        ".xlsx",
-        ".xz",
-        ".yaml",
-        ".yml",
-        ".zip",
-        ".zst",
-    ]
-)
+# endings that promise a file of some format, and so neither a folder nor a table of ours
+FILES = {
+    ".arrow", ".bin", ".bz2", ".csv", ".feather", ".gz", ".h5", ".hdf5", ".html", ".json", ".jsonl", ".log", ".npy",
+    ".npz", ".parquet", ".pdf", ".pickle", ".pkl", ".png", ".pt", ".pth", ".safetensors", ".sqlite", ".svg", ".tar",
+    ".tgz", ".tsv", ".txt", ".xlsx", ".xz", ".yaml", ".yml", ".zip", ".zst",
+}  # fmt: skip
 
 # One option a line: this is the manual.
 # fmt: off
@@ -82,10 +68,6 @@ CacheRoot = Annotated[str | None, typer.Option("--cache", metavar="DIR", envvar=
 RunsRoot = Annotated[Path, typer.Option("--runs", metavar="DIR", envvar="SAE_RUNS", rich_help_panel=PLACES, show_default=False, help="Folder of the runs. Default: `runs`, here.")]
 Offline = Annotated[bool, typer.Option("--offline", metavar="", envvar="SAE_OFFLINE", rich_help_panel=PLACES, help="Never touch the network.")]
 Scheduler = Annotated[str | None, typer.Option("--scheduler", metavar="ADDRESS", rich_help_panel=PLACES, help="Give the work to the workers of a dask scheduler, as tcp://host:8786, which all reach the cache.")]
-Arch = Annotated[str | None, typer.Option(metavar="NAME", help="Architecture; `sae list` explains each. Default: topk.")]
-ActiveLatents = Annotated[int | None, option("train.sae.k")]
-Latents = Annotated[int | None, option("train.sae.d_sae")]
-Steps = Annotated[int | None, option("train.steps")]
 Seeds = Annotated[int | None, typer.Option(metavar="N", min=1, max=10_000, help="Train each with N seeds.")]
 RunName = typer.Argument(metavar="RUN", autocompletion=complete_run, show_default=False, help="Run folder or its name. Default: the newest finished run.")
 StoreName = Annotated[str, typer.Argument(metavar="STORE", autocompletion=complete_store, help="Key, the beginning of a key, or a path.")]
@@ -124,17 +106,6 @@ def as_csv_file(option: str, path: Path) -> Path:
     return path.expanduser()
 
 
-def length_of(steps: int | None, rows: str | None) -> tuple[list[str], dict[str, Any]]:
-    """How long to train, by `--steps` and `--rows`: settings of presets and files that do not count, and flags.
-
-    One of the two takes the place of what a preset says of the other; all the rows once is what neither says.
-    """
-    if steps is not None and rows is not None:
-        raise SaeError(f"--steps {steps} and --rows {rows}: give one of them")
-    freed = [other for given, other in ((steps, "rows"), (rows, "steps")) if given is not None]
-    return freed, {"steps": steps, "rows": rows}
-
-
 def team(workers: int | None, scheduler: str | None, usual: int) -> int:
     """How many processes are to work on this machine, where no scheduler says who works."""
     if workers is not None and scheduler is not None:
@@ -142,24 +113,120 @@ def team(workers: int | None, scheduler: str | None, usual: int) -> int:
     return workers or usual
 
 
-def settings(
-    section: str,
-    kind: "type[Kind] | Sequence[type[Kind]]",
-    preset: str | None,
-    file: Path | None,
-    overrides: list[str] | None,
-    /,
-    *,
-    axes: dict[str, Any] | None = None,
-    freed: Sequence[str] = (),
-    **flags: Any,
-) -> "Kind":
-    """The settings of a stage from everything the command line says; `axes` and `freed` are those of `resolve`."""
-    from sae.configs import SECTIONS, resolve
+@dataclass(frozen=True)
+class Said:
+    """What a command line says of settings: options by the paths of their settings, a preset, a file, and `--set`."""
 
-    for item in overrides or ():
-        if (other := item.partition(".")[0]) != section and other in SECTIONS:
-            raise SaeError(f"--set {item}: `sae {section}` reads {section}.*; give this one to `sae {other}`")
-    return resolve(
-        section, kind, preset=preset, file=file, overrides=overrides or (), axes=axes, flags=flags, freed=freed
-    )
+    options: dict[str, Any]
+    preset: str | None
+    file: Path | None
+    overrides: Sequence[str]
+
+    def __bool__(self) -> bool:
+        return bool(self.options or self.preset or self.file or self.overrides)
+
+    def of(self, section: str) -> dict[str, Any]:
+        """Return what options say of a section, as {"sae": {"k": 3}} of `train`."""
+        found: dict[str, Any] = {}
+        for path, value in self.options.items():
+            first, *between, last = path.split(".")
+            if first == section:
+                place = found
+                for key in between:
+                    place = place.setdefault(key, {})
+                place[last] = value
+        return found
+
+    def settings(self, section: str, kind: "type[Kind] | Sequence[type[Kind]]", **more: Any) -> "Kind":
+        """Return the settings of a stage, of one class or of several that a tag tells apart; `more` goes to `resolve`.
+
+        Raises SaeError for a `--set` that says something of another stage.
+        """
+        from sae.configs import SECTIONS
+
+        for item in self.overrides:
+            if (other := item.partition(".")[0]) != section and other in SECTIONS:
+                raise SaeError(f"--set {item}: `sae {section}` reads {section}.*; give this one to `sae {other}`")
+        return self.resolved(section, kind, **more)
+
+    def resolved(self, section: str, kind: "type[Kind] | Sequence[type[Kind]]", **more: Any) -> "Kind":
+        """Return the settings of one stage of several that a command carries out."""
+        from sae.configs import resolve
+
+        flags = more.pop("flags", self.of(section))
+        return resolve(section, kind, preset=self.preset, file=self.file, overrides=self.overrides, flags=flags, **more)
+
+
+@dataclass(frozen=True)
+class Here(Workplace):
+    """The workplace of a command, which is told in the terminal how far it is. threads: those that `--threads` says."""
+
+    progress: "Bars"
+    threads: int | None = None
+
+    @contextmanager
+    def loading_torch(self) -> Iterator[None]:
+        """Say so where the imports inside take long, and compute with the threads asked for from then on."""
+        with said_if_slow(self.progress, "loading torch"):
+            yield
+            from sae.pipeline.runtime import devices
+        devices.take_threads(self.threads, self.progress.note)
+
+
+class Group(NamedTuple):
+    """Options that reach a command as one argument: their parameters, and what makes the argument of what was typed."""
+
+    parameters: list[Parameter]
+    made: Callable[[dict[str, Any]], Any]
+
+
+def said_of(*settings: str) -> Group:
+    """Declare an argument `Said`: the options of these settings, then `--preset`, `--config` and `--set`."""
+    every = {setting.partition(" ")[0]: option(setting) for setting in settings}
+
+    def made(typed: dict[str, Any]) -> Said:
+        read = {path: one.read(typed[one.parameter.name]) for path, one in every.items()}
+        options = {path: value for path, value in read.items() if value is not None}
+        return Said(options, typed["preset"], typed["config"], typed["set_"] or ())
+
+    return Group([*(one.parameter for one in every.values()), *map(_shared, ("preset", "config", "set_"))], made)
+
+
+def here_with(*names: str) -> Group:
+    """Declare an argument `Here` of some of `--device`, `--threads`, `--cache`, `--runs` and `--offline`."""
+
+    def made(typed: dict[str, Any]) -> Here:
+        from sae.pipeline.commands.bars import Bars
+
+        given = {name: typed[name] for name in names}
+        cache = cache_root(given.pop("cache")) if "cache" in given else Path()
+        runs = folder("--runs", given.pop("runs")) if "runs" in given else Path()
+        return Here(cache, runs, Bars(), **given)
+
+    return Group(list(map(_shared, names)), made)
+
+
+SHARED: dict[str, tuple[Any, Any]] = {
+    "preset": (Preset, None), "config": (ConfigFile, None), "set_": (Set, None), "device": (Device, "auto"),
+    "threads": (Threads, None), "cache": (CacheRoot, None), "runs": (RunsRoot, Path("runs")), "offline": (Offline, False),
+}  # fmt: skip
+
+
+def _shared(name: str) -> Parameter:
+    kind, default = SHARED[name]
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+
+
+def expanded(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command as typer takes it: with the options of its groups in the place of the arguments they make."""
+    arguments = inspect.signature(command).parameters
+    said = {name: getattr(one.annotation, "__metadata__", ()) for name, one in arguments.items()}
+    groups = {name: one for name, found in said.items() for one in found if isinstance(one, Group)}
+
+    def typed(**given: Any) -> None:
+        command(**{name: groups[name].made(given) if name in groups else given[name] for name in arguments})
+
+    every = [groups[name].parameters if name in groups else [one] for name, one in arguments.items()]
+    typed.__signature__ = inspect.Signature([parameter for each in every for parameter in each])  # type: ignore[attr-defined]
+    typed.__doc__ = command.__doc__
+    return typed

@@ -1,37 +1,38 @@
 """What a user can choose from, gathered from the registries: `sae list` shows it."""
 
-import ast
-import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from pydantic import BaseModel
 
 from sae import configs
 from sae.cache.runs import Run
 from sae.cache.store.codecs import CODECS
+from sae.configs.declared import Declared, imported, registered
 from sae.pipeline.commands.described import shown, studies
 from sae.pipeline.language_model import SITES
-from sae.pipeline.metrics.figures import declared, summary
-from sae.pipeline.tokenize.sources import registered
-
-PIPELINE = Path(__file__).parent.parent
+from sae.pipeline.metrics.figures import declared as metrics
+from sae.pipeline.tokenize.sources import registered as text_sources
 
 
 def choices(runs: Sequence[Run]) -> dict[str, list[dict[str, str]]]:
     """Name and one line of help for every run given, architecture, codec, format, site, metric, study, source, preset."""
-    return {
-        "runs": [{"name": run.name, "help": _state(run)} for run in runs],
-        "architectures": [{"name": name, "help": help} for name, help in sorted(architectures().items())],
-        "codecs": [{"name": name, "help": summary(kind.__doc__)} for name, kind in CODECS.items()],
-        "formats": [{"name": name, "help": help} for name, help in sorted(formats().items())],
-        "sites": [{"name": name, "help": help} for name, help in SITES.items()],
-        "metrics": [{"name": one.name, "help": one.help} for one in declared()],
-        "studies": [{"name": one.name, "help": summary(one.help)} for one in studies()],
-        "sources": [{"name": entry.name, "help": entry.help} for entry in registered()],
-        "row_sources": [{"name": name, "help": help} for name, help in sorted(row_sources().items())],
-        "presets": [{"name": name, "help": _first_comment(name)} for name in configs.presets()],
+    every = {
+        "runs": {run.name: _state(run) for run in runs},
+        "architectures": _summaries(registered("sae.pipeline.saes.base.ARCHITECTURES", "arch")),
+        "codecs": _summaries({name: imported(kind) for name, kind in CODECS.items()}),
+        "formats": _summaries(registered("sae.pipeline.formats.base.FORMATS")),
+        "sites": SITES,
+        "metrics": {one.name: one.help for one in metrics()},
+        "studies": _summaries(studies()),
+        "sources": {source.name: source.help for source in text_sources()},
+        "row_sources": _summaries(registered("sae.pipeline.harvest.sources.base.SOURCES")),
+        "presets": {name: _first_comment(name) for name in configs.presets()},
     }
+    return {kind: [{"name": name, "help": help} for name, help in each.items()] for kind, each in every.items()}
+
+
+def _summaries(classes: dict[str, Declared]) -> dict[str, str]:
+    return {name: one.summary for name, one in classes.items()}
 
 
 def every_setting() -> list[dict[str, str]]:
@@ -78,54 +79,6 @@ def _state(run: Run) -> str:
     if (failure := run.failure) is not None:
         state = f"diverged at step {failure['step']:,}; try a smaller --lr"
     return f"{state}, on {run.seen.key}"
-
-
-def architectures() -> dict[str, str]:
-    """Name and one line of help for every architecture, without importing them: torch takes seconds.
-
-    An architecture is one file of its folder; those registered elsewhere are known where the registry is.
-    """
-    found = dict(_registered("saes", "arch"))
-    if (imported := sys.modules.get("sae.pipeline.saes")) is not None:
-        found |= {name: summary(kind.__doc__) for name, kind in imported.ARCHITECTURES.items()}
-    return found
-
-
-def formats() -> dict[str, str]:
-    """Name and one line of help for every format of other tools' dictionaries, likewise."""
-    found = dict(_registered("formats", "name"))
-    if (imported := sys.modules.get("sae.pipeline.formats")) is not None:
-        found |= {name: summary(format.__doc__) for name, format in imported.FORMATS.items()}
-    return found
-
-
-def row_sources() -> dict[str, str]:
-    """Name and one line of help for every source of rows that can be harvested, likewise."""
-    found = dict(_registered("harvest/sources", "name"))
-    if (imported := sys.modules.get("sae.pipeline.harvest.sources")) is not None:
-        found |= {name: summary(kind.__doc__) for name, kind in imported.SOURCES.items()}
-    return found
-
-
-def _registered(folder: str, tag: str) -> Iterator[tuple[str, str]]:
-    """The tag of every class that a file of the folder registers, and the first sentence about it.
-
-    The tag is what an attribute of this name is set to in that file.
-    """
-    for path in sorted((PIPELINE / folder).glob("*.py")):
-        classes = [node for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.ClassDef)]
-        for one in classes:
-            if any(isinstance(mark, ast.Name) and mark.id == "register" for mark in one.decorator_list):
-                yield next(_values(classes, tag)), summary(ast.get_docstring(one))
-
-
-def _values(classes: Sequence[ast.ClassDef], name: str) -> Iterator[str]:
-    """The texts that attributes of this name are set to, `name = "text"` or `name: ... = Field("text", ...)`."""
-    for node in (node for kind in classes for node in kind.body if isinstance(node, ast.Assign | ast.AnnAssign)):
-        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-        value = node.value.args[0] if isinstance(node.value, ast.Call) and node.value.args else node.value
-        if isinstance(target, ast.Name) and target.id == name and isinstance(value, ast.Constant):
-            yield str(value.value)
 
 
 def _first_comment(preset: str) -> str:

@@ -80,17 +80,14 @@ class Rows(NamedTuple):
             )
         return [(there[point], None) for point in wanted]
 
-    def datasets(self, root: Path, rows: int | None, bars: "Bars") -> "list[Dataset]":
-        """What to train on, said on stderr: the first `rows` rows that stores have in common, None for all."""
+    def datasets(self, root: Path, rows: int | None) -> "list[Dataset]":
+        """What to train on: the first `rows` rows that stores have in common, None for all."""
         from sae.cache.loader.dataset import Dataset
 
-        found = [
+        return [
             Dataset.of(store) if target is None else Dataset.of(store, target, rows=rows)
             for store, target in self.stores(root)
         ]
-        for dataset in found:
-            announce(dataset, bars)
-        return found
 
 
 def announce(dataset: "Dataset", bars: "Bars") -> None:

@@ -1,16 +1,11 @@
 """What the studies' commands have in common: settings, where they are carried out, what is shown."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae.cache.disk.durable import expect_writable
 from sae.cache.errors import SaeError
-from sae.pipeline.commands.options import (
-    cache_root,
-    folder,
-    length_of,
-)
+from sae.pipeline.commands.options import Here, Said, folder
 
 if TYPE_CHECKING:
     from sae.cache.loader.dataset import Dataset
@@ -20,48 +15,38 @@ if TYPE_CHECKING:
     from sae.pipeline.train.stage import TrainConfig
 
 
-def settings_of_study(
-    name: str, said: Mapping[str, Any], preset: str | None, file: Path | None, overrides: list[str] | None
-) -> "Study":
-    """The study of a name, with its settings from everything the command line says. said: its own options.
-
-    Raises SaeError for a setting of another study, which would come to nothing.
-    """
-    from sae.configs import resolve
+def settings_of_study(name: str, said: Said) -> "Study":
+    """The study of a name, with its settings. Raises SaeError for one of another study, which would come to nothing."""
     from sae.pipeline.studies.study import settings
 
-    for item in overrides or ():
+    for item in said.overrides:
         section, _, key = item.partition("=")[0].partition(".")
         if section.strip() == "study" and (other := key.partition(".")[0].strip()) != name:
             raise SaeError(f"--set {item}: `sae study {name}` reads study.{name}.*, not study.{other}")
-    every = resolve("study", settings(), preset=preset, file=file, overrides=overrides or (), flags={name: dict(said)})
-    found: Study = getattr(every, name)
+    found: Study = getattr(said.resolved("study", settings()), name)
     return found
 
 
-def training(
-    study: "Study", preset: str | None, file: Path | None, overrides: list[str] | None, steps: int | None,
-    rows: str | None, sae: Mapping[str, Any],
-) -> "TrainConfig":  # fmt: skip
-    """The training that all dictionaries of a study have in common. sae: what options say of the dictionary.
+def training(study: "Study", said: Said) -> "tuple[TrainConfig, dict[str, Any]]":
+    """The training that all dictionaries of a study have in common; and what options say of them, where it chooses them.
 
     Raises SaeError for a `--set` that would come to nothing.
     """
-    of = study.architectures
-    from sae.configs import SECTIONS, resolve, settings_of
+    from sae.configs import SECTIONS, settings_of
     from sae.pipeline.saes import Config
     from sae.pipeline.train.stage import TrainConfig
 
-    for item in overrides or ():
+    for item in said.overrides:
         if (section := item.partition(".")[0]) in SECTIONS and section not in ("train", "eval", "study"):
             raise SaeError(
                 f"--set {item}: `sae study` reads train.* and eval.*, and study.{study.name}.*; give this one to "
                 f"`sae {section}`"
             )
-    freed, length = length_of(steps, rows)
-    flags = {"sae": dict(sae), **length}
-    base = resolve("train", TrainConfig, preset=preset, file=file, overrides=overrides or (), flags=flags, freed=freed)
-    for item in overrides or ():
+    of = study.architectures
+    flags = said.of("train")
+    sae = flags.pop("sae", {}) if of else {}
+    base = said.resolved("train", TrainConfig, flags=flags)
+    for item in said.overrides:
         for key in settings_of(item, "train"):
             if study.sets(key):
                 raise SaeError(f"--set {item}: this study decides {key} itself; its options say how")
@@ -71,25 +56,19 @@ def training(
                 raise SaeError(
                     f"--set {item}: this study trains {', '.join(of)}; say of which, as train.sae.arch={of[0]}"
                 )
-    return base
+    return base, sae
 
 
-def lab(
-    cache: str | None, runs: Path, preset: str | None, file: Path | None, overrides: list[str] | None, no_ce: bool,
-    device: str, threads: int | None, offline: bool,
-) -> "Lab":  # fmt: skip
-    """Where the study is carried out, from the options that say so."""
-    from sae.configs import resolve
-    from sae.pipeline.commands.bars import Bars
+def lab(here: Here, said: Said, *, cross_entropy: bool) -> "Lab":
+    """Where a study is carried out."""
     from sae.pipeline.evaluate.stage import EvalConfig
     from sae.pipeline.runtime import devices
     from sae.pipeline.studies.lab import Lab
 
-    devices.resolve_device(device)
-    eval_config = resolve("eval", EvalConfig, preset=preset, file=file, overrides=overrides or ())
-    bars = Bars()
-    devices.take_threads(threads, bars.note)
-    return Lab(cache_root(cache), folder("--runs", runs), bars, eval_config, not no_ce, device=device, offline=offline)
+    devices.resolve_device(here.device)
+    eval_config = said.resolved("eval", EvalConfig)
+    devices.take_threads(here.threads, here.progress.note)
+    return Lab(here, eval_config, cross_entropy)
 
 
 def dataset_of(where: "Lab", name: str | None, *, any_of_the_last: bool) -> "Dataset":
@@ -99,9 +78,9 @@ def dataset_of(where: "Lab", name: str | None, *, any_of_the_last: bool) -> "Dat
     from sae.cache.loader.dataset import Dataset
 
     if name is None and any_of_the_last:
-        name = next(iter(catalogue.latest(where.root).get(ActivationStore.kind, [])), None)
-    store = catalogue.find(where.root, ActivationStore, name)
-    where.progress.note(f"activations: {store.key}{catalogue.unfinished(store)}")
+        name = next(iter(catalogue.latest(where.place.cache).get(ActivationStore.kind, [])), None)
+    store = catalogue.find(where.place.cache, ActivationStore, name)
+    where.place.progress.note(f"activations: {store.key}{catalogue.unfinished(store)}")
     return Dataset.of(store)
 
 

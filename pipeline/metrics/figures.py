@@ -1,16 +1,15 @@
 """The figures of all metrics: names, meanings, directions. Read from the metrics' text, for importing takes torch."""
 
-import ast
-import sys
 from collections.abc import Collection
-from functools import cache
-from pkgutil import iter_modules
 from typing import Any, Literal, NamedTuple, get_args
+
+from sae.configs.declared import registered
 
 Need = Literal["rows", "codes", "training", "model", "directions", "truth"]
 """What a metric may ask for: held-out rows and their reconstructions; the codes of these; training rows to search as
 well; a language model to splice into; a direction for every latent; the features that the rows were made of."""
 Better = Literal["low", "high"] | None
+METRICS = "sae.pipeline.metrics.metric.METRICS"
 NEEDS: tuple[Need, ...] = get_args(Need)
 OF_ROWS: frozenset[Need] = frozenset({"rows", "codes", "training"})
 WITHOUT_MODEL: frozenset[Need] = OF_ROWS | {"directions"}
@@ -49,17 +48,16 @@ class Declared(NamedTuple):
 
 
 def declared() -> list[Declared]:
-    """Every metric: the files beside this one, and those registered elsewhere once they are. What asks least is first.
+    """Return what every registered metric says of itself, in the order of all tables: what asks least is first."""
+    found = [
+        Declared(name, one.summary, one.values["needs"], tuple(map(_figure, one.values["figures"])))
+        for name, one in registered(METRICS).items()
+    ]
+    return sorted(found, key=lambda metric: (max(map(NEEDS.index, metric.needs)), metric.name))
 
-    The order is that of all tables.
-    """
-    found = {**_in_files()}
-    if (imported := sys.modules.get(f"{__package__}.metric")) is not None:
-        found |= {
-            name: Declared(name, summary(kind.__doc__), kind.needs, kind.figures)
-            for name, kind in imported.METRICS.items()
-        }
-    return sorted(found.values(), key=lambda metric: (max(map(NEEDS.index, metric.needs)), metric.name))
+
+def _figure(said: Any) -> Figure:
+    return said if isinstance(said, Figure) else Figure(*said.arguments, **said.named)
 
 
 def figures(*, shown: Collection[str] | None = None, needs: Collection[Need] = NEEDS) -> list[Figure]:
@@ -125,30 +123,3 @@ def completed(evaluation: dict[str, Any]) -> dict[str, Any]:
 def lacking(evaluation: dict[str, Any], needs: Collection[Need]) -> list[str]:
     """The keys that today's metrics which ask for nothing but `needs` would have written into an evaluation, too."""
     return [figure.key for figure in figures(needs=needs) if figure.key not in evaluation]
-
-
-def summary(docstring: str | None) -> str:
-    """The first sentence of a docstring."""
-    return (docstring or "").strip().split("\n\n")[0].split(". ")[0].replace("\n", " ").rstrip(".")
-
-
-@cache
-def _in_files() -> dict[str, Declared]:
-    """What the classes under `@register` in the files of this folder declare, which must be literals."""
-    found = {}
-    for finder, name, _ in iter_modules(sys.modules[str(__package__)].__path__):
-        loader = finder.find_spec(name, None).loader  # type: ignore[union-attr]
-        for node in ast.parse(loader.get_source(name)).body:  # type: ignore[union-attr]
-            if isinstance(node, ast.ClassDef) and "register" in map(ast.unparse, node.decorator_list):
-                said = {ast.unparse(one.targets[0]): one.value for one in node.body if isinstance(one, ast.Assign)}
-                metric, needs = ast.literal_eval(said["name"]), ast.literal_eval(said["needs"])
-                told = tuple(
-                    _figure(call) for call in ast.iter_child_nodes(said["figures"]) if isinstance(call, ast.Call)
-                )
-                found[metric] = Declared(metric, summary(ast.get_docstring(node)), needs, told)
-    return found
-
-
-def _figure(call: ast.Call) -> Figure:
-    named = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
-    return Figure(*map(ast.literal_eval, call.args), **named)

@@ -85,7 +85,7 @@ class Activations(Study):
         notes = _match(configs, target, setup.dataset, setup.lab) if self.match_l0 else []
         rows = self.rows(setup, trials_of(configs, setup))
         first = [row for row in rows if row["seed"] == setup.base.seed]
-        history = {row["activation"]: losses(Run(setup.lab.runs / row["run"])) for row in first}
+        history = {row["activation"]: losses(Run(setup.lab.place.runs / row["run"])) for row in first}
         extra = {
             "k": target,
             "matched_l0": self.match_l0,
@@ -136,7 +136,7 @@ def _match(configs: dict[str, TrainConfig], target: int, dataset: Dataset, lab: 
         trials = [Trial({"activation": name}, at(name, c), dataset) for name, c in guesses.items()]
         found = {row["activation"]: row["l0"] for row in lab.rows(trials, whole=False)}
         told = ", ".join(f"{name} {guesses[name]:g}: {l0:.3g}" for name, l0 in found.items())
-        lab.progress.note(f"L0 for coefficients, wanted {target}: {told}")
+        lab.place.progress.note(f"L0 for coefficients, wanted {target}: {told}")
         return found
 
     notes = []

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from sae.cache import catalogue
@@ -15,7 +14,8 @@ from sae.pipeline.evaluate.stage import EvalConfig, evaluate, missing
 from sae.pipeline.language_model import LanguageModel
 from sae.pipeline.language_model.hints import boot
 from sae.pipeline.report.compare import Row
-from sae.pipeline.runtime.progress import Progress, said_if_slow
+from sae.pipeline.runtime.progress import said_if_slow
+from sae.pipeline.runtime.workplace import Workplace
 from sae.pipeline.studies import results
 from sae.pipeline.train import trained
 from sae.pipeline.train.stage import TrainConfig, run_name
@@ -38,19 +38,15 @@ class Trial:
 
 @dataclass
 class Lab:
-    """The cache, the folder of the runs, the device, and the settings by which finished runs are evaluated.
+    """A place to train in, and the settings by which finished runs are evaluated.
 
     cross_entropy: whether runs are spliced into the language model, which is booted once, when first needed. Runs on
     rows of no language model are judged by the features they were made of, where those are known.
     """
 
-    root: Path
-    runs: Path
-    progress: Progress
+    place: Workplace
     eval_config: EvalConfig = field(default_factory=EvalConfig)
     cross_entropy: bool = True
-    device: str = "auto"
-    offline: bool = False
     _models: dict[str, LanguageModel] = field(default_factory=dict)
 
     def train(self, trials: Sequence[Trial]) -> list[Run]:
@@ -65,8 +61,8 @@ class Lab:
             together = [trial for trial in trials if trial.dataset.key == key]
             dataset = together[0].dataset
             configs = {run_name(trial.config, dataset): trial.config for trial in together}
-            opened = open_all(list(configs.values()), dataset, self.runs)
-            sweep(opened, dataset, self.progress, device=self.device)
+            opened = open_all(list(configs.values()), dataset, self.place.runs)
+            sweep(opened, dataset, self.place.progress, device=self.place.device)
             runs |= dict(zip(configs, opened, strict=True))
         return [runs[run_name(trial.config, trial.dataset)] for trial in trials]
 
@@ -84,33 +80,34 @@ class Lab:
 
     def _judge(self, run: Run, dataset: Dataset, whole: bool) -> results.Figures:
         """Return every figure of a finished run, computing what is missing."""
-        dataset = dataset.kept_up_to(trained.limits(run, dataset))
-        held_out = dataset.held_out(self.root)
-        if whole and (eval_config := missing(run, self.eval_config, dataset, held_out, self.root)) is not None:
+        place, dataset = self.place, dataset.kept_up_to(trained.limits(run, dataset))
+        held_out = dataset.held_out(place.cache)
+        if whole and (eval_config := missing(run, self.eval_config, dataset, held_out, place.cache)) is not None:
             evaluate(
-                eval_config, run, self.root, self.progress, activations=str(dataset.inputs[0].path), device=self.device,
-                language_model=None if dataset.provenance.text is None else self._model(dataset),
+                eval_config, run, place.cache, place.progress, activations=str(dataset.inputs[0].path),
+                device=place.device, language_model=None if dataset.provenance.text is None else self._model(dataset),
             )  # fmt: skip
-        found = results.of_run(run, dataset, held_out, self.eval_config, self.progress, self.device)
+        found = results.of_run(run, dataset, held_out, self.eval_config, place.progress, place.device)
         return {**found, **(results.judged(run) if whole else dict.fromkeys(results.of_more()))}
 
     def _model(self, dataset: Dataset) -> LanguageModel:
         store = (dataset.targets or dataset.inputs)[0]
         name = canonical(store.recipe["model"])
         if name not in self._models:
-            with said_if_slow(self.progress, f"loading {name}"):
-                self._models[name] = boot(store, None, self.device, self.offline)
+            with said_if_slow(self.place.progress, f"loading {name}"):
+                self._models[name] = boot(store, None, self.place.device, self.place.offline)
         return self._models[name]
 
     def _expect_judgeable(self, dataset: Dataset) -> None:
+        root = self.place.cache
         try:
-            text = dataset.held_out(self.root).provenance.text
+            text = dataset.held_out(root).provenance.text
         except NotFound as error:
             raise NotFound(
                 f"{dataset.key}: no held-out rows beside it to judge on; make them, as `evaluate()` asks for too"
             ) from error
-        if text is not None and self.cross_entropy and catalogue.of_recipe(self.root, TokenStore, text.recipe) is None:
+        if text is not None and self.cross_entropy and catalogue.of_recipe(root, TokenStore, text.recipe) is None:
             raise NotFound(
-                f"{dataset.key}: its validation tokens are not in {self.root}; leave out cross-entropy with `no_ce`, "
-                "or run `tokenize()` again"
+                f"{dataset.key}: its validation tokens are not in {root}; leave out cross-entropy with `no_ce`, or run "
+                "`tokenize()` again"
             )

@@ -67,7 +67,7 @@ class Layers(Study):
             raise SaeError(
                 f"activations = {reference.key}: is of no layer of a model; name a store that `harvest()` made"
             )
-        stores = found(setup.lab.root, reference, self.layers, self.site or str(reference.recipe["site"]))
+        stores = found(setup.lab.place.cache, reference, self.layers, self.site or str(reference.recipe["site"]))
         datasets = {layer: Dataset.of(store) for layer, store in stores.items()}
         base = of_equal_rows(setup.base, datasets.values())
         return [
@@ -83,7 +83,7 @@ class Layers(Study):
         site = self.site or str(setup.dataset.inputs[0].recipe["site"])
         if site not in RESIDUAL:
             return self.result(rows, extra={"site": site})
-        _compare_neighbours(rows, setup.lab.runs)
+        _compare_neighbours(rows, setup.lab.place.runs)
         return self.result(rows, *AGREEMENT, extra={"site": site})
 
     def draw(self, rows: Sequence[Row], path: Path) -> None:

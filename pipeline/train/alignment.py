@@ -13,7 +13,7 @@ true features are known, their recovery.
 import math
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -26,7 +26,6 @@ from sae.pipeline.parallel.ranks import Ranks
 from sae.pipeline.saes import SAE, SparseLosses
 
 By = Literal["dec", "hid", "x_hat"]
-BY: tuple[By, ...] = get_args(By)
 Matching = tuple[Tensor, Tensor]  # int64 [n] each: row of one, row of the other
 
 

@@ -6,16 +6,9 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from sae.cache.errors import DamagedStore
 from sae.cache.runs import CONFIG, Run
-from sae.pipeline.saes import (
-    AnyConfig,
-    parse,
-)
+from sae.pipeline.saes import AnyConfig, parse
 from sae.pipeline.train.alignment import AlignConfig
-from sae.pipeline.train.resampling import (
-    NoRevival,
-    Reinitialise,
-    Resample,
-)
+from sae.pipeline.train.resampling import NoRevival, Reinitialise, Resample
 from sae.pipeline.train.schedules import DecoderRate, Schedule
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -25,6 +18,8 @@ STREAM = ("batch", "steps", "rows", "data_seed", "outliers")  # what dictionarie
 
 class TrainConfig(Schedule):
     """How one dictionary is trained. One pass over the store unless `steps` or `rows` say otherwise."""
+
+    alternatives = (("steps", "rows"),)
 
     sae: AnyConfig = Field(
         parse({"arch": "topk"}), description="the dictionary: its architecture and that architecture's settings"

@@ -20,23 +20,11 @@ from sae.pipeline.formats.base import Metadata
 from sae.pipeline.metrics.similarity import mmcs
 from sae.pipeline.parallel.ranks import Ranks, expect_same
 from sae.pipeline.runtime import devices
-from sae.pipeline.saes import (
-    SAE,
-    Clock,
-    Losses,
-    Trainable,
-    trainable,
-)
+from sae.pipeline.saes import SAE, Clock, Losses, Trainable, trainable
 from sae.pipeline.saes.dictionary import Dictionary
 from sae.pipeline.train import trained
 from sae.pipeline.train.config import TrainConfig
-from sae.pipeline.train.resampling import (
-    NoRevival,
-    Resample,
-    firing_rate_skew,
-    reinitialise,
-    resample,
-)
+from sae.pipeline.train.resampling import NoRevival, Resample, firing_rate_skew, reinitialise, resample
 
 
 class Diverged(SaeError):

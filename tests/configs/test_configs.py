@@ -29,10 +29,13 @@ class Rows(Settings):
 
 
 class Train(Settings):
+    alternatives = (("steps", "epochs"),)
+
     sae: Annotated[TopK | L1, Field(discriminator="arch")] = TopK()
     lr: float = Field(1e-4, gt=0)
     warmup: float = 0.0
     steps: int | None = None
+    epochs: int | None = None
     amount: Annotated[int, Field(ge=1)] | Literal["all"] = "all"
     layers: tuple[int, ...] = (6,)
     rows: Rows = Rows()
@@ -57,6 +60,22 @@ def preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_of_alternatives_the_highest_layer_counts(preset: Path) -> None:
+    """The preset says steps: whatever lies above it and says epochs takes the place of them."""
+    file = preset / "mine.yml"
+    file.write_text("train:\n  epochs: 2\n")
+    both = {"steps": None, "epochs": 2}
+    assert train(preset="small", file=file).model_dump(include={*both}) == both
+    assert train("train.epochs=2", preset="small").model_dump(include={*both}) == both
+    assert train(preset="small", flags={"epochs": 2, "steps": None}).model_dump(include={*both}) == both
+    assert train(preset="small", given={"epochs": 2}).model_dump(include={*both}) == both
+    found = train(preset="small", file=file, flags={"steps": 7})
+    assert (found.steps, found.epochs) == (7, None)
+    assert train(preset="small", flags={"epochs": None}).steps == 100
+    with pytest.raises(SaeError, match=r"^steps = 5: `epochs = 6` says otherwise; give one of the two$"):
+        train(flags={"steps": 5, "epochs": 6})
+
+
 def test_the_defaults() -> None:
     assert train() == Train()
 
@@ -71,7 +90,6 @@ def test_later_layers_win(preset: Path) -> None:
     flags = {"lr": 0.04, "steps": None, "sae": {"k": None, "d_sae": 65}}
     found = train("train.sae.k=9", preset="small", file=file, flags=flags)
     assert found == Train(sae=TopK(k=9, d_sae=65), lr=0.04, warmup=0.2, steps=100)
-    assert train(preset="small", freed=["steps"]).steps is None
 
 
 @pytest.mark.parametrize(
@@ -230,7 +248,7 @@ def test_numbers_in_a_file(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("train.lrr=1", "train.lrr: unknown key; did you mean 'lr'?"),
-        ("train.xyzzy=1", "train.xyzzy: unknown key; there are amount, layers, lr, name, rows, sae, steps, warmup"),
+        ("train.xyz=1", "train.xyz: unknown key; there are amount, epochs, layers, lr, name, rows, sae, steps, warmup"),
         ("train.sae.kk=1", "train.sae.kk: unknown key; did you mean 'k'?"),
         ("train.rows.skip=1", "train.rows.skip: unknown key; did you mean 'skip_first'?"),
         ("trian.lr=1", "overrides = trian.lr=1: unknown section 'trian'; did you mean 'train'?"),

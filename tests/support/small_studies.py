@@ -13,7 +13,8 @@ from sae.cache import activations
 from sae.cache.activations import ActivationStore, ActivationWriter
 from sae.cache.store.manifest import Windows
 from sae.pipeline.evaluate.stage import EvalConfig
-from sae.pipeline.runtime.progress import Silent
+from sae.pipeline.runtime.progress import Progress, Silent
+from sae.pipeline.runtime.workplace import Workplace
 from sae.pipeline.studies.lab import Lab
 from sae.pipeline.train.stage import TrainConfig
 
@@ -67,10 +68,10 @@ def first_layer(cache: Path) -> ActivationStore:
     return ActivationStore(path)
 
 
-def lab_in(cache: Path, runs: Path, **options: Any) -> Lab:
-    eval_config = EvalConfig(dead_rows=128, batch_tokens=100)
-    usual = {"progress": Silent(), "eval_config": eval_config, "cross_entropy": False, "device": "cpu"}
-    return Lab(cache, runs, **{**usual, **options})
+def lab_in(cache: Path, runs: Path, progress: Progress | None = None, **options: Any) -> Lab:
+    place = Workplace(cache, runs, progress or Silent(), "cpu")
+    usual = {"eval_config": EvalConfig(dead_rows=128, batch_tokens=100), "cross_entropy": False}
+    return Lab(place, **{**usual, **options})
 
 
 class Noted(Silent):

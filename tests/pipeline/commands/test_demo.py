@@ -20,6 +20,7 @@ from sae.pipeline.commands.all_stages import all_stages
 from sae.pipeline.evaluate.stage import EvalConfig, evaluate
 from sae.pipeline.harvest.sources.language_model import HarvestConfig
 from sae.pipeline.runtime.progress import Silent
+from sae.pipeline.runtime.workplace import Workplace
 from sae.pipeline.saes import parse
 from sae.pipeline.tokenize.stage import TokenizeConfig, tokenize
 from sae.pipeline.train.stage import TrainConfig, open_run, train
@@ -48,7 +49,7 @@ class Steps(Silent):
 
 
 def show(folder: Path, progress: Silent, overrides: list[str]) -> dict[str, Any]:
-    return all_stages(folder / "cache", folder / "runs", progress, overrides=overrides, device="cpu", workers=1)
+    return all_stages(Workplace(folder / "cache", folder / "runs", progress, "cpu"), overrides=overrides, workers=1)
 
 
 @pytest.fixture(scope="module")

@@ -83,7 +83,7 @@ class TestCoefficients:
 
     def test_the_settings_are_those_of_one_convention(self, ablation: Result, lab: Lab) -> None:
         for row in ablation.runs:
-            sae = Run(lab.runs / row["run"]).config["train"]["sae"]
+            sae = Run(lab.place.runs / row["run"]).config["train"]["sae"]
             assert sae["reduction"] == "mean_d"
             assert sae.get("coefficient") == row["l1_coefficient"] and sae.get("penalty") in (None, "per_token")
             assert sae.get("jl_coefficient") == row["jl_coefficient"]
@@ -96,7 +96,7 @@ class TestCoefficients:
         x = held_out.rows(0, held_out.n_rows)
         searched = torch.cat([x, store.rows(0, 128)])
         for row in ablation.rows:
-            sae = trained.load_run(Run(lab.runs / row["run"]))
+            sae = trained.load_run(Run(lab.place.runs / row["run"]))
             fired = sae.encode(x).dense() != 0
             error = (sae(x) - x).square().sum().item()
             density = fired.double().mean(0)
@@ -122,22 +122,22 @@ class TestRepeating:
     def test_nothing_is_trained_or_judged_again(
         self, ablation: Result, store: ActivationStore, lab: Lab, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        before = times(lab.runs)
+        before = times(lab.place.runs)
         monkeypatch.setattr("sae.pipeline.train.sweep.train", lambda *_, **__: pytest.fail("nothing was left to train"))
         monkeypatch.setattr(figures, "judge", lambda *_, **__: pytest.fail("nothing was left to judge"))
         again = Coefficients(l1=(0.01, 0.3), jl=(0.5,), hybrid_jl=(0.5,)).run(Setup(BASE, Dataset.of(store), lab))
         assert again.rows == ablation.rows
-        assert times(lab.runs) == before
+        assert times(lab.place.runs) == before
 
     def test_a_wider_grid_trains_what_is_new(self, ablation: Result, store: ActivationStore, lab: Lab) -> None:
-        before = times(lab.runs)
+        before = times(lab.place.runs)
         wider = Coefficients(l1=(0.01, 0.1, 0.3), jl=(), hybrid_jl=()).run(Setup(BASE, Dataset.of(store), lab))
-        assert {path: times(lab.runs)[path] for path in before} == before
-        assert len([path for path in times(lab.runs) if path.name == figures.STUDY.split("/")[1]]) == 6
+        assert {path: times(lab.place.runs)[path] for path in before} == before
+        assert len([path for path in times(lab.place.runs) if path.name == figures.STUDY.split("/")[1]]) == 6
         assert wider.runs[0] == ablation.runs[0] and wider.runs[2] == ablation.runs[1]
 
     def test_what_was_not_judged_is(self, ablation: Result, store: ActivationStore, lab: Lab) -> None:
-        path = lab.runs / ablation.runs[2]["run"] / figures.STUDY
+        path = lab.place.runs / ablation.runs[2]["run"] / figures.STUDY
         kept = path.read_bytes()
         path.unlink()
         assert JL_ALONE.run(Setup(BASE, Dataset.of(store), lab)).runs == [ablation.runs[2]]
@@ -146,7 +146,7 @@ class TestRepeating:
     def test_figures_of_before_a_figure_was_added_are_found_again(
         self, ablation: Result, store: ActivationStore, lab: Lab
     ) -> None:
-        run = Run(lab.runs / ablation.runs[2]["run"])
+        run = Run(lab.place.runs / ablation.runs[2]["run"])
         path = run.path / figures.STUDY
         kept, figures_of = path.read_text(), run.read_json(figures.STUDY)
         run.write_json(figures.STUDY, {k: v for k, v in figures_of.items() if k not in ("rows", "jl")})
@@ -158,7 +158,7 @@ class TestRepeating:
         path.write_text(kept)
 
     def test_what_was_judged_on_less_is_judged_again(self, store: ActivationStore, lab: Lab, tmp_path: Path) -> None:
-        few = replace(lab, runs=tmp_path, eval_config=EvalConfig(rows=64, dead_rows=0))
+        few = replace(lab, place=replace(lab.place, runs=tmp_path), eval_config=EvalConfig(rows=64, dead_rows=0))
         rows = [
             JL_ALONE.run(Setup(BASE, Dataset.of(store), one)).rows[0]
             for one in (few, replace(few, eval_config=EvalConfig(dead_rows=0)), few)
@@ -206,13 +206,13 @@ class TestLab:
         assert not (tmp_path / "runs").exists()
 
     def test_trials_of_the_same_settings_share_a_run(self, ablation: Result, store: ActivationStore, lab: Lab) -> None:
-        config = TrainConfig.model_validate(Run(lab.runs / ablation.runs[0]["run"]).config["train"])
+        config = TrainConfig.model_validate(Run(lab.place.runs / ablation.runs[0]["run"]).config["train"])
         rows = lab.rows([Trial({"name": name}, config, Dataset.of(store)) for name in ("a", "b")])
         assert [row["run"] for row in rows] == [ablation.runs[0]["run"]] * 2
         assert [row["name"] for row in rows] == ["a", "b"]
 
     def test_what_eval_found_is_taken_up(self, store: ActivationStore, lab: Lab, ablation: Result) -> None:
-        run = Run(lab.runs / ablation.runs[0]["run"])
+        run = Run(lab.place.runs / ablation.runs[0]["run"])
         run.write_json(EVALUATION, {"ce_clean": 3.0, "ce_spliced": 3.25, "ce_recovered_zero": 0.5})
         assert figures.judged(run) == {
             "ce_degradation": 0.25, "ce_recovered_zero": 0.5, "ce_recovered_mean": None, "true_to_learned": None,
@@ -225,7 +225,7 @@ class TestLab:
         self, store: ActivationStore, lab: Lab, tmp_path: Path
     ) -> None:
         """What it lacks is computed anew, with everything else that goes with it."""
-        alone = replace(lab, runs=tmp_path)
+        alone = replace(lab, place=replace(lab.place, runs=tmp_path))
         fresh = JL_ALONE.run(Setup(BASE, Dataset.of(store), alone))
         run = Run(tmp_path / fresh.runs[0]["run"])
         (run.path / figures.STUDY).unlink()

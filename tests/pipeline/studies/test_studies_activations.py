@@ -64,7 +64,7 @@ def matched(store: ActivationStore, lab: Lab) -> Result:
 class TestActivations:
     def test_every_variant_on_the_same_batches(self, result: Result, lab: Lab) -> None:
         assert [row["activation"] for row in result.runs] == list(KINDS)
-        trainings = [Run(lab.runs / row["run"]).config["train"] for row in result.runs]
+        trainings = [Run(lab.place.runs / row["run"]).config["train"] for row in result.runs]
         assert [one["sae"]["arch"] for one in trainings] == ["l1", "shifted_relu", "jumprelu", "topk", "batchtopk"]
         assert [one["sae"].get("k") for one in trainings] == [None, None, None, 4, 4]
         assert all({**one, "sae": None} == {**trainings[0], "sae": None} for one in trainings)

@@ -45,16 +45,16 @@ def test_a_group_for_every_weight(store: ActivationStore, lab: Lab, tmp_path: Pa
     free, pulled = result.table[0], result.table[1]
     assert pulled["agreement"] > free["agreement"] + 0.03 and free["agreement_chance"] == pulled["agreement_chance"]
     for row in result.runs:
-        trained_with = Run(lab.runs / row["run"]).metrics()[-1]
+        trained_with = Run(lab.place.runs / row["run"]).metrics()[-1]
         assert row["agreement"] == pytest.approx(trained_with["agreement"], rel=1e-4)
         assert row["true_to_learned"] == pytest.approx(trained_with["recovery"], rel=1e-4)
     result.write(tmp_path)
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
-    before = {path: path.stat().st_mtime_ns for path in lab.runs.rglob("*.*")}
+    before = {path: path.stat().st_mtime_ns for path in lab.place.runs.rglob("*.*")}
     again = SeedAlignment(by=("dec", "x_hat"), weights=(0.0, 2.0)).run(Setup(base, Dataset.of(store), lab, seeds=2))
     assert again.runs == result.runs
-    assert {path: path.stat().st_mtime_ns for path in lab.runs.rglob("*.*")} == before
+    assert {path: path.stat().st_mtime_ns for path in lab.place.runs.rglob("*.*")} == before
 
 
 def test_latents_agree_on_what_is_true(store: ActivationStore, lab: Lab) -> None:
@@ -62,7 +62,7 @@ def test_latents_agree_on_what_is_true(store: ActivationStore, lab: Lab) -> None
     result = SeedAlignment(weights=(0.0,)).run(Setup(base, Dataset.of(store), lab, seeds=3))
     truth = store.truth
     assert truth is not None
-    tables = [trained.load_run(Run(lab.runs / row["run"])).W_dec.detach() for row in result.runs]
+    tables = [trained.load_run(Run(lab.place.runs / row["run"])).W_dec.detach() for row in result.runs]
 
     def closest(a: Tensor, others: Tensor) -> list[float]:
         return [max(float(torch.cosine_similarity(x, y, dim=0)) for y in others) for x in a]

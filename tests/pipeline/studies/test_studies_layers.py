@@ -37,7 +37,7 @@ class TestRates:
             (1, "none"), (8, "none"), (1, "cosine"), (8, "cosine"),
         ]  # fmt: skip
         for row in result.runs:
-            run = Run(lab.runs / row["run"])
+            run = Run(lab.place.runs / row["run"])
             last = run.metrics()[-1]
             assert last["lr_decoder"] == pytest.approx(row["ratio"] * BASE.lr)
             assert (last["lr"] < 0.1 * BASE.lr) == (row["encoder_decay"] == "cosine")
@@ -53,7 +53,7 @@ class TestLayers:
         base = BASE.model_copy(update={"steps": None})
         result = Layers(layers=(0, 1, 3), site="resid_post").run(Setup(base, Dataset.of(store), lab))
         assert [row["layer"] for row in result.runs] == [0, 1, 3]
-        seen = [Run(lab.runs / row["run"]).config["train"]["rows"] for row in result.runs]
+        seen = [Run(lab.place.runs / row["run"]).config["train"]["rows"] for row in result.runs]
         assert seen == [960] * 3, "as many as the smallest store has"
         assert result.runs[1]["norm"] == pytest.approx(store.rows(0, 1024).norm(dim=1).mean().item(), rel=0.01)
         assert [row["mmcs_previous"] is None for row in result.runs] == [True, False, True]
@@ -65,7 +65,7 @@ class TestLayers:
     def test_neighbours_are_compared_seed_by_seed(self, store: ActivationStore, lab: Lab) -> None:
         result = Layers(layers=(0, 1), site="resid_post").run(Setup(BASE, Dataset.of(store), lab, seeds=2))
         assert [row["seed"] for row in result.runs] == [0, 1, 1000, 1001], "layers do not start alike"
-        decoders = [trained.load_run(Run(lab.runs / row["run"])).W_dec for row in result.runs]
+        decoders = [trained.load_run(Run(lab.place.runs / row["run"])).W_dec for row in result.runs]
         for low, high in ((0, 2), (1, 3)):
             expected = symmetric_mmcs(decoders[high], decoders[low]).item()
             assert result.runs[high]["mmcs_previous"] == pytest.approx(expected)
