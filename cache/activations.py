@@ -25,6 +25,7 @@ import numpy as np
 from sae.cache.disk.identity import Recipe, canonical
 from sae.cache.disk.parsing import inner, is_plain_name, shown, text, whole
 from sae.cache.errors import DamagedStore, SaeError
+from sae.cache.provenance import expect_rows
 from sae.cache.store import scratch
 from sae.cache.store.arrays import ArraySpec
 from sae.cache.store.codecs import Codec, Columns, Encoded, calibrate, codec_from_recipe, from_numpy, to_numpy
@@ -75,7 +76,7 @@ class ActivationStore(Store):
         if not is_plain_name(text(recipe, "site")):
             raise ValueError(f"site is {shown(recipe['site'])}, which is no name")
         text(recipe, "hook")
-        inner(recipe, "rows")
+        expect_rows(inner(recipe, "rows"))
 
     @classmethod
     def specs(cls, recipe: Recipe) -> list[ArraySpec]:

@@ -17,6 +17,32 @@ OWN = ("layer", "site", "hook", "d")  # what differs between stores of one pass
 Where = tuple[int, str]
 """A layer and a site."""
 
+HOOKS = {  # site -> what transformer_lens calls it, inside `blocks.<layer>.`
+    "resid_pre": "hook_resid_pre",
+    "resid_mid": "hook_resid_mid",
+    "resid_post": "hook_resid_post",
+    "attn_out": "hook_attn_out",
+    "attn_z": "attn.hook_z",
+    "mlp_in": "mlp.hook_in",
+    "mlp_post": "mlp.hook_post",
+    "mlp_out": "hook_mlp_out",
+}
+_MODULES = {"": "resid_post", ".mlp": "mlp_out", ".attn": "attn_out", ".self_attn": "attn_out"}
+
+
+def hook_name(layer: int, site: str) -> str:
+    """What transformer_lens calls a site of a layer."""
+    return f"blocks.{layer}.{HOOKS[site]}"
+
+
+def point_of_hook(name: str) -> Where | None:
+    """The layer and the site that a hook point of transformer_lens is, or the output of a Hugging Face model's module
+    (`layers.5`, `transformer.h.5.mlp`); None where it is neither."""
+    if (lens := re.fullmatch(r"blocks\.([0-9]{1,9})\.(.+)", name)) is not None:
+        return next(((int(lens[1]), site) for site, hook in HOOKS.items() if hook == lens[2]), None)
+    module = re.fullmatch(r"(?:\w+\.)*(?:layers|h)\.([0-9]{1,9})((?:\.\w+)?)", name)
+    return None if module is None or module[2] not in _MODULES else (int(module[1]), _MODULES[module[2]])
+
 
 def point_in(text: str) -> Where | None:
     """The layer and the site that `LAYER.SITE` names; None for what is not written so."""

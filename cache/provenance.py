@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from sae.cache.disk.identity import Recipe
+from sae.cache.disk.parsing import shown, whole
 
 MOST_FILES = 3  # named in a description of a text
 
@@ -52,6 +53,19 @@ class LanguageModelRows:
     site: str
     hook: str
     text: Text
+    rows: Recipe
+
+    @property
+    def positions(self) -> tuple[int, int | None]:
+        """The first position of a context that becomes a row, and where they end; None: with the context."""
+        first, last = self.rows.get("positions") or (0, None)
+        return max(first, self.rows.get("skip_first", 1)), last
+
+    @property
+    def left_out(self) -> tuple[int, ...]:
+        """Tokens that become no row, wherever they stand."""
+        begin = (self.text.recipe["tokenizer"]["begin"],) if self.rows.get("skip_begin", True) else ()
+        return tuple(sorted({*begin, *self.rows.get("skip_tokens", ())}))
 
     @property
     def point(self) -> str:
@@ -70,9 +84,25 @@ class SourceRows:
 Provenance = LanguageModelRows | SourceRows
 
 
+def expect_rows(said: Recipe) -> None:
+    """Raise ValueError unless a recipe's `rows` say in numbers which tokens become rows."""
+    if "skip_first" in said:
+        whole(said, "skip_first")
+    if type(said.get("skip_begin", True)) is not bool:
+        raise ValueError(f"skip_begin is {shown(said['skip_begin'])}, not true or false")
+    for name in ("skip_tokens", "positions"):
+        listed = said.get(name, [])
+        if not isinstance(listed, list) or not all(type(one) is int and one >= 0 for one in listed):
+            raise ValueError(f"{name} is {shown(listed)}, not a list of whole numbers")
+    if len(said.get("positions", (0, 0))) != 2:
+        raise ValueError("positions are not two")
+
+
 def provenance(recipe: Recipe) -> Provenance:
     """The provenance of the rows of an activation store, by its recipe."""
     if "tokens" not in recipe:
         return SourceRows(str(recipe["source"].get("source")))
     text = Text.of(recipe["tokens"])
-    return LanguageModelRows(recipe["model"]["model"], recipe["layer"], recipe["site"], recipe["hook"], text)
+    return LanguageModelRows(
+        recipe["model"]["model"], recipe["layer"], recipe["site"], recipe["hook"], text, recipe["rows"]
+    )

@@ -9,6 +9,7 @@ and whatever is not as it should be is one SaeError.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, NamedTuple, TypeVar
 
@@ -17,7 +18,7 @@ from sae.cache.errors import NotFound, SaeError
 from sae.pipeline.saes.dictionary import Dictionary, FixedDictionary, Metadata
 from sae.pipeline.saes.inference import Formula
 
-__all__ = ["FORMATS", "Format", "Metadata", "Reading", "detect", "read", "register", "write"]
+__all__ = ["FORMATS", "Format", "Metadata", "Reading", "detect", "read", "register", "write", "write_set"]
 
 
 class Reading(NamedTuple):
@@ -31,18 +32,26 @@ class Format(ABC):
     """One tool's layout of a folder. The first sentence of its docstring is what `sae list` shows."""
 
     name: ClassVar[str]
+    holds: ClassVar[tuple[str, ...]] = ()
+    """Names of the files that make a folder one of these, all of them."""
+
+    def detects(self, path: Path) -> bool:
+        """Return True if a folder (or a file, of a tool that keeps many in one folder) is laid out like this."""
+        return bool(self.holds) and all((path / name).is_file() for name in self.holds)
 
     @abstractmethod
-    def detects(self, folder: Path) -> bool:
-        """Return True if a folder is laid out like this, by the names of its files."""
-
-    @abstractmethod
-    def formula(self, folder: Path) -> tuple[Formula, Metadata]:
+    def formula(self, path: Path) -> tuple[Formula, Metadata]:
         """What the files say. Raises ValueError, in a few words, where that is no dictionary that can be computed."""
 
-    @abstractmethod
     def write(self, formula: Formula, metadata: Metadata, folder: Path) -> None:
         """Write the files into a folder. Raises ValueError where the tool has no words for such a dictionary."""
+        raise ValueError("its layout is read alone")
+
+    def write_set(self, parts: Sequence[tuple[Formula, Metadata]], folder: Path) -> None:
+        """Write several dictionaries into one folder, of a tool that keeps sets. Raises ValueError likewise."""
+        if len(parts) != 1:
+            raise ValueError("a folder of it holds one dictionary; write each into a folder of its own")
+        self.write(*parts[0], folder)
 
 
 FORMATS: dict[str, Format] = {}
@@ -59,10 +68,10 @@ def register(format: F) -> F:
 
 
 def detect(path: Path | str) -> Format:
-    """The format of a folder. Raises NotFound where there is no folder, SaeError where it has no known format."""
+    """The format of a folder or file. Raises NotFound where there is none, SaeError where it has no known format."""
     folder = Path(path)
     try:
-        if not folder.is_dir():
+        if not folder.exists():
             raise NotFound(f"{path}: is no folder on this machine; name the one that holds a dictionary's files")
         found = [format for format in FORMATS.values() if format.detects(folder)]
     except OSError as error:
@@ -73,13 +82,13 @@ def detect(path: Path | str) -> Format:
 
 
 def read(path: Path | str) -> Reading:
-    """The dictionary in another tool's folder, in the units of that tool's data. Raises SaeError where there is none.
+    """The dictionary in another tool's files, in the units of that tool's data. Raises SaeError where there is none.
 
     Weights of other precisions become float32.
     """
-    format, folder = detect(path), Path(path)
+    format = detect(path)
     try:
-        formula, metadata = format.formula(folder)
+        formula, metadata = format.formula(Path(path))
     except SaeError:
         raise
     except ValueError as error:
@@ -90,9 +99,14 @@ def read(path: Path | str) -> Reading:
 
 
 def write(dictionary: Dictionary, metadata: Metadata, path: Path | str, format: str = "saelens") -> None:
-    """Write a dictionary into a new or empty folder, as the format's tool opens it.
+    """Write a dictionary into a new or empty folder, as the format's tool opens it; errors as of `write_set`."""
+    write_set([(dictionary, metadata)], path, format)
 
-    Raises SaeError where the folder holds something, or the tool has no words for such a dictionary.
+
+def write_set(parts: Sequence[tuple[Dictionary, Metadata]], path: Path | str, format: str) -> None:
+    """Write dictionaries into a new or empty folder, several where the format keeps sets of them.
+
+    Raises SaeError where the folder holds something, or the tool has no words for such dictionaries.
     """
     if format not in FORMATS:
         raise SaeError(f"{format}: unknown format; those are {', '.join(sorted(FORMATS))}")
@@ -104,8 +118,9 @@ def write(dictionary: Dictionary, metadata: Metadata, path: Path | str, format: 
     if not vacant:
         raise SaeError(f"{path}: is there already; name a folder that is not there or is empty")
     try:
-        FORMATS[format].write(dictionary.formula(), metadata, folder)
+        FORMATS[format].write_set([(dictionary.formula(), metadata) for dictionary, metadata in parts], folder)
     except SaeError:
         raise
     except ValueError as error:
-        raise SaeError(f"{path}: not written, {format} cannot say this dictionary: {error}") from error
+        what = "this dictionary" if len(parts) == 1 else "these dictionaries"
+        raise SaeError(f"{path}: not written, {format} cannot say {what}: {error}") from error

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae.cache.disk.durable import read, unreadable, write_in
+from sae.cache.disk.durable import expect_file, read, unreadable, write_in
 from sae.cache.disk.parsing import MOST_BYTES, parsed_mapping, shown, text, whole
 from sae.cache.disk.tensors import read_tensors, write_tensors
 from sae.cache.errors import DamagedStore, NotFound, SaeError
+from sae.pipeline.saes.inference import Formula
 
 MOST_WIDTH = 1 << 31
 PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -24,24 +25,35 @@ def read_pair(folder: Path, settings: str, weights: str) -> tuple[dict[str, Any]
 
     Raises SaeError where either is none, or where a file of tensors of ours is not the one that was written.
     """
-    data = read(folder / settings, MOST_BYTES)
-    if data is None:
-        raise NotFound(f"{folder / settings}: not there")
-    try:
-        said = parsed_mapping(data, nan_is_null=True)
-    except ValueError as error:
-        raise SaeError(f"{folder / settings}: cannot be read as settings ({error})") from error
-    try:
-        size = (folder / weights).stat().st_size
-    except OSError as error:
-        raise unreadable(error, folder / weights) from error
-    if size > memory():
-        raise SaeError(f"{folder / weights}: has {size / 2**30:,.1f} GiB, more than the memory of this machine")
+    said, data = read_settings(folder / settings)
+    expect_fits(folder / weights)
     try:
         tensors, _ = read_tensors(folder / weights, sealed=False, extra_file=data)
     except DamagedStore as error:
         raise SaeError(f"{error}; is it whole, and of one making with {settings} beside it?") from error
     return said, tensors
+
+
+def read_settings(path: Path) -> tuple[dict[str, Any], bytes]:
+    """The object in a JSON file, and the bytes that say it. Raises SaeError where there is none."""
+    data = read(path, MOST_BYTES)
+    if data is None:
+        raise NotFound(f"{path}: not there")
+    try:
+        return parsed_mapping(data, nan_is_null=True), data
+    except ValueError as error:
+        raise SaeError(f"{path}: cannot be read as settings ({error})") from error
+
+
+def expect_fits(path: Path, size: int | None = None) -> None:
+    """Raise SaeError where a file, or the so many bytes that it unpacks to, is larger than the memory."""
+    expect_file(path)
+    try:
+        size = path.stat().st_size if size is None else size
+    except OSError as error:
+        raise unreadable(error, path) from error
+    if size > memory():
+        raise SaeError(f"{path}: has {size / 2**30:,.1f} GiB, more than the memory of this machine")
 
 
 def write_pair(folder: Path, settings: str, said: dict[str, Any], weights: str, tensors: dict[str, Tensor]) -> None:
@@ -58,23 +70,71 @@ def memory() -> int:
 
 def take(among: dict[str, Tensor], name: str, *shape: int) -> Tensor:
     """Remove a tensor of this shape from `among`: float32, contiguous, every number finite."""
-    if name not in among:
-        raise ValueError(f"tensors lack {name}")
-    tensor = among.pop(name)
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {list(tensor.shape)} where {list(shape)} is wanted")
+    tensor = _removed(among, name, shape)
     if tensor.dtype not in PRECISIONS:
         raise ValueError(f"{name} is of type {str(tensor.dtype).removeprefix('torch.')}, not of floats")
+    if 4 * tensor.numel() > memory():  # which the few bytes of an expanded tensor may be
+        raise ValueError(f"{name} has {tensor.numel():,} numbers, more than the memory of this machine")
     tensor = tensor.to(torch.float32).contiguous()
     if not bool(tensor.isfinite().all()):
         raise ValueError(f"{name} holds numbers that are none, or too large for float32")
     return tensor
 
 
+def take_whole(among: dict[str, Tensor], name: str, low: int, high: int) -> int:
+    """Remove a whole number from `among`, a tensor without dimensions."""
+    tensor = _removed(among, name, ())
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
+        raise ValueError(f"{name} is of type {str(tensor.dtype).removeprefix('torch.')}, not of whole numbers")
+    return whole({name: int(tensor)}, name, low, high)
+
+
+def _removed(among: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    if name not in among:
+        raise ValueError(f"tensors lack {name}")
+    tensor = among.pop(name)
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {list(tensor.shape)} where {list(shape)} is wanted")
+    return tensor
+
+
+def take_plain(among: dict[str, Tensor], d_in: int, d_sae: int, d_out: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Remove W_enc, b_enc, W_dec and b_dec from `among`, in the shapes that they have here."""
+    return (
+        take(among, "W_enc", d_in, d_sae), take(among, "b_enc", d_sae), take(among, "W_dec", d_sae, d_out),
+        take(among, "b_dec", d_out),
+    )  # fmt: skip
+
+
+def sides(among: dict[str, Tensor], name: str) -> tuple[int, int]:
+    """The two sizes of a matrix that stays in `among`, for a tool whose settings do not say them."""
+    if name not in among:
+        raise ValueError(f"tensors lack {name}")
+    if among[name].dim() != 2 or not among[name].numel():
+        raise ValueError(f"{name} has shape {list(among[name].shape)}, which is no matrix")
+    rows, columns = among[name].shape
+    return rows, columns
+
+
 def expect_taken(among: dict[str, Tensor]) -> None:
     """Raise ValueError where tensors are left, which the formula knows no use for."""
     if among:
         raise ValueError(f"unknown tensors {', '.join(sorted(among))}")
+
+
+def expect_unscaled(formula: Formula) -> None:
+    """Raise ValueError where each row is scaled by itself, of a tool that has no such thing."""
+    if formula.row_scaling != "none":
+        raise ValueError("it has no scaling of each row by itself (train.sae.input_scale = per_token)")
+
+
+def expect_autoencoder(formula: Formula) -> None:
+    """Raise ValueError for what is not a plain autoencoder, of a tool that has no other."""
+    expect_unscaled(formula)
+    if formula.transcoder:
+        raise ValueError("it has no transcoders")
+    if formula.W_skip is not None:
+        raise ValueError("it has no skip connection")
 
 
 def width(of: dict[str, Any], name: str) -> int:

@@ -1,19 +1,20 @@
 """SAELens: `cfg.json` beside `sae_weights.safetensors`, as its `SAE.load_from_disk` opens them; a run folder has them.
 
-Read are standard, topk, jumprelu and gated dictionaries and transcoders, of version 6 and of those before it. BatchTopK
-and Matryoshka have no class there: they are written, as SAELens itself writes them, as the jumprelu they are at
-inference. Gated and topk transcoders have none either; they get a name all the same, which SAELens refuses and this
-reads. The scale of `expected_average_only_in` is no part of a file: SAELens takes such weights as they are, and so does
-this. Source: SAELens 6.54.12 (`saes/`, `loading/pretrained_sae_loaders.py`).
+Read are standard, topk, jumprelu and gated dictionaries, transcoders and skip transcoders, of version 6 and of those
+before it. BatchTopK and Matryoshka have no class there: they are written, as SAELens itself writes them, as the
+jumprelu they are at inference. Gated and topk transcoders have none either; in a run folder they get a name all the
+same, which SAELens refuses and this reads. The scale of `expected_average_only_in` is no part of a file: SAELens takes
+such weights as they are, and so does this. A jumprelu that is exported subtracts nothing from its input, since
+dictionary_learning opens the same tensors and never does. Source: SAELens 6.54.12 (`saes/`, `loading/`).
 """
 
 from __future__ import annotations
 
 from dataclasses import fields
+from itertools import product
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import torch
 from torch import Tensor
 
 from sae.cache.disk.parsing import inner, shown, whole
@@ -41,12 +42,10 @@ class SAELens(Format):
     """SAELens folders: cfg.json and sae_weights.safetensors."""
 
     name = "saelens"
+    holds = (CONFIG, WEIGHTS)
 
-    def detects(self, folder: Path) -> bool:
-        return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
-
-    def formula(self, folder: Path) -> tuple[Formula, Metadata]:
-        said, tensors = files.read_pair(folder, CONFIG, WEIGHTS)
+    def formula(self, path: Path) -> tuple[Formula, Metadata]:
+        said, tensors = files.read_pair(path, CONFIG, WEIGHTS)
         config = current(said)
         return formula_of(tensors, config), metadata_of(inner(config, "metadata"))
 
@@ -55,6 +54,10 @@ class SAELens(Format):
             raise ValueError(f"it has no {formula.rule.name}")
         if formula.transcoder and formula.rule.name in ("topk", "gated"):
             raise ValueError(f"it has no {formula.rule.name} transcoder")
+        if formula.W_skip is not None and (formula.row_scaling != "none" or not formula.transcoder):
+            raise ValueError("it has a skip connection in transcoders alone, whose rows are not scaled by themselves")
+        if formula.rule.name == "threshold":
+            formula = formula.recentred(False)
         tensors, config = written(formula, metadata)
         files.write_pair(folder, CONFIG, config, WEIGHTS, tensors)
 
@@ -65,18 +68,19 @@ def written(formula: Formula, metadata: Metadata) -> tuple[dict[str, Tensor], di
     own = rule.values()
     tensors = {"W_enc": formula.W_enc, "b_enc": formula.b_enc, "W_dec": formula.W_dec, "b_dec": formula.b_dec}
     tensors |= {name: value for name, value in own.items() if isinstance(value, Tensor)}
+    tensors |= {} if formula.W_skip is None else {"W_skip": formula.W_skip.T}
     names = TENSORS.get(rule.name, {})
     config = {
-        "architecture": _architecture(rule.name, formula.transcoder),
+        "architecture": _architecture(rule.name, formula.transcoder, formula.W_skip is not None),
         **{name: value for name, value in own.items() if not isinstance(value, Tensor)},
-        **({"rescale_acts_by_decoder_norm": False} if rule.name == "topk" else {}),
+        **({"rescale_acts_by_decoder_norm": formula.has_unit_rows} if rule.name == "topk" else {}),
         "d_in": formula.d_in,
         "d_sae": formula.d_sae,
         "dtype": str(formula.W_dec.dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": formula.centred,
         "normalize_activations": next(name for name, kind in ROW_SCALINGS.items() if kind == formula.row_scaling),
-        "reshape_activations": "none",
+        "reshape_activations": "hook_z" if (metadata.hook or "").endswith(".hook_z") else "none",
         **({"d_out": formula.d_out} if formula.transcoder else {}),
         "metadata": _metadata(metadata),
     }
@@ -85,8 +89,9 @@ def written(formula: Formula, metadata: Metadata) -> tuple[dict[str, Tensor], di
 
 def formula_of(tensors: dict[str, Tensor], config: dict[str, Any]) -> Formula:
     """The dictionary that tensors and a cfg.json of version 6 describe. Raises ValueError where they describe none."""
-    left, known = dict(tensors), {_architecture(name, of): (name, of) for name in RULES for of in (False, True)}
-    rule, transcoder = known[files.choice(config, "architecture", *sorted(known))]
+    kinds = product(RULES, (False, True), (False, True))
+    left, known = dict(tensors), {_architecture(*kind): kind for kind in kinds}
+    rule, transcoder, skips = known[files.choice(config, "architecture", *sorted(known))]
     d_in, d_sae = files.width(config, "d_in"), files.width(config, "d_sae")
     d_out = files.width(config, "d_out") if transcoder else d_in
     centred = files.flag(config, "apply_b_dec_to_input", not transcoder)
@@ -98,13 +103,13 @@ def formula_of(tensors: dict[str, Tensor], config: dict[str, Any]) -> Formula:
     shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
     W_enc, b_enc, W_dec, b_dec = (files.take(left, names.get(name, name), *shape) for name, shape in shapes.items())
     own = _rule(RULES[rule], left, config, d_sae)
+    W_skip = files.take(left, "W_skip", d_out, d_in).T.contiguous() if skips else None
     files.expect_taken(left)
-    if rule == "topk" and files.flag(config, "rescale_acts_by_decoder_norm", False):
-        norms = torch.linalg.vector_norm(W_dec, dim=1)
-        if not bool((norms > 0).all()):
-            raise ValueError("rescale_acts_by_decoder_norm divides by the norms of W_dec's rows, and some are 0")
-        W_enc, b_enc, W_dec = W_enc * norms, b_enc * norms, W_dec / norms[:, None]
-    return Formula(W_enc, b_enc, W_dec, b_dec, own, centred, row_scaling, transcoder)
+    if skips and row_scaling != "none":
+        raise ValueError("its rows are scaled by themselves and skip the latents, which is not read together")
+    formula = Formula(W_enc, b_enc, W_dec, b_dec, own, centred, row_scaling, transcoder, W_skip)
+    rescaled = rule == "topk" and files.flag(config, "rescale_acts_by_decoder_norm", False)
+    return formula.unit_rows() if rescaled and not formula.has_unit_rows else formula
 
 
 def metadata_of(said: dict[str, Any]) -> Metadata:
@@ -116,7 +121,31 @@ def metadata_of(said: dict[str, Any]) -> Metadata:
         context_length=None if said.get("context_size") is None else whole(said, "context_size", 1),
         begin_token=None if said.get("prepend_bos") is None else files.flag(said, "prepend_bos", False),
         dataset=files.noted(said, "dataset_path"),
+        positions=_positions(said.get("seqpos_slice")),
+        left_out=_left_out(said.get("exclude_special_tokens")),
     )
+
+
+def _positions(said: Any) -> tuple[int, int | None] | None:
+    """The part of a context that `slice(*said)` is, where it is one of every position."""
+    if said is None or said in ([None], [None, None]):
+        return None
+    ends = said if isinstance(said, list) and 1 <= len(said) <= 2 else [...]
+    start, stop = (0, *ends) if len(ends) == 1 else ends
+    if not (start is None or (type(start) is int and start >= 0)) or not (
+        stop is None or (type(stop) is int and stop > 0)
+    ):
+        raise ValueError(f"seqpos_slice is {shown(said)}, which is not read")
+    return (start or 0, stop)
+
+
+def _left_out(said: Any) -> tuple[int, ...] | None:
+    """Tokens that were left out by number; those that a tokenizer calls special have none here."""
+    if said is None or isinstance(said, bool):
+        return None
+    if not isinstance(said, list) or not all(type(token) is int and token >= 0 for token in said):
+        raise ValueError(f"exclude_special_tokens is {shown(said)}, not true, false or a list of tokens")
+    return tuple(said)
 
 
 def current(config: dict[str, Any]) -> dict[str, Any]:
@@ -135,11 +164,10 @@ def current(config: dict[str, Any]) -> dict[str, Any]:
     return {"architecture": "standard", "apply_b_dec_to_input": True, **found, "metadata": found}
 
 
-def _architecture(rule: str, transcoder: bool) -> str:
+def _architecture(rule: str, transcoder: bool, skips: bool) -> str:
     name = ARCHITECTURES.get(rule, rule)
-    if not transcoder:
-        return name
-    return "transcoder" if name == "standard" else f"{name}_transcoder"
+    parts = ["" if transcoder and name == "standard" else name, "skip" * skips, "transcoder" * transcoder]
+    return "_".join(part for part in parts if part)
 
 
 def _rule(kind: type[Rule], left: dict[str, Tensor], config: dict[str, Any], d_sae: int) -> Rule:
@@ -165,5 +193,7 @@ def _metadata(metadata: Metadata) -> dict[str, Any]:
         "context_size": metadata.context_length,
         "prepend_bos": metadata.begin_token,
         "dataset_path": metadata.dataset,
+        **({} if metadata.positions is None else {"seqpos_slice": list(metadata.positions)}),
+        **({"exclude_special_tokens": list(metadata.left_out)} if metadata.left_out else {}),
         "model_from_pretrained_kwargs": {},
     }

@@ -17,31 +17,17 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint, LensHandle
 
 from sae.cache.errors import SaeError
+from sae.cache.points import HOOKS, hook_name
 from sae.pipeline.language_model import promises
 from sae.pipeline.language_model.files import one_line
 from sae.pipeline.language_model.promises import ATTENTION, MLP, NEXT
 from sae.pipeline.language_model.wrapping import wrap
 
-HOOKS = {  # site -> the bridge's name, inside `blocks.<layer>.`
-    "resid_pre": "hook_resid_pre",
-    "resid_mid": "hook_resid_mid",
-    "resid_post": "hook_resid_post",
-    "attn_out": "hook_attn_out",
-    "attn_z": "attn.hook_z",
-    "mlp_in": "mlp.hook_in",
-    "mlp_post": "mlp.hook_post",
-    "mlp_out": "hook_mlp_out",
-}
 _MODULES = {ATTENTION: "attn.hook_out", MLP: "mlp.hook_out"}  # likewise, what the modules themselves give
 _FINAL = "unembed.hook_in"
 _CHECKED = 4  # tokens that a model is tried out on
 
 Hook = Callable[[Tensor], Tensor | None]
-
-
-def hook_name(layer: int, site: str) -> str:
-    """What transformer_lens calls a site of a layer."""
-    return f"blocks.{layer}.{HOOKS[site]}"
 
 
 class Hooked(NamedTuple):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sae.cache.errors import SaeError
+from sae.cache.points import hook_name
 from sae.pipeline.language_model.files import RANDOM, find_model, slug
 from sae.pipeline.language_model.interventions import Intervention, changed
 from sae.pipeline.language_model.sites import SITES, Point
@@ -113,8 +114,6 @@ class LanguageModel:
 
     def hook(self, point: Point) -> str:
         """What transformer_lens calls a point: `blocks.6.hook_mlp_out`."""
-        from sae.pipeline.language_model.bridge import hook_name
-
         return hook_name(*point)
 
     def check(self, point: Point) -> None:

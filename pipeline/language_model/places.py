@@ -8,7 +8,6 @@ the block.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
@@ -20,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from sae.cache.errors import SaeError
-from sae.pipeline.language_model.bridge import HOOKS, Hooked, hook_name, hooked
+from sae.cache.points import hook_name, point_in, point_of_hook
+from sae.pipeline.language_model.bridge import Hooked, hooked
 from sae.pipeline.language_model.interventions import Change, changed
 from sae.pipeline.language_model.model import LanguageModel
 from sae.pipeline.language_model.promises import equal
@@ -228,11 +228,8 @@ def _as_point(said: Said) -> Point | None:
     """The layer and site that text means, where it means one."""
     if isinstance(said, Point):
         return said
-    if (plain := re.fullmatch(r"(\d+)\.(\w+)", said)) is not None:
-        return Point(int(plain[1]), plain[2])
-    if (lens := re.fullmatch(r"blocks\.(\d+)\.(.+)", said)) is not None:
-        return next((Point(int(lens[1]), site) for site, name in HOOKS.items() if name == lens[2]), None)
-    return None
+    where = point_of_hook(said) if said.startswith("blocks.") else point_in(said)
+    return None if where is None else Point(*where)
 
 
 def _point(said: Said) -> Point:

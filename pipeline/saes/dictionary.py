@@ -31,7 +31,11 @@ from .losses import in_data_units
 
 class Metadata(NamedTuple):
     """Where a dictionary belongs: the model, the hook point of its inputs (and of its outputs, for a transcoder), the
-    text it was trained on. None where that is not known or there is none, as for rows of no language model."""
+    text it was trained on. None where that is not known or there is none, as for rows of no language model.
+
+    positions: the first position of a context that became a row, and where they ended (None: with the context).
+    left_out: tokens that became none, wherever they stood.
+    """
 
     model: str | None = None
     hook: str | None = None
@@ -39,6 +43,8 @@ class Metadata(NamedTuple):
     context_length: int | None = None
     begin_token: bool | None = None
     dataset: str | None = None
+    positions: tuple[int, int | None] | None = None
+    left_out: tuple[int, ...] | None = None
 
 
 class Dictionary(Coder):
@@ -75,6 +81,11 @@ class Dictionary(Coder):
     def row_scaling(self) -> RowScaling:
         """How each row is scaled by itself before it is encoded."""
 
+    @property
+    def W_skip(self) -> Tensor | None:
+        """[d_in, d_out] of a skip connection, which adds x @ W_skip to the output, past the latents; None without."""
+        return None
+
     @abstractmethod
     def formula(self) -> Formula:
         """This function in the data's units, written out for a file: tensors of its own, without a graph."""
@@ -94,28 +105,34 @@ class Dictionary(Coder):
             raise TypeError(f"x is a {type(x).__name__}; give a torch tensor, as torch.as_tensor(x)")
         if not x.dim() or x.shape[-1] != self.d_in:
             raise ValueError(f"x has the shape {list(x.shape)}; this dictionary reads [..., {self.d_in}]")
-        scaled, row_stats = self._scaled(x.reshape(-1, self.d_in).to(self.W_dec.dtype))
+        rows = x.reshape(-1, self.d_in).to(self.W_dec.dtype)
+        scaled, row_stats = self._scaled(rows)
         active = self._with_row_stats(self._activate(self._preactivations(scaled), FINISHED), row_stats)
+        if self.W_skip is not None:
+            active = replace(active, bypass=rows @ self.W_skip)
         return active if x.dim() == 2 else replace(active, lead=tuple(x.shape[:-1]))
 
     def decode(self, active: Latents | Tensor) -> Tensor:
         """Latents, of `encode` or edited, or their values [..., d_sae] -> [..., d_out] in the data's units.
 
-        ValueError for values of another width, and for values alone where the dictionary scales each row by itself:
-        only latents know what their rows were (`Latents.edited` gives them other values).
+        ValueError for values of another width, and for values alone where the dictionary scales each row by itself or
+        has a skip connection: only latents know what their rows were (`Latents.edited` gives them other values).
         """
         if not isinstance(active, Latents):
             if not isinstance(active, Tensor):
                 raise TypeError(f"latents are a {type(active).__name__}; give what encode gave, or a torch tensor")
             if not active.dim() or active.shape[-1] != self.d_sae:
                 raise ValueError(f"latents have the shape {list(active.shape)}; this dictionary has {self.d_sae}")
-            if self.row_scaling != "none" and not self.is_transcoder:
+            by_row = self.row_scaling != "none" and not self.is_transcoder
+            if by_row or self.W_skip is not None:
+                what = "scales each row by itself" if by_row else "adds a part of each row itself to its output"
                 raise ValueError(
-                    "this dictionary scales each row by itself, so values alone do not say where a row was; decode "
-                    "what encode gave, or latents.edited(values) of it"
+                    f"this dictionary {what}, so values alone do not say where a row was; decode what encode gave, or "
+                    "latents.edited(values) of it"
                 )
             active = Latents.of_dense(active.to(self.W_dec.dtype))
-        return active.in_lead(in_data_units(self._reconstruct(active), self.target_scale, active.row_stats))
+        y_hat = in_data_units(self._reconstruct(active), self.target_scale, active.row_stats)
+        return active.in_lead(y_hat if active.bypass is None else y_hat + active.bypass)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d_in] -> its reconstruction (or prediction of y) [..., d_out], in the data's units."""
@@ -148,6 +165,8 @@ class Dictionary(Coder):
 class FixedDictionary(Dictionary):
     """A dictionary given by its formula, to encode and decode with; there is nothing to train. In evaluation mode."""
 
+    skip: Tensor | None
+
     def __init__(self, formula: Formula) -> None:
         super().__init__()
         self.d_in, self.d_sae, self.d_out = formula.d_in, formula.d_sae, formula.d_out
@@ -158,10 +177,15 @@ class FixedDictionary(Dictionary):
             self.register_buffer(name, getattr(formula, name))
         for name in ("scale", "target_scale"):
             self.register_buffer(name, torch.ones(()))
+        self.register_buffer("skip", formula.W_skip)
         for name, value in formula.rule.values().items():
             if isinstance(value, Tensor):
                 self.register_buffer(f"rule_{name}", value)
         self.eval()
+
+    @property
+    def W_skip(self) -> Tensor | None:
+        return self.skip
 
     @property
     def rule(self) -> Rule:
@@ -179,5 +203,5 @@ class FixedDictionary(Dictionary):
     def formula(self) -> Formula:
         return Formula(
             self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.rule, self._centred, self._row_scaling,
-            self.is_transcoder,
+            self.is_transcoder, self.W_skip,
         )  # fmt: skip

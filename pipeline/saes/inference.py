@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from .encoder import Preactivations
@@ -34,6 +35,10 @@ class Rule(ABC):
     @abstractmethod
     def __call__(self, pre: Preactivations) -> Latents:
         """The active latents of pre-activations p [B, m]."""
+
+    def scaled(self, by: Tensor) -> Rule:
+        """The rule where latents, and their pre-activations, are `by` [m] times as large."""
+        return self
 
     def values(self) -> dict[str, Any]:
         """Its tensors and numbers by name."""
@@ -68,6 +73,9 @@ class ThresholdRule(Rule):
     name = "threshold"
     threshold: Tensor
 
+    def scaled(self, by: Tensor) -> Rule:
+        return replace(self, threshold=self.threshold * by)
+
     def __call__(self, pre: Preactivations) -> Latents:
         chosen = pre.above_threshold(self.threshold)
         bounds = chosen.per_entry(self.threshold)
@@ -81,6 +89,9 @@ class GatedRule(Rule):
     name = "gated"
     r_mag: Tensor
     b_mag: Tensor
+
+    def scaled(self, by: Tensor) -> Rule:
+        return replace(self, b_mag=self.b_mag * by)
 
     def __call__(self, pre: Preactivations) -> Latents:
         gates = pre.above_threshold(0.0)
@@ -96,6 +107,7 @@ class Formula:
 
     W_enc [d_in, m], b_enc [m], W_dec [m, d_out], b_dec [d_out]. centred: whether b_dec is subtracted from the input.
     row_scaling: how `in` scales each row by itself, which `out` undoes (but for a transcoder: its outputs are others).
+    W_skip [d_in, d_out]: x @ W_skip is added to y_hat, past the latents.
     """
 
     W_enc: Tensor
@@ -106,6 +118,31 @@ class Formula:
     centred: bool = True
     row_scaling: RowScaling = "none"
     transcoder: bool = False
+    W_skip: Tensor | None = None
+
+    def recentred(self, centred: bool) -> Formula:
+        """The same function with b_dec subtracted from the input, or not: b_enc takes up the difference."""
+        if centred == self.centred:
+            return self
+        assert self.d_in == self.d_out, "b_dec is of the outputs, and can be taken from inputs that are as wide alone"
+        shift = (self.b_dec.double() @ self.W_enc.double()) * (1 if centred else -1)
+        return replace(self, b_enc=(self.b_enc.double() + shift).to(self.b_enc.dtype), centred=centred)
+
+    @property
+    def has_unit_rows(self) -> bool:
+        """Return True if the rows of W_dec have norm 1, as far as float32 can say it."""
+        return bool(((torch.linalg.vector_norm(self.W_dec, dim=1) - 1).abs() < 1e-5).all())
+
+    def unit_rows(self) -> Formula:
+        """The function with unit rows of W_dec, each latent times the norm that its row had; a topk chooses by that.
+
+        ValueError where a norm is 0.
+        """
+        norms = torch.linalg.vector_norm(self.W_dec, dim=1)
+        if not bool((norms > 0).all()):
+            raise ValueError("the norms of the decoder's rows are divided by, and some are 0")
+        W_enc, b_enc, W_dec = self.W_enc * norms, self.b_enc * norms, self.W_dec / norms[:, None]
+        return replace(self, W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, rule=self.rule.scaled(norms))
 
     @property
     def d_in(self) -> int:

@@ -49,6 +49,7 @@ class Latents:
     entries: where the values sit, or None when dense.
     preactivations: laid out as `values`, what they were made from, where an architecture's loss needs it.
     row_stats: of the rows they were encoded from, where those were standardised one by one.
+    bypass: [B, d_out], what a skip connection adds to the rows' reconstruction; None where there is no such.
     lead: the shape [...] of rows that came as [..., d]; None where they came as [B, d].
     An entry may hold the value 0 (TopK followed by ReLU): it counts as not firing everywhere here.
     """
@@ -58,6 +59,7 @@ class Latents:
     d_sae: int
     preactivations: Tensor | None = None
     row_stats: RowStats | None = None
+    bypass: Tensor | None = None
     lead: tuple[int, ...] | None = None
 
     @classmethod
@@ -75,7 +77,7 @@ class Latents:
         """Other values [..., d_sae] of the same rows, for `decode` to put where these rows were."""
         if values.shape[-1:] != (self.d_sae,) or values.shape[:-1].numel() != self.batch:
             raise ValueError(f"{self.batch} rows of {self.d_sae} latents cannot have values {list(values.shape)}")
-        return replace(Latents.of_dense(values), row_stats=self.row_stats)
+        return replace(Latents.of_dense(values), row_stats=self.row_stats, bypass=self.bypass)
 
     @property
     def batch(self) -> int:

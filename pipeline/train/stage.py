@@ -328,4 +328,6 @@ def _metadata(dataset: Dataset) -> Metadata:
         context_length=source.text.context_length,
         begin_token=source.text.begins_contexts,
         dataset=source.text.dataset,
+        positions=source.positions,
+        left_out=source.left_out,
     )

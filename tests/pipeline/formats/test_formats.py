@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from support.hostile import RAW, VALUES
 from support.saes_kit import CASES, D, M, batches, made, one_thread, settings, train
+from support.small_formats import D_OUT, K, Said, Tensors, numbers, one_line, rows
 from torch import Tensor
 
 from sae.cache.errors import NotFound, SaeError
@@ -27,18 +28,6 @@ from sae.pipeline.saes.inference import RULES, Formula, ReLURule, Rule
 from sae.pipeline.saes.latents import Latents
 
 single = pytest.fixture(autouse=True, scope="module")(one_thread)
-
-Said = dict[str, Any]
-Tensors = dict[str, Tensor]
-K, D_OUT = 3, 7
-
-
-def rows(count: int = 20) -> Tensor:
-    return 3 * torch.randn(count, D, generator=torch.Generator().manual_seed(9)) + 1
-
-
-def numbers(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + len(shape)))
 
 
 def weights(*more: str, d_out: int = D) -> Tensors:
@@ -78,7 +67,7 @@ def by_saelens(said: Said, t: Tensors, x: Tensor) -> tuple[Tensor, Tensor]:
         centred = (row - shift) / scale - (t["b_dec"] if said["apply_b_dec_to_input"] else 0)
         p = torch.stack([centred @ column for column in t["W_enc"].T]) + t.get("b_enc", 0)
         f = torch.zeros(M)
-        kind = said["architecture"].removesuffix("_transcoder").replace("transcoder", "standard")
+        kind = said["architecture"].replace("skip_", "").removesuffix("_transcoder").replace("transcoder", "standard")
         weigh = t["W_dec"].norm(dim=1) if said.get("rescale_acts_by_decoder_norm") else torch.ones(M)
         best = (p * weigh).sort(descending=True).indices[: said.get("k", 0)].tolist()
         for i in range(M):
@@ -92,6 +81,7 @@ def by_saelens(said: Said, t: Tensors, x: Tensor) -> tuple[Tensor, Tensor]:
             else:
                 f[i] = p[i].clamp(min=0)
         y = (f / weigh) @ t["W_dec"] + t["b_dec"]
+        y = y + row @ t["W_skip"].T if "W_skip" in t else y
         found.append((f, y if "transcoder" in said["architecture"] else y * scale + shift))
     return torch.stack([f for f, _ in found]), torch.stack([y for _, y in found])
 
@@ -110,6 +100,13 @@ FOLDERS: dict[str, tuple[Said, Tensors]] = {
     "gated": (described("gated"), weights("b_gate", "b_mag", "r_mag")),
     "transcoder": (described("transcoder", **OUT), weights("b_enc", d_out=D_OUT)),
     "jumprelu transcoder": (described("jumprelu_transcoder", **OUT), weights("b_enc", "threshold", d_out=D_OUT)),
+    "skip transcoder": (
+        described("skip_transcoder", **OUT), weights("b_enc", d_out=D_OUT) | {"W_skip": 0.1 * numbers(D_OUT, D)},
+    ),
+    "jumprelu skip transcoder": (
+        described("jumprelu_skip_transcoder", **OUT),
+        weights("b_enc", "threshold", d_out=D_OUT) | {"W_skip": 0.1 * numbers(D_OUT, D)},
+    ),
     "normed transcoder": (
         described("transcoder", normalize_activations="layer_norm", **OUT), weights("b_enc", d_out=D_OUT),
     ),
@@ -178,16 +175,20 @@ def sparsify_folder() -> tuple[Said, Tensors]:
     return said, tensors
 
 
+@pytest.mark.parametrize("skips", [False, True])
 @pytest.mark.parametrize("transcode", [False, True])
-def test_a_folder_of_sparsify_is_the_function_sparsify_computes(transcode: bool, tmp_path: Path) -> None:
+def test_a_folder_of_sparsify_is_the_function_sparsify_computes(transcode: bool, skips: bool, tmp_path: Path) -> None:
     said, t = sparsify_folder()
-    folder = put(tmp_path / "layers.5", said | {"transcode": transcode}, t, "sae.safetensors")
+    said |= {"transcode": transcode, "skip_connection": skips}
+    t |= {"W_skip": 0.1 * numbers(D, D, seed=4)} if skips else {}
+    folder = put(tmp_path / "layers.5", said, t, "sae.safetensors")
     sae, metadata = formats.read(folder)
     assert metadata.hook == "layers.5" and sae.is_transcoder == transcode
     for row in rows():
         p = (t["encoder.weight"] @ (row if transcode else row - t["b_dec"]) + t["encoder.bias"]).clamp(min=0)
         top = p.topk(K)
         y = sum((v * t["W_dec"][i] for v, i in zip(top.values, top.indices, strict=True)), t["b_dec"])
+        y = y + t["W_skip"] @ row if skips else y
         torch.testing.assert_close(sae(row[None])[0], y, rtol=1e-4, atol=1e-4)
     formats.write(sae, metadata, tmp_path / "again", "sparsify")
     again, _ = formats.read(tmp_path / "again")
@@ -220,15 +221,55 @@ def test_every_architecture_is_written_and_read(case: Said, d_out: int | None, t
     torch.testing.assert_close(formats.read(run.path).dictionary(rows()), sae(rows()), rtol=1e-4, atol=1e-4)
 
 
+def test_a_topk_of_unit_rows_says_so(tmp_path: Path) -> None:
+    """Numbers stay, and tools that scale rows by their norms take it."""
+    for name, case, unit in (("unit", {}, True), ("free", {"decoder_norm": "free"}, False)):
+        sae = made(settings({"arch": "topk"} | case))
+        train(sae, batches(None, 3), lr=1e-2)
+        formats.write(sae, Metadata(), tmp_path / name)
+        said = json.loads((tmp_path / name / "cfg.json").read_text())
+        assert said["rescale_acts_by_decoder_norm"] is unit
+        assert torch.equal(formats.read(tmp_path / name).dictionary.W_dec, sae.formula().W_dec)
+
+
+def test_a_jumprelu_subtracts_nothing_where_it_is_exported(tmp_path: Path) -> None:
+    """The same five tensors are right for tools that subtract b_dec and for those that never do."""
+    sae = made(settings({"arch": "jumprelu"})).eval()
+    with torch.no_grad():
+        sae.b_dec.copy_(numbers(D))
+    assert sae.b_dec_applied_to_input
+    formats.write(sae, Metadata(), tmp_path / "x")
+    t, said = safetensors.torch.load_file(tmp_path / "x" / "sae_weights.safetensors"), tmp_path / "x" / "cfg.json"
+    assert json.loads(said.read_text())["apply_b_dec_to_input"] is False
+    p = rows() @ t["W_enc"] + t["b_enc"]
+    torch.testing.assert_close((p * (p > t["threshold"])).relu() @ t["W_dec"] + t["b_dec"], sae(rows()).detach())
+
+
+def test_which_tokens_became_rows_and_how_heads_stand_is_said(tmp_path: Path) -> None:
+    sae = made(settings({"arch": "l1"}))
+    metadata = Metadata("gpt2", "blocks.1.attn.hook_z", None, 128, True, "a/b", (1, None), (198, 50256))
+    formats.write(sae, metadata, tmp_path / "x")
+    said = json.loads((tmp_path / "x" / "cfg.json").read_text())
+    assert said["reshape_activations"] == "hook_z"
+    assert said["metadata"]["seqpos_slice"] == [1, None]
+    assert said["metadata"]["exclude_special_tokens"] == [198, 50256]
+    assert formats.read(tmp_path / "x").metadata == metadata
+    for slice_, expected in (([None], None), ([5], (0, 5)), ([2, 9], (2, 9)), ([None, None], None)):
+        said["metadata"]["seqpos_slice"] = slice_
+        (tmp_path / "x" / "cfg.json").write_text(json.dumps(said))
+        assert saelens.metadata_of(said["metadata"]).positions == expected
+
+
 def test_what_sparsify_has_no_words_for(tmp_path: Path) -> None:
     for case, said in (
         ({"arch": "l1"}, "these by relu"),
         ({"arch": "topk", "input_scale": "per_token"}, "scaling of each row"),
-        ({"arch": "topk", "pre_encoder_bias": False}, "subtracts b_dec"),
     ):
         with pytest.raises(SaeError, match=said):
             formats.write(create(settings(case), D), Metadata(), tmp_path / "x", "sparsify")
-    with pytest.raises(SaeError, match="nonesuch: unknown format; those are saelens, sparsify"):
+    with pytest.raises(SaeError, match="it gives as many values as it takes, and these are 7 and 12"):
+        formats.write(create(settings({"arch": "topk"}), D, D_OUT), Metadata(), tmp_path / "x", "sparsify")
+    with pytest.raises(SaeError, match=r"nonesuch: unknown format; those are .*, saelens, sparsify"):
         formats.write(create(settings({"arch": "l1"}), D), Metadata(), tmp_path / "x", "nonesuch")
 
 
@@ -273,7 +314,7 @@ def test_a_format_of_a_test_file_is_seen_everywhere(tmp_path: Path) -> None:
     with pytest.raises(SaeError, match="is no plain dictionary that can be read: could not convert"):
         formats.read(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SaeError, match="those are plain, saelens, sparsify"):
+    with pytest.raises(SaeError, match=r"those are .*, plain, .*saelens, sparsify"):
         formats.read(tmp_path / "empty")
 
 
@@ -302,13 +343,6 @@ def test_a_rule_of_an_architectures_own_is_kept_in_a_run_folder(tmp_path: Path) 
 # What is none
 
 
-def one_line(read: Callable[[], object]) -> str:
-    with pytest.raises(SaeError) as caught:
-        read()
-    assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value) and caught.value.exit_code == 2
-    return str(caught.value)
-
-
 REFUSED: list[tuple[str, Said, str]] = [
     ("standard", {"architecture": "matching_pursuit"}, 'architecture is "matching_pursuit"; read are'),
     ("standard", {"architecture": ["standard"]}, "architecture is"),
@@ -324,7 +358,11 @@ REFUSED: list[tuple[str, Said, str]] = [
     ("topk", {"k": M + 1}, "k is 33, not a whole number from 1 to 32"),
     ("transcoder", {"apply_b_dec_to_input": True}, "a transcoder's b_dec is of its outputs"),
     ("transcoder", {"d_out": D}, "W_dec has shape"),
-    ("transcoder", {"architecture": "skip_transcoder"}, 'architecture is "skip_transcoder"'),
+    ("transcoder", {"architecture": "skip_transcoder"}, "tensors lack W_skip"),
+    ("skip transcoder", {"normalize_activations": "layer_norm"}, "which is not read together"),
+    ("standard", {"metadata": {"seqpos_slice": [1, 2, 3]}}, "seqpos_slice is"),
+    ("standard", {"metadata": {"seqpos_slice": [-1]}}, "seqpos_slice is"),
+    ("standard", {"metadata": {"exclude_special_tokens": ["a"]}}, "exclude_special_tokens is"),
 ]
 
 
@@ -401,7 +439,7 @@ def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
     torch.save(FOLDERS["standard"][1], tmp_path / "sae_weights.safetensors")
     assert "is it whole" in one_line(lambda: formats.read(tmp_path))
     (tmp_path / "other").mkdir()
-    torch.save(FOLDERS["standard"][1], tmp_path / "other" / "ae.pt")
+    torch.save(FOLDERS["standard"][1], tmp_path / "other" / "ae.pt")  # without its config.json
     assert "holds no dictionary in a format that is known" in one_line(lambda: formats.read(tmp_path / "other"))
 
 
