@@ -9,10 +9,10 @@ from sae.cache import catalogue
 from sae.cache.errors import NotFound
 from sae.cache.runs import Run
 from sae.pipeline import formats
+from sae.pipeline.formats import trained
 from sae.pipeline.runtime import devices
 from sae.pipeline.saes import SAE
 from sae.pipeline.saes.dictionary import Dictionary
-from sae.pipeline.train import trained
 
 Named = str | os.PathLike[str]
 

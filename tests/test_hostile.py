@@ -25,11 +25,11 @@ from sae.cache.tokens import TokenStore
 from sae.cache.upkeep import garbage, usage
 from sae.cache.upkeep.damage import inspect_damage, verify
 from sae.pipeline.commands import bars
+from sae.pipeline.formats import trained
 from sae.pipeline.language_model import hints
 from sae.pipeline.language_model.token_mask import rule_of
 from sae.pipeline.report.compare import compare
 from sae.pipeline.report.page import page, read
-from sae.pipeline.train import trained
 from sae.pipeline.train.config import settings_of
 
 FEW = 120  # lies of the default suite

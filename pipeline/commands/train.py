@@ -76,10 +76,10 @@ def train(
     anything = said or read.beyond_activations
     before = run_to_resume(here.runs, name) if resume and (name is not None or not anything) else None
     with here.loading_torch():
+        from sae.pipeline.formats.trained import dataset_of
         from sae.pipeline.train.config import settings_of
         from sae.pipeline.train.stage import TrainConfig, open_run
         from sae.pipeline.train.sweep import combinations, fill_in_align_seeds, of_seeds
-        from sae.pipeline.train.trained import dataset_of
 
     if took_part(here.device):
         return

@@ -23,12 +23,12 @@ from sae.cache.provenance import LanguageModelRows
 from sae.cache.runs import EVALUATION, LATENTS, Run
 from sae.cache.tokens import TokenStore
 from sae.pipeline.evaluate.judging import EvalConfig, Evaluation, judge
+from sae.pipeline.formats import trained
 from sae.pipeline.language_model import LanguageModel, hints
 from sae.pipeline.metrics.figures import WITHOUT_MODEL, amounts, available, completed, lacking
 from sae.pipeline.metrics.metric import Subject
 from sae.pipeline.runtime import devices
 from sae.pipeline.runtime.progress import Progress, said_if_slow
-from sae.pipeline.train import trained
 
 __all__ = ["EvalConfig", "Evaluation", "evaluate", "missing"]
 

@@ -22,13 +22,13 @@ from sae.cache.disk.durable import expect_no_link, write_atomic
 from sae.cache.errors import DamagedStore
 from sae.cache.provenance import LanguageModelRows, provenance
 from sae.cache.runs import CONFIG, FEATURES, LATENTS, Run, Seen
+from sae.pipeline.formats.trained import dictionary_of
 from sae.pipeline.interpret.examples import Features
 from sae.pipeline.report.charts import Series, framed, line_chart, number
 from sae.pipeline.report.contexts import LEVELS, features_html
 from sae.pipeline.report.escaping import escape
 from sae.pipeline.report.scores import density_html, scores_html, tree
 from sae.pipeline.saes import Config
-from sae.pipeline.train.trained import dictionary_of
 
 LEAST_SHARE = 1e-19  # of the rows of a store that a latent fires on, where it does at all
 

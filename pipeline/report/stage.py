@@ -7,11 +7,11 @@ from sae.cache.disk.durable import expect_no_link, expect_writable
 from sae.cache.errors import NotFound, SaeError
 from sae.cache.runs import FEATURES, Run
 from sae.cache.tokens import TokenStore
+from sae.pipeline.formats import trained
 from sae.pipeline.interpret.features import FeaturesConfig, find_features
 from sae.pipeline.report.page import write_report
 from sae.pipeline.runtime import devices
 from sae.pipeline.runtime.progress import Progress
-from sae.pipeline.train import trained
 
 REPORT = "report.html"
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from sae.cache.runs import Run
+from sae.pipeline.formats import trained
 from sae.pipeline.metrics.figures import label
 from sae.pipeline.metrics.similarity import best, chance, mutual
 from sae.pipeline.report.compare import Row
@@ -24,7 +25,6 @@ from sae.pipeline.studies.plots import Panel
 from sae.pipeline.studies.plots import draw as draw_panels
 from sae.pipeline.studies.study import Setup, Study, register
 from sae.pipeline.studies.tables import Result
-from sae.pipeline.train import trained
 from sae.pipeline.train.alignment import AlignConfig, By
 from sae.pipeline.train.sweep import fill_in_align_seeds
 

@@ -11,13 +11,13 @@ from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import Run
 from sae.cache.tokens import TokenStore
 from sae.pipeline.evaluate.stage import EvalConfig, evaluate, missing
+from sae.pipeline.formats import trained
 from sae.pipeline.language_model import LanguageModel
 from sae.pipeline.language_model.hints import boot
 from sae.pipeline.report.compare import Row
 from sae.pipeline.runtime.progress import said_if_slow
 from sae.pipeline.runtime.workplace import Workplace
 from sae.pipeline.studies import results
-from sae.pipeline.train import trained
 from sae.pipeline.train.stage import TrainConfig, run_name
 from sae.pipeline.train.sweep import open_all, sweep
 

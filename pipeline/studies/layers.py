@@ -19,6 +19,7 @@ from sae.cache.loader.dataset import Dataset
 from sae.cache.outliers import largest_norm
 from sae.cache.runs import Run
 from sae.cache.tokens import TokenStore
+from sae.pipeline.formats import trained
 from sae.pipeline.language_model import SITES
 from sae.pipeline.metrics.figures import label
 from sae.pipeline.metrics.similarity import chance, symmetric_mmcs
@@ -28,7 +29,6 @@ from sae.pipeline.studies.plots import Panel
 from sae.pipeline.studies.plots import draw as draw_panels
 from sae.pipeline.studies.study import Setup, Study, of_equal_rows, register
 from sae.pipeline.studies.tables import Result
-from sae.pipeline.train import trained
 
 RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
 SEEDS_APART = 1000  # between those of neighbouring layers

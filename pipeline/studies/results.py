@@ -12,11 +12,11 @@ from sae.cache.errors import DamagedStore
 from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import Run
 from sae.pipeline.evaluate.judging import EvalConfig, judge
+from sae.pipeline.formats import trained
 from sae.pipeline.metrics.figures import WITHOUT_MODEL, compared, completed, figures
 from sae.pipeline.metrics.metric import Subject
 from sae.pipeline.runtime import devices
 from sae.pipeline.runtime.progress import Progress
-from sae.pipeline.train import trained
 
 STUDY = "eval/study.json"
 NUMBERS = ("mse", "l0", "sparsity", "dead_fraction", "rows")  # which no rows leave undefined

@@ -16,13 +16,13 @@ from sae.cache.errors import DamagedStore, SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import Batch
 from sae.cache.runs import CHECKPOINT, Run
+from sae.pipeline.formats import trained
 from sae.pipeline.formats.base import Metadata
 from sae.pipeline.metrics.similarity import mmcs
 from sae.pipeline.parallel.ranks import Ranks, expect_same
 from sae.pipeline.runtime import devices
 from sae.pipeline.saes import SAE, Clock, Losses, Trainable, trainable
 from sae.pipeline.saes.dictionary import Dictionary
-from sae.pipeline.train import trained
 from sae.pipeline.train.config import TrainConfig
 from sae.pipeline.train.resampling import NoRevival, Resample, firing_rate_skew, reinitialise, resample
 

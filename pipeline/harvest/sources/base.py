@@ -110,9 +110,9 @@ class RowSource(ABC):
     def slug(self, stream: Stream, split: str) -> str:
         """A short readable name for the folder of a store."""
 
+    @abstractmethod
     def identity(self) -> Recipe:
         """What decides the rows of all streams and splits, and their order; not where they lie."""
-        raise NotImplementedError(f"{type(self).__name__} says neither its identity nor its recipe")
 
     @abstractmethod
     def supply(self, split: str, wanted: Amount | None = None) -> Supply:

@@ -142,18 +142,16 @@ class LanguageModelSource(RowSource):
     def slug(self, stream: Stream, split: str) -> str:
         return f"{self.model.slug}-{stream.name}-{self.tokens[split].slug}"
 
+    def identity(self) -> Recipe:
+        return {"model": self.model.recipe(), "rows": self.config.rows.recipe()}
+
     def recipe(self, stream: Stream, split: str) -> Recipe:
+        """In the place of a source and a split: the tokens of that split, the model and which of its activations."""
         point = self._named[stream.name]
         return {
-            "tokens": self.tokens[split].recipe,
-            "model": self.model.recipe(),
-            "layer": point.layer,
-            "site": point.site,
-            "hook": self.model.hook(point),
-            "d": stream.d,
-            "rows": self.config.rows.recipe(),
-            "codec": codec_recipe(codec(self.config.codec)),
-        }
+            **self.identity(), "tokens": self.tokens[split].recipe, "layer": point.layer, "site": point.site,
+            "hook": self.model.hook(point), "d": stream.d, "codec": codec_recipe(codec(self.config.codec)),
+        }  # fmt: skip
 
     def supply(self, split: str, wanted: Amount | None = None) -> Supply:
         tokens = self.tokens[split]

@@ -38,12 +38,12 @@ from sae.cache.store.store import HINTS
 from sae.cache.tokens import TokenStore
 from sae.pipeline.evaluate.judging import judge_tokens
 from sae.pipeline.evaluate.stage import EvalConfig, evaluate, expect_one_model
+from sae.pipeline.formats import trained
 from sae.pipeline.harvest.sources.language_model import HarvestConfig
 from sae.pipeline.language_model import LanguageModel
 from sae.pipeline.metrics.downstream import Downstream, DownstreamScores
 from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.saes import parse
-from sae.pipeline.train import trained
 from sae.pipeline.train.stage import TrainConfig, open_run, train
 
 DIRECTIONS = {"orthogonality", "jl", "encoder_decoder_cosine"}  # what does not depend on rows

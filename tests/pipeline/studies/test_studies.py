@@ -16,6 +16,7 @@ from sae.cache.errors import DamagedStore, NotFound, SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import EVALUATION, Run
 from sae.pipeline.evaluate.stage import EvalConfig
+from sae.pipeline.formats import trained
 from sae.pipeline.report.plots import calm
 from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.saes import (
@@ -28,7 +29,6 @@ from sae.pipeline.studies.lab import Lab, Trial
 from sae.pipeline.studies.plots import Panel
 from sae.pipeline.studies.study import Setup, of_equal_rows, variant
 from sae.pipeline.studies.tables import Result
-from sae.pipeline.train import trained
 from sae.pipeline.train.resampling import (
     NoRevival,
     Reinitialise,

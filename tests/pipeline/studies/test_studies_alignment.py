@@ -11,12 +11,12 @@ from torch import Tensor
 from sae.cache.activations import ActivationStore
 from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import Run
+from sae.pipeline.formats import trained
 from sae.pipeline.harvest.sources.synthetic import Groups, SyntheticConfig
 from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.studies.alignment import SeedAlignment, correlation, nearest, panels
 from sae.pipeline.studies.lab import Lab
 from sae.pipeline.studies.study import Setup
-from sae.pipeline.train import trained
 
 PLANTED = SyntheticConfig(
     d=12, features=24, presence=Groups(groups=4, active=3), rows=1024, validation_rows=256, codec="float32"

@@ -11,12 +11,12 @@ from sae.cache.activations import ActivationStore, ActivationWriter
 from sae.cache.errors import NotFound, SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import Run
+from sae.pipeline.formats import trained
 from sae.pipeline.metrics.similarity import symmetric_mmcs
 from sae.pipeline.studies.lab import Lab
 from sae.pipeline.studies.layers import Layers
 from sae.pipeline.studies.rates import Rates, decoupled
 from sae.pipeline.studies.study import Setup
-from sae.pipeline.train import trained
 from sae.pipeline.train.stage import TrainConfig
 
 

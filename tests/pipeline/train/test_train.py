@@ -44,11 +44,11 @@ from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import Loader
 from sae.cache.runs import CHECKPOINT, FAILURE, METRICS, WEIGHTS, Run
 from sae.cache.store.manifest import Windows
+from sae.pipeline.formats import trained
 from sae.pipeline.runtime import cores
 from sae.pipeline.runtime.interrupts import Interrupted
 from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.saes import ARCHITECTURES, SAE, create, parse
-from sae.pipeline.train import trained
 from sae.pipeline.train.config import settings_of
 from sae.pipeline.train.stage import TrainConfig, open_run, share, train
 from sae.pipeline.train.sweep import open_all
@@ -450,7 +450,7 @@ from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import CONFIG
 from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.train.stage import TrainConfig, open_run, train
-from sae.pipeline.train import trained
+from sae.pipeline.formats import trained
 store, root = ActivationStore(Path(sys.argv[1])), Path(sys.argv[2])
 config = TrainConfig.model_validate_json(sys.argv[3])
 run = open_run(config, Dataset.of(store), root, "0", resume=(root / "0" / CONFIG).exists())

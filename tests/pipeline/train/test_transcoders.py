@@ -20,10 +20,9 @@ from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import Batches
 from sae.cache.runs import CONFIG, METRICS, Run
 from sae.cache.store.manifest import Windows
-from sae.pipeline.formats import saelens
+from sae.pipeline.formats import saelens, trained
 from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.saes import ARCHITECTURES, SAE, create, parse
-from sae.pipeline.train import trained
 from sae.pipeline.train.stage import TrainConfig, open_run, run_name, train
 from sae.pipeline.train.sweep import open_each, sweep_each
 
