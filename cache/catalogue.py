@@ -20,7 +20,8 @@ from sae.cache.disk.locks import held
 from sae.cache.disk.parsing import MOST_BYTES, name_of_file, parsed_mapping, shown
 from sae.cache.disk.paths import is_remote, parse_path
 from sae.cache.errors import DamagedStore, NotFound, SaeError
-from sae.cache.runs import CONFIG, Run, SeenStore
+from sae.cache.runs import CONFIG, Run
+from sae.cache.seen import SeenStore
 from sae.cache.store.head import RECIPE, read_head
 from sae.cache.store.manifest import MANIFEST, Manifest
 from sae.cache.store.store import Store

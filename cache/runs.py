@@ -21,114 +21,29 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from sae.cache.activations import ActivationStore
 from sae.cache.disk import removal
-from sae.cache.disk.durable import (
-    append_line,
-    checksum,
-    expect_no_link,
-    flush_file,
-    move,
-    read,
-    whole_lines_end,
-    write_in,
-)
-from sae.cache.disk.identity import Recipe
+from sae.cache.disk.durable import expect_no_link, move, read, write_in
 from sae.cache.disk.locks import LOCK, Lock
-from sae.cache.disk.parsing import MOST_BYTES, figure, inner, name_of_file, parsed_mapping, shown, text, whole
+from sae.cache.disk.parsing import MOST_BYTES, as_written, figure, inner, parsed_mapping, whole
 from sae.cache.disk.processes import final_name
 from sae.cache.disk.sealed import sealed, unsealed
 from sae.cache.disk.tensors import read_header, read_tensors, write_tensors
 from sae.cache.errors import DamagedStore, NotFound, SaeError
+from sae.cache.metrics_log import Extent, MetricsLog
+from sae.cache.seen import Seen
 
 if TYPE_CHECKING:  # listing runs needs no torch, and its import takes seconds
     from torch import Tensor
 
 CONFIG = "config.json"
-METRICS = "metrics.jsonl"
 CHECKPOINT = "checkpoint.safetensors"
 STAGED = "checkpoint.next.safetensors"
 WEIGHTS = "sae_weights.safetensors"
 WEIGHTS_CONFIG = "cfg.json"
 FAILURE = "failure.json"
-MOST_METRICS = 1 << 30  # bytes
 EVALUATION, LATENTS, FEATURES = "eval/eval.json", "eval/latents.safetensors", "eval/features.json"
-
-
-class SeenStore(NamedTuple):
-    """A store that a run reads: its key and its recipe.
-
-    largest_norm: the norm above which rows were left out, None where none were (or that was not yet recorded).
-    """
-
-    key: str
-    recipe: Recipe
-    largest_norm: float | None = None
-
-
-class Seen(NamedTuple):
-    """What a run was to be trained on: the first `rows` rows of aligned stores.
-
-    targets: what is reconstructed, none where that is what is read. Both sides have one store in `config.json`.
-    """
-
-    rows: int
-    inputs: tuple[SeenStore, ...]
-    targets: tuple[SeenStore, ...] = ()
-
-    @property
-    def key(self) -> str:
-        """The keys of the stores, for people."""
-        return " -> ".join(" + ".join(one.key for one in side) for side in (self.inputs, self.targets) if side)
-
-    @property
-    def stores(self) -> tuple[SeenStore, ...]:
-        return self.inputs + self.targets
-
-    @property
-    def recipes(self) -> tuple[list[Recipe], list[Recipe]]:
-        """The recipes of the inputs and of the targets."""
-        return [one.recipe for one in self.inputs], [one.recipe for one in self.targets]
-
-    @property
-    def limits(self) -> tuple[float, ...] | None:
-        """The norm above which rows of each store were left out; None where all were trained on.
-
-        Also None for a run with `train.outliers` of before these were recorded: it left rows out of its batches alone.
-        """
-        known = tuple(one.largest_norm for one in self.stores if one.largest_norm is not None)
-        return known if len(known) == len(self.stores) else None
-
-    def as_json(self) -> dict[str, Any]:
-        """The part of `config.json` that says it; `activations` is all of it for an autoencoder."""
-        (source,) = self.inputs
-        said: dict[str, Any] = {"activations": {"key": source.key, "rows": self.rows} | _of_store(source)}
-        if self.targets:
-            said["targets"] = [{"key": one.key} | _of_store(one) for one in self.targets]
-        return said
-
-    @classmethod
-    def from_json(cls, config: dict[str, Any]) -> Seen:
-        """What a `config.json` of any version says. Raises ValueError where that is nothing that can be."""
-        said, others = inner(config, "activations"), config.get("targets", [])
-        if not isinstance(others, list):
-            raise ValueError(f"targets is {shown(others)}, not a list")
-        source, *targets = map(_seen_store, [said, *others])
-        return cls(whole(said, "rows", 1), (source,), tuple(targets))
-
-
-def _of_store(one: SeenStore) -> dict[str, Any]:
-    return {"recipe": one.recipe} | ({} if one.largest_norm is None else {"largest_norm": one.largest_norm})
-
-
-def _seen_store(said: Any) -> SeenStore:
-    if not isinstance(said, dict):
-        raise ValueError(f"{shown(said)} where a store should be")
-    recipe = inner(said, "recipe")
-    ActivationStore.expect(recipe)
-    return SeenStore(name_of_file(said, "key"), recipe, figure(said, "largest_norm"))
 
 
 class Run:
@@ -150,18 +65,19 @@ class Run:
                 f"{path / CONFIG}: is not what was written ({error}); a run keeps the settings it began with: put them "
                 "back, and train others as a run of their own"
             ) from error
+        self._metrics = MetricsLog(path)
         self._made: bytes | None = None  # config.json, where this very object made the folder
 
     @cached_property
     def settings(self) -> dict[str, Any]:
         """What training was asked for; its stage knows what that may be. Raises DamagedStore where nothing was."""
-        with _reading(self.path / CONFIG):
+        with as_written(self.path / CONFIG):
             return inner(self.config, "train")
 
     @cached_property
     def seen(self) -> Seen:
         """What it was asked to be trained on. Raises DamagedStore where that is nothing that can be."""
-        with _reading(self.path / CONFIG):
+        with as_written(self.path / CONFIG):
             return Seen.from_json(self.config)
 
     @classmethod
@@ -217,7 +133,7 @@ class Run:
     def read_json(self, name: str) -> dict[str, Any]:
         """A JSON file of the folder. Raises DamagedStore when it is not what was written."""
         data = self._bytes(name)
-        with _reading(self.path / name):
+        with as_written(self.path / name):
             content, checked = unsealed(data)
             if self.sealed and not checked:
                 raise ValueError("its checksum is missing")
@@ -237,7 +153,7 @@ class Run:
         if not (self.path / EVALUATION).exists():
             return None
         found = self.read_json(EVALUATION)
-        with _reading(self.path / EVALUATION):
+        with as_written(self.path / EVALUATION):
             found = _figures(found)
             return found if "kept" not in found else found | {"kept": _figures(found["kept"])}
 
@@ -254,38 +170,21 @@ class Run:
 
     def log(self, entry: dict[str, Any]) -> None:
         """Append one line of metrics."""
-        append_line(self.path / METRICS, json.dumps(entry), flush=False)
+        self._metrics.append(entry)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All whole lines of metrics: `step`, and figures by name (None: not defined there).
 
         Raises DamagedStore, naming the line, for one that is not what was written.
         """
-        path = self.path / METRICS
-        known = self._known_metrics()  # first: a living trainer writes it last
-        data = read(path, MOST_METRICS) or b""
-        if known is not None and _said_of(data[: known["bytes"]]) != known:
-            raise DamagedStore(f"{path}: damaged (its checksum differs up to byte {known['bytes']:,})")
-        lines = []
-        for number, line in enumerate(data[: whole_lines_end(data)].split(b"\n")[:-1], 1):
-            with _reading(path, f"line {number} "):
-                said = parsed_mapping(line, nan_is_null=True)
-                lines.append({name: figure(said, name) for name in said} | {"step": whole(said, "step")})
-        return lines
+        return self._metrics.entries(self._known_metrics())  # known first: a living trainer writes them last
 
     def rewind_metrics(self, step: int) -> None:
         """Forget what was logged after `step`, that of the checkpoint or 0: a resumed run logs it again."""
-        known = self._known_metrics() if self.has_checkpoint else _said_of(b"")
-        if known is None:  # a checkpoint of version 0.1.0
-            kept = [json.dumps(entry) + "\n" for entry in self.metrics() if entry["step"] <= step]
-            write_in(self.path, METRICS, "".join(kept).encode())
-            return
-        if self.has_checkpoint:
-            self.metrics()  # which checks them
-        write_in(self.path, METRICS, (read(self.path / METRICS, MOST_METRICS) or b"")[: known["bytes"]])
+        self._metrics.rewind(step, self._known_metrics() if self.has_checkpoint else Extent.of(b""))
 
-    def _known_metrics(self) -> dict[str, Any] | None:
-        """Size and checksum of the metrics that the checkpoint follows; None where it says none, or there is none."""
+    def _known_metrics(self) -> Extent | None:
+        """The metrics that the checkpoint follows; None where it says none, as in version 0.1.0, or there is none."""
         path = self.path / CHECKPOINT
         if not path.exists():
             return None
@@ -293,23 +192,15 @@ class Run:
             header = read_header(path)
         if "metrics" not in header:
             return None
-        with _reading(path):
-            said = parsed_mapping(header["metrics"].encode())
-            return {"bytes": whole(said, "bytes"), "crc32c": text(said, "crc32c")}
-
-    def _flushed_metrics(self) -> str:
-        """Put on the disk what was logged, so that no checkpoint is there before it; its size and checksum."""
-        data = read(self.path / METRICS, MOST_METRICS) or b""
-        if data:
-            flush_file(self.path / METRICS)
-        return json.dumps(_said_of(data[: whole_lines_end(data)]))
+        with as_written(path):
+            return Extent.from_json(header["metrics"])
 
     def stage_checkpoint(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Write what `publish_checkpoint` makes the checkpoint. `state["step"]` says how far training was."""
         for path in self.path.iterdir():
             if final_name(path.name) == STAGED:  # left by a process killed while it wrote
                 path.unlink()
-        header = {"state": json.dumps(state), "metrics": self._flushed_metrics()}
+        header = {"state": json.dumps(state), "metrics": self._metrics.flushed().as_json()}
         write_tensors(self.path, STAGED, tensors, header)
 
     def publish_checkpoint(self) -> None:
@@ -324,7 +215,7 @@ class Run:
             return -1
         with _begin_anew():
             header = read_header(path)
-        with _reading(path):
+        with as_written(path):
             return whole(_state(header), "step")
 
     @property
@@ -336,7 +227,7 @@ class Run:
         path = self.path / CHECKPOINT
         with _begin_anew():
             tensors, header = read_tensors(path)
-        with _reading(path):
+        with as_written(path):
             return tensors, _state(header)
 
     def save_weights(self, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -358,7 +249,7 @@ class Run:
             tensors, _ = read_tensors(self.path / WEIGHTS, sealed=self.sealed, extra_file=data if self.sealed else b"")
         except DamagedStore as error:
             raise DamagedStore(f"{error}, or {WEIGHTS_CONFIG} beside it is not what was written") from error
-        with _reading(self.path / WEIGHTS_CONFIG):
+        with as_written(self.path / WEIGHTS_CONFIG):
             return tensors, parsed_mapping(data)
 
     def save_latents(self, tensors: dict[str, Tensor]) -> None:
@@ -420,15 +311,6 @@ def _begin_anew() -> Iterator[None]:
         raise DamagedStore(f"{error}; train again without `resume` under another `name`") from error
 
 
-@contextmanager
-def _reading(path: Path, part: str = "") -> Iterator[None]:
-    """Make of what is wrong with a file, or a part of it, the one line that names it."""
-    try:
-        yield
-    except ValueError as error:
-        raise DamagedStore(f"{path}: {part}is not what was written ({error})") from error
-
-
 def _figures(said: dict[str, Any]) -> dict[str, Any]:
     """Figures by name, beside what holds more of them."""
     nested = {name: inner(said, name) for name in ("details", "kept") if name in said}
@@ -440,7 +322,3 @@ def _state(header: dict[str, str]) -> dict[str, Any]:
     state = parsed_mapping(header.get("state", "").encode())
     whole(state, "step")
     return state
-
-
-def _said_of(data: bytes) -> dict[str, Any]:
-    return {"bytes": len(data), "crc32c": checksum(data)}

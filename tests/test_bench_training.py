@@ -17,7 +17,8 @@ from bench import step, subjects, train_drill, train_memory, train_shared
 from bench.peer import Peer
 from sae.cache.activations import ActivationStore
 from sae.cache.loader.dataset import Dataset
-from sae.cache.runs import CHECKPOINT, METRICS, Run
+from sae.cache.metrics_log import METRICS
+from sae.cache.runs import CHECKPOINT, Run
 from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.saes import ARCHITECTURES
 from sae.pipeline.train.sweep import open_all, sweep

@@ -8,12 +8,26 @@ into the one line that names it.
 import json
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
+
+from sae.cache.errors import DamagedStore
 
 MOST_BYTES = 64 << 20  # of a file that describes something
 MOST_DEPTH = 64  # of what is inside what
 MOST_DIGITS = 40  # of a whole number
 MOST_LETTERS = 255  # of a name: what file systems allow
+
+
+@contextmanager
+def as_written(path: Path, part: str = "") -> Iterator[None]:
+    """Make of what is wrong with a file, or a part of it, the one line that names it: ValueErrors inside."""
+    try:
+        yield
+    except ValueError as error:
+        raise DamagedStore(f"{path}: {part}is not what was written ({error})") from error
 
 
 def parse(data: bytes, *, nan_is_null: bool = False) -> Any:

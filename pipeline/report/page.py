@@ -21,7 +21,8 @@ from pydantic import ValidationError
 from sae.cache.disk.durable import expect_no_link, write_atomic
 from sae.cache.errors import DamagedStore
 from sae.cache.provenance import LanguageModelRows, provenance
-from sae.cache.runs import CONFIG, FEATURES, LATENTS, Run, Seen
+from sae.cache.runs import CONFIG, FEATURES, LATENTS, Run
+from sae.cache.seen import Seen
 from sae.pipeline.formats.trained import dictionary_of
 from sae.pipeline.interpret.examples import Features
 from sae.pipeline.report.charts import Series, framed, line_chart, number

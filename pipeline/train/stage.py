@@ -24,7 +24,8 @@ from sae.cache.errors import NotFound, SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import Batch, Batches
 from sae.cache.provenance import LanguageModelRows, provenance
-from sae.cache.runs import CONFIG, FAILURE, Run, Seen, SeenStore
+from sae.cache.runs import CONFIG, FAILURE, Run
+from sae.cache.seen import Seen, SeenStore
 from sae.cache.store.space import expect_room
 from sae.pipeline.formats.base import Metadata
 from sae.pipeline.parallel.ranks import Ranks, SingleRank

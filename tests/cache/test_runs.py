@@ -14,7 +14,8 @@ from torch import Tensor
 
 from sae.cache.disk.durable import PARTIAL
 from sae.cache.errors import Busy, DamagedStore, NotFound, SaeError
-from sae.cache.runs import CHECKPOINT, EVALUATION, LATENTS, METRICS, STAGED, WEIGHTS, WEIGHTS_CONFIG, Run
+from sae.cache.metrics_log import METRICS
+from sae.cache.runs import CHECKPOINT, EVALUATION, LATENTS, STAGED, WEIGHTS, WEIGHTS_CONFIG, Run
 
 
 @pytest.fixture

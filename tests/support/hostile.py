@@ -22,7 +22,8 @@ from sae.cache.disk.durable import checksum
 from sae.cache.disk.identity import digest
 from sae.cache.disk.sealed import sealed as sealed_file
 from sae.cache.disk.tensors import read_tensors, write_tensors
-from sae.cache.runs import CHECKPOINT, LATENTS, METRICS, WEIGHTS, WEIGHTS_CONFIG
+from sae.cache.metrics_log import METRICS
+from sae.cache.runs import CHECKPOINT, LATENTS, WEIGHTS, WEIGHTS_CONFIG
 from sae.cache.store.head import RECIPE, head_bytes
 from sae.cache.store.manifest import MANIFEST
 from sae.cache.store.notes import note_bytes

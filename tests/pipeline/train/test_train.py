@@ -42,7 +42,8 @@ from sae.cache.disk.sealed import sealed
 from sae.cache.errors import Busy, DamagedStore, NotFound, SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import Loader
-from sae.cache.runs import CHECKPOINT, FAILURE, METRICS, WEIGHTS, Run
+from sae.cache.metrics_log import METRICS
+from sae.cache.runs import CHECKPOINT, FAILURE, WEIGHTS, Run
 from sae.cache.store.manifest import Windows
 from sae.pipeline.formats import trained
 from sae.pipeline.runtime import cores

@@ -18,7 +18,8 @@ from sae.cache.activations import ActivationStore, ActivationWriter
 from sae.cache.errors import SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import Batches
-from sae.cache.runs import CONFIG, METRICS, Run
+from sae.cache.metrics_log import METRICS
+from sae.cache.runs import CONFIG, Run
 from sae.cache.store.manifest import Windows
 from sae.pipeline.formats import saelens, trained
 from sae.pipeline.runtime.progress import Silent
