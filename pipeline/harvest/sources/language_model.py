@@ -147,11 +147,17 @@ class LanguageModelSource(RowSource):
 
     def recipe(self, stream: Stream, split: str) -> Recipe:
         """In the place of a source and a split: the tokens of that split, the model and which of its activations."""
-        point = self._named[stream.name]
+        point, identity = self._named[stream.name], self.identity()
         return {
-            **self.identity(), "tokens": self.tokens[split].recipe, "layer": point.layer, "site": point.site,
-            "hook": self.model.hook(point), "d": stream.d, "codec": codec_recipe(codec(self.config.codec)),
-        }  # fmt: skip
+            "tokens": self.tokens[split].recipe,
+            "model": identity["model"],
+            "layer": point.layer,
+            "site": point.site,
+            "hook": self.model.hook(point),
+            "d": stream.d,
+            "rows": identity["rows"],
+            "codec": codec_recipe(codec(self.config.codec)),
+        }
 
     def supply(self, split: str, wanted: Amount | None = None) -> Supply:
         tokens = self.tokens[split]
