@@ -9,6 +9,12 @@ each window.
     col_scale  [d]      float32
     truth      [G, d]   float32, where the recipe has `truth`: the features the rows were made of
 
+and of a trained toy model of superposition (where the recipe has `toy`), which made them of coefficients:
+
+    coefficient [N, G]  float32: how much of each feature is in a row
+    weight     [G, d]   float32: what a feature adds to a row, for a coefficient of 1
+    bias       [G]      float32: of the toy's decoder
+
 Rows come in an order that depends on the token store (or the source), the row rule and the window alone, so the rows of
 every site of a model are aligned, whether they were harvested together or apart.
 """
@@ -43,6 +49,8 @@ CHUNK_BYTES = 24 << 20  # buffers of 32 MiB and more are mapped and unmapped at 
 WINDOWS = Windows(first=16_384, largest=524_288)
 MOST_WIDTH = 1 << 22
 MOST_TRUTH = 1 << 32  # values of all true features together
+MOST_TOY = 1 << 12  # features of a toy model, whose coefficients are dense
+WINDOW_COEFFICIENTS = 1 << 26  # of a window that is in memory while it is made
 
 
 def rows_per_chunk(d: int, itemsize: int) -> int:
@@ -64,6 +72,10 @@ class ActivationStore(Store):
         codec_from_recipe(inner(recipe, "codec"))
         if "truth" in recipe:
             whole(recipe, "truth", 0, MOST_TRUTH // d)
+        if "toy" in recipe:
+            whole(recipe, "truth", 1, MOST_TOY)
+            if recipe["toy"] is not True:
+                raise ValueError(f"toy is {shown(recipe['toy'])}, not true")
         if "tokens" not in recipe:
             inner(recipe, "source")
             expect_split(recipe)
@@ -81,7 +93,8 @@ class ActivationStore(Store):
     @classmethod
     def specs(cls, recipe: Recipe) -> list[ArraySpec]:
         codec, d = codec_from_recipe(recipe["codec"]), int(recipe["d"])
-        chunk = rows_per_chunk(d, np.dtype(codec.numpy_dtype).itemsize)
+        truth, toy = int(recipe.get("truth", 0)), "toy" in recipe
+        chunk = rows_per_chunk(max(d * np.dtype(codec.numpy_dtype).itemsize, 4 * truth * toy), 1)
         attributes = {"logical_dtype": codec.logical_dtype} if codec.logical_dtype else {}
         nan = float("nan")
         specs = [
@@ -95,13 +108,22 @@ class ActivationStore(Store):
         ]
         if codec.has_row_scale:
             specs.append(ArraySpec("row_scale", "<f2", (), chunk, ("row",), nan))
-        if truth := int(recipe.get("truth", 0)):
+        if truth:
             specs.append(ArraySpec("truth", "<f4", (d,), truth, ("feature", "dim"), nan, None, grows=False))
+        if toy:
+            specs += [
+                ArraySpec("coefficient", "<f4", (truth,), chunk, ("row", "feature"), nan),
+                ArraySpec("weight", "<f4", (d,), truth, ("feature", "dim"), nan, None, grows=False),
+                ArraySpec("bias", "<f4", (), truth, ("feature",), nan, None, grows=False),
+            ]
         return specs
 
     @classmethod
     def layout(cls, recipe: Recipe) -> Windows:
-        return WINDOWS
+        largest = WINDOWS.largest
+        while "toy" in recipe and largest > WINDOWS.first and largest * recipe["truth"] > WINDOW_COEFFICIENTS:
+            largest //= 2
+        return Windows(WINDOWS.first, largest)
 
     @property
     def d(self) -> int:
@@ -137,11 +159,20 @@ class ActivationStore(Store):
     @property
     def truth(self) -> Tensor | None:
         """The features the rows were made of, float32 [G, d]; None where they are not known."""
-        if "truth" not in self.arrays or not self.n_rows:
+        return self._constant("truth")
+
+    @property
+    def toy(self) -> tuple[Tensor, Tensor] | None:
+        """Weight [G, d] and bias [G] of the toy model that made the rows; None where none did."""
+        weight, bias = self._constant("weight"), self._constant("bias")
+        return None if weight is None or bias is None else (weight, bias)
+
+    def _constant(self, name: str) -> Tensor | None:
+        if name not in self.arrays or not self.n_rows:
             return None
-        truth = self.chunk("truth", 0)
-        self._expect("truth", np.isfinite(truth))
-        return from_numpy(truth.copy())
+        values = self.chunk(name, 0)
+        self._expect(name, np.isfinite(values))
+        return from_numpy(values.copy())
 
     def describe(self) -> dict[str, Any]:
         size = self.manifest.stored_bytes / max(1, self.n_rows)
@@ -183,6 +214,14 @@ class ActivationStore(Store):
         positions = self.read("position", start, stop)
         self._expect("position", positions >= 0)
         return positions
+
+    def coefficients(self, start: int, stop: int) -> Tensor | None:
+        """float32 [stop - start, G]: how much of each feature is in a row; None where that is not stored."""
+        if "coefficient" not in self.arrays:
+            return None
+        values = self.read("coefficient", start, stop)
+        self._expect("coefficient", np.isfinite(values))
+        return from_numpy(values)
 
     def _scales(self, scales: np.ndarray) -> np.ndarray:
         self._expect("row_scale", np.isfinite(scales) & (scales > 0))
@@ -228,12 +267,15 @@ class WindowBuffer:
         self.place = np.argsort(permutation(origin(store.recipe), window, rows))
         self.position = np.empty(rows, np.int64)
         self.norm = torch.empty(rows)
+        toy = "toy" in store.recipe
+        self.coefficient = torch.empty(rows, store.recipe["truth"]) if toy else None
         self._waiting: list[Tensor] = []
         self._rows: Tensor | None = None
         self._scale: Tensor | None = None
 
-    def add(self, rows: Tensor, positions: np.ndarray) -> None:
-        """The next rows [n, d] in token order, and the token each came from [n]."""
+    def add(self, rows: Tensor, positions: np.ndarray, coefficients: Tensor | None = None) -> None:
+        """The next rows [n, d] in token order, the token each came from [n], and of a toy's [n, G] coefficients."""
+        assert (coefficients is None) == (self.coefficient is None)
         assert len(rows) == len(positions) and self.filled + len(rows) <= len(self.place)
         if not rows.isfinite().all():
             recipe = self.store.recipe
@@ -242,6 +284,8 @@ class WindowBuffer:
             raise SaeError(f"{name}: activations hold NaN or infinity")
         place = self.place[self.filled : self.filled + len(rows)]
         self.position[place] = positions
+        if self.coefficient is not None and coefficients is not None:
+            self.coefficient[from_numpy(place)] = coefficients
         self.filled += len(rows)
         if self.columns is None:
             self._waiting.append(rows.float().clone())
@@ -254,24 +298,29 @@ class WindowBuffer:
         import torch
 
         assert start < stop <= self.filled
-        if self.columns is None:
-            return [torch.cat(self._waiting)[start:stop].cpu().numpy()]
         place = from_numpy(self.place[start:stop])
+        of_toy = [] if self.coefficient is None else [self.coefficient[place].numpy()]
+        if self.columns is None:
+            return [*of_toy, torch.cat(self._waiting)[start:stop].cpu().numpy()]
         kept = [self._rows, self.norm] + ([] if self._scale is None else [self._scale])
-        return [to_numpy(values[place]) for values in kept if values is not None]
+        return [*of_toy, *(to_numpy(values[place]) for values in kept if values is not None)]
 
     def shapes(self, rows: int) -> list[scratch.Shape]:
         """Types and axes of what `made` says of so many rows."""
         specs = self.store.arrays
-        if self.columns is None:
-            return [("<f4", (rows, self.store.d))]
+        of_toy = [] if self.coefficient is None else ["coefficient"]
         stored = ["rows", "row_norm"] + (["row_scale"] if self.store.codec.has_row_scale else [])
-        return [(specs[name].dtype, (rows, *specs[name].row_shape)) for name in stored]
+        names = of_toy if self.columns is None else of_toy + stored
+        waiting: list[scratch.Shape] = [("<f4", (rows, self.store.d))] if self.columns is None else []
+        return [*((specs[name].dtype, (rows, *specs[name].row_shape)) for name in names), *waiting]
 
     def take(self, made: list[np.ndarray], positions: np.ndarray, device: torch.device) -> None:
         """The next rows in token order, as `made` gave them; the model that computes the others is on `device`."""
-        rows, *beside = map(from_numpy, made)
         place = self.place[self.filled : self.filled + len(positions)]
+        if self.coefficient is not None:
+            self.coefficient[from_numpy(place)] = from_numpy(made[0])
+            made = made[1:]
+        rows, *beside = map(from_numpy, made)
         self.position[place] = positions
         self.filled += len(positions)
         if self.columns is None:
@@ -294,6 +343,8 @@ class WindowBuffer:
         assert self._rows is not None
         arrays["rows"] = to_numpy(self._rows)
         arrays["row_norm"] = self.norm.numpy()
+        if self.coefficient is not None:
+            arrays["coefficient"] = self.coefficient.numpy()
         if self._scale is not None:
             arrays["row_scale"] = self._scale.numpy()
         return arrays

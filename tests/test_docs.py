@@ -23,6 +23,7 @@ from sae.pipeline.evaluate.stage import EvalConfig
 from sae.pipeline.harvest.sources.language_model import HarvestConfig
 from sae.pipeline.harvest.sources.synthetic import SyntheticConfig
 from sae.pipeline.harvest.sources.table import TableConfig
+from sae.pipeline.harvest.sources.toy import ToyConfig
 from sae.pipeline.interpret.features import FeaturesConfig
 from sae.pipeline.saes import ARCHITECTURES
 from sae.pipeline.studies.study import settings as study_settings
@@ -35,6 +36,7 @@ STAGES: dict[str, type[BaseModel]] = {
     "report": FeaturesConfig,
 }  # fmt: skip
 EVERY = {**STAGES, "synthesize": SyntheticConfig, "report": FeaturesConfig, "study": study_settings()}
+OTHERS = {"harvest": [TableConfig], "synthesize": [ToyConfig]}  # classes told apart by a tag
 
 
 def commands(group: Any = None, prefix: str = "sae") -> Iterator[tuple[str, Any]]:
@@ -92,7 +94,7 @@ def test_everything_reads_the_same_everywhere() -> None:
     """An option means one thing: with one help, one variable and one default wherever it is, but for the listed."""
     own = {
         "tokens", "rows", "seed", "activations", "workers", "store", "stores", "model", "name", "source", "tokenizer",
-        "site", "layer",
+        "site", "layer", "features", "probability", "steps", "codec",
     }  # fmt: skip
     seen: dict[str, set[tuple[Any, ...]]] = {}
     for command in COMMANDS.values():
@@ -102,26 +104,30 @@ def test_everything_reads_the_same_everywhere() -> None:
     assert all("json_" in {p.name for p in c.params} or "json" in {p.name for p in c.params} for c in COMMANDS.values())
 
 
-def in_its_class(path: str) -> list[Any]:
-    """The fields that a setting is in its stage's class, one for every class of a union that has it."""
+def in_its_class(path: str) -> list[tuple[str, Any]]:
+    """The fields that a setting is in its stage's class, one for every class of a union that has it, and its name."""
     section, *way, name = path.split(".")
-    models = [EVERY[section], TableConfig] if section == "harvest" else [EVERY[section]]
+    models = [EVERY[section], *OTHERS.get(section, [])]
     for key in way:
         models = [kind for one in models if key in one.model_fields for kind in configs.inner_models(one, key)]
-    return [one.model_fields[name] for one in models if name in one.model_fields]
+    return [(one.__name__, one.model_fields[name]) for one in models if name in one.model_fields]
 
 
 @pytest.mark.parametrize("path", sorted(DECLARED))
 def test_options_say_what_the_class_of_their_setting_says(path: str) -> None:
     """They are made of the text of that class; this is the class itself."""
-    read, fields = described(path), in_its_class(path)
+    fields = in_its_class(path)
     assert fields
-    for field in fields:
-        assert (field.description, field.default) == (read.description, read.default)
     helps = {p.help for c in COMMANDS.values() for p in c.params if DECLARED[path] in p.opts}
-    text = voice.typed(re.split("; (?:null|unset): ", read.description)[0])[1:]
-    flag = read.kind == "bool"
-    assert any(text in (help or "") and (flag or "Default: " in (help or "")) for help in helps)
+    for kind, field in fields:
+        try:
+            read = described(path, of=kind if path.split(".")[:-1] == ["synthesize"] else None)
+        except KeyError:  # the class has it from its base
+            read = described(path, of="SourceConfig")
+        assert (field.description, field.default) == (read.description, read.default)
+        text = voice.typed(re.split("; (?:null|unset): ", read.description)[0])[1:]
+        flag = read.kind == "bool"
+        assert any(text in (help or "") and (flag or "Default: " in (help or "")) for help in helps)
 
 
 def test_every_setting_is_listed() -> None:

@@ -16,6 +16,7 @@ from sae.cache.store.store import HINTS, REQUEST, VOCABULARY
 FILES = {RECIPE, MANIFEST, REQUEST, HINTS, LOCK, VOCABULARY, "zarr.json"}
 ARRAYS = (
     "tokens", "document", "length", "rows", "row_scale", "row_norm", "position", "col_mean", "col_scale", "truth",
+    "coefficient", "weight", "bias",
 )  # fmt: skip
 CHUNK = re.compile(rf"(?:{'|'.join(ARRAYS)})/c/\d+(?:/0)*")
 LEASE = re.compile(rf"lease-[0-9a-f]{{16}}{re.escape(PARTIAL)}")

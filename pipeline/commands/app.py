@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from sae.cache.disk.paths import outage
 from sae.cache.errors import SaeError
-from sae.pipeline.commands import cache, study
+from sae.pipeline.commands import cache, study, synthesize
 from sae.pipeline.commands.compare import compare
 from sae.pipeline.commands.demo import demo
 from sae.pipeline.commands.evaluate import evaluate
@@ -24,7 +24,6 @@ from sae.pipeline.commands.harvest import harvest
 from sae.pipeline.commands.list import list_
 from sae.pipeline.commands.options import expanded
 from sae.pipeline.commands.report import report
-from sae.pipeline.commands.synthesize import synthesize
 from sae.pipeline.commands.tokenize import tokenize
 from sae.pipeline.commands.train import train
 from sae.pipeline.commands.words import Command
@@ -55,6 +54,7 @@ app = typer.Typer(
 )
 app.add_typer(cache.app, name="cache")
 app.add_typer(study.app, name="study")
+app.add_typer(synthesize.app, name="synthesize")
 
 
 class Exit(IntEnum):
@@ -68,7 +68,6 @@ class Exit(IntEnum):
 VERBS: dict[str, Callable[..., None]] = {
     "tokenize": tokenize,
     "harvest": harvest,
-    "synthesize": synthesize,
     "train": train,
     "eval": evaluate,
     "report": report,
@@ -122,7 +121,7 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or torch_says
 
 
-for group in (app, cache.app):
+for group in (app, cache.app, synthesize.app):
     for registered in group.registered_commands:
         registered.cls = Command
 

@@ -17,7 +17,7 @@ from sae.pipeline.commands.words import AMOUNT, LIST, amount, numbers, several, 
 CLASSES = {  # room and names of the classes that hold the settings below a path
     "tokenize": ("tokenize", ["TokenizeConfig"]),
     "harvest": ("harvest", ["HarvestConfig", "TableConfig", "SourceConfig"]),
-    "synthesize": ("harvest", ["SyntheticConfig", "SourceConfig"]),
+    "synthesize": ("harvest", ["SyntheticConfig", "ToyConfig", "SourceConfig"]),
     "synthesize.presence": ("harvest", ["Groups", "Independent"]),
     "train": ("train", ["TrainConfig"]),
     "train.sae": ("saes", ["Config", "FixedKConfig"]),
@@ -51,13 +51,16 @@ class SettingOption(NamedTuple):
     read: Callable[[Any], Any]
 
 
-def described(path: str) -> Setting:
-    """Return what the class of a setting says of it, as train.sae.k. Raises KeyError for a path that is no setting's."""
+def described(path: str, of: str | None = None) -> Setting:
+    """Return what the class of a setting says of it, as train.sae.k. Raises KeyError for a path that is no setting's.
+
+    of: the class that is asked first, where several have settings of the same path.
+    """
     owner, _, name = path.rpartition(".")
     if owner.startswith("study."):
         return studies()[owner.removeprefix("study.")].settings[name]
     room, classes = CLASSES[owner]
-    for kind in classes:
+    for kind in classes if of is None else (of, *classes):
         if name in (settings := declared(f"sae.pipeline.{room}", kind).settings):
             return settings[name]
     raise KeyError(path)
@@ -68,17 +71,17 @@ def studies() -> dict[str, Declared]:
     return registered("sae.pipeline.studies.study.STUDIES")
 
 
-def option(said: str) -> SettingOption:
+def option(said: str, of: str | None = None) -> SettingOption:
     """Make the option of a setting, as `train.lr`; with another word for its value than usual, as `report.top COUNT`.
 
-    The option of a flag turns its setting into what it is not by default.
+    The option of a flag turns its setting into what it is not by default. `of` is that of `described`.
     """
     path, _, metavar = said.partition(" ")
     name = FLAGS.get(path, path.rpartition(".")[2])
     flag = f"--{name.replace('_', '-')}"
     if path in CHOICES:
         return _option(name, str | None, typer.Option(flag, metavar="NAME", help=CHOICES[path]))
-    setting = described(path)
+    setting = described(path, of)
     text = _help(setting, UNSAID.get(path))
     if setting.kind == "bool":
         flag = f"--no-{flag[2:]}" if setting.default is True else flag

@@ -180,9 +180,12 @@ class Group(NamedTuple):
     made: Callable[[dict[str, Any]], Any]
 
 
-def said_of(*settings: str) -> Group:
-    """Declare an argument `Said`: the options of these settings, then `--preset`, `--config` and `--set`."""
-    every = {setting.partition(" ")[0]: option(setting) for setting in settings}
+def said_of(*settings: str, of: str | None = None) -> Group:
+    """Declare an argument `Said`: the options of these settings, then `--preset`, `--config` and `--set`.
+
+    of: the class that describes them first, where several have settings of the same path.
+    """
+    every = {setting.partition(" ")[0]: option(setting, of) for setting in settings}
 
     def made(typed: dict[str, Any]) -> Said:
         read = {path: one.read(typed[one.parameter.name]) for path, one in every.items()}

@@ -40,13 +40,14 @@ def every_setting() -> list[dict[str, str]]:
     from sae.pipeline.evaluate.stage import EvalConfig
     from sae.pipeline.harvest.sources import settings_of_sources
     from sae.pipeline.harvest.sources.synthetic import SyntheticConfig
+    from sae.pipeline.harvest.sources.toy import ToyConfig
     from sae.pipeline.interpret.features import FeaturesConfig
     from sae.pipeline.studies.study import settings as study_settings
     from sae.pipeline.tokenize.stage import TokenizeConfig
     from sae.pipeline.train.stage import TrainConfig
 
     classes: list[Sequence[type[BaseModel]]] = [
-        [TokenizeConfig], settings_of_sources(), [SyntheticConfig], [TrainConfig], [EvalConfig], [FeaturesConfig],
+        [TokenizeConfig], settings_of_sources(), [SyntheticConfig, ToyConfig], [TrainConfig], [EvalConfig], [FeaturesConfig],
         [study_settings()],
     ]  # fmt: skip
     stages = dict(zip(configs.SECTIONS, classes, strict=True))

@@ -9,13 +9,16 @@ from sae.cache.errors import DamagedStore, SaeError
 REMEDY = "; `verify(repair=True)` makes it again, `remove()` removes the store"
 
 
-def show_stores(stores: list[Any], json: bool, name: str, extra: Callable[[Any], int]) -> None:
-    """The stores a stage made, with one figure more: a table or JSON."""
+def show_stores(
+    stores: list[Any], json: bool, name: str, extra: Callable[[Any], int], about: dict[str, Any] | None = None
+) -> None:
+    """The stores a stage made, with one figure more, and what there is to say about them all: a table or JSON."""
     from sae.cache import catalogue
     from sae.pipeline.commands import console
 
     if json:
-        console.as_json({"stores": [{**catalogue.entry(store).as_json(), name: extra(store)} for store in stores]})
+        listed = [{**catalogue.entry(store).as_json(), name: extra(store)} for store in stores]
+        console.as_json({"stores": listed, **(about or {})})
         return
     rows = [[s.key, s.n_rows, extra(s), console.size(s.manifest.stored_bytes)] for s in stores]
     console.table("stores", ["key", "rows", name, "size"], rows)

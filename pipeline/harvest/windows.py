@@ -26,7 +26,7 @@ from sae.cache.store.manifest import Window
 from sae.cache.store.writer import write_window
 from sae.pipeline.harvest.keeping import Keeper
 from sae.pipeline.harvest.keeping import Window as KeptWindow
-from sae.pipeline.harvest.sources import RowSource, WindowTask
+from sae.pipeline.harvest.sources import RowSource, Stream, WindowTask
 from sae.pipeline.parallel.dask_workers import versions
 
 PATIENCE = 5.0  # seconds a network file system may take to show a new file
@@ -63,16 +63,23 @@ def compute(
         if not lacking:
             continue
         for name, values in part.values(lacking):
-            buffers[name].add(values, part.position)
+            of_toy = None if part.coefficients is None else part.coefficients(name)
+            buffers[name].add(values, part.position, of_toy)
         done(len(part.position))
         if window is not None:
             window.after_batch()
     arrays = {name: buffer.arrays() for name, buffer in buffers.items()}
     if task.window == 0:
-        truths = {stream.name: stream.truth for stream in source.streams if stream.truth is not None}
-        for name in arrays.keys() & truths.keys():
-            arrays[name]["truth"] = truths[name].numpy()
+        for stream in source.streams:
+            if stream.name in arrays:
+                arrays[stream.name] |= _constants(stream)
     return arrays
+
+
+def _constants(stream: Stream) -> Arrays:
+    """What is known of how the rows were made, which window 0 has."""
+    truth = {} if stream.truth is None else {"truth": stream.truth.numpy()}
+    return truth if stream.toy is None else {**truth, "weight": stream.toy[0].numpy(), "bias": stream.toy[1].numpy()}
 
 
 @dataclass(frozen=True)

@@ -31,21 +31,24 @@ TokenPosition = tuple[int, ...]  # where a window begins; what the numbers mean 
 
 class Stream(NamedTuple):
     """Rows of one kind: `name` is unique within the source, `d` their width, `truth` [G, d] the features they were made
-    of, where those are known."""
+    of, where those are known, and `toy` the weight [G, d] and the bias [G] of the toy model that made them."""
 
     name: str
     d: int
     truth: Tensor | None = None
+    toy: tuple[Tensor, Tensor] | None = None
 
 
 class Rows(NamedTuple):
     """The next rows of a window: `position` int64 [n] says which they are in the source, `values(names)` computes them.
 
     It gives (stream, [n, d]) for each of the streams asked for, and is not called where nobody lacks these rows.
+    `coefficients(name)` float32 [n, G] are those that a toy model made a stream's rows of.
     """
 
     position: np.ndarray
     values: Callable[[Sequence[str]], Iterable[tuple[str, Tensor]]]
+    coefficients: Callable[[str], Tensor] | None = None
 
 
 class Supply(NamedTuple):
@@ -145,6 +148,10 @@ class RowSource(ABC):
         """Where this machine has what the recipe names."""
         return {}
 
+    def about(self) -> dict[str, Any]:
+        """What there is to know of the source that no row says, as JSON."""
+        return {}
+
     def ready(self, split: str, progress: Progress) -> AbstractContextManager[None]:
         """Holds what the source reads for a split; raises SaeError where that cannot be harvested."""
         return nullcontext()
@@ -165,6 +172,7 @@ class RowSource(ABC):
             **({"stream": stream.name} if self.several else {}),
             "d": stream.d,
             **({} if stream.truth is None else {"truth": len(stream.truth)}),
+            **({} if stream.toy is None else {"toy": True}),
             "codec": codec_recipe(codec(self.config.codec)),
         }
 

@@ -10,7 +10,6 @@ Held-out samples are those from `HELD_OUT` on, of the same features.
 Given up: coefficients that depend on each other, and a probability of its own for each feature.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Annotated, ClassVar, Literal, NamedTuple, Self
@@ -25,6 +24,7 @@ from sae.cache.activations import ActivationStore
 from sae.cache.disk.identity import Recipe
 from sae.cache.errors import SaeError
 from sae.configs.base import MOST, Amount, Settings
+from sae.pipeline.harvest.draws import normal, seeded, uniform
 from sae.pipeline.runtime.origins import Origins
 from sae.pipeline.runtime.progress import Progress
 
@@ -59,8 +59,8 @@ class Groups(Settings):
         The smallest of exponential waiting times are a weighted draw of distinct ones (Efraimidis and Spirakis, 2006).
         """
         table, wait = _members(self, features)
-        group = (_uniform(bits("group"), n) * self.groups).astype(np.int64)
-        keys = -np.log(_uniform(bits("members"), n * table.shape[1])).reshape(n, -1) * wait[group]
+        group = (uniform(bits("group"), n) * self.groups).astype(np.int64)
+        keys = -np.log(uniform(bits("members"), n * table.shape[1])).reshape(n, -1) * wait[group]
         first = np.argsort(keys, axis=1, kind="stable")[:, : self.active]
         return np.arange(n + 1) * self.active, table[group[:, None], first].reshape(-1)
 
@@ -81,7 +81,7 @@ class Independent(Settings):
         expected = coins * self.probability
         source, places, last = bits("presence"), [], -1
         while last < coins:
-            gaps = np.log(_uniform(source, int(expected + 6 * expected**0.5) + 1)) / np.log1p(-self.probability)
+            gaps = np.log(uniform(source, int(expected + 6 * expected**0.5) + 1)) / np.log1p(-self.probability)
             places.append(last + np.cumsum(np.minimum(gaps, coins).astype(np.int64) + 1))
             last = int(places[-1][-1])
         heads = np.concatenate(places)
@@ -145,7 +145,7 @@ class GroundTruth:
 
     def __init__(self, config: SyntheticConfig) -> None:
         self.config = config
-        directions = _normal(self._bits("features", 0), config.features * config.d).reshape(config.features, config.d)
+        directions = normal(self._bits("features", 0), config.features * config.d).reshape(config.features, config.d)
         directions /= np.linalg.norm(directions, axis=1, keepdims=True)
         self.features = torch.from_numpy(directions.astype(np.float32))
         self._block = BLOCK
@@ -167,20 +167,19 @@ class GroundTruth:
         begin, n = block * self._block, self._block
         low, high = max(first - begin, 0), min(stop - begin, n)
         start, feature = self.config.presence.draw(lambda what: self._bits(what, block), n, self.config.features)
-        value = _uniform(self._bits("coefficients", block), len(feature)).astype(np.float32)
+        value = uniform(self._bits("coefficients", block), len(feature)).astype(np.float32)
         made = Coefficients(start, feature, value).part(low, high)
         rows = embedding_bag(
             torch.from_numpy(made.feature), self.features, torch.from_numpy(made.start[:-1]), mode="sum",
             per_sample_weights=torch.from_numpy(made.value),
         )  # fmt: skip
         if self.config.noise:
-            noise = _normal(self._bits("noise", block), n * self.config.d).reshape(n, -1)[low:high]
+            noise = normal(self._bits("noise", block), n * self.config.d).reshape(n, -1)[low:high]
             rows += torch.from_numpy((self.config.noise * noise).astype(np.float32))
         return rows, made
 
     def _bits(self, purpose: str, block: int) -> np.random.PCG64:
-        text = f"synthetic {GENERATOR} {self.config.seed} {purpose} {block}"
-        return np.random.PCG64(int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little"))
+        return seeded(f"synthetic {GENERATOR} {self.config.seed} {purpose} {block}")
 
 
 @lru_cache(maxsize=1)
@@ -250,15 +249,3 @@ def _members(presence: Groups, features: int) -> tuple[np.ndarray, np.ndarray]:
         row[: len(group)] = group
     rarity = np.exp(np.minimum(-np.arange(largest) * np.log(presence.decay), EXPONENT))
     return table, np.where(table < 0, np.inf, rarity)
-
-
-def _uniform(bits: np.random.PCG64, n: int) -> np.ndarray:
-    """float64 [n], above 0 and below 1."""
-    return ((bits.random_raw(n) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
-
-
-def _normal(bits: np.random.PCG64, n: int) -> np.ndarray:
-    """float64 [n] of variance 1 (Box and Muller, 1958)."""
-    half = -(-n // 2)
-    radius, angle = np.sqrt(-2 * np.log(_uniform(bits, half))), 2 * np.pi * _uniform(bits, half)
-    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:n]

@@ -47,12 +47,14 @@ class TableConfig(SourceConfig):
     table: str | None = Field(
         None,
         description="file of rows that are there already, in the place of a model's: .npy, .npz, .safetensors, "
-        ".parquet, .csv, .tsv or Zarr; unset: none",
+        ".parquet, .arrow, .feather, .csv, .tsv or Zarr; unset: none",
     )
     array: str | None = Field(
         None, description="which array of an .npz, a .safetensors or a Zarr group, where there are several"
     )
-    columns: tuple[str, ...] = Field((), description="columns of a parquet or CSV file, in this order; [] is all")
+    columns: tuple[str, ...] = Field(
+        (), description="columns of a parquet, Arrow or CSV file, in this order; [] is all"
+    )
     train_rows: Amount = Field("all", description="training rows, rounded up to a whole window, or all")
     validation: float = Field(0.05, ge=0, lt=1, description="share of the rows that is held out")
     seed: int = Field(0, ge=0, description="seed of the choice of the held-out rows")
@@ -80,7 +82,7 @@ class Opener:
 
 @register
 class TableSource(RowSource):
-    """Rows [n, d] of a file: .npy, .npz, .safetensors, .parquet, .csv, .tsv or Zarr; see `sae harvest --table`."""
+    """Rows [n, d] of a file: .npy, .npz, .safetensors, .parquet, Arrow, .csv, .tsv, Zarr; see `sae synthesize rows`."""
 
     name: ClassVar[str] = "table"
     settings: ClassVar[type[SourceConfig]] = TableConfig

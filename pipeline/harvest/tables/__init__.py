@@ -7,7 +7,7 @@ from sae.cache.errors import SaeError
 
 from .arrays import Npz, npy, safetensors, zarr_array
 from .base import Table, readable
-from .columns import Parquet, Text
+from .columns import Arrow, Parquet, Text
 
 __all__ = ["KINDS", "Table", "opened"]
 
@@ -17,10 +17,13 @@ KINDS: dict[str, Open] = {
     ".npz": lambda path, array, columns: Npz(path, array),
     ".safetensors": safetensors,
     ".parquet": lambda path, array, columns: Parquet(path, columns),
+    ".arrow": lambda path, array, columns: Arrow(path, columns),
+    ".feather": lambda path, array, columns: Arrow(path, columns),
     ".csv": lambda path, array, columns: Text(path, columns, ","),
     ".tsv": lambda path, array, columns: Text(path, columns, "\t"),
     ".zarr": zarr_array,
 }
+COLUMNS = (".parquet", ".arrow", ".feather", ".csv", ".tsv")  # kinds whose columns have names
 
 
 def opened(path: Path, array: str | None, columns: Sequence[str]) -> Table:
@@ -34,7 +37,7 @@ def opened(path: Path, array: str | None, columns: Sequence[str]) -> Table:
         raise SaeError(f"{where}: is no table; give one of {', '.join(KINDS)} (of other formats, numpy.save makes one)")
     if array is not None and kind not in (".npz", ".safetensors", ".zarr"):
         raise SaeError(f"harvest.array = {array}: a {kind} file has one table; leave it out")
-    if columns and kind not in (".parquet", ".csv", ".tsv"):
+    if columns and kind not in COLUMNS:
         raise SaeError(f"harvest.columns = {list(columns)}: a {kind} file has no names of columns; leave them out")
     with readable(path):
         return KINDS[kind](path, array, columns)

@@ -1,7 +1,9 @@
-"""Columns of numbers: .parquet, .csv, .tsv."""
+"""Columns of numbers: .parquet, .arrow, .feather, .csv, .tsv."""
 
 import io
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,14 @@ from .base import Table, listed
 LINES = 8192  # of text in a block
 
 
-class Parquet(Table):
-    """Columns of numbers, or one column of lists as long as each other."""
+class Columns(Table):
+    """Columns of numbers, or one column of lists as long as each other, in batches of Arrow's."""
 
-    def __init__(self, path: Path, columns: Sequence[str]) -> None:
-        import pyarrow.parquet
+    def choose(self, schema: Any, columns: Sequence[str]) -> None:
+        """Take up which columns are meant. Raises SaeError where they are not there, or no numbers."""
+        import pyarrow
 
-        super().__init__(path)
-        self._file = pyarrow.parquet.ParquetFile(path)
-        types = {one.name: one.type for one in self._file.schema_arrow}
+        types = {one.name: one.type for one in schema}
         if unknown := [name for name in columns if name not in types]:
             raise SaeError(f"{self.where}: has no column {unknown[0]!r}; there is {listed(types)}")
         self._columns = list(columns or types)
@@ -37,28 +38,33 @@ class Parquet(Table):
                 f"{self.where}: column {others[0]!r} holds {types[others[0]]}; name the columns of numbers (or one of "
                 "lists) with `harvest.columns = [a, b]`"
             )
-        rows = self._file.metadata.num_rows
-        self.d, self.n = len(self._columns), rows
-        if self._nested and rows:
-            first = next(self._file.iter_batches(1, columns=self._columns)).column(0)[0].as_py()
-            self.d = len(first or ())
-        self.expect_rows((rows, self.d))
-        groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
-        self._starts = np.cumsum([0, *groups])
+
+    def measure(self, sizes: Sequence[int]) -> None:
+        """Take up the rows of each part, and how wide they are."""
+        self._starts = np.cumsum([0, *sizes])
+        self.d, self.n = len(self._columns), int(self._starts[-1])
+        if self._nested and self.n:
+            first = next(batch for batch in self.batches(0, 1) if len(batch))
+            self.d = len(first.column(self._columns[0])[0].as_py() or ())
+        self.expect_rows((self.n, self.d))
+
+    @abstractmethod
+    def batches(self, part: int, step: int) -> Iterator[Any]:
+        """Record batches of up to `step` rows, from the first row of a part on."""
 
     def blocks(self, start: int) -> Iterator[tuple[int, np.ndarray]]:
-        group = int(np.searchsorted(self._starts, start, "right")) - 1
-        first = int(self._starts[group])
-        groups = range(group, self._file.num_row_groups)
-        for batch in self._file.iter_batches(self.step(8), row_groups=groups, columns=self._columns):
+        part = int(np.searchsorted(self._starts, start, "right")) - 1
+        first = int(self._starts[part])
+        for batch in self.batches(part, self.step(8)):
             if first + len(batch) > start:
                 yield first, self._matrix(batch, first)
             first += len(batch)
 
     def _matrix(self, batch: Any, first: int) -> np.ndarray:
+        columns = [batch.column(name) for name in self._columns]
         if not self._nested:
-            return np.stack([batch.column(name).to_numpy(zero_copy_only=False) for name in self._columns], axis=1)
-        lists = batch.column(0)
+            return np.stack([column.to_numpy(zero_copy_only=False) for column in columns], axis=1)
+        (lists,) = columns
         lengths = np.asarray(lists.value_lengths().fill_null(0))
         if (wrong := np.flatnonzero(lengths != self.d)).size:
             row = int(wrong[0])
@@ -70,6 +76,55 @@ class Parquet(Table):
         numbers = values.to_numpy(zero_copy_only=False)
         self.expect_numbers(numbers.dtype, f"{self._columns[0]} ")
         return numbers.reshape(-1, self.d)
+
+
+class Parquet(Columns):
+    """A Parquet file, whose parts are its row groups."""
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        import pyarrow.parquet
+
+        super().__init__(path)
+        self._file = pyarrow.parquet.ParquetFile(path)
+        self.choose(self._file.schema_arrow, columns)
+        self.measure([self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)])
+
+    def batches(self, part: int, step: int) -> Iterator[Any]:
+        groups = range(part, self._file.num_row_groups)
+        return self._file.iter_batches(step, row_groups=groups, columns=self._columns)
+
+
+class Arrow(Columns):
+    """Arrow's record batches, as a file (Feather, too) or as a stream, mapped into memory and not read at once."""
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        super().__init__(path)
+        with self._opened() as reader:
+            self.choose(reader.schema, columns)
+        self.measure([len(batch) for batch in self._every(0)])
+
+    def batches(self, part: int, step: int) -> Iterator[Any]:
+        for batch in self._every(part):
+            for low in range(0, len(batch), step):
+                yield batch.slice(low, step)
+
+    def _every(self, part: int) -> Iterator[Any]:
+        """The record batches from one on, as they are in the file."""
+        with self._opened() as reader:
+            if hasattr(reader, "num_record_batches"):
+                yield from map(reader.get_batch, range(part, reader.num_record_batches))
+            else:
+                yield from islice(reader, part, None)
+
+    def _opened(self) -> Any:
+        import pyarrow
+        from pyarrow import ipc
+
+        mapped = pyarrow.memory_map(str(self.path))
+        if mapped.read(6) == b"ARROW1":
+            return ipc.open_file(mapped)
+        mapped.seek(0)
+        return ipc.open_stream(mapped)
 
 
 class Text(Table):

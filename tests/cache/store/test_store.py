@@ -137,8 +137,8 @@ def table(marker: str) -> list[list[str]]:
 def as_line(kind: str, spec: ArraySpec, width: str) -> list[str]:
     """A specification as the page's table has it."""
     fill = "NaN" if spec.fill != spec.fill else str(spec.fill)
-    chunk = "C" if spec.grows else f"{'G' if spec.name == 'truth' else 'd'}, all in one"
-    row = f"[{width}]" if spec.row_shape else "[]"
+    chunk = "C" if spec.grows else f"{'G' if spec.dimension_names[0] == 'feature' else 'd'}, all in one"
+    row = f"[{'G' if spec.dimension_names[-1] == 'feature' else width}]" if spec.row_shape else "[]"
     compressor = "none" if spec.zstd is None else f"zstd {spec.zstd}"
     return [kind, spec.name, NAMES[spec.dtype], row, chunk, ", ".join(spec.dimension_names), fill, compressor]
 
@@ -150,9 +150,10 @@ def test_the_pages_table_is_the_codes() -> None:
             kind = f"tokens, {words}" if spec.name == "tokens" else "tokens"
             found.add(tuple(as_line(kind, spec, "T")))
     for codec in ("int8", "bfloat16", "float16", "float32"):
-        for spec in ActivationStore.specs({**activation_recipe(7, codec), "truth": 5}):
+        for spec in ActivationStore.specs({**activation_recipe(7, codec), "truth": 5, "toy": True}):
             own = f", codec {codec}" if spec.name in ("rows", "row_scale") else ""
             own = ", synthetic" if spec.name == "truth" else own
+            own = ", toy" if spec.name in ("coefficient", "weight", "bias") else own
             found.add(tuple(as_line(f"activations{own}", spec, "d")))
     assert sorted(found) == sorted(map(tuple, table("arrays")))
 

@@ -158,7 +158,7 @@ def test_the_same_on_any_number_of_threads() -> None:
 def test_blocks_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a sample takes many random numbers, fewer are drawn at once."""
     largest = 0
-    uniform = synthetic._uniform
+    uniform = synthetic.uniform
 
     def watched(bits: np.random.PCG64, n: int) -> np.ndarray:
         nonlocal largest
@@ -167,7 +167,7 @@ def test_blocks_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(synthetic, "BLOCK_KEYS", 1 << 12)
     wide = GroundTruth(SyntheticConfig(d=2, features=1000, presence=Groups(groups=1, active=2)))
-    monkeypatch.setattr(synthetic, "_uniform", watched)
+    monkeypatch.setattr(synthetic, "uniform", watched)
     rows, made = wide.draw(50, 100)
     assert rows.shape == (100, 2) and len(made.value) == 200
     assert 1000 < largest <= 1 << 12
@@ -444,7 +444,7 @@ def test_the_defaults_that_the_help_states() -> None:
     commands: Any = typer.main.get_command(app)
     stated = {
         param.name: re.search(r"Default: (\S+)\.(?: Write|$)", param.help)
-        for param in commands.commands["synthesize"].params
+        for param in commands.commands["synthesize"].commands["features"].params
         if param.name in defaults
     }
     assert stated.keys() == {

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import zarr
+from pyarrow import feather
 from safetensors.torch import save_file
 from support.command_line import done, sae
 from support.small_stores import files, shrunk
@@ -57,6 +58,14 @@ def to_zarr(path: Path, rows: np.ndarray) -> None:
     zarr.create_array(str(path), shape=rows.shape, chunks=(13, 4), dtype="f4")[:] = rows
 
 
+def to_arrow(path: Path, table: pa.Table, new: Callable[..., Any]) -> None:
+    """In batches of several sizes, an empty one among them."""
+    with pa.OSFile(str(path), "wb") as file, new(file, table.schema) as writer:
+        for low, high in ((0, 1), (1, 1), (1, 200), (200, table.num_rows)):
+            part = table.slice(low, high - low).combine_chunks().to_batches()
+            writer.write_batch(part[0] if part else pa.RecordBatch.from_pylist([], schema=table.schema))
+
+
 WRITERS: dict[str, Callable[[Path, np.ndarray], Any]] = {
     "x.npy": np.save,
     "fortran.npy": lambda path, rows: np.save(path, np.asfortranarray(rows)),
@@ -66,6 +75,9 @@ WRITERS: dict[str, Callable[[Path, np.ndarray], Any]] = {
     "x.safetensors": lambda path, rows: save_file({"a": torch.from_numpy(rows), "b": torch.ones(2)}, path),
     "x.parquet": lambda path, rows: pq.write_table(frame(rows), path, row_group_size=31),
     "list.parquet": lambda path, rows: pq.write_table(nested(rows), path, row_group_size=31),
+    "x.arrow": lambda path, rows: to_arrow(path, frame(rows), pa.ipc.new_file),
+    "stream.arrow": lambda path, rows: to_arrow(path, nested(rows), pa.ipc.new_stream),
+    "x.feather": lambda path, rows: feather.write_feather(frame(rows), path, compression="zstd", chunksize=17),
     "x.csv": lambda path, rows: path.write_text(lines(rows, ",")),
     "named.tsv": lambda path, rows: path.write_text(lines(rows, "\t", "\t".join("abcdef") + "\n") + "\n\n"),
     "crlf.csv": lambda path, rows: path.write_bytes(b"\xef\xbb\xbf" + lines(rows, ",").replace("\n", "\r\n").encode()),
@@ -143,7 +155,24 @@ def test_fewer_rows_are_the_beginning_of_all(tmp_path: Path, rows: np.ndarray) -
     assert files(store.path) == files(tmp_path / "grown" / "activations" / store.key)
 
 
+def cut(path: Path) -> None:
+    to_arrow(path, frame(np.ones((N, D), np.float32)), pa.ipc.new_stream)
+    path.write_bytes(path.read_bytes()[:-3000])
+
+
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no.arrow": (lambda p: p.write_bytes(b"nothing of Arrow's"), "cannot be read ("),
+    "none.feather": (lambda p: p.write_bytes(b""), "cannot be read ("),
+    "cut.arrow": (cut, "cannot be read ("),
+    "names.arrow": (lambda p: to_arrow(p, pa.table({"c": ["x"] * N}), pa.ipc.new_file), "column 'c' holds string"),
+    "holes.arrow": (
+        lambda p: to_arrow(p, pa.table({"c": [1.0] * 3 + [None] * N}), pa.ipc.new_file),
+        "row 3 has nan in column 0",
+    ),
+    "uneven.arrow": (
+        lambda p: to_arrow(p, pa.table({"e": [[1.0, 2.0]] * 4 + [[1.0]] * N}), pa.ipc.new_file),
+        "row 4 has 1 values where the first has 2",
+    ),
     "nan.npy": (lambda p: np.save(p, np.array([[1.0, 2.0], [3.0, np.nan]])), "row 1 has nan in column 1; rows are"),
     "large.npy": (lambda p: np.save(p, np.array([[1.0], [1e300]])), "row 1 has 1e+300 in column 0; rows are"),
     "flat.npy": (lambda p: np.save(p, np.ones(5)), "has shape [5]; rows are [n, d], so reshape it"),
