@@ -120,10 +120,7 @@ def test_options_say_what_the_class_of_their_setting_says(path: str) -> None:
     assert fields
     helps = {p.help for c in COMMANDS.values() for p in c.params if DECLARED[path] in p.opts}
     for kind, field in fields:
-        try:
-            read = described(path, of=kind if path.split(".")[:-1] == ["synthesize"] else None)
-        except KeyError:  # the class has it from its base
-            read = described(path, of="SourceConfig")
+        read = described(path, of=kind if path.split(".")[:-1] == ["synthesize"] else None)
         assert (field.description, field.default) == (read.description, read.default)
         text = voice.typed(re.split("; (?:null|unset): ", read.description)[0])[1:]
         flag = read.kind == "bool"

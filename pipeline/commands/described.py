@@ -17,7 +17,7 @@ from sae.pipeline.commands.words import AMOUNT, LIST, amount, numbers, several, 
 CLASSES = {  # room and names of the classes that hold the settings below a path
     "tokenize": ("tokenize", ["TokenizeConfig"]),
     "harvest": ("harvest", ["HarvestConfig", "TableConfig", "SourceConfig"]),
-    "synthesize": ("harvest", ["SyntheticConfig", "ToyConfig", "SourceConfig"]),
+    "synthesize": ("harvest", ["SyntheticConfig", "SourceConfig", "ToyConfig"]),
     "synthesize.presence": ("harvest", ["Groups", "Independent"]),
     "train": ("train", ["TrainConfig"]),
     "train.sae": ("saes", ["Config", "FixedKConfig"]),
