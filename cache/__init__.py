@@ -1,1 +1,1 @@
-"""What is on disk: stores of tokens and activations, run folders, and how they are read back. Nothing about models."""
+"""Everything on disk: stores of tokens and activations, run folders, and the reading of them. Nothing about models."""

@@ -293,8 +293,9 @@ class WindowBuffer:
             self._encode(rows, from_numpy(place), self.columns)
 
     def made(self, start: int, stop: int) -> list[np.ndarray]:
-        """What rows [start, stop) in token order have become, for `take` to take up: as they are stored, with norms
-        (and scales); or in float32 where they wait for their columns."""
+        """Return rows [start, stop) in token order, as `take` takes them up: as stored, with norms (and scales), or
+        float32 where they wait for columns.
+        """
         import torch
 
         assert start < stop <= self.filled

@@ -1,4 +1,4 @@
-"""Which stores and runs are on disk, and which one a name means.
+"""The stores and runs on disk, and which one a name means.
 
 A name is a key, the beginning of a key, or a path. A beginning means the store of the training documents, unless it
 reaches into the part that says otherwise; of several codecs of one thing it means the finished one, where only one is.
@@ -92,14 +92,14 @@ def readable(root: Path, paths: Sequence[Path] | None = None) -> tuple[list[Stor
 
 
 def entry(store: Store) -> Entry:
-    """What there is to list about a store."""
+    """Return the line of a store in a list."""
     slug = store.slug
     size = store.manifest.stored_bytes
     return Entry(store.key, store.kind, slug, store.n_rows, size, str(store.path), store.complete)
 
 
 def unfinished(store: Store) -> str:
-    """What to say after the key of a store that is not complete."""
+    """Return the words that follow the key of a store that is not complete."""
     return "" if store.complete else f" (unfinished: {store.n_rows:,} rows; the command that made it continues it)"
 
 
@@ -143,7 +143,7 @@ def any_store(root: Path, name: str) -> Store:
 
 
 def located(root: Path, name: str) -> Path:
-    """Where the one store is that `name` means; it need not be readable."""
+    """Return the folder of the one store that `name` means; it need not be readable."""
     if not name:
         raise SaeError("the name of a store is empty; `stores()` lists the keys")
     every = [path for kind in kinds() for path in folders(root, kind)]

@@ -1,4 +1,4 @@
-"""Which rows lie so far out that they are left out: one rule, for whatever reads rows to train or to judge.
+"""Rows that lie so far out that they are left out: one rule, for whatever reads rows to train or to judge.
 
 A row is left out where its norm, as the store keeps it, is above a largest norm: a multiple of the median norm of the
 training store's first window. That number stays the same however the store grows, and holds for held-out rows, too.

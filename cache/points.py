@@ -111,7 +111,7 @@ def _common(recipe: Recipe) -> str:
 
 
 def _rows(recipe: Recipe) -> str:
-    """What two stores have in common whose rows align."""
+    """Return the part of a recipe that two stores have in common whose rows align."""
     return canonical({"origin": origin(recipe), "rows": recipe.get("rows")})
 
 

@@ -1,4 +1,4 @@
-"""Where the rows of a store came from: the typed view of a recipe.
+"""Provenance: the origin of a store's rows, as the typed view of a recipe.
 
 A recipe is what a store's bytes depend on, and stays as it is; this says in names and types what the stages ask of it.
 """

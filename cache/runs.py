@@ -70,13 +70,13 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What training was asked for; its stage knows what that may be. Raises DamagedStore where nothing was."""
+        """The settings of its training, as its stage reads them. Raises DamagedStore where there are none."""
         with as_written(self.path / CONFIG):
             return inner(self.config, "train")
 
     @cached_property
     def seen(self) -> Seen:
-        """What it was asked to be trained on. Raises DamagedStore where that is nothing that can be."""
+        """The stores it was asked to be trained on. Raises DamagedStore where that is nothing that can be."""
         with as_written(self.path / CONFIG):
             return Seen.from_json(self.config)
 
@@ -146,7 +146,8 @@ class Run:
         return data
 
     def evaluation(self) -> dict[str, Any] | None:
-        """What `sae eval` found: figures by name (None: not defined), `details`, and the same for the rows `kept`.
+        """Return the findings of `sae eval`: figures by name (None: not defined), `details`, and the same for the rows
+        `kept`.
 
         None where it has not run. Raises DamagedStore where a figure is no number.
         """
@@ -257,12 +258,12 @@ class Run:
         write_tensors(self.path, LATENTS, tensors)
 
     def load_latents(self) -> dict[str, Tensor] | None:
-        """What `save_latents` wrote; None where there is nothing. Raises DamagedStore when a byte differs."""
+        """Return the tensors of `save_latents`; None where there are none. Raises DamagedStore when a byte differs."""
         path = self.path / LATENTS
         return read_tensors(path, sealed=self.sealed)[0] if path.exists() else None
 
     def check(self) -> list[str]:
-        """What is wrong with the files of the folder, read from the first byte to the last, a line each."""
+        """Return what is wrong with the files of the folder, read from the first byte to the last, a line each."""
         written = (self.path / "eval").glob("*.json")
         readings: list[Callable[[], object]] = [
             self.metrics, self.evaluation, self.load_latents, lambda: self.failure,
@@ -281,7 +282,7 @@ class Run:
 
 @contextmanager
 def discarding(runs: Sequence[Run]) -> Iterator[None]:
-    """Where an error ends this, remove the folders that were made for it and in which nothing came to be."""
+    """Remove, where an error ends this, the folders that were made for it and in which nothing came to be."""
     try:
         yield
     except Exception:

@@ -1,4 +1,4 @@
-"""What a run was asked to be trained on, as its `config.json` has it."""
+"""The stores that a run was asked to be trained on, as its `config.json` has them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SeenStore(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a run was to be trained on: the first `rows` rows of aligned stores.
+    """The data that a run was to be trained on: the first `rows` rows of aligned stores.
 
     targets: what is reconstructed, none where that is what is read. Both sides have one store in `config.json`.
     """
@@ -63,7 +63,7 @@ class Seen(NamedTuple):
 
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> Seen:
-        """What a `config.json` of any version says. Raises ValueError where that is nothing that can be."""
+        """Return what a `config.json` of any version says. Raises ValueError where that is nothing that can be."""
         said, others = inner(config, "activations"), config.get("targets", [])
         if not isinstance(others, list):
             raise ValueError(f"targets is {shown(others)}, not a list")

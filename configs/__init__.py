@@ -130,7 +130,7 @@ def _swept(axes: dict[str, Any]) -> Iterator[Said]:
 
 
 def _options(flags: dict[str, Any]) -> Iterator[Said]:
-    """What the command's own options say, by what it is called."""
+    """The command's own options, each with what it is called."""
     for path, value in leaves(flags):
         if value is not None:
             yield Said(f"{NAMES.get(path, path[-1])} = {_shown(value)}", nested(path, value))

@@ -1,4 +1,4 @@
-"""What all settings have in common: the class that every settings class descends from."""
+"""The class that every settings class descends from."""
 
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
@@ -20,7 +20,7 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_truth_for_a_number(cls, values: Any) -> Any:
-        """Where no yes or no is asked for, true is a word; pydantic would take it for 1."""
+        """Take true for a word where no yes or no is asked for; pydantic would take it for 1."""
         if not isinstance(values, dict):
             return values
         asked = {name for name, field in cls.model_fields.items() if bool in _types(field.annotation)}

@@ -1,4 +1,5 @@
-"""What classes declare, read from the text of their files: importing most of them takes the seconds that torch takes.
+"""Declarations of classes, read from the text of their files: importing most of them takes the seconds that torch
+takes.
 
 `--help`, `sae list` and the tables of figures show what there is without importing any of it. Only literals are read:
 the docstring, attributes, and fields as `name: kind = Field(default, description="...")`.
@@ -130,7 +131,7 @@ def _declared(node: ast.ClassDef) -> Declared:
 
 
 def _literal(name: str, value: ast.expr) -> dict[str, Any]:
-    """What an attribute is set to, where that is a literal or a tuple of calls with literals."""
+    """Return the value of an attribute by its name, where that is a literal or a tuple of calls with literals."""
     try:
         if isinstance(value, ast.Tuple) and any(isinstance(one, ast.Call) for one in value.elts):
             return {name: tuple(_call(one) for one in value.elts if isinstance(one, ast.Call))}

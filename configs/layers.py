@@ -20,7 +20,7 @@ Path = tuple[str, ...]
 
 
 class Layer(NamedTuple):
-    """What one place says of a stage. `lenient`: what it says of a class that is not the one chosen may be left out."""
+    """One place's settings of a stage. `lenient`: those of a class that is not the one chosen may be left out."""
 
     where: str
     values: dict[str, Any]
@@ -28,7 +28,7 @@ class Layer(NamedTuple):
 
 
 class Said(NamedTuple):
-    """What an option of the command line says: `option` as it was typed, with its value."""
+    """One option of the command line: `option` as it was typed, with its value."""
 
     option: str
     values: dict[str, Any]
@@ -56,7 +56,7 @@ def joined(layers: Sequence[Layer], models: Sequence[type[BaseModel]]) -> dict[s
 
 
 def _of_chosen(layer: Layer, tag: str, chosen: Any, models: Sequence[type[BaseModel]]) -> Layer:
-    """What a layer says of the class chosen."""
+    """Return the part of a layer that is of the class chosen."""
     said = layer.values.get(tag, chosen)
     if said == chosen:
         return layer
@@ -74,7 +74,7 @@ def _of_chosen(layer: Layer, tag: str, chosen: Any, models: Sequence[type[BaseMo
 
 
 def command_line(said: Sequence[Said]) -> dict[str, Any]:
-    """What the options say together. Raises SaeError where two of them say different things of one setting."""
+    """Put together what the options say. Raises SaeError where two of them say different things of one setting."""
     found: dict[Path, tuple[str, Any]] = {}
     for option, values in said:
         for path, value in leaves(values):

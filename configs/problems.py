@@ -1,4 +1,4 @@
-"""What a validation found -> one line that says where the user said it, what, what is wrong with it and what to try."""
+"""Problems of a validation, each in one line: where the user said it, what, what is wrong with it and what to try."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from sae.configs.reading import nearest
 
 
 class Origins:
-    """Where every setting was said: by one of the `options` as they were typed, or by one of the layers."""
+    """The places where every setting was said: one of the `options` as they were typed, or one of the layers."""
 
     def __init__(self, section: str, layers: Sequence[Layer], options: dict[Path, str]) -> None:
         self.section, self.layers, self.options = section, layers, options
@@ -54,7 +54,7 @@ def explained(settings: type[BaseModel], error: ValidationError, origins: Origin
 
 
 def _elsewhere(settings: type[BaseModel], place: Sequence[str | int]) -> str | None:
-    """Which other classes have a key that the one a tag chose has not."""
+    """Return which other classes have a key that the one a tag chose has not."""
     *way, key = place
     models: list[type[BaseModel]] = [settings]
     for part in way[:-1]:

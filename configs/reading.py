@@ -1,4 +1,4 @@
-"""What a preset, a file or `--set` says, as plain data. YAML of today: 1.2's few words, not those of 1.1.
+"""Presets, files and `--set` as plain data. YAML of today: 1.2's few words, not those of 1.1.
 
 To YAML 1.1 `no` is false, `010` is eight, `1:30` is ninety and `3e-4` a text; here they are what they look like.
 """
@@ -112,7 +112,7 @@ def nested(keys: Sequence[str], value: Any) -> dict[str, Any]:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """What to try in the place of a name that is none."""
+    """Return what to try in the place of a name that is none."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"
 

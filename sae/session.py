@@ -69,7 +69,7 @@ class TrainedRun(Run):
 
 
 class Session(Workplace):
-    """Where things are kept, where they are computed, and whether it is told how far they are.
+    """A workplace for a program or a notebook: the stages are its methods.
 
     cache: folder or URL of the cache; default SAE_CACHE, else the platform's. runs: folder of the runs; default
     SAE_RUNS, else `runs` here. device: cpu, cuda, cuda:1, ...; auto takes a GPU where there is one. offline: never
@@ -223,7 +223,7 @@ class Session(Workplace):
         self, what: Dictionary | Run | Named | None = None, rows: Any = None, /, *,
         model: LanguageModel | str | None = None, **settings: Any,
     ) -> Figures:  # fmt: skip
-        """How good a dictionary is: figures by name, None where one is not defined; everything else under `details`.
+        """Judge a dictionary: figures by name, None where one is not defined; everything else under `details`.
 
         A run is judged on held-out rows, and in its language model where it has one, and the figures are kept with it,
         as `sae eval` does. A dictionary of any origin is judged on the rows given (whatever `dataset` takes).

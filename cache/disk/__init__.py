@@ -1,1 +1,1 @@
-"""What the cache asks of a disk: durable writes, locks, checksums, strict parsing, removal, room."""
+"""The disk as the cache needs it: durable writes, locks, checksums, strict parsing, removal, room."""

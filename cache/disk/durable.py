@@ -219,7 +219,7 @@ def _put(path: Path, data: bytes | memoryview) -> None:
 
 
 def whole_lines_end(data: bytes) -> int:
-    """Where the last complete line ends."""
+    """Return the end of the last complete line."""
     return data.rfind(b"\n") + 1
 
 

@@ -94,7 +94,7 @@ class Lock:
 
 
 class _LockBackend(ABC):
-    """How a lock is held. `stale_owner` is what a dead holder wrote into it, empty where it had been released."""
+    """A way to hold a lock. `stale_owner` is what a dead holder wrote into it, empty where it had been released."""
 
     pause: ClassVar[float]  # seconds between tries
 
@@ -162,7 +162,9 @@ class _FileBackend(_LockBackend):
             return False
 
     def _own_text(self, handle: int) -> bytes:
-        """What the file says. Raises SaeError where no lock of ours would say it: it is somebody's, and is kept."""
+        """Return the file's text. Raises SaeError where no lock of ours would hold it: it is somebody's, and is
+        kept.
+        """
         text = os.pread(handle, LONGEST + 1, 0)
         if len(text) > LONGEST or not (text.startswith(BEGINS) or not text.strip(b"\0")):
             raise SaeError(f"{self.path}: is no lock, but lies where the lock has to be; move it away and repeat")
@@ -266,7 +268,7 @@ def _folder_held(folder: Path, how: int, busy: str) -> Iterator[None]:
 
 
 def _me() -> bytes:
-    """What this process writes into a lock; no two are alike."""
+    """Return the text by which this process holds a lock; no two are alike."""
     since, one = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), secrets.token_hex(8)
     who = {"pid": os.getpid(), "host": socket.gethostname(), "space": space(), "since": since, "id": one}
     return json.dumps(who).encode()

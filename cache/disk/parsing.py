@@ -1,4 +1,4 @@
-"""What a file says, read strictly: JSON that may come from anyone, and values of the one type and range they may have.
+"""Files are read strictly: JSON that may come from anyone, and values of the one type and range they may have.
 
 A file of a cache or of a run folder is read once, at its border, into what the program goes on with. Whatever is not
 what this program would have written raises ValueError there, with a reason of a few words; who reads the file turns it

@@ -1,4 +1,4 @@
-"""Where a cache lies: a folder of this machine, or a URL of a filesystem fsspec knows, as s3://bucket/prefix.
+"""The place of a cache: a folder of this machine, or a URL of a filesystem fsspec knows, as s3://bucket/prefix.
 
 A remote place is a universal_pathlib UPath. It has the part of pathlib's interface that stores use (`/`, `name`,
 `parent`, `read_bytes`, `exists`, `glob`, `unlink`, ...), so everything but writing, locking and listing is the same
@@ -100,20 +100,20 @@ def listing(folder: Path) -> dict[str, int]:
 
 
 def reason(error: Exception) -> str:
-    """What an error of a filesystem says, in one line without a full stop."""
+    """Return the message of a filesystem's error, in one line without a full stop."""
     said = getattr(error, "strerror", None) or str(error)
     return " ".join(said.split()).rstrip(".") or type(error).__name__
 
 
 def outage(error: Exception) -> str | None:
-    """What a failed request to a remote filesystem says; None for any other error."""
+    """Return the message of a failed request to a remote filesystem; None for any other error."""
     chain = [error, error.__cause__, error.__context__]
     clients = ("botocore", "aiobotocore", "aiohttp")
     return reason(error) if any(type(e).__module__.partition(".")[0] in clients for e in chain) else None
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What a failed read or write raises: OSError, and what the clients of S3 raise beside it."""
+    """Return the errors of a failed read or write: OSError, and what the clients of S3 raise beside it."""
     kinds: list[type[Exception]] = [OSError]
     if "botocore.exceptions" in sys.modules:  # looked up only where something failed, and never imported for it
         kinds.append(sys.modules["botocore.exceptions"].BotoCoreError)

@@ -1,4 +1,4 @@
-"""Which process this is, and whether another one is gone: what locks and temporary files say of who holds them."""
+"""The identity of this process, and whether another one is gone: locks and temporary files name who holds them."""
 
 import hashlib
 import os
@@ -44,7 +44,7 @@ def temporary(name: str) -> str:
 
 
 def final_name(temporary_name: str) -> str | None:
-    """What a temporary file would have become; None for a name that is none of ours."""
+    """Return the name that a temporary file was to take; None for a name that is none of ours."""
     found = TEMPORARY.fullmatch(temporary_name)
     return found[1] if found else None
 

@@ -52,7 +52,7 @@ def remove(folder: Path, ours: Ours, lock: Lock) -> None:
 
 
 def left(parent: Path, ours: Ours) -> list[Path]:
-    """What removals cut short have left in a folder: folders under another name (remotely, objects)."""
+    """Return the folders that removals cut short have left under another name (remotely, objects)."""
     found = [path for path in sorted(parent.glob(".removed-*")) if TRASH.fullmatch(path.name)]
     return [
         path for path in found
@@ -92,7 +92,9 @@ def removed(parent: Path) -> set[str]:
 
 
 def strangers(folder: Path, ours: Ours) -> list[str]:
-    """What lies below a folder and is not ours, by its name relative to it; links count as what they are called."""
+    """Return what lies below a folder and is not ours, by its name relative to it; links count as what they are
+    called.
+    """
     if is_remote(folder):
         return [name for name in listing(folder) if not ours(name)]
     entries = _entries(folder)

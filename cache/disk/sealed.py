@@ -17,7 +17,7 @@ def sealed(content: dict[str, Any]) -> bytes:
 
 
 def unsealed(data: bytes) -> tuple[dict[str, Any], bool]:
-    """What a file says, and whether it has a checksum: those of version 0.1.0 have none.
+    """Return the content of a file, and whether it has a checksum: those of version 0.1.0 have none.
 
     Raises ValueError where it is not JSON as it may be, or a byte is not the one that was written.
     """

@@ -1,4 +1,4 @@
-"""Where the loader's rows come from: the open chunks of one store, shared by the threads that fill its buffers.
+"""The open chunks of one store, which the threads that fill the loader's buffers share.
 
 Uncompressed chunks of this machine take no buffer of their own: what a step takes of one is read in one call, each
 slice straight to its place in the batches (`DirectReader`). Everything else, that is compressed chunks and remote
@@ -65,7 +65,7 @@ class Chunks(ABC, Generic[Opened]):
         return np.unique(spans.start // self.store.chunk_rows).tolist()
 
     def beside(self, chunks: Iterable[int]) -> int:
-        """How many others are open."""
+        """Return how many other chunks are open."""
         return len(self._open.keys() - chunks)
 
     def read(self, spans: Spans, rows: np.ndarray, scale: np.ndarray | None) -> None:

@@ -1,4 +1,4 @@
-"""What training and evaluation read: aligned inputs and targets of one split.
+"""A dataset is read by training and evaluation: aligned inputs and targets of one split.
 
 An autoencoder's dataset has inputs alone: they are what is reconstructed, too. A transcoder's has targets as well, as
 what a layer makes of the inputs. Row i of every store came from one and the same token (or sample of a source).
@@ -94,12 +94,12 @@ class Dataset:
 
     @property
     def provenance(self) -> Provenance:
-        """Where the inputs came from."""
+        """The origin of the inputs."""
         return provenance(self.inputs[0].recipe)
 
     @property
     def target_provenance(self) -> Provenance:
-        """Where what is reconstructed came from: the inputs' where there are no targets."""
+        """The origin of what is reconstructed: the inputs' where there are no targets."""
         return provenance((self.targets or self.inputs)[0].recipe)
 
     @cached_property

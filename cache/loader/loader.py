@@ -57,7 +57,7 @@ class Batch(NamedTuple):
 
 
 class Settings(TypedDict, total=False):
-    """What every loader can be told."""
+    """Settings of every loader."""
 
     seed: int  # of the order; default 0
     epochs: int | None  # passes over the rows; default None: it never ends, and a batch may straddle two epochs
@@ -74,7 +74,7 @@ class Settings(TypedDict, total=False):
 
 
 class _Stored:
-    """What both loaders are: the order, the state, and batches as stored."""
+    """The part that both loaders share: the order, the state, and batches as stored."""
 
     def __init__(
         self,
@@ -124,7 +124,9 @@ class _Stored:
         finalize(self, _end, self._running)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch starts, and what the order depends on: a few numbers, whatever the store's size."""
+        """Return the start of the next batch, and what the order depends on: a few numbers, whatever the store's
+        size.
+        """
         return {**self._place._asdict(), **self._order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

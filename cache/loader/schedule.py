@@ -1,4 +1,4 @@
-"""Which rows come when: pure arithmetic, from which any place of any epoch can be entered at once.
+"""The order of the rows: pure arithmetic, from which any place of any epoch can be entered at once.
 
 Chunks are opened in a seeded random order, one a step, and each stays open for `open` steps, giving the next
 `chunk_rows / open` rows (a segment) at each, from a random one on. So `open` chunks are mixed at any time and a
@@ -62,7 +62,7 @@ class Spans(NamedTuple):
 
 
 class LoaderPosition(NamedTuple):
-    """Where a round starts: `taken` rows of step `step` of an epoch have been given."""
+    """The start of a round: `taken` rows of step `step` of an epoch have been given."""
 
     epoch: int = 0
     step: int = 0
@@ -130,7 +130,7 @@ class Schedule:
         return spans.without(np.concatenate(gone))
 
     def after(self, place: LoaderPosition, rows: int, epochs: int | None) -> tuple[int, LoaderPosition]:
-        """How many of the next `rows` rows there are, and the place after them."""
+        """Return how many of the next `rows` rows there are, and the place after them."""
         epoch, step, taken = place
         given = 0
         while given < rows and epoch != epochs:
@@ -155,7 +155,7 @@ class BatchRows(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What a rank takes of one step: its rows, and the batches that start among them."""
+    """A rank's part of one step: its rows, and the batches that start among them."""
 
     spans: Spans
     batches: list[BatchRows]

@@ -1,4 +1,4 @@
-"""How well the loader mixes: what the rows of a batch have in common, measured on its own schedule.
+"""Quality of the loader's shuffle: what the rows of a batch have in common, measured on its own schedule.
 
 Rows of one document resemble each other. Where a row is its document's effect (a share `rho` of the variance) plus
 noise, the variance of batch means follows from how many rows of each document a batch has, so no activation is read:

@@ -116,7 +116,7 @@ class ArraySpec:
 
     @property
     def stored_bytes(self) -> range:
-        """How many bytes a stored chunk may have."""
+        """The numbers of bytes that a stored chunk may have."""
         size = self.chunk_bytes
         return range(size, size + 1) if self.zstd is None else range(1, size + size // 128 + 1024)
 

@@ -58,7 +58,7 @@ class Encoded(NamedTuple):
 
 
 class Codec(Protocol):
-    """What every codec is; the contract tests run over all of CODECS."""
+    """The interface of every codec; the contract tests run over all of CODECS."""
 
     name: ClassVar[str]
     numpy_dtype: ClassVar[str]

@@ -1,4 +1,4 @@
-"""What a store's folder may hold: the names of its files and of what a crash leaves of them. All else is not ours."""
+"""Names of the files that a store's folder may hold, and of what a crash leaves of them. All else is not ours."""
 
 import re
 from pathlib import Path

@@ -18,7 +18,7 @@ HEAD = {"format", "kind", "slug", "recipe", "crc"}  # what it says
 
 @dataclass(frozen=True)
 class Head:
-    """What recipe.json says."""
+    """The content of recipe.json."""
 
     kind: str
     slug: str

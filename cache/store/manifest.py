@@ -1,4 +1,4 @@
-"""What is durable: the list of committed windows, one checked JSON line each.
+"""The list of committed windows, one checked JSON line each: what stands in it is durable.
 
 A window is the unit of work, of shuffling and of committing. Its boundaries are a fixed function of the row index, so
 a store's bytes depend on the recipe and the row count alone, never on how many calls, workers or crashes made it.
@@ -71,7 +71,7 @@ class Window:
 
 
 def place_after(window: Window, parts: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Where the source of the store in a folder stood after a window, by its notes: the named parts of a place.
+    """Return the place of the source of the store in a folder after a window, by its notes: the named parts of a place.
 
     Raises DamagedStore where the notes are not its maker's.
     """
@@ -131,7 +131,7 @@ class Manifest:
 
 
 def read_line(text: bytes) -> Window | int | None:
-    """What a line says: a window, or the rows at which the source ended; None where it is not what was written."""
+    """Return the window of a line, or the rows at which the source ended; None for what nobody wrote."""
     try:
         body = _unsealed(text)
         if body.keys() == {"end"}:

@@ -30,7 +30,7 @@ def note_bytes(content: dict[str, Any]) -> bytes:
 
 
 def read_note(path: Path, says: Callable[[dict[str, Any]], Said], remedy: str) -> Said | None:
-    """What a note says, by `says`, which raises ValueError for what no note says; None where there is none."""
+    """Return a note's content, by `says`, which raises ValueError for what no note says; None where there is none."""
     data = read(path, MOST_NOTE)
     if data is None:
         return None

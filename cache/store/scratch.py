@@ -1,4 +1,4 @@
-"""What has been computed of a window that is not finished, beside its store's arrays, so that no end loses much of it.
+"""Rows that have been computed of an unfinished window, beside its store's arrays, so that no end loses much of them.
 
     under-way-<window>.<start>-<stop>.partial    rows [start, stop) of the window, in the order they were computed
 

@@ -1,4 +1,4 @@
-"""What a store will take on the disk, and whether there is room for it, before anything is written.
+"""The room that a store will take on the disk, and whether it is there, before anything is written.
 
 Counted are whole blocks, as `du` counts: each chunk is a file, in a folder of its own where rows are no single numbers.
 Chunks without a compressor are padded to their whole size, so a store of a few rows takes as much as one of a
@@ -60,7 +60,7 @@ def expect_room(place: Path, needed: float, what: str) -> None:
 
 
 def folder_size(place: Path) -> int:
-    """What an empty folder takes where `place` is or will be: a block, or on some file systems nothing."""
+    """Return the bytes of an empty folder where `place` is or will be: a block, or on some file systems nothing."""
     if is_remote(place):
         return 0
     return min(os.stat(_existing(place)).st_blocks * 512, BLOCK)

@@ -102,7 +102,8 @@ class Store:
 
     @property
     def hints(self) -> dict[str, str]:
-        """Where this machine found what the recipe names: {"model": "/models/mine", ...}; {} where nobody said.
+        """The places where this machine found what the recipe names: {"model": "/models/mine", ...}; {} where nobody
+        said.
 
         Whoever made the store chose them, so they are no more than a suggestion.
         """
@@ -208,7 +209,7 @@ class Store:
         return group_metadata({"kind": self.kind, "recipe": self.recipe, "closed": closed})
 
     def describe(self) -> dict[str, Any]:
-        """What `sae cache inspect` shows: recipe, arrays, windows."""
+        """Return the content of `sae cache inspect`: recipe, arrays, windows."""
         return {
             "recipe": self.recipe,
             "arrays": {
@@ -264,7 +265,7 @@ class Store:
             )
 
     def damage(self, name: str) -> str | None:
-        """What is wrong with one file, or None."""
+        """Return what is wrong with one file, or None."""
         path = self.path / name
         try:
             if name in (REQUEST, HINTS):

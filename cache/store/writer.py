@@ -81,7 +81,7 @@ class Writer:
 
     @property
     def notice(self) -> str | None:
-        """What the user should know about how this store was found."""
+        """A line for the user about how this store was found."""
         return self._lock.stale
 
     def request(self, rows: int) -> None:

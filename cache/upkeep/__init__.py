@@ -1,1 +1,1 @@
-"""What is done to stores that are there: verify and repair, clear up, measure, hand out to other tools."""
+"""Upkeep of stores that are there: verify and repair, clear up, measure, hand out to other tools."""

@@ -51,7 +51,7 @@ class Finding(NamedTuple):
 
 
 def inspect_damage(folder: Path) -> DamagedStoreView:
-    """What is left of the store in a folder. Raises DamagedStore where its recipe cannot be read."""
+    """Return what is left of the store in a folder. Raises DamagedStore where its recipe cannot be read."""
     links = [] if is_remote(folder) else [path for path in (folder, folder.parent) if path.is_symlink()]
     return replace(_inspect(folder), link=links[0] if links else None)
 

@@ -1,4 +1,4 @@
-"""What of a cache nothing needs, and its removal.
+"""Garbage is the part of a cache that nothing needs; it is found and removed.
 
 Three kinds, each listed with its reason before anything is removed:
 

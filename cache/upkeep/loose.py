@@ -1,4 +1,4 @@
-"""What killed processes left outside of stores: temporary files in and beside run folders and in the cache itself, run
+"""Remains of killed processes outside of stores: temporary files in and beside run folders and in the cache itself, run
 folders that were being begun, and exports half written.
 
 A temporary file's name tells whose it is. It is garbage when that process is gone; where nobody can know (another
@@ -52,7 +52,7 @@ def is_of_an_export(name: str) -> bool:
 
 
 def survey(root: Path, runs: Path | None) -> Iterator[Garbage]:
-    """What is left in the cache `root`, of exports from it, and in the folder of runs."""
+    """Find the remains in the cache `root`, of exports from it, and in the folder of runs."""
     names = [name for name in listing(root) if "/" not in name] if is_remote(root) else _files(root)
     for name in names:
         if name.startswith(f"{EXPORT}.") and left_behind(name):

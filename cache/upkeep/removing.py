@@ -28,7 +28,8 @@ def finish(root: Path) -> list[str]:
 
 
 def removable(root: Path, name: str) -> Path:
-    """What `sae cache rm` would remove: a folder of the cache, damaged or not, or a link where a store could be.
+    """Return the path that `sae cache rm` would remove: a folder of the cache, damaged or not, or a link where a store
+    could be.
 
     A beginning means all training stores that begin so: one that is not finished is as good an answer as one that is.
     Raises SaeError for a path that leads elsewhere.

@@ -44,7 +44,7 @@ class RebuiltWindow(NamedTuple):
 
 
 class WindowRebuilder(Protocol):
-    """What makes the parts of one store again. Each raises SaeError where what it needs is not there any more."""
+    """A maker of the parts of one store. Each method raises SaeError where something it needs is not there any more."""
 
     def window(self, before: Store, window: Window, *, lost: bool) -> RebuiltWindow:
         """A window of a store that is whole `before` it. Of a lost one only the bounds are known: the rows may end."""
@@ -55,7 +55,7 @@ class WindowRebuilder(Protocol):
 
 @dataclass(frozen=True)
 class Repaired:
-    """What a repair did: the files it wrote, and the windows whose bytes are new ones."""
+    """The result of a repair: the files it wrote, and the windows whose bytes are new ones."""
 
     key: str
     files: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Where the bytes of a cache are: by store, by array, a row, and as a share of plain float32."""
+"""Usage of the disk by a cache: by store, by array, a row, and as a share of plain float32."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -42,7 +42,7 @@ class Usage:
 
 
 def usage(store: Store) -> Usage:
-    """What a store takes on the disk, file by file as it is there."""
+    """Measure the files of a store as they are there."""
     listed, left = set(store.committed_files()), garbage.remains(store)
     arrays = dict.fromkeys(store.arrays, 0)
     other = unaccounted = 0

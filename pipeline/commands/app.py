@@ -100,7 +100,7 @@ def root(
 
 
 def misused(error: typer.TyperException) -> str:
-    """What is wrong with a command line, in one line: the option, the value, what to try."""
+    """Return what is wrong with a command line, in one line: the option, the value, what to try."""
     context, param = getattr(error, "ctx", None), getattr(error, "param", None)
     if isinstance(error, typer.BadParameter) and param is not None and error.message:
         problems: list[Any] = getattr(error.__cause__, "errors", list)()  # pydantic's, where it is typer that refused

@@ -1,4 +1,4 @@
-"""How far a command is, on stderr: a live bar on a terminal, a line now and then elsewhere."""
+"""Progress of a command, on stderr: a live bar on a terminal, a line now and then elsewhere."""
 
 import time
 from collections.abc import Callable

@@ -141,7 +141,7 @@ app.command("export")(export)
 
 
 def since(written: float | None) -> str:
-    """How long ago a store was written."""
+    """Return how long ago a store was written."""
     from sae.pipeline.commands import console
 
     return "never" if written is None else f"{console.ago(time.time() - written)} ago"

@@ -1,4 +1,4 @@
-"""What a person sees in a terminal: tables and JSON on stdout, notes and errors on stderr; `bars` has the bars."""
+"""The terminal: tables and JSON on stdout, notes and errors on stderr; `bars` has the bars."""
 
 import json
 import math

@@ -73,7 +73,7 @@ def harvest(
 
 
 def show_plans(plans: list[dict[str, Any]], json: bool) -> None:
-    """What a harvest would do: a table or JSON."""
+    """Show the plan of a harvest, as a table or JSON."""
     from sae.pipeline.commands import console
 
     if json:

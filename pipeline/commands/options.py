@@ -107,7 +107,7 @@ def as_csv_file(option: str, path: Path) -> Path:
 
 
 def team(workers: int | None, scheduler: str | None, usual: int) -> int:
-    """How many processes are to work on this machine, where no scheduler says who works."""
+    """Return how many processes are to work on this machine, where no scheduler says who works."""
     if workers is not None and scheduler is not None:
         raise SaeError(f"--workers {workers}: a scheduler brings its own workers; give --workers or --scheduler")
     return workers or usual
@@ -115,7 +115,7 @@ def team(workers: int | None, scheduler: str | None, usual: int) -> int:
 
 @dataclass(frozen=True)
 class Said:
-    """What a command line says of settings: options by the paths of their settings, a preset, a file, and `--set`."""
+    """Settings as a command line says them: options by the paths of their settings, a preset, a file, and `--set`."""
 
     options: dict[str, Any]
     preset: str | None

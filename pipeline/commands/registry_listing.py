@@ -1,4 +1,4 @@
-"""What a user can choose from, gathered from the registries: `sae list` shows it."""
+"""The content of `sae list`, gathered from the registries."""
 
 from collections.abc import Iterator, Sequence
 

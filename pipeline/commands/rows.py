@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Rows(NamedTuple):
-    """What the command line says of the rows to train on; None for what it does not."""
+    """The rows to train on, as the command line says them; None for what it does not say."""
 
     activations: str | None = None
     source: str | None = None  # --input
@@ -81,7 +81,7 @@ class Rows(NamedTuple):
         return [(there[point], None) for point in wanted]
 
     def datasets(self, root: Path, rows: int | None) -> "list[Dataset]":
-        """What to train on: the first `rows` rows that stores have in common, None for all."""
+        """Return the datasets to train on: the first `rows` rows that stores have in common, None for all."""
         from sae.cache.loader.dataset import Dataset
 
         return [

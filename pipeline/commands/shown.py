@@ -1,4 +1,4 @@
-"""What several commands show in the same way: stores, runs, damage."""
+"""Results that several commands show in the same way: stores, runs, damage."""
 
 import re
 from collections.abc import Callable

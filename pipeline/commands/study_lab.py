@@ -1,4 +1,4 @@
-"""What the studies' commands have in common: settings, where they are carried out, what is shown."""
+"""The parts that the studies' commands share: settings, the place of work, the showing of results."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +60,7 @@ def training(study: "Study", said: Said) -> "tuple[TrainConfig, dict[str, Any]]"
 
 
 def lab(here: Here, said: Said, *, cross_entropy: bool) -> "Lab":
-    """Where a study is carried out."""
+    """Return the lab of a study."""
     from sae.pipeline.evaluate.stage import EvalConfig
     from sae.pipeline.runtime import devices
     from sae.pipeline.studies.lab import Lab
@@ -85,8 +85,8 @@ def dataset_of(where: "Lab", name: str | None, *, any_of_the_last: bool) -> "Dat
 
 
 def results_folder(out: Path | None, study: str) -> Path:
-    """Where the results go. Raises SaeError for a file, where they would replace what is no study's, and where nothing
-    can be written.
+    """Return the folder of the results. Raises SaeError for a file, where they would replace what is no study's, and
+    where nothing can be written.
     """
     from sae.pipeline.studies.tables import expect_results
 

@@ -1,4 +1,4 @@
-"""What the library says, in the words of the command line.
+"""Messages of the library in the words of the command line.
 
 The library names what can be set and called (`cache/errors.py` says how); here that becomes what can be typed: a setting
 an option, or `--set` where it has none; a call a command.
@@ -51,7 +51,7 @@ def _option(name: str) -> str:
 
 
 def _setting(name: str, value: str | None) -> str:
-    """How a setting is given, by its own option or by `--set`; without a value, how it is called."""
+    """Return how a setting is given, by its own option or by `--set`; without a value, how it is called."""
     if "." in name and name not in DECLARED:
         return name if value is None else f"--set {name}={value}"
     flag = DECLARED.get(name) or _option(name)

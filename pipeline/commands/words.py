@@ -1,4 +1,4 @@
-"""What the words of a command line mean: counts, lists, numbers; and what is no word at all."""
+"""The words of a command line: counts, lists, numbers; and what is no word at all."""
 
 import math
 import os

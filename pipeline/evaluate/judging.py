@@ -33,7 +33,7 @@ from sae.pipeline.saes import Coder, Predictor
 
 
 class EvalConfig(Settings):
-    """How much to judge on."""
+    """Amounts to judge on."""
 
     rows: Amount = Field("all", description="held-out rows to judge reconstruction and sparsity on")
     tokens: Amount = Field(65_536, description="held-out tokens to judge cross-entropy on")
@@ -53,7 +53,7 @@ class EvalConfig(Settings):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found: figures by key, everything else under `details`, and what is known of each latent [d_sae].
+    """The result of judging: figures by key, everything else under `details`, and what is known of each latent [d_sae].
 
     kept: the same over the rows up to the norms above which training left rows out (`limits`), where it did.
     """
@@ -66,7 +66,9 @@ class Evaluation:
 
     @classmethod
     def of(cls, metrics: Sequence[Metric]) -> "Evaluation":
-        """What metrics that have been shown everything say; results first, then on how much they were judged."""
+        """Collect what metrics found that have been shown everything; results first, then on how much they were
+        judged.
+        """
         figures: dict[str, Value] = {}
         details: dict[str, Any] = {}
         latents: dict[str, Tensor] = {}
@@ -88,7 +90,7 @@ class Evaluation:
         return {**found, "details": self.details}
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is known of each latent, by name; over the kept rows with `_kept` behind it."""
+        """Return what is known of each latent, by name; over the kept rows with `_kept` behind it."""
         kept = {} if self.kept is None else self.kept.latents
         return {**self.latents, **{f"{name}_kept": values for name, values in kept.items()}}
 
@@ -185,7 +187,7 @@ def _each_batch(
 
 
 def _device(sae: Predictor) -> torch.device:
-    """Where its numbers are."""
+    """Return the device of its numbers."""
     return next(chain(sae.parameters(), sae.buffers())).device
 
 
@@ -253,7 +255,7 @@ class _Replaced:
     dataset: Dataset
 
     def by(self, new: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-        """What activations [B, T, d_out] become: at these positions a function of those read there, row by row."""
+        """Replace activations [B, T, d_out] at these positions by a function of those read there, row by row."""
 
         def replace(written: Tensor, read: Tensor) -> Tensor:
             each = (read, written) if self.dataset.targets else (read,)

@@ -96,7 +96,7 @@ def _amount(evaluation: dict[str, Any], key: str) -> int:
 
 
 def missing(run: Run, config: EvalConfig, training: Dataset, held_out: Dataset, root: Path) -> EvalConfig | None:
-    """What to evaluate a run on so that it was judged on no less than is asked for; None where it was.
+    """Return what to evaluate a run on so that it was judged on no less than is asked for; None where it was.
 
     On no less than it was judged on before, either.
     """
@@ -133,7 +133,7 @@ def expect_one_model(stores: Sequence[ActivationStore]) -> None:
 
 
 def _not_so_many(config: EvalConfig, held_out: Dataset, tokens: TokenStore | None) -> Iterator[str]:
-    """What to say where more was asked for than there is to judge on."""
+    """Yield a line wherever more was asked for than there is to judge on."""
     if config.rows != "all" and config.rows > held_out.n_rows:
         yield f"rows = {config.rows:,}: {held_out.key} has {held_out.n_rows:,}, all of which are judged"
     if "tokens" not in config.model_fields_set:
@@ -145,7 +145,7 @@ def _not_so_many(config: EvalConfig, held_out: Dataset, tokens: TokenStore | Non
 
 
 def _tokens(root: Path, training: Dataset, held_out: Dataset) -> TokenStore:
-    """What cross-entropy is judged on."""
+    """Return the tokens that cross-entropy is judged on."""
     text = held_out.provenance.text
     tokens = None if text is None else catalogue.of_recipe(root, TokenStore, text.recipe)
     if tokens is None:

@@ -1,4 +1,4 @@
-"""What a format is, and reading and writing by whichever fits.
+"""The contract of a format, and reading and writing by whichever fits.
 
 A format is one file in this package with a class under @register: how one tool lays out a trained dictionary. It
 translates between that tool's names and the terms of `pipeline.saes.inference`, so a format knows no architecture, and
@@ -22,7 +22,7 @@ __all__ = ["FORMATS", "Format", "Metadata", "Reading", "detect", "read", "regist
 
 
 class Reading(NamedTuple):
-    """What was read: the dictionary, on the CPU in float32 and in evaluation mode, and where it belongs."""
+    """The result of reading: the dictionary, on the CPU in float32 and in evaluation mode, and where it belongs."""
 
     dictionary: Dictionary
     metadata: Metadata
@@ -41,7 +41,7 @@ class Format(ABC):
 
     @abstractmethod
     def formula(self, path: Path) -> tuple[Formula, Metadata]:
-        """What the files say. Raises ValueError, in a few words, where that is no dictionary that can be computed."""
+        """Read the files. Raises ValueError, in a few words, where they hold no dictionary that can be computed."""
 
     def write(self, formula: Formula, metadata: Metadata, folder: Path) -> None:
         """Write the files into a folder. Raises ValueError where the tool has no words for such a dictionary."""

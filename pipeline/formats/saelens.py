@@ -113,7 +113,7 @@ def formula_of(tensors: dict[str, Tensor], config: dict[str, Any]) -> Formula:
 
 
 def metadata_of(said: dict[str, Any]) -> Metadata:
-    """Where a dictionary belongs, by the `metadata` of a cfg.json."""
+    """Read where a dictionary belongs from the `metadata` of a cfg.json."""
     return Metadata(
         model=files.noted(said, "model_name"),
         hook=files.noted(said, "hook_name"),

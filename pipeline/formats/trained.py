@@ -18,7 +18,7 @@ from sae.pipeline.saes.dictionary import Metadata
 
 
 def dictionary_of(run: Run) -> Config:
-    """What dictionary a run trains. Raises DamagedStore, naming its file and the setting, where there is no such."""
+    """Return the settings of a run's dictionary. Raises DamagedStore, naming file and setting, where there are none."""
     try:
         return parse(run.settings.get("sae"))
     except ValidationError as error:
@@ -50,7 +50,7 @@ def load_run(run: Run) -> SAE:
 
 
 def load_any(run: Run) -> Trainable:
-    """What a finished run trained, in evaluation mode and without gradients; errors as in `load`."""
+    """Load what a finished run trained, in evaluation mode and without gradients; errors as in `load`."""
     tensors, described = run.load_weights()
     config = dictionary_of(run)
     kind = ARCHITECTURES[config.arch]

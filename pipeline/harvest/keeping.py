@@ -25,7 +25,7 @@ EVERY = 30.0  # seconds between two writes
 
 @dataclass(frozen=True)
 class Keeper:
-    """Whether and how a harvest keeps the rows of unfinished windows.
+    """The settings of keeping the rows of unfinished windows.
 
     `note` is told one line where something kept cannot be used or written, `took` the rows that were taken up. When
     `stopping` fills, what there is is kept and Interrupted raised.
@@ -37,7 +37,7 @@ class Keeper:
 
 
 class Window:
-    """What is kept of one window. positions [rows]: those of its rows. ends: the rows there are after each batch."""
+    """The kept part of one window. positions [rows]: those of its rows. ends: the rows there are after each batch."""
 
     def __init__(
         self, keeper: Keeper, number: int, identity: Recipe, folders: Mapping[str, Path],

@@ -1,4 +1,4 @@
-"""What a harvest of one split will do, said before it starts: rows, bytes, and for a dry run seconds."""
+"""The plan of a harvest of one split, before it starts: rows, bytes, and for a dry run seconds."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from sae.pipeline.runtime.progress import Progress
 
 @dataclass(frozen=True)
 class Plan:
-    """What a harvest of one split will do, said before it starts.
+    """The plan of a harvest of one split.
 
     Seconds, of this process alone, are measured for a dry run only; None when nothing is left to do, or nobody knows.
     """

@@ -45,7 +45,7 @@ class RowMaker:
         raise AssertionError(f"activations have no {name}")
 
     def _task(self, before: ActivationStore, window: Window, lost: bool) -> WindowTask:
-        """Where a window starts and ends is in the lines around it, or else the source has to count."""
+        """Return where a window starts and ends: the lines around it say so, or else the source has to count."""
         index, lines, folder = window.index, before.manifest.windows, self.store.path
         start = self.source.noted(lines[index - 1] if index else None, folder)
         end = None if lost else self.source.noted(lines[index], folder)

@@ -138,7 +138,7 @@ class _Job:
         return min(writer.store.n_rows for writer in writers.values())
 
     def _safe(self, plan: Plan, writers: Writers) -> str:
-        """What an interruption leaves."""
+        """Return what an interruption leaves."""
         there = min(len(writer.store.manifest.windows) for writer in writers.values())
         kept = rows_kept([writer.path for writer in writers.values()], there)
         also = f", and {kept:,} of an unfinished window are kept to go on from" if kept else ""

@@ -84,7 +84,7 @@ def _constants(stream: Stream) -> Arrays:
 
 @dataclass(frozen=True)
 class WindowJob:
-    """What the windows of a harvest have in common, for a worker process."""
+    """The part that the windows of a harvest have in common, for a worker process."""
 
     source: Callable[[], RowSource]
     stores: tuple[tuple[str, Path], ...]

@@ -66,7 +66,7 @@ class Attached:
         return seen[0]
 
     def splice(self) -> AbstractContextManager[None]:
-        """What the dictionary writes takes the place of the model's own activations."""
+        """Put the dictionary's reconstruction in the place of the model's own activations."""
         return self._writing(lambda _, latents: self.dictionary.decode(latents))
 
     def edit(self, change: Edit) -> AbstractContextManager[None]:

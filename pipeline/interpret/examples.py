@@ -49,7 +49,7 @@ class Band(Record):
 
 
 class Bin(Record):
-    """How many activations have a magnitude in [low, high)."""
+    """A number of activations with a magnitude in [low, high)."""
 
     low: float
     high: float

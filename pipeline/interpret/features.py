@@ -43,7 +43,7 @@ FREQUENT = 6
 
 
 class FeaturesConfig(Settings):
-    """Which latents to show and how much of each."""
+    """Settings of a report: which latents to show and how much of each."""
 
     latents: Annotated[tuple[int, ...], Distinct] | None = Field(
         None,

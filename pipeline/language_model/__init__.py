@@ -25,7 +25,7 @@ __all__ = ["SITES", "Comparison", "LanguageModel", "Point", "Spliced"]
 
 
 def __getattr__(name: str) -> Any:
-    """What needs torch is imported when it is first asked for: a list of the sites should not take seconds."""
+    """Import what needs torch when it is first asked for: a list of the sites should not take seconds."""
     if name not in __all__:
         raise AttributeError(f"module {__name__} has no attribute {name}")
     from sae.pipeline.language_model import model

@@ -102,7 +102,7 @@ class Bridge:
 
     @torch.no_grad()
     def capture(self, ids: Tensor, wanted: Mapping[Any, nn.Module], hooks: Sequence[Hooked] = ()) -> dict[Any, Tensor]:
-        """What passes each wanted hook point, run no further than the last of them. Absent: what never fired."""
+        """Return the values at each wanted hook point; nothing runs beyond the last. Absent: what never fired."""
         found: dict[Any, Tensor] = {}
 
         def keeper(key: Any) -> Hook:
@@ -119,7 +119,7 @@ class Bridge:
         return {key: found[key] for key in wanted if key in found}
 
     def final(self, ids: Tensor, hooks: Sequence[Hooked] = ()) -> Tensor:
-        """What the unembedding reads, [B, T, d_model]."""
+        """Return the input of the unembedding, [B, T, d_model]."""
         return self.capture(ids, {_FINAL: self._points[_FINAL]}, hooks)[_FINAL]
 
     @torch.no_grad()

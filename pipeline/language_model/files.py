@@ -1,4 +1,4 @@
-"""Where a language model's files are: a local Hugging Face folder, the embedded model, or a hub repository.
+"""Files of a language model: in a local Hugging Face folder, the embedded model, or a hub repository.
 
 Everything ends as one folder on disk holding `config.json` and safetensors weights, so that loading is one path and
 needs no network. Pickled weights (`pytorch_model.bin`) are never opened. A hub model is named by its commit, a local

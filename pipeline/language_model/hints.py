@@ -1,4 +1,4 @@
-"""Where what a store was made from is now, as far as the store may say so.
+"""Hints: the place where what a store was made from is now, as far as the store may say so.
 
 Hints and names in a store are the choice of whoever made it. Followed are those that lead to this machine alone, where
 what is found has to be what the recipe says before anything of it is used: an absolute path, the name that the recipe
@@ -35,7 +35,7 @@ def expect_model(recipe: Recipe) -> None:
 
 
 def model_of(store: ActivationStore, given: str | None, offline: bool) -> str:
-    """Where the language model of a store is: where the user says, else where the store may say.
+    """Return the place of a store's language model: where the user says, else where the store may say.
 
     A folder's and a hub's files are found and compared with the recipe here, before any of them is loaded. Raises
     SaeError where they are others, or where the user has to say it.
@@ -81,7 +81,7 @@ def other_model(store: ActivationStore, name: str, differs: list[str]) -> SaeErr
 
 
 def tokenizer_of(store: TokenStore, given: str | None) -> str:
-    """What to call the tokenizer of a store; the caller compares it with the recipe."""
+    """Return the name of a store's tokenizer; the caller compares it with the recipe."""
     name = store.recipe["tokenizer"]["name"]
     if given is not None:
         return given
@@ -91,7 +91,7 @@ def tokenizer_of(store: TokenStore, given: str | None) -> str:
 
 
 def source_of(store: TokenStore, given: str | None) -> str:
-    """Where the text of a store is: by its own name (the commit of a hub's data set), or files of this machine."""
+    """Return the place of a store's text: its own name (the commit of a hub's data set), or files of this machine."""
     spec = given or _named(store) or store.hints.get("source")
     if spec is None:
         raise SaeError(f"{store.path}: where its text is now is not known; say it with `source`")
@@ -99,7 +99,8 @@ def source_of(store: TokenStore, given: str | None) -> str:
 
 
 def followed(store: Store, what: str, name: str | None) -> str:
-    """What a store hints at, where that is an absolute path or the name in its recipe; the latter where it says none.
+    """Return the hint of a store, where that is an absolute path or the name in its recipe; the latter where it says
+    none.
 
     Raises SaeError for anything else.
     """

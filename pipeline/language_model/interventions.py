@@ -1,4 +1,4 @@
-"""What is done to activations while a model runs: the one way of splicing, ablating and steering."""
+"""Interventions: activations are changed while a model runs, the one way of splicing, ablating and steering."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def predicting(predict: Callable[[Tensor, Tensor], Tensor], reads: Place, writes
 
 
 def changed(change: Change, value: Tensor, point: object) -> Tensor | None:
-    """What a function makes of a value. Raises ValueError where it returns another shape."""
+    """Apply a function to a value. Raises ValueError where it returns another shape."""
     new = change(value)
     if new is not None and new.shape != value.shape:
         raise ValueError(f"what replaces {point} must have its shape {list(value.shape)}, not {list(new.shape)}")

@@ -28,7 +28,7 @@ _LOGITS_AT_ONCE = {"cpu": 2**23 - 1, "cuda": 2**27}
 
 
 class Spliced(NamedTuple):
-    """What an intervention did to each prediction. float32 [B, T-1], nats."""
+    """The effect of an intervention on each prediction. float32 [B, T-1], nats."""
 
     ce: Tensor  # cross-entropy of tokens[:, 1:]
     kl: Tensor  # KL(clean || spliced)
@@ -90,7 +90,8 @@ class LanguageModel:
         return cls(load(files, _DTYPES[dtype]), where)
 
     def recipe(self) -> dict[str, str | None]:
-        """What decides the activations: the weights (by the hub's commit or by digest), their processing, precision.
+        """Return what decides the activations: the weights (by the hub's commit or by digest), their processing,
+        precision.
 
         The attention kernel and the device are left out: they change values by rounding only.
         """
@@ -113,7 +114,7 @@ class LanguageModel:
         return self._bridge.sites(point.layer)[point.site]
 
     def hook(self, point: Point) -> str:
-        """What transformer_lens calls a point: `blocks.6.hook_mlp_out`."""
+        """Return transformer_lens' name of a point: `blocks.6.hook_mlp_out`."""
         return hook_name(*point)
 
     def check(self, point: Point) -> None:

@@ -33,7 +33,7 @@ _known: WeakKeyDictionary[nn.Module, dict[str, tuple[str, bool]]] = WeakKeyDicti
 
 
 class Place(NamedTuple):
-    """What enters a module, or what leaves it."""
+    """The input or the output of a module."""
 
     module: nn.Module
     is_input: bool
@@ -191,7 +191,7 @@ def _projection(block: nn.Module, seen: Mapping[str, _Seen], name: str) -> str |
 
 @torch.no_grad()
 def _tried(model: Any, block: nn.Module) -> dict[str, _Seen]:
-    """What enters and leaves a block ("") and each module in it, for a few tokens; each [1, T, ...]."""
+    """Return what enters and leaves a block ("") and each module in it, for a few tokens; each [1, T, ...]."""
     seen: dict[str, _Seen] = {}
 
     def keep(name: str) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""Whether a site holds what its name says, found out by trying: values are written into one layer, and others read.
+"""Tests of whether a site holds what its name says: values are written into one layer, and others read.
 
 Architectures differ in what they add to what: norms after the sum, attention and MLP side by side, scaled branches,
 experts, mixers without attention. A list of names would always lag behind, so each site of a layer is put to the test
@@ -79,7 +79,7 @@ class _Layer:
         self._size = max(float(value.abs().max()) for value in self._seen.values())
 
     def stream_arrives(self, last: bool) -> bool:
-        """What follows the layer is decided by resid_post alone, and resid_post by resid_pre."""
+        """Check that resid_post alone decides what follows the layer, and resid_pre alone resid_post."""
         r = self._draw(size=self._size)
         one, other = (self._trial({"resid_pre": stream, "resid_post": r}) for stream in (self._x, self._y))
         arrives = equal(one[NEXT], [other[NEXT]]) if last else equal(one[NEXT], [r]) and equal(other[NEXT], [r])

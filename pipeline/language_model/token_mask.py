@@ -1,4 +1,4 @@
-"""Which tokens become rows, and where each window of rows starts.
+"""The mask of tokens that become rows, and where each window of rows starts.
 
 Decided by tokens and positions only, never by values, so that the rows of all sites align, and so that the place of
 every window is known before anything is computed: windows may then be computed in any order, by anyone.
@@ -20,7 +20,7 @@ SCAN_CONTEXTS = 8192
 
 
 class TokenMask(Settings):
-    """Which tokens become rows."""
+    """The rule by which tokens become rows."""
 
     skip_first: int = Field(
         1, ge=0, description="positions left out at the start of every context (position 0 holds massive activations)"
@@ -78,7 +78,7 @@ def rule_of(store: ActivationStore) -> TokenMask:
 
 
 class TokenPosition(NamedTuple):
-    """Where the next row comes from: a context, and how many of its rows are used already."""
+    """The place of the next row: a context, and how many of its rows are used already."""
 
     context: int
     row: int
@@ -130,7 +130,7 @@ class TokenRows:
 
 
 class Counted(NamedTuple):
-    """What there is to harvest in a token store. Window i reaches from `starts[i]` to `starts[i + 1]`."""
+    """The rows there are to harvest in a token store. Window i reaches from `starts[i]` to `starts[i + 1]`."""
 
     rows: int
     within: int  # rows in the first contexts that were asked about

@@ -1,4 +1,4 @@
-"""What is measured of a dictionary: one file a metric, found by being there.
+"""Metrics of a dictionary: one file each, found by being there.
 
 A metric says once what its figures are called, what they mean and which way is better (`figures`, readable without
 torch); evaluation, report, comparison and studies show whatever there is. `metric` says how one is written. Most are

@@ -16,7 +16,7 @@ WITHOUT_MODEL: frozenset[Need] = OF_ROWS | {"directions"}
 
 
 def available(*, model: bool, truth: bool) -> frozenset[Need]:
-    """What there is to judge a dictionary of a store by, with a language model and true features or without."""
+    """Return what there is to judge a dictionary of a store by, with a language model and true features or without."""
     more: tuple[tuple[Need, bool], ...] = (("model", model), ("truth", truth))
     return WITHOUT_MODEL | {need for need, is_there in more if is_there}
 
@@ -39,7 +39,7 @@ class Figure(NamedTuple):
 
 
 class Declared(NamedTuple):
-    """What a metric says of itself."""
+    """The declaration of a metric."""
 
     name: str
     help: str
@@ -87,12 +87,12 @@ def evaluation_table() -> list[Figure]:
 
 
 def better(key: str) -> Better:
-    """Which end of a figure is better, where one is."""
+    """Return which end of a figure is better, where one is."""
     return _of(key)[1].better
 
 
 def label(key: str) -> str:
-    """What the axis of a figure is labelled. That training has a figure of the same name is why some say more."""
+    """Return the label of a figure's axis. That training has a figure of the same name is why some say more."""
     metric, figure = _of(key)
     return f"{figure.title}, held-out rows" if "rows" in metric.needs else figure.title
 

@@ -72,7 +72,7 @@ def encoder_decoder_cosine(encoder: Tensor, decoder: Tensor) -> Tensor:
 
 
 def random_cosine(d: int) -> float:
-    """What `mean_abs_cosine` is about for random directions in d dimensions: sqrt(2 / (pi d))."""
+    """Return about what `mean_abs_cosine` is for random directions in d dimensions: sqrt(2 / (pi d))."""
     return math.sqrt(2 / (math.pi * d))
 
 

@@ -1,4 +1,4 @@
-"""How a metric is written: a class under `@register` in a file of this folder, its figures declared as literals.
+"""Metrics: a class under `@register` in a file of this folder each, its figures declared as literals.
 
     @register
     class Worst(Metric):
@@ -49,25 +49,25 @@ class Encoded(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """What is judged, a dictionary or less, and the features [G, d_out] its rows were made of, where those are known."""
+    """What metrics judge, a dictionary or less, and the features [G, d_out] its rows were made of, where known."""
 
     sae: Predictor
     truth: Tensor | None = None
 
     @property
     def coder(self) -> Coder:
-        """What is judged, for a metric that needs codes."""
+        """The subject, for a metric that needs codes."""
         assert isinstance(self.sae, Coder), "`metrics_of` sees to it"
         return self.sae
 
     @property
     def dictionary(self) -> Dictionary:
-        """What is judged, for a metric that needs directions."""
+        """The subject, for a metric that needs directions."""
         assert isinstance(self.sae, Dictionary), "`metrics_of` sees to it"
         return self.sae
 
     def lacks(self) -> set[Need]:
-        """What a metric may need that this does not have, for it is no dictionary, or not even a coder."""
+        """Return what a metric may need that this does not have, for it is no dictionary, or not even a coder."""
         directions: set[Need] = set() if isinstance(self.sae, Dictionary) else {"directions", "truth"}
         codes: set[Need] = set() if isinstance(self.sae, Coder) else {"codes", "training"}
         return directions | codes
@@ -109,7 +109,7 @@ class Metric(ABC):
         """The value of every one of `figures`; None where it is not defined."""
 
     def details(self) -> dict[str, Any]:
-        """What else there is to know, for `details` of `eval.json`."""
+        """Return what else there is to know, for `details` of `eval.json`."""
         return {}
 
     def latents(self) -> dict[str, Tensor]:

@@ -100,7 +100,7 @@ class Reconstruction(Metric):
 
 @dataclass(frozen=True)
 class _Totals:
-    """What is known of some rows, float64."""
+    """Sums over some rows, float64."""
 
     rows: int
     mean: Tensor  # [d], of x

@@ -153,7 +153,7 @@ class Cluster:
                 self._give_again(call, one, what)
 
     def _result(self, one: _Given[Any], what: str) -> Any:
-        """What a task returned; a Refusal where it was given to a worker that must not have it."""
+        """Return the result of a task; a Refusal where it was given to a worker that must not have it."""
         from distributed import KilledWorker
 
         try:

@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """What decides results: the versions of Python and of the packages that compute."""
+    """Return the versions that decide results: of Python and of the packages that compute."""
     found = {"python": ".".join(platform.python_version_tuple()[:2])}
     for package in PACKAGES:
         try:
@@ -36,7 +36,7 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Refusal:
-    """What a worker answers that was given a task and has other versions."""
+    """The answer of a worker that was given a task and has other versions."""
 
     worker: str
     versions: dict[str, str]

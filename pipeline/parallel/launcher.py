@@ -67,7 +67,7 @@ class Child:
             )
 
     def _raised(self, text: str) -> BaseException:
-        """What it raised, as it was raised where it can be built again."""
+        """Return the error that it raised, as it was raised where it can be built again."""
         try:
             error = self.link.recv()
         except Exception as lost:  # noqa: BLE001 - whatever building it raises, the text is there
@@ -140,7 +140,7 @@ def _child(
     work: Callable[..., None],
     args: Sequence[Any],
 ) -> None:
-    """What a child does: take its seat, work, and say how it went."""
+    """Do a child's part: take its seat, work, and say how it went."""
     stop = threading.Event()
     threading.Thread(target=_obey, args=(link, stop), daemon=True).start()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())

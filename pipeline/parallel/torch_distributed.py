@@ -31,7 +31,7 @@ class LostRank(SaeError):
 
 
 class ProcessInfo(NamedTuple):
-    """Which of the processes this one is, and where its tensors live.
+    """The number of this process among all, and the device of its tensors.
 
     folder: where they meet; None: where torchrun's environment says.
     """
@@ -142,7 +142,7 @@ class DistributedRanks:
         self.any(False)
 
     def broadcast_text(self, text: str) -> str:
-        """What rank 0 says, on every rank; what the others give is not read."""
+        """Return the text of rank 0, on every rank; the others' is not read."""
         data = torch.tensor(list(text.encode()), dtype=torch.uint8)
         size = torch.tensor(len(data))
         with _explained():

@@ -1,4 +1,4 @@
-"""How many cores this process has to itself: those it may use, less those that are busy with something else.
+"""The number of cores that this process has to itself: those it may use, less those that are busy with something else.
 
 Two threads on a core that is taken wait for each other at every step: on a busy machine they are many times slower than
 one. Given up: what begins a moment later is not seen; `--threads` says otherwise.

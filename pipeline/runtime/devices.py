@@ -1,4 +1,4 @@
-"""Where tensors live and how many threads compute: `--device` and `--threads`."""
+"""The device of tensors and the number of threads that compute: `--device` and `--threads`."""
 
 import os
 from collections.abc import Callable

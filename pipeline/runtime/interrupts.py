@@ -1,4 +1,4 @@
-"""What Ctrl-C, SIGTERM and SIGHUP (the terminal was closed) do: end what is under way in order, and say what is safe.
+"""Ctrl-C, SIGTERM and SIGHUP (the terminal was closed) end what is under way in order, and say what is safe.
 
 The command line lets each raise Interrupted at once (`interrupts_raised`). Work that is worth ending in order notes the
 first one and goes on until it can end (`interruptible`); a second one acts as it would have outside. Signals that are
@@ -115,7 +115,7 @@ def _handled(handler: Callable[[int, object], None]) -> Iterator[dict[signal.Sig
 
 
 def _let_go_of_lost_terminal() -> None:
-    """Where the terminal is gone, let what is written to it vanish: every write would be an error."""
+    """Let what is written to a terminal that is gone vanish: every write would be an error."""
     for output in (1, 2):
         try:
             if stat.S_ISCHR(os.fstat(output).st_mode) and not os.isatty(output):

@@ -47,12 +47,13 @@ def offline_wanted(offline: bool) -> bool:
 
 
 def hub_address() -> str:
-    """Where the Hugging Face hub is: a mirror where HF_ENDPOINT names one."""
+    """Return the address of the Hugging Face hub: a mirror where HF_ENDPOINT names one."""
     return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
-    """What the Hugging Face libraries raise for names, settings, missing packages and networks that do not work.
+    """Return the errors of the Hugging Face libraries for names, settings, missing packages and networks that do not
+    work.
 
     Mostly OSError and ValueError; but a refused connection or a timeout is the HTTP library's own error, which is
     neither and whose name has changed with the library. The hub's error class always derives from it.
@@ -63,7 +64,7 @@ def hub_errors() -> tuple[type[Exception], ...]:
 
 
 def ask(name: str, call: Callable[[], Answer], kind: Kind = "model", *, tries: int = TRIES) -> Answer:
-    """What the hub answers to `call`, a request about the repository `name` made with huggingface_hub or datasets.
+    """Return the hub's answer to `call`, a request about the repository `name` made with huggingface_hub or datasets.
 
     A fault that may pass is tried again, with a word on the log; silence is not, since that took long enough. Raises
     Refused where there is no answer to be had.

@@ -1,4 +1,4 @@
-"""Where a stage looks for what stores are made of."""
+"""The places where a stage looks for what stores are made of."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Origins:
-    """Where what stores are made of is now, as far as the user says; None: where their makers found it.
+    """The places of what stores are made of, as far as the user says; None: where their makers found it.
 
     `loaded` holds language models by their canonical recipe, so that several stores of one model load it once.
     """

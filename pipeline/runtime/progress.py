@@ -1,4 +1,4 @@
-"""How a stage tells the world where it is, without knowing who listens. Library code never prints."""
+"""Progress: a stage tells the world where it is, without knowing who listens. Library code never prints."""
 
 import threading
 from collections.abc import Iterator

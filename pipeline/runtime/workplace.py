@@ -1,4 +1,4 @@
-"""What stages, studies and sessions are carried out in."""
+"""The workplace of stages, studies and sessions."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from sae.pipeline.runtime.progress import Progress
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where stores and runs are kept, on what is computed, and who is told how far it is.
+    """The folders of stores and runs, the device that computes, and who is told how far it is.
 
     cache, runs: their folders. device: cpu, cuda, cuda:1, ..., or auto for a GPU where there is one. offline: whether
     the network is left alone.

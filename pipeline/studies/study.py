@@ -1,4 +1,4 @@
-"""How a study is written: a class under `@register` in a file of this folder, its settings declared as literals.
+"""Studies: a class under `@register` in a file of this folder each, its settings declared as literals.
 
     @register
     class Widths(Study):

@@ -13,7 +13,7 @@ from sae.pipeline.tokenizers.layout import Layout
 
 
 class DocumentPosition(NamedTuple):
-    """Where the next context starts."""
+    """The place where the next context starts."""
 
     source: dict[str, Any] | None  # state of the source before the block
     block: int

@@ -54,7 +54,7 @@ class TooLittle(SaeError):
 
 
 class TokenizeConfig(Settings):
-    """What to tokenize and how."""
+    """Settings of tokenizing."""
 
     source: str = Field(
         "fineweb",
@@ -93,7 +93,7 @@ class TokenizeConfig(Settings):
     seed: int = Field(0, ge=0, description="seed of the document shuffle")
 
     def layout(self, tok: Tokenizer) -> Layout:
-        """How documents lie in contexts with a tokenizer."""
+        """Return how documents lie in contexts with a tokenizer."""
         return layout(
             tok, self.context, self.packing, begin=self.begin, separator=self.separator, min_tokens=self.min_tokens
         )
@@ -162,7 +162,7 @@ def token_recipe(config: TokenizeConfig, source: TextSource, tok: Tokenizer, spl
 
 
 def found_at(config: TokenizeConfig, source: TextSource) -> dict[str, str]:
-    """Where text and tokenizer are, from any folder: what `sae cache verify --repair` reads them from."""
+    """Return where text and tokenizer are, from any folder: `sae cache verify --repair` reads them there."""
     files = source.recipe()["source"] == "files"
     text = os.path.abspath(os.path.expanduser(config.source)) if files else config.source
     folder = Path(config.tokenizer).expanduser()

@@ -50,7 +50,7 @@ def converted(option: str, folder: Path) -> tuple[Backend, Ends]:
 
 
 def build(option: str, folder: Path) -> Any:
-    """What transformers makes of a folder, without its code and without the network."""
+    """Return the tokenizer that transformers makes of a folder, without its code and without the network."""
     import transformers
 
     level = transformers.logging.get_verbosity()

@@ -31,7 +31,7 @@ def foreign_json(path: Path, option: str) -> dict[str, Any] | None:
 
 
 def foreign_bytes(path: Path, option: str) -> bytes | None:
-    """What a regular file, or a link to one, holds; None where there is none. Pipes and devices are not waited for."""
+    """Return the bytes of a regular file, or of a link to one, else None. Pipes and devices are not waited for."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -53,7 +53,7 @@ def foreign_bytes(path: Path, option: str) -> bytes | None:
 
 
 def said(error: BaseException) -> str:
-    """What an error says, in one line of printable characters."""
+    """Return the message of an error, in one line of printable characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return printable(text[:200])
 

@@ -27,13 +27,13 @@ _OTHER: dict[Verdict, str] = {
 
 
 def identity(tok: Tokenizer) -> Recipe:
-    """What a token store's recipe says of its tokenizer."""
+    """Return the part of a token store's recipe that identifies its tokenizer."""
     return {**tok.recipe(), "n_vocab": tok.n_vocab, "begin": tok.begin}
 
 
 def judge(tok: Tokenizer, said: Recipe) -> Verdict:
-    """What a recipe's tokenizer is to `tok`: the same function of text; what an earlier version took for it, with other
-    ids; or nothing that is known.
+    """Compare a recipe's tokenizer with `tok`: the same function of text; what an earlier version took for it, with
+    other ids; or nothing that is known.
     """
     if said == identity(tok):
         return "same"
@@ -74,7 +74,7 @@ def begun(root: Path, slug: str, recipe: Recipe, tok: Tokenizer, progress: Progr
 
 
 def _function(backend: Backend) -> dict[str, Any]:
-    """What a backend does to text. Special tokens are not looked for there, and no suffix is an empty one."""
+    """Return what a backend does to text. Special tokens are not looked for there, and no suffix is an empty one."""
     whole = json.loads(backend.to_str())
     model = {**whole["model"], "added_tokens": [token for token in whole["added_tokens"] if not token["special"]]}
     for affix in ("continuing_subword_prefix", "end_of_word_suffix"):

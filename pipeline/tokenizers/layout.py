@@ -1,4 +1,4 @@
-"""How documents lie in contexts: which tokens stand before contexts and documents and between documents.
+"""The layout of documents in contexts: which tokens stand before contexts and documents and between documents.
 
 The begin token stands before each context, before each document or nowhere. A separator stands between two documents
 of one context: never at a context's start, where there is nothing to separate.
@@ -18,7 +18,7 @@ DEFAULT, BEGIN, EOS, NONE = "default", "begin", "eos", "none"  # separators by o
 
 @dataclass(frozen=True)
 class Layout:
-    """What decides how documents of given tokens become contexts."""
+    """The rule by which documents of given tokens become contexts."""
 
     context: int  # tokens in a context, its begin token among them
     packing: str  # concat, document

@@ -1,4 +1,4 @@
-"""Whether a token store was made with a model's own tokenizer, told by content: a vocabulary's size is no identity.
+"""Comparison of a token store's tokenizer with a model's own, by content: a vocabulary's size is no identity.
 
 Two tokenizers are the same where the digests in their recipes are, or else where each id stands for the same bytes and
 stored documents, turned into text and encoded again, give the same ids. So tiktoken's gpt2 is a Hugging Face folder of
@@ -76,7 +76,9 @@ def model_tokenizer(name: str, *, revision: str | None = None, offline: bool = F
 
 
 def difference(tokens: TokenStore, own: Tokenizer) -> str | None:
-    """Where a store's tokenizer and another one differ, in words; None where they do not. NotFound: no vocabulary."""
+    """Return how a store's tokenizer differs from another, in words; None where it does not. NotFound: no
+    vocabulary.
+    """
     if tokens.recipe["tokenizer"].get("digest") == own.recipe()["digest"]:
         return None
     table, other = tokens.vocabulary(), own.vocabulary()
@@ -102,7 +104,7 @@ def _gpt2() -> Tokenizer | None:
 
 
 def _spec(model: str) -> str:
-    """What `--tokenizer` calls a model's tokenizer."""
+    """Return the value of `--tokenizer` for a model's tokenizer."""
     if model == embedded.NAME or Path(os.path.expanduser(model)).is_dir():
         return model
     return GPT2 if model in GPT2_MODELS else f"hf:{model}"
@@ -123,7 +125,7 @@ def _documents(tokens: TokenStore) -> Iterator[tuple[np.ndarray, bool]]:
 
 
 def _encoded_again(ids: np.ndarray, table: list[bytes], own: Tokenizer) -> list[np.ndarray] | None:
-    """What a tokenizer makes of the text of some ids, with and without the space some put first; None: no sure text."""
+    """Encode the text of some ids again, with and without the space some put first; None: no sure text."""
     if not own.special.isdisjoint(ids.tolist()):
         return None
     try:
@@ -134,7 +136,7 @@ def _encoded_again(ids: np.ndarray, table: list[bytes], own: Tokenizer) -> list[
 
 
 def _shared(one: np.ndarray, other: np.ndarray) -> int:
-    """How many ids two documents begin with alike."""
+    """Return how many ids two documents begin with alike."""
     n = min(len(one), len(other))
     return int(np.argmin(np.append(one[:n] == other[:n], False)))
 

@@ -1,4 +1,4 @@
-"""How vocabularies spell bytes, and what names a table of them."""
+"""Spellings: vocabularies write bytes in one of several ways, and tables of them have names."""
 
 import functools
 import hashlib
@@ -17,7 +17,7 @@ def digest(parts: list[bytes]) -> str:
 
 
 def spell(style: Any) -> Callable[[str], bytes]:
-    """What turns an entry of a vocabulary into the bytes it stands for; `style` is its tokenizer.json's decoder."""
+    """Return what turns a vocabulary's entry into the bytes it stands for; `style` is its tokenizer.json's decoder."""
     written = json.dumps(style)
     if '"ByteLevel"' in written:
         return byte_level

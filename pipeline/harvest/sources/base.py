@@ -1,4 +1,4 @@
-"""What enters the cache: a source of rows.
+"""Sources of rows: whatever enters the cache.
 
 A source has one or several streams, whose rows align, and each stream of each split becomes a store. `harvest` asks how
 many rows there are, cuts them into windows and has each window computed: here, in worker processes or, where a store is
@@ -52,7 +52,7 @@ class Rows(NamedTuple):
 
 
 class Supply(NamedTuple):
-    """What a source has of one split: so many rows, of which so many were asked for.
+    """The supply of a source for one split: so many rows, of which so many were asked for.
 
     `place(i)` is where window i begins, which is also where window i - 1 ends. `ended`: there will never be more rows.
     `tokens`: those behind all of the rows, where computing rows is a forward pass over tokens.
@@ -84,7 +84,7 @@ class SourceConfig(Settings):
 
 
 class RowSource(ABC):
-    """Where rows come from. Its class is what a registry lists; its docstring's first sentence is the help."""
+    """A source of rows. Its class is what a registry lists; its docstring's first sentence is the help."""
 
     name: ClassVar[str]  # also what `recipe["source"]["source"]` says, by which a store finds its source again
     settings: ClassVar[type[SourceConfig]]
@@ -115,11 +115,11 @@ class RowSource(ABC):
 
     @abstractmethod
     def identity(self) -> Recipe:
-        """What decides the rows of all streams and splits, and their order; not where they lie."""
+        """Return what decides the rows of all streams and splits, and their order; not where they lie."""
 
     @abstractmethod
     def supply(self, split: str, wanted: Amount | None = None) -> Supply:
-        """What there is of a split, and how much of it `wanted` is (by default: what the settings ask for)."""
+        """Return what there is of a split, and how much of it `wanted` is (by default: what the settings ask for)."""
 
     @abstractmethod
     def window(self, task: WindowTask) -> Iterator[Rows]:
@@ -127,14 +127,14 @@ class RowSource(ABC):
 
     @abstractmethod
     def elsewhere(self) -> Callable[[], "RowSource"]:
-        """What makes the same source in another process; it is pickled."""
+        """Return a maker of the same source in another process; it is pickled."""
 
     def notes(self, task: WindowTask) -> dict[str, Any]:
-        """What the manifest is to say of a window besides its files: `next`, and what its bits depend on, `made`."""
+        """Return the manifest's notes on a window besides its files: `next`, and what its bits depend on, `made`."""
         return {}
 
     def noted(self, line: Window | None, folder: Path) -> TokenPosition | None:
-        """Where the window after a committed one of the store in a folder begins, by its notes.
+        """Return where the window after a committed one of the store in a folder begins, by its notes.
 
         `line` None: the first window. None where this source notes nothing.
         """
@@ -145,7 +145,7 @@ class RowSource(ABC):
         return self
 
     def hints(self) -> dict[str, str]:
-        """Where this machine has what the recipe names."""
+        """Return where this machine has what the recipe names."""
         return {}
 
     def about(self) -> dict[str, Any]:
@@ -161,7 +161,7 @@ class RowSource(ABC):
         return None
 
     def remedy(self, split: str, supply: Supply, rows: int) -> str:
-        """What to do to have so many rows, of a source that may have more of them later."""
+        """Return what to do to have so many rows, of a source that may have more of them later."""
         return "ask again when there are more"
 
     def recipe(self, stream: Stream, split: str) -> Recipe:

@@ -43,7 +43,7 @@ ESTIMATE_TOKENS = 1024  # the pass that is timed for --dry-run
 
 
 class HarvestConfig(SourceConfig):
-    """Which activations to keep and how."""
+    """Settings of a harvest: which activations to keep and how."""
 
     source: Literal["language_model"] = Field("language_model", description="where rows come from")
     model: str = Field(
@@ -194,7 +194,9 @@ class LanguageModelSource(RowSource):
             yield name, found.pop(point).flatten(0, 1).index_select(0, index)
 
     def notes(self, task: WindowTask) -> dict[str, Any]:
-        """Where the next window starts, and what byte identity is promised for: device kind, precision, batch shape."""
+        """Return the start of the next window, and what byte identity is promised for: device kind, precision, batch
+        shape.
+        """
         made = {
             "device": self.model.device.type, "dtype": self.model.recipe()["dtype"], "contexts": self.batch,
         }  # fmt: skip

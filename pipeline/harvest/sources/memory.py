@@ -30,7 +30,7 @@ PART = 16_384  # rows given at a time
 
 
 class MemoryConfig(SourceConfig):
-    """How to store rows in memory."""
+    """Settings of rows in memory: how to store them."""
 
     source: Literal["memory"] = Field("memory", description="where rows come from")
     codec: str = Field("float32", description="int8, bfloat16, float16 or float32; with settings as int8:step=0.11")

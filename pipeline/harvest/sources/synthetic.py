@@ -90,7 +90,7 @@ class Independent(Settings):
 
 
 class SyntheticConfig(SourceConfig):
-    """Which rows with known features to make, and how to store them."""
+    """Settings of rows with known features: which to make, and how to store them."""
 
     source: Literal["synthetic"] = Field("synthetic", description="where rows come from")
     d: int = Field(256, ge=1, le=MOST, description="width of a row")
@@ -121,7 +121,7 @@ class SyntheticConfig(SourceConfig):
 
 
 class Coefficients(NamedTuple):
-    """Which features are in some rows and how strongly: those of row i are the entries `start[i]` to `start[i + 1]`."""
+    """The features in some rows and their strengths: those of row i are the entries `start[i]` to `start[i + 1]`."""
 
     start: np.ndarray  # int64 [rows + 1]
     feature: np.ndarray  # int64 [entries]

@@ -41,7 +41,7 @@ BLOCK = 65_536  # rows whose split is drawn from one seed
 
 
 class TableConfig(SourceConfig):
-    """Which rows of which file to store."""
+    """Settings of a table: which rows of which file to store."""
 
     source: Literal["table"] = Field("table", description="where rows come from")
     table: str | None = Field(
@@ -215,7 +215,7 @@ def _digest(table: Table, progress: Progress) -> str:
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """What changes when a file, or one of those in a folder, is written."""
+    """Return numbers that change when a file, or one of those in a folder, is written."""
     try:
         every = [one.stat() for one in (path, *(path.rglob("*") if path.is_dir() else ()))]
     except OSError as error:

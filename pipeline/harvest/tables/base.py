@@ -1,4 +1,4 @@
-"""What every file of numbers is read as: rows [n, d] of float32 from any place on, without holding them.
+"""Tables: every file of numbers is read as rows [n, d] of float32 from any place on, without holding them.
 
 Each kind is a class: `n` and `d` from the file's head, and `blocks(start)`, which goes through the rows from one on.
 """

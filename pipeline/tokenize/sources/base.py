@@ -1,4 +1,5 @@
-"""What a source of text is, how one is found from `--source`, and the split into training and validation documents.
+"""The contract of a source of text, how one is found from `--source`, and the split into training and validation
+documents.
 
 A new source is one new file in this package with a function decorated by `source`; nothing else has to know of it.
 """
@@ -31,7 +32,7 @@ class DocumentStream(Protocol):
 
 
 class TextSource(Protocol):
-    """Where documents come from."""
+    """A source of documents."""
 
     @property
     def slug(self) -> str:
@@ -57,7 +58,7 @@ class Moving(TextSource, Protocol):
 
 
 class Unreachable(SaeError):
-    """What a source holds cannot be found out now."""
+    """The error of a source whose content cannot be found out now."""
 
 
 # resolve(spec, offline, column) -> the source, or None where `spec` is not its own; SaeError where it cannot be used.

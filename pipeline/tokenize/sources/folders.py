@@ -1,4 +1,4 @@
-"""Which files of a folder are text: all of them, or what a data set that lies there says of itself.
+"""The files of a folder that are text: all of them, or those that a data set which lies there names.
 
 Known are what `datasets` saves (`save_to_disk`) and clones of the Hugging Face hub's data sets. Of several splits the
 training one is read.
@@ -53,7 +53,7 @@ def _saved(spec: str, folder: Path, state: dict[str, Any]) -> list[File]:
 
 
 def _described(path: Path) -> dict[str, Any]:
-    """What a description holds; nothing where it is none."""
+    """Return the content of a description; nothing where it is none."""
     try:
         found = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):

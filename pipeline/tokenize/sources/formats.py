@@ -1,4 +1,4 @@
-"""How one local file becomes documents, by its suffix.
+"""Documents of one local file, by its suffix.
 
 A reader yields (document, place): the place is where the next document begins, and reading from there gives the rest.
 Memory holds a document (or a batch of rows), not a file.

@@ -71,7 +71,7 @@ class HubSource:
         return self._wanted is not None and re.fullmatch(r"[0-9a-f]{40}", self._wanted) is not None
 
     def __str__(self) -> str:
-        """What `--source` reads this commit by."""
+        """Return the spec by which `--source` reads this commit."""
         return ":".join(["hub", f"{self.repo}@{self.revision}", *self._part()])
 
     def _part(self) -> list[str]:
@@ -127,7 +127,7 @@ class HubSource:
         return HubStream(self, data, state)
 
     def _parquet(self) -> list[str] | None:
-        """Where the split's files are, in the data set's order; None where datasets has to read them."""
+        """Return the places of the split's files, in the data set's order; None where datasets has to read them."""
         import datasets
         from datasets.packaged_modules.parquet.parquet import Parquet
 

@@ -143,7 +143,7 @@ def _import(name: str) -> ModuleType | None:
 
 
 def _docstrings(name: str, module: ModuleType, said: _Said) -> str:
-    """What `module` says of itself and its public members, less what was said before."""
+    """Return the docstrings of `module` and its public members, less what was said before."""
     parts: list[str] = []
 
     def say(title: str, doc: object, indent: str) -> None:
