@@ -86,7 +86,7 @@ class ActivationStore(Store):
         text(inner(recipe, "model"), "model")
         whole(recipe, "layer", 0, 1 << 20)
         if not is_plain_name(text(recipe, "site")):
-            raise ValueError(f"site is {shown(recipe['site'])}, which is no name")
+            raise ValueError(f"site is {shown(recipe['site'])}, which is not a name")
         text(recipe, "hook")
         expect_rows(inner(recipe, "rows"))
 

@@ -133,7 +133,7 @@ def find(root: Path, kind: type[AnyStore], name: str | None, argument: str | Non
             f"{argument} = {name or '...'}: {kept}; name the store of the training documents, this one goes with it"
         )
     if len(training) > 1:
-        raise SaeError(f"{said}: which one? {listed(training)}")
+        raise SaeError(f"{said}: ambiguous; matches {listed(training)}")
     return kind(training[0])
 
 
@@ -156,7 +156,7 @@ def located(root: Path, name: str) -> Path:
     if not matches:
         raise NotFound(f"{name}: no such store in {root}; there is {listed(every) or 'nothing yet'}")
     if len(matches) > 1:
-        raise SaeError(f"{name}: which one? {listed(matches)}")
+        raise SaeError(f"{name}: ambiguous; matches {listed(matches)}")
     return matches[0]
 
 
@@ -304,7 +304,7 @@ def _complete(path: Path) -> bool:
 def _for_training(path: Path) -> bool:
     recipe = read_head(path).recipe
     said = recipe if "split" in recipe else recipe.get("tokens")
-    return not isinstance(said, dict) or said.get("split") == "train"  # one that is no recipe is said to be none later
+    return not isinstance(said, dict) or said.get("split") == "train"  # what is no recipe is said later
 
 
 def listed(paths: Sequence[Path]) -> str:

@@ -84,7 +84,7 @@ class Run:
     def create(cls, path: Path, config: dict[str, Any]) -> Run:
         """A new run folder. Raises SaeError where one exists already, or something else of that name."""
         if not _is_vacant(path):
-            what = "exists" if (path / CONFIG).exists() else f"is there, and is no run (it has no {CONFIG})"
+            what = "exists" if (path / CONFIG).exists() else f"is there, and is not a run (it has no {CONFIG})"
             cure = "continue it with `resume` or choose" if (path / CONFIG).exists() else "choose"
             raise SaeError(f"name = {path.name}: {path} {what}; {cure} another `name`")
         removal.finish(path.parent, is_begun)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from sae.cache.errors import SaeError
 from sae.configs import reading
-from sae.configs.layers import Layer, Said, command_line, inner_models, joined, leaves, tag_of
+from sae.configs.layers import NOUNS, Layer, Said, command_line, inner_models, joined, leaves, tag_of
 from sae.configs.problems import Origins, explained
 from sae.configs.reading import SECTIONS, nested, parsed
 
@@ -81,7 +81,7 @@ def _chosen(kinds: Sequence[type[Kind]], tag: str | None, layers: Sequence[Layer
     known = {str(kind.model_fields[tag].default): kind for kind in kinds}
     if said not in known:
         where = origins.option([tag]) or f"{origins.name([tag])} = {said}"
-        raise SaeError(f"{where}: there is no such one{reading.nearest(said, list(known))}")
+        raise SaeError(f"{where}: unknown {NOUNS.get(tag, tag)}{reading.nearest(said, list(known))}")
     return known[said]
 
 

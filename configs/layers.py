@@ -16,6 +16,8 @@ from sae.configs.reading import nested
 
 TAGS = ("arch", "kind", "mode", "source")  # keys that choose one of several settings classes
 
+NOUNS = {"arch": "architecture"}  # what a tag names, where its key is short for it
+
 Path = tuple[str, ...]
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ValidationError
 
-from sae.configs.layers import TAGS, Layer, Path, inner_models, leaves, tag_of
+from sae.configs.layers import NOUNS, TAGS, Layer, Path, inner_models, leaves, tag_of
 from sae.configs.reading import nearest
 
 
@@ -42,7 +42,7 @@ def explained(settings: type[BaseModel], error: ValidationError, origins: Origin
         tag, there = first["ctx"]["tag"], first["ctx"]["expected_tags"].replace("'", "").split(", ")
         keys.append(first["ctx"]["discriminator"].strip("'"))
         option = origins.option(keys) or f"{origins.name(keys)} = {tag}"
-        return f"{option}: there is no such one{nearest(tag, there)}"
+        return f"{option}: unknown {NOUNS.get(keys[-1], keys[-1])}{nearest(tag, there)}"
     same = [first, *(other for other in others if _followed(settings, other["loc"])[0] == keys)]
     messages = [problem["msg"].removeprefix("Value error, ") for problem in same]
     message = "; or ".join(message[:1].lower() + message[1:] for message in messages)

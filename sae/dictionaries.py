@@ -46,5 +46,5 @@ def _found(name: Path, root: Path) -> Run:
         return catalogue.find_run(root, str(name))
     except NotFound as error:
         if name.is_dir():
-            raise NotFound(f"{name}: is no run of ours; sae.read opens dictionaries of other tools") from error
+            raise NotFound(f"{name}: is not a run of ours; sae.read opens dictionaries of other tools") from error
         raise

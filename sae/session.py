@@ -191,7 +191,7 @@ class Session(Workplace):
         chosen: Sequence[Config | None] = dictionary if isinstance(dictionary, Sequence) else [dictionary]
         for one in chosen:
             if not isinstance(one, Config | None):
-                raise SaeError(f"dictionary: {one!r} are no settings of one; give them as sae.TopK(k=32, d_sae=8192)")
+                raise SaeError(f"dictionary: {one!r} are not settings of one; give them as sae.TopK(k=32, d_sae=8192)")
         if not chosen:
             raise SaeError("dictionary: an empty list; give settings of at least one, as [sae.TopK(k=32)]")
         every = [

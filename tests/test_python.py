@@ -118,9 +118,9 @@ def test_what_cannot_be_loaded_is_said_in_a_line(tmp_path: Path, monkeypatch: py
         sae.load("one")
     made = create(settings({"arch": "topk"}), D)
     formats.write(made, formats.Metadata("m", "blocks.0.hook_mlp_out"), tmp_path / "theirs")
-    with pytest.raises(sae.NotFound, match=r"theirs: is no run of ours; sae\.read"):
+    with pytest.raises(sae.NotFound, match=r"theirs: is not a run of ours; sae\.read"):
         sae.load("theirs")
-    with pytest.raises(sae.NotFound, match="nothing: is no folder"):
+    with pytest.raises(sae.NotFound, match="nothing: is not a folder"):
         sae.read("nothing")
     trained(tmp_path / "runs" / "one", settings({"arch": "topk"}))
     (tmp_path / "runs" / "one" / "sae_weights.safetensors").unlink()

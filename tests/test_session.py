@@ -166,7 +166,7 @@ def test_text_is_harvested_trained_on_spliced_and_reported(text: tuple[Session, 
     lab, found = text
     assert list(found) == ["1.mlp_in", "1.mlp_out"] and found["1.mlp_in"].d_in == 128
     assert isinstance(lab.dataset("tiny-1.mlp_out").inputs[0], ActivationStore)
-    with pytest.raises(sae.SaeError, match=r"^rows = .*which one"):
+    with pytest.raises(sae.SaeError, match=r"^rows = .*ambiguous"):
         lab.dataset()
     rows = lab.dataset("tiny-1.mlp_in", "tiny-1.mlp_out", first=1000)
     assert rows.n_rows == 1000

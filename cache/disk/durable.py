@@ -6,7 +6,7 @@ a time. On a remote filesystem a file is one request that replaces the whole obj
 durable); there are no folders, and a log is written anew with one line more.
 
 Links are read through, since a folder of links to files is a common way to hand out a store; they are never written
-through. What is no regular file (a pipe, a device) is neither read nor written, nor waited for.
+through. What is not a regular file (a pipe, a device) is neither read nor written, nor waited for.
 """
 
 import errno
@@ -49,21 +49,21 @@ def read(path: Path, most: int | None = None) -> bytes | None:
 
 
 def opened(path: Path) -> int:
-    """A descriptor of a file of this machine, to read. Raises OSError, and DamagedStore for what is no regular file."""
+    """Open a file of this machine to read. Raises OSError, and DamagedStore for what is not a regular file."""
     return _regular(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), path)
 
 
 def opened_to_change(path: Path) -> int:
     """A descriptor of a file of this machine, to read and write, made where it is not there; never through a link.
 
-    Raises OSError (ELOOP for a link), and DamagedStore for what is no regular file.
+    Raises OSError (ELOOP for a link), and DamagedStore for what is not a regular file.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     return _regular(os.open(path, flags, 0o644), path)
 
 
 def expect_file(path: Path) -> None:
-    """Raise DamagedStore for what is no regular file, before a reader opens it by its name; nothing there passes."""
+    """Raise DamagedStore for what is not a regular file, before a reader opens it by its name; nothing there passes."""
     with suppress(OSError):  # said by whoever reads it
         os.close(opened(path))
 
@@ -208,7 +208,7 @@ def _regular(handle: int, path: Path) -> int:
     if stat.S_ISREG(os.fstat(handle).st_mode):
         return handle
     os.close(handle)
-    raise DamagedStore(f"{path}: is no regular file, so it is not what was written; remove it and repeat the command")
+    raise DamagedStore(f"{path}: is not a regular file, so not what was written; remove it and repeat the command")
 
 
 def _put(path: Path, data: bytes | memoryview) -> None:

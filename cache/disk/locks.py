@@ -167,7 +167,7 @@ class _FileBackend(_LockBackend):
         """
         text = os.pread(handle, LONGEST + 1, 0)
         if len(text) > LONGEST or not (text.startswith(BEGINS) or not text.strip(b"\0")):
-            raise SaeError(f"{self.path}: is no lock, but lies where the lock has to be; move it away and repeat")
+            raise SaeError(f"{self.path}: is not a lock, but lies where the lock has to be; move it away and repeat")
         return text.strip(b"\0")  # zeros: its power was cut
 
 

@@ -131,7 +131,7 @@ def _is_folder_of_ours(name: str, ours: Ours) -> bool:
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, bool]]:
-    """Everything below a folder of this machine that is no folder, and whether it is a link."""
+    """Everything below a folder of this machine that is not a folder, and whether it is a link."""
 
     def failed(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):  # another process is deleting it

@@ -141,7 +141,7 @@ class _Stored:
             if place.step >= self.schedule.steps or place.taken > self.schedule.count(place.epoch, place.step):
                 raise ValueError(f"step {place.step} of {self.schedule.steps} has no row {place.taken}")
         except ValueError as error:
-            raise DamagedStore(f"{self.stores[0].path}: the state of its loader is none ({error})") from error
+            raise DamagedStore(f"{self.stores[0].path}: the state of its loader is not one ({error})") from error
         self._place = place
 
     @property

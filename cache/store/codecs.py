@@ -232,7 +232,7 @@ def codec(text: str) -> Codec:
             raise
         except ValueError as error:
             usual = "zstd=1 to 22 or zstd=none" if setting == "zstd" else "step=0.08"
-            raise SaeError(f"codec = {text}: {given!r} is no value for {setting}; try {usual}") from error
+            raise SaeError(f"codec = {text}: {given!r} is not a value for {setting}; try {usual}") from error
     return value
 
 

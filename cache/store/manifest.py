@@ -150,7 +150,7 @@ def read_line(text: bytes) -> Window | int | None:
 def _size_and_checksum(value: Any) -> tuple[int, str]:
     size, crc = value
     if not isinstance(crc, str) or re.fullmatch("[0-9a-f]{8}", crc) is None:
-        raise ValueError(f"{crc} is no checksum")
+        raise ValueError(f"{crc} is not a checksum")
     return whole({"size": size}, "size"), crc
 
 

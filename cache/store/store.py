@@ -49,7 +49,7 @@ class Store:
         except ValueError as error:
             if isinstance(error, SaeError):
                 raise
-            raise DamagedStore(f"{path / RECIPE}: is no recipe of {self.kind} ({error}); remove the store") from error
+            raise DamagedStore(f"{path / RECIPE}: is not a recipe of {self.kind} ({error}); remove it") from error
         self.arrays = {spec.name: spec for spec in self.specs(self.recipe)}
         self.windows = self.layout(self.recipe)
         if manifest is None:
@@ -130,7 +130,7 @@ class Store:
             return self.arrays[name.partition("/")[0]].decode(data, out)
         except ValueError as error:
             raise DamagedStore(
-                f"{self.path / name}: is no chunk of this store ({error}); remove the store and make it again"
+                f"{self.path / name}: is not a chunk of this store ({error}); remove the store and make it again"
             ) from error
 
     def committed(self, name: str) -> tuple[int, str]:
@@ -298,5 +298,5 @@ def _rows(note: dict[str, Any]) -> int:
 
 def _hints(note: dict[str, Any]) -> dict[str, str]:
     if unknown := note.keys() - {"model", "source", "tokenizer"}:
-        raise ValueError(f"{shown(min(unknown))} is no hint")
+        raise ValueError(f"{shown(min(unknown))} is not a hint")
     return {name: text(note, name, MOST_PATH) for name in note}

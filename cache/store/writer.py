@@ -142,7 +142,7 @@ class Writer:
             removal.finish(self.path.parent, is_own)
 
     def _expect_room(self) -> None:
-        """Raise SaeError where the place of a store that is to be begun holds what is no store's."""
+        """Raise SaeError where the place of a store that is to be begun holds what is not a store's."""
         expect_no_link(self.path)
         if (self.path / RECIPE).exists() or not self.path.exists():
             return

@@ -43,7 +43,7 @@ def removable(root: Path, name: str) -> Path:
     begun = [path for path in known if path.name.startswith(name)]
     matches = [path for path in known if path.name == name] or catalogue.training_of(begun)
     if len(matches) > 1:
-        raise SaeError(f"{name}: which one? {catalogue.listed(matches)}")
+        raise SaeError(f"{name}: ambiguous; matches {catalogue.listed(matches)}")
     if matches:
         return matches[0]
     path = catalogue.as_named(parse_path(name))
@@ -52,13 +52,13 @@ def removable(root: Path, name: str) -> Path:
     for parent in parents:
         if is_remote(path) == is_remote(root) and path.parent == catalogue.as_named(parent / "x").parent:
             return parent / path.name
-    raise SaeError(f"{name}: is no store of the cache {root}, so it is left alone; for another say `cache`")
+    raise SaeError(f"{name}: is not a store of the cache {root}, so it is left alone; for another say `cache`")
 
 
 def remove(root: Path, path: Path) -> int:
     """Delete the store in a folder of the cache, readable or not, or a link in its place; returns the bytes freed.
 
-    Raises SaeError where it is no store or holds what no store does, Busy while a living process writes or reads it.
+    Raises SaeError where it is not a store or holds what no store does, Busy while a living process writes or reads it.
     """
     expect_no_link(path.parent)
     if not is_remote(path) and path.is_symlink():
@@ -69,7 +69,7 @@ def remove(root: Path, path: Path) -> int:
         return 0
     if not _is_store(path):
         raise SaeError(
-            f"{path}: is no store, or too damaged to tell (neither {RECIPE} nor {MANIFEST} nor zarr.json is that of "
+            f"{path}: is not a store, or too damaged to tell (neither {RECIPE} nor {MANIFEST} nor zarr.json is that of "
             "such a store), so it is left alone; remove it yourself"
         )
     if user := _harvest_reading(root, path):

@@ -17,7 +17,7 @@ def span(text: str) -> float:
     """A length of time in seconds: 12h, 30d, 2w."""
     found = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]+)?)([hdw])", text)
     if found is None:
-        raise typer.BadParameter(f"{text}: is no length of time; write 12h, 30d or 2w")
+        raise typer.BadParameter(f"{text}: is not a length of time; write 12h, 30d or 2w")
     return float(found[1]) * SPANS[found[2]]
 
 

@@ -115,7 +115,7 @@ def expect_name(name: str) -> None:
 
 
 def say_rows(every: "Iterable[TrainConfig]", bars: "Bars") -> None:
-    """Say how many rows are seen where what was asked for is no whole number of batches."""
+    """Say how many rows are seen where what was asked for is not a whole number of batches."""
     for rows, batch in dict.fromkeys((one.rows, one.batch) for one in every if one.rows is not None):
         steps = max(1, rows // batch)
         if steps * batch != rows:
@@ -185,5 +185,5 @@ def run_to_resume(runs: Path, name: str | None) -> "Run":
     if not waiting:
         raise SaeError(f"--resume: no unfinished run in {runs}; `sae list` shows the runs, `sae train` starts one")
     if len(waiting) > 1:
-        raise SaeError(f"--resume: which one? Give --name: {', '.join(run.name for run in waiting)}")
+        raise SaeError(f"--resume: ambiguous; give --name: {', '.join(run.name for run in waiting)}")
     return waiting[0]

@@ -65,7 +65,7 @@ def amount(text: str) -> str:
         plain = re.sub("[_,]", "", found["whole"]) + (found["part"] or "") + (found["power"] or "")
         value = Decimal(plain) * SCALES[found["scale"].lower()]
     if not 0 <= value < LARGEST or value % 1:
-        raise typer.BadParameter(f"{text}: is no count; write 500, 300k, 10M, 1e8 or all")
+        raise typer.BadParameter(f"{text}: is not a number of rows or tokens; write 500, 300k, 10M, 1e8 or all")
     return str(int(value))
 
 
@@ -93,7 +93,7 @@ def whole(option: str, text: str | None) -> list[int] | None:
     for item in several(option, text) or ():
         ends = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", item)
         if ends is None:
-            raise SaeError(f"{option} {item}: is no whole number from 0 on, and no range; write 4,6 or 0-3 or 0-3,7")
+            raise SaeError(f"{option} {item}: is not a whole number from 0 on, nor a range; write 4,6 or 0-3 or 0-3,7")
         first, last = int(ends[1]), int(ends[2] or ends[1])
         if last < first:
             raise SaeError(f"{option} {item}: goes down; write {last}-{first}")

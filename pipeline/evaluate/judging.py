@@ -224,7 +224,7 @@ def judge_tokens(
             )
             if not all(bool(each.ce.isfinite().all()) for each in found.spliced.values()):
                 raise SaeError(
-                    f"{dataset.key}: with its rows' reconstruction or mean in place a cross-entropy is no number; they "
+                    f"{dataset.key}: with its rows' reconstruction or mean cross-entropy is not a number; they "
                     "are too large for the model"
                 )
             real = torch.from_numpy(np.arange(1, length) < lengths[:, None])

@@ -39,7 +39,7 @@ def read_pt(path: Path) -> dict[str, Tensor]:
         raise SaeError(f"{path}: holds no tensors by name, but a {type(found).__name__}")
     for name, value in found.items():
         if not _is_plain(value):
-            raise SaeError(f"{path}: {name[:40]} is no plain tensor; a file of weights alone is read")
+            raise SaeError(f"{path}: {name[:40]} is not a plain tensor; a file of weights alone is read")
     return dict(found)
 
 
@@ -59,7 +59,7 @@ def read_npz(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise unreadable(error, path) from error
     except Exception as error:
-        raise SaeError(f"{path}: is no .npz file of numbers ({_first_line(error)})") from error
+        raise SaeError(f"{path}: is not an .npz file of numbers ({_first_line(error)})") from error
 
 
 def _tensor(array: np.ndarray) -> Tensor:

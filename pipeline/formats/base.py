@@ -72,7 +72,7 @@ def detect(path: Path | str) -> Format:
     folder = Path(path)
     try:
         if not folder.exists():
-            raise NotFound(f"{path}: is no folder on this machine; name the one that holds a dictionary's files")
+            raise NotFound(f"{path}: is not a folder on this machine; name the one that holds a dictionary's files")
         found = [format for format in FORMATS.values() if format.detects(folder)]
     except OSError as error:
         raise unreadable(error, folder) from error
@@ -92,7 +92,7 @@ def read(path: Path | str) -> Reading:
     except SaeError:
         raise
     except ValueError as error:
-        raise SaeError(f"{path}: is no {format.name} dictionary that can be read: {error}") from error
+        raise SaeError(f"{path}: is not a {format.name} dictionary that can be read: {error}") from error
     dictionary = FixedDictionary(formula)
     dictionary.metadata = metadata
     return Reading(dictionary, metadata)

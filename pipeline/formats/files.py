@@ -77,7 +77,7 @@ def take(among: dict[str, Tensor], name: str, *shape: int) -> Tensor:
         raise ValueError(f"{name} has {tensor.numel():,} numbers, more than the memory of this machine")
     tensor = tensor.to(torch.float32).contiguous()
     if not bool(tensor.isfinite().all()):
-        raise ValueError(f"{name} holds numbers that are none, or too large for float32")
+        raise ValueError(f"{name} holds numbers that are not finite, or too large for float32")
     return tensor
 
 
@@ -111,7 +111,7 @@ def sides(among: dict[str, Tensor], name: str) -> tuple[int, int]:
     if name not in among:
         raise ValueError(f"tensors lack {name}")
     if among[name].dim() != 2 or not among[name].numel():
-        raise ValueError(f"{name} has shape {list(among[name].shape)}, which is no matrix")
+        raise ValueError(f"{name} has shape {list(among[name].shape)}, which is not a matrix")
     rows, columns = among[name].shape
     return rows, columns
 

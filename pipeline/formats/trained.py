@@ -44,7 +44,7 @@ def load_run(run: Run) -> SAE:
     found = load_any(run)
     if not isinstance(found, SAE):
         raise SaeError(
-            f"{run.path}: trained a {found.config.arch}, which is no sparse dictionary; only `evaluate()` reads it"
+            f"{run.path}: trained a {found.config.arch}, which is not a sparse dictionary; only `evaluate()` reads it"
         )
     return found
 

@@ -49,7 +49,7 @@ def model_of(store: ActivationStore, given: str | None, offline: bool) -> str:
     of_hub = wanted["revision"] is not None and not Path(name).is_absolute()
     here = name == embedded.NAME or _is_folder(name) or (name.startswith(RANDOM) and "/" not in name)
     if given is None and not (of_hub or here):
-        raise SaeError(f"{store.path / HINTS}: the model is said to be at {name}, which is no folder; say `model`")
+        raise SaeError(f"{store.path / HINTS}: the model is said to be at {name}, which is not a folder; say `model`")
     if name.startswith(RANDOM):
         return name  # nothing is read but a configuration that the user named, or none
     files = find_model(name, revision=None if _is_folder(name) else wanted["revision"], offline=offline)
@@ -86,7 +86,7 @@ def tokenizer_of(store: TokenStore, given: str | None) -> str:
     if given is not None:
         return given
     if not is_plain_name(name):
-        raise DamagedStore(f"{store.path / RECIPE}: {shown(name)} is no name of a tokenizer; say it with `tokenizer`")
+        raise DamagedStore(f"{store.path / RECIPE}: {shown(name)} is not the name of a tokenizer; give `tokenizer`")
     return followed(store, "tokenizer", name)
 
 
@@ -124,7 +124,7 @@ def _named(store: TokenStore) -> str | None:
         dataset, revision, split = (text(source, name) for name in ("dataset", "revision", "split"))
         return f"hub:{dataset}@{revision}:{config}:{split}"
     except ValueError as error:
-        raise DamagedStore(f"{store.path / RECIPE}: its source is none ({error}); say it with `source`") from error
+        raise DamagedStore(f"{store.path / RECIPE}: its source cannot be read ({error}); give `source`") from error
 
 
 def _is_folder(name: str) -> bool:

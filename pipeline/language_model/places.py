@@ -120,7 +120,7 @@ def _found(model: nn.Module, said: Said) -> Place:
         named = dict(model.named_modules())
         fits = [name for name in named if name == path] or [name for name in named if name.endswith(f".{path}")]
         if len(fits) != 1:
-            what = f"is ambiguous; it may be {', '.join(fits)}" if fits else "is no module of the model"
+            what = f"is ambiguous; it may be {', '.join(fits)}" if fits else "is not a module of the model"
             raise SaeError(f"{said}: {what}; give a site as 6.mlp_out, or the name of a module")
         return Place(named[fits[0]], path != str(said))
     blocks = _blocks(model)
@@ -234,5 +234,5 @@ def _as_point(said: Said) -> Point | None:
 
 def _point(said: Said) -> Point:
     if (point := _as_point(said)) is None:
-        raise SaeError(f"{said}: is no layer and site; write it as 6.mlp_out")
+        raise SaeError(f"{said}: is not a layer and site; write it as 6.mlp_out")
     return point

@@ -67,5 +67,5 @@ def create(config: Config, d_in: int, d_out: int | None = None, *, seed: int = 0
     """As `trainable`, of an architecture that is a sparse dictionary. TypeError for another."""
     made = trainable(config, d_in, d_out, seed=seed)
     if not isinstance(made, SAE):
-        raise TypeError(f"arch {config.arch} is no sparse dictionary")
+        raise TypeError(f"arch {config.arch} is not a sparse dictionary")
     return made

@@ -41,7 +41,7 @@ class TokenMaker:
         self._expect("source", spec, "source", source.recipe())
         described = token_recipe(config, source, self.tok, recipe["split"])
         if canonical({**described, "tokenizer": recipe["tokenizer"]}) != canonical(recipe):
-            raise DamagedStore(f"{self.store.path / RECIPE}: is no recipe of text; remove the store and make it again")
+            raise DamagedStore(f"{self.store.path / RECIPE}: is not a recipe of text; remove the store, make it again")
         self.progress.note(f"{self.store.key}: tokenizing window {window.index} again")
         windows = before.manifest.windows
         place = DocumentPosition(None, 0, 0, 0, 0)
@@ -68,7 +68,7 @@ class TokenMaker:
                 min_tokens=recipe.get("min_tokens", 0), seed=recipe["shuffle"]["seed"],
             )  # fmt: skip
         except (ValueError, KeyError, TypeError) as error:  # pydantic's is a ValueError
-            raise DamagedStore(f"{self.store.path / RECIPE}: is no recipe of text; remove the store") from error
+            raise DamagedStore(f"{self.store.path / RECIPE}: is not a recipe of text; remove the store") from error
 
     def file(self, name: str) -> bytes:
         assert name == VOCABULARY

@@ -125,7 +125,7 @@ def checked(option: str, whole: dict[str, Any]) -> Backend:
     model, added = whole.get("model"), whole.get("added_tokens") or []
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if not vocabulary or not isinstance(added, list):
-        raise SaeError(f"{option}: has no vocabulary; its {TOKENIZER} is no tokenizer's, try a whole copy")
+        raise SaeError(f"{option}: has no vocabulary; its {TOKENIZER} is not a tokenizer's, try a whole copy")
     if isinstance(vocabulary, dict):
         ids = list(vocabulary.values())
         if wrong := [i for i in ids if type(i) is not int or not 0 <= i < MOST_IDS]:

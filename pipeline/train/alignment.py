@@ -118,7 +118,7 @@ class Alignment:
             _, i, j, _ = name.split(".")
             whole = state[name].dtype == torch.int64 and state[name].dim() == 2
             if (int(i), int(j)) not in self._pairs or not whole or len(state[name]) != 2:
-                raise ValueError(f"{name} is no matching")
+                raise ValueError(f"{name} is not a matching")
             if not ((state[name] >= 0) & (state[name] < self.saes[0].d_sae)).all():
                 raise ValueError(f"{name} matches latents that are not there")
             first, second = state[name].to(device)

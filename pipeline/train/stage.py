@@ -133,7 +133,7 @@ def _continued(config: TrainConfig, dataset: Dataset, root: Path, name: str | No
                 "`resume` it is started"
             )
         if len(waiting) > 1:
-            raise SaeError(f"resume = True: which one? Give `name`: {', '.join(run.name for run in waiting)}")
+            raise SaeError(f"resume = True: ambiguous; give `name`: {', '.join(run.name for run in waiting)}")
         return waiting[0]
     if not (root / name / CONFIG).exists():
         raise NotFound(

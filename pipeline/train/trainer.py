@@ -178,7 +178,7 @@ class Trainer:
         expect_same(tensors, ranks, f"{self.run.path}: step {self.done}")
         if not all(value.isfinite().all() for value in self.sae.state_dict().values()):
             raise Diverged(
-                f"{self.run.path}: the weights are no numbers any more at step {self.done}; try a smaller `lr`"
+                f"{self.run.path}: the weights are not numbers any more at step {self.done}; try a smaller `lr`"
             )
         if ranks.rank == 0:
             threads = torch.get_num_threads() * ranks.world
@@ -241,7 +241,7 @@ def _expect_dictionary(sae: Trainable, config: TrainConfig) -> None:
     """Raise SaeError where settings ask of something without latents what only a dictionary can do."""
     asked = {"train.revive.kind": config.revive.kind != "none", "train.align": config.align is not None}
     if not isinstance(sae, SAE) and (named := [name for name, there in asked.items() if there]):
-        raise SaeError(f"{named[0]}: arch {config.sae.arch} is no sparse dictionary, so it cannot; leave it unset")
+        raise SaeError(f"{named[0]}: arch {config.sae.arch} is not a sparse dictionary, so it cannot; leave it unset")
 
 
 def _mean(values: Sequence[Tensor], parts: Sequence[Losses]) -> Tensor:

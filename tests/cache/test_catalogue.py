@@ -42,9 +42,9 @@ def test_a_name_is_a_key_a_beginning_or_a_path(tmp_path: Path) -> None:
         assert find_rows(tmp_path, name).key == one.key
         assert catalogue.any_store(tmp_path, name).key == one.key
     for name in ("synthetic", "synthetic-1."):
-        with pytest.raises(SaeError, match=f"activations = .*: which one\\? {one.key}, {other.key}"):
+        with pytest.raises(SaeError, match=f"activations = .*: ambiguous; matches {one.key}, {other.key}"):
             find_rows(tmp_path, name)
-        with pytest.raises(SaeError, match=f"{name}: which one\\? {one.key}, {other.key}"):
+        with pytest.raises(SaeError, match=f"{name}: ambiguous; matches {one.key}, {other.key}"):
             catalogue.any_store(tmp_path, name)
     with pytest.raises(NotFound, match=f"activations = gpt2: no such store in .*; there is {one.key}, {other.key}"):
         find_rows(tmp_path, "gpt2")
@@ -62,7 +62,7 @@ def test_a_beginning_means_the_training_store(tmp_path: Path) -> None:
     assert not other.complete
     assert find_rows(tmp_path, "synthetic").key == catalogue.any_store(tmp_path, "synthetic").key == train.key
     assert catalogue.any_store(tmp_path, "synthetic-1.mlp_out-val").key == validation.key
-    with pytest.raises(SaeError, match="synthetic: which one") as caught:
+    with pytest.raises(SaeError, match="synthetic: ambiguous") as caught:
         removing.removable(tmp_path, "synthetic")
     assert validation.key not in str(caught.value) and other.key in str(caught.value)
 
@@ -106,9 +106,9 @@ def test_without_a_name_the_training_store(tmp_path: Path) -> None:
     rows = write_activations(tmp_path, ROWS)
     assert find_rows(tmp_path).key == rows.key
     other = write_activations(tmp_path, ROWS, site="resid_post")
-    with pytest.raises(SaeError, match="which one") as caught:
+    with pytest.raises(SaeError, match="ambiguous") as caught:
         find_rows(tmp_path)
-    assert str(caught.value) == f"activations = ...: which one? {rows.key}, {other.key}"
+    assert str(caught.value) == f"activations = ...: ambiguous; matches {rows.key}, {other.key}"
 
 
 def test_without_a_name_what_the_last_command_made(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_without_a_name_what_the_last_command_made(tmp_path: Path) -> None:
     assert find_rows(tmp_path).key == one.key
     catalogue.remember(tmp_path, "activations", [one.key, other.key])
     assert catalogue.latest(tmp_path) == {"tokens": ["t"], "activations": [one.key, other.key]}
-    with pytest.raises(SaeError, match="which one"):
+    with pytest.raises(SaeError, match="ambiguous"):
         find_rows(tmp_path)
     removing.remove(tmp_path, one.path)
     assert find_rows(tmp_path).key == other.key

@@ -254,8 +254,8 @@ def test_numbers_in_a_file(tmp_path: Path) -> None:
         ("trian.lr=1", "overrides = trian.lr=1: unknown section 'trian'; did you mean 'train'?"),
         ("x.lr=1", "overrides = x.lr=1: unknown section 'x'; there are tokenize, harvest, synthesize, train, eval, "
          "report, study"),
-        ("train.sae.arch=l3", "train.sae.arch = l3: there is no such one; did you mean 'l1'?"),
-        ("train.sae.arch=xyz", "train.sae.arch = xyz: there is no such one; there are topk, l1"),
+        ("train.sae.arch=l3", "train.sae.arch = l3: unknown architecture; did you mean 'l1'?"),
+        ("train.sae.arch=xyz", "train.sae.arch = xyz: unknown architecture; there are topk, l1"),
         ("train.lr=-1", "train.lr = -1: input should be greater than 0"),
         ("train.sae.k=0", "train.sae.k = 0: input should be greater than or equal to 1"),
         ("train.sae.k=x", "train.sae.k = 'x': input should be a valid integer, unable to parse string as an integer"),

@@ -50,7 +50,7 @@ class MemorySource(RowSource):
         """x [n, d_in], and targets y [n, d_out]; `called` is in the stores' names. SaeError for what is no such."""
         if not 0 <= config.validation < 1:
             raise SaeError(
-                f"validation = {config.validation}: is no share of the rows; give a number from 0 to below 1"
+                f"validation = {config.validation}: is not a share of the rows; give a number from 0 to below 1"
             )
         if not is_plain_name(called):
             raise SaeError(f"name = {called!r}: is not the name of a file; take letters, digits, dots, - and _")
@@ -107,9 +107,9 @@ def _rows(values: Any, what: str) -> Tensor:
         try:
             table = np.asarray(values)
         except ValueError as error:
-            raise SaeError(f"{what}: is no table of numbers ({error}); give a tensor or an array [n, d]") from error
+            raise SaeError(f"{what}: is not a table of numbers ({error}); give a tensor or an array [n, d]") from error
         if table.dtype.kind not in "biuf":
-            raise SaeError(f"{what}: holds {table.dtype}, which are no numbers; give a tensor or an array [n, d]")
+            raise SaeError(f"{what}: holds {table.dtype}, which are not numbers; give a tensor or an array [n, d]")
         with np.errstate(over="ignore"):  # found below
             values = torch.from_numpy(table.astype(np.float32))
     if values.dim() != 2 or not values.numel() or values.is_complex():

@@ -121,7 +121,7 @@ class TableSource(RowSource):
             )  # fmt: skip
             digest = text(said, "rows")
         except (ValueError, KeyError, TypeError) as error:
-            raise DamagedStore(f"{store.path / RECIPE}: is no recipe of a table; remove the store") from error
+            raise DamagedStore(f"{store.path / RECIPE}: is not a recipe of a table; remove the store") from error
         table = opened(config.path, config.array, config.columns)
         stamp = _stamp(config.path)
         if _digest(table, Silent()) != digest:

@@ -34,7 +34,7 @@ def opened(path: Path, array: str | None, columns: Sequence[str]) -> Table:
         raise SaeError(f"{where}: no such file")
     kind = ".zarr" if is_zarr else path.suffix.lower()
     if kind not in KINDS or (path.is_dir() != is_zarr) or not (is_zarr or path.is_file()):
-        raise SaeError(f"{where}: is no table; give one of {', '.join(KINDS)} (of other formats, numpy.save makes one)")
+        raise SaeError(f"{where}: is not a table; give one of {', '.join(KINDS)} (numpy.save makes one of others)")
     if array is not None and kind not in (".npz", ".safetensors", ".zarr"):
         raise SaeError(f"harvest.array = {array}: a {kind} file has one table; leave it out")
     if columns and kind not in COLUMNS:

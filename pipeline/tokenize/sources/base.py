@@ -200,7 +200,7 @@ def token_ids(name: str, column: str, ids: Sequence[int] | np.ndarray, where: st
     wrong = next((i for i in ends if not 0 <= i < 1 << 32), None)
     if wrong is not None:
         raise SaeError(
-            f"source = {name}: column {column!r} holds {wrong} ({where}), which is no token id; name another column"
+            f"source = {name}: column {column!r} holds {wrong} ({where}), which is not a token id; name another column"
         )
     return np.asarray(ids, np.uint32)
 

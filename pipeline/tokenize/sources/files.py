@@ -125,7 +125,7 @@ def _found(spec: str, path: Path) -> list[File] | None:
     if path.is_file():
         return [File(path.name, path)]
     if path.exists():  # it would be waited for, and it is read more than once
-        raise SaeError(f"source = {spec}: is no regular file; put its text into one")
+        raise SaeError(f"source = {spec}: is not a regular file; put its text into one")
     if re.search(r"[*?\[]", spec):
         return _matching(spec)
     if kind(File(path.name, path)) is not None or spec.startswith((".", "/", "~")) or "\\" in spec:

@@ -157,5 +157,5 @@ def _loads(text: str) -> Any:
 
 
 def _integer(digits: str) -> int | float:
-    """A number of a record. One of thousands of digits is no token id, and need not be exact."""
+    """A number of a record. One of thousands of digits is not a token id, and need not be exact."""
     return int(digits) if len(digits) <= _MOST_DIGITS else float(digits)

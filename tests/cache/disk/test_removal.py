@@ -127,7 +127,7 @@ def test_only_folders_of_removals_are_cleared_away(root: Path, tmp_path: Path) -
     assert tree(tmp_path) == before
 
 
-# --- what is no store of the cache ------------------------------------------------------------------------------------
+# --- what is not a store of the cache ---------------------------------------------------------------------------------
 
 
 def test_a_folder_with_a_recipe_is_no_store(root: Path, tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_folder_with_a_recipe_is_no_store(root: Path, tmp_path: Path) -> None:
 def test_a_store_of_another_cache_is_left_alone(root: Path, tmp_path: Path) -> None:
     other = write_activations(tmp_path / "other", ROWS[:CHUNK])
     before = tree(other.path)
-    assert "is no store of the cache" in sae("cache rm --yes", other.path).complaint
+    assert "is not a store of the cache" in sae("cache rm --yes", other.path).complaint
     assert tree(other.path) == before
     assert done(f"cache rm --yes --cache {tmp_path / 'other'}", other.path).out.startswith("removed")
 
@@ -282,7 +282,7 @@ def test_a_name_that_is_somebody_s_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     before = tree(tmp_path)
     for name in ("thesis", "locked", "near", "file", "link"):
-        with pytest.raises(SaeError, match=rf"name = {name}: .* is there, and is no run \(it has no config.json\)"):
+        with pytest.raises(SaeError, match=rf"name = {name}: .* is there, and is not a run \(it has no config.json\)"):
             Run.create(tmp_path / name, {})
         assert tree(tmp_path) == before
 

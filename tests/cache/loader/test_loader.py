@@ -293,7 +293,7 @@ def test_encoded_batches_are_decoded_by_the_codec(tmp_path: Path, codec: str) ->
 
 @every_reader
 def test_remote_stores_are_read_whole(tmp_path: Path, codec: str) -> None:
-    """A place that is no folder of this machine gives the same batches."""
+    """A place that is not a folder of this machine gives the same batches."""
     local = write_activations(tmp_path, heavy_rows(4 * CHUNK + 3, 5), codec, ended=True)
     with Loader(local, 24, epochs=1) as here:
         expected = list(here)

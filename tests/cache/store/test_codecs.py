@@ -277,9 +277,9 @@ def test_settings(text: str, recipe: dict[str, object]) -> None:
         ("float32:step=1", "codec = float32:step=1: float32 has no setting 'step'; it has zstd"),
         ("int8:step=2", "codec = int8:step=2: the step is a share of a standard deviation, 0 to 1"),
         ("int8:step=nan", "codec = int8:step=nan: the step is a share of a standard deviation, 0 to 1"),
-        ("int8:step=big", "codec = int8:step=big: 'big' is no value for step; try step=0.08"),
-        ("int8:zstd=0", "codec = int8:zstd=0: '0' is no value for zstd; try zstd=1 to 22 or zstd=none"),
-        ("int8:zstd", "codec = int8:zstd: '' is no value for zstd; try zstd=1 to 22 or zstd=none"),
+        ("int8:step=big", "codec = int8:step=big: 'big' is not a value for step; try step=0.08"),
+        ("int8:zstd=0", "codec = int8:zstd=0: '0' is not a value for zstd; try zstd=1 to 22 or zstd=none"),
+        ("int8:zstd", "codec = int8:zstd: '' is not a value for zstd; try zstd=1 to 22 or zstd=none"),
     ],
 )
 def test_settings_that_cannot_be(text: str, message: str) -> None:

@@ -135,8 +135,8 @@ WRONG = [
     ("eval one two", "got unexpected extra argument(s) (two); `sae eval --help` tells more"),
     ("cache rm", "missing argument 'STORE'"),
     ("train --steps five", "--steps five: input should be a valid integer"),
-    ("tokenize --tokens many", "--tokens many: is no count; write 500, 300k, 10M, 1e8 or all"),
-    ("tokenize --tokens 1.5", "--tokens 1.5: is no count"),
+    ("tokenize --tokens many", "--tokens many: is not a number of rows or tokens; write 500, 300k, 10M, 1e8 or all"),
+    ("tokenize --tokens 1.5", "--tokens 1.5: is not a number of rows or tokens"),
     ("tokenize --workers 0", "--workers 0: input should be greater than or equal to 1"),
     # text
     (f"{TOKENIZE} --source nothing.txt", "--source nothing.txt: no such file or folder"),
@@ -187,11 +187,11 @@ WRONG = [
     ("harvest --model no-tokenizer", "--model no-tokenizer: no model.safetensors in it"),
     ("harvest --model 'a b'", "--model a b: neither a folder nor a hub name"),
     (f"{HARVEST} --layer 14", "--layer 14: model has layers 0 to 1"),
-    (f"{HARVEST} --layer 1,-1", "--layer -1: is no whole number from 0 on, and no range; write 4,6 or 0-3"),
+    (f"{HARVEST} --layer 1,-1", "--layer -1: is not a whole number from 0 on, nor a range; write 4,6 or 0-3"),
     (f"{HARVEST} --layer 6,6", "--layer 6,6: 6 is there twice"),
     (f"{HARVEST} --layer 0-3", "--layer 2: model has layers 0 to 1"),
     (f"{HARVEST} --layer 1-0", "--layer 1-0: goes down; write 0-1"),
-    (f"{HARVEST} --layer x", "--layer x: is no whole number from 0 on"),
+    (f"{HARVEST} --layer x", "--layer x: is not a whole number from 0 on"),
     (f"{HARVEST} --site everywhere", "--site everywhere: the sites are resid_pre, resid_mid, resid_post"),
     (f"{HARVEST} --codec int4", "--codec int4: no such codec; there are int8, bfloat16, float16, float32"),
     (f"{HARVEST} --codec int8:steps=1", "--codec int8:steps=1: int8 has no setting 'steps'; it has step, zstd"),
@@ -199,8 +199,8 @@ WRONG = [
     (f"{HARVEST} --tokens-from text-tiny-16-validation", "holds documents kept for judging; name the store of"),
     (f"{HARVEST} --tokens-from {{rows}}", "holds activations, not tokens; `sae cache ls` lists the stores"),
     # training
-    ("train --arch topp", "--arch topp: there is no such one; did you mean 'topk'?"),
-    ("train --arch xyzzy", "--arch xyzzy: there is no such one; there are "),
+    ("train --arch topp", "--arch topp: unknown architecture; did you mean 'topk'?"),
+    ("train --arch xyzzy", "--arch xyzzy: unknown architecture; there are "),
     ("train --arch l1 --k 5", "--k 5: arch l1 has no k; it is of batchtopk, matryoshka, topk"),
     ("train --k 100 --d-sae 64", "k: 100 latents per input, but d_sae: 64 in all; lower k or raise d_sae"),
     ("train --k 0", "--k 0: input should be greater than or equal to 1"),
@@ -219,8 +219,8 @@ WRONG = [
     (f"{TRAIN} --name 'a\nb'", "--name 'a\\nb': take a name"),
     (f"{TRAIN} --name {'x' * 201}", "xx': take a name of at most 200 letters"),
     ("train --d-sae 9000000000000000000", "input should be less than or equal to 1000000000000"),
-    ("cache gc --older-than ٣d", "--older-than ٣d: is no length of time; write 12h, 30d or 2w"),
-    ("cache gc --older-than 9999999d", "--older-than 9999999d: is no length of time"),
+    ("cache gc --older-than ٣d", "--older-than ٣d: is not a length of time; write 12h, 30d or 2w"),
+    ("cache gc --older-than 9999999d", "--older-than 9999999d: is not a length of time"),
     (f"{TRAIN} --activations nothing", "--activations nothing: no such store in"),
     (f"{TRAIN} --activations model-1.mlp_out-text-tiny-16-validation", "holds documents kept for judging"),
     (f"{TRAIN} --activations {{tokens}}", "holds tokens, not activations"),
@@ -255,7 +255,7 @@ WRONG = [
     ("eval one --model empty", "--model empty: the folder has no config.json"),
     ("report nothing", "nothing: no such run in"),
     ("report one --latents 24", "the dictionary has latents 0 to 23"),
-    ("report one --latents x", "--latents x: is no whole number from 0 on"),
+    ("report one --latents x", "--latents x: is not a whole number from 0 on"),
     ("report one --device gpu", "--device gpu: not usable here (no such device)"),
     ("cache inspect nothing", "nothing: no such store in"),
     ("cache inspect ''", "STORE is empty; say what is meant, or leave it out"),
@@ -471,7 +471,7 @@ def test_several_layers_are_listed_not_guessed(copy: Path) -> None:
     done(HARVEST, "--layer", "0,1")
     answer = sae(TRAIN, "--name", "two")
     keys = [store_of(copy, f"model-{layer}").name for layer in (0, 1)]
-    assert (answer.code, answer.complaint) == (2, f"--activations: which one? {', '.join(keys)}")
+    assert (answer.code, answer.complaint) == (2, f"--activations: ambiguous; matches {', '.join(keys)}")
     done(TRAIN, "--name", "two", "--activations", "model-0.mlp_out-text-tiny-16-int8")
     assert f"run: {copy / 'runs' / 'two'}" in done("eval").err
     done(HARVEST)
@@ -521,7 +521,7 @@ def test_which_run_to_resume(copy: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         interrupted_at(monkeypatch, 2)
         assert sae(TRAIN, "--name", name).code == 130
     answer = sae("train --resume")
-    assert (answer.code, answer.complaint) == (2, "--resume: which one? Give --name: two, three")
+    assert (answer.code, answer.complaint) == (2, "--resume: ambiguous; give --name: two, three")
     assert done("train --resume --name three --json").json["run"].endswith("three")
     assert done("train --resume --json --name", copy / "runs" / "two").json["run"].endswith("two")
 

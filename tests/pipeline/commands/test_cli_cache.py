@@ -307,13 +307,13 @@ def test_lengths_of_time(text: str, days: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "30", "d", "-3d", "30 d", "3m", "1e3d"])
 def test_no_lengths_of_time(text: str) -> None:
-    with pytest.raises(typer.BadParameter, match="is no length of time; write 12h, 30d or 2w"):
+    with pytest.raises(typer.BadParameter, match="is not a length of time; write 12h, 30d or 2w"):
         span(text)
 
 
 def test_gc_of_a_wrong_time(root: Path) -> None:
     answer = sae("cache gc --older-than soon")
-    assert (answer.code, answer.complaint) == (2, "--older-than soon: is no length of time; write 12h, 30d or 2w")
+    assert (answer.code, answer.complaint) == (2, "--older-than soon: is not a length of time; write 12h, 30d or 2w")
 
 
 # --- export -----------------------------------------------------------------------------------------------------------

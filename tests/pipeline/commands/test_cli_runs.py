@@ -60,7 +60,7 @@ def test_a_sweep_and_its_comparison(cache: Path, tmp_path: Path) -> None:
         (["--seeds", 2, "--resume"], "leave out --name and --resume"),
         (["--sweep", "k=2,4", "--k", 3], "--k 3: --sweep sae.k=2 says otherwise; give one of the two"),
         (["--sweep", "nothing=2,4"], "--sweep nothing=2: these settings have no nothing"),
-        (["--sweep", "arch=topk,tpok"], "tpok: there is no such one; did you mean 'topk'?"),
+        (["--sweep", "arch=topk,tpok"], "tpok: unknown architecture; did you mean 'topk'?"),
     ],
 )
 def test_what_cannot_be_swept(cache: Path, tmp_path: Path, words: list[object], says: str) -> None:

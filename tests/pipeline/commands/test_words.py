@@ -29,7 +29,7 @@ def test_counts(text: str, value: int) -> None:
      "10MB", "1²"],
 )  # fmt: skip
 def test_no_counts(text: str) -> None:
-    with pytest.raises(typer.BadParameter, match="is no count; write 500, 300k, 10M, 1e8 or all"):
+    with pytest.raises(typer.BadParameter, match="is not a number of rows or tokens; write 500, 300k, 10M, 1e8 or all"):
         amount(text)
 
 
@@ -46,20 +46,20 @@ def test_numbers_and_ranges(text: str, numbers: list[int]) -> None:
     ("text", "says"),
     [
         ("3-0", "--layer 3-0: goes down; write 0-3"),
-        ("-1", "--layer -1: is no whole number from 0 on, and no range"),
-        ("0--3", "--layer 0--3: is no whole number"),
-        ("0-3-5", "--layer 0-3-5: is no whole number"),
-        ("0-", "--layer 0-: is no whole number"),
-        ("1.0", "--layer 1.0: is no whole number"),
-        ("٣", "--layer ٣: is no whole number"),
-        ("0x1", "--layer 0x1: is no whole number"),
+        ("-1", "--layer -1: is not a whole number from 0 on, nor a range"),
+        ("0--3", "--layer 0--3: is not a whole number"),
+        ("0-3-5", "--layer 0-3-5: is not a whole number"),
+        ("0-", "--layer 0-: is not a whole number"),
+        ("1.0", "--layer 1.0: is not a whole number"),
+        ("٣", "--layer ٣: is not a whole number"),
+        ("0x1", "--layer 0x1: is not a whole number"),
         ("6,6", "--layer 6,6: 6 is there twice"),
         ("0-3,2", "--layer 0-3,2: 2 is there twice"),
         ("1,,2", "--layer 1,,2: between two commas nothing stands"),
         ("1,", "--layer 1,: between two commas nothing stands"),
         (f"0-{MOST}", f"--layer 0-{MOST}: that is more than 10,000 numbers; name fewer"),
         ("0-999999999", "that is more than 10,000 numbers"),
-        ("99999999999999999999", "is no whole number"),
+        ("99999999999999999999", "is not a whole number"),
     ],
 )
 def test_no_numbers(text: str, says: str) -> None:

@@ -466,7 +466,7 @@ def test_a_strangers_hint_loads_nothing(gpt2: World, run: Run, tmp_path: Path, m
         ("s3://bucket/model", r"hints\.json: names the model s3:"),
         ("random:/etc", r"hints\.json: names the model random:/etc"),
         ("../gpt2", r"hints\.json: names the model \.\./gpt2"),
-        ("/dev/null", r"hints\.json: the model is said to be at /dev/null, which is no folder; say `model`"),
+        ("/dev/null", r"hints\.json: the model is said to be at /dev/null, which is not a folder; say `model`"),
     ):
         write_note(store.path / HINTS, {"model": hint})
         with pytest.raises(SaeError, match=says):

@@ -311,7 +311,7 @@ def test_a_format_of_a_test_file_is_seen_everywhere(tmp_path: Path) -> None:
     formats.write(sae, Metadata(), tmp_path / "again", "plain")
     assert formats.read(tmp_path / "again").dictionary(rows()).equal(sae(rows()))
     (tmp_path / "numbers.txt").write_text("many")
-    with pytest.raises(SaeError, match="is no plain dictionary that can be read: could not convert"):
+    with pytest.raises(SaeError, match="is not a plain dictionary that can be read: could not convert"):
         formats.read(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(SaeError, match=r"those are .*, plain, .*saelens, sparsify"):
@@ -386,7 +386,7 @@ def spoilt() -> dict[str, Callable[[Tensors], Tensors]]:
         "b_enc is of type bool": lambda t: t | {"b_enc": torch.ones(M, dtype=torch.bool)},
         "W_enc holds numbers": lambda t: t | {"W_enc": t["W_enc"].index_fill(0, torch.tensor([1]), nan)},
         "b_dec holds numbers": lambda t: t | {"b_dec": torch.full((D,), inf)},
-        "b_enc holds numbers that are none, or too large": lambda t: (
+        "b_enc holds numbers that are not finite, or too large": lambda t: (
             t | {"b_enc": torch.full((M,), 1e300, dtype=torch.float64)}
         ),
     }  # fmt: skip
@@ -453,7 +453,7 @@ def test_places_without_a_dictionary(tmp_path: Path) -> None:
     for path in (tmp_path / "nothing", "", "a" * 5000, "a\0b", "s3://bucket/x", tmp_path / "cfg.json"):
         (tmp_path / "cfg.json").write_text("{}")
         one_line(lambda path=path: formats.read(path))  # type: ignore[misc]
-    with pytest.raises(NotFound, match="is no folder on this machine"):
+    with pytest.raises(NotFound, match="is not a folder on this machine"):
         formats.read(tmp_path / "nothing")
     for name in ("cfg.json", "sae_weights.safetensors"):
         folder = put(tmp_path / name.replace(".", "-"), *FOLDERS["standard"])

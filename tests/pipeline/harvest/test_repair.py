@@ -398,7 +398,7 @@ def test_the_model_has_moved(home: Path, made: Path, monkeypatch: pytest.MonkeyP
     for where, says in (
         ("nowhere/model", f"{hints}: names the model nowhere/model; where that is right, repeat with --model and that"),
         ("https://nowhere/model", f"{hints}: names the model https://nowhere/model; where that is right, repeat with"),
-        ("/nowhere", f"{hints}: the model is said to be at /nowhere, which is no folder; say --model"),
+        ("/nowhere", f"{hints}: the model is said to be at /nowhere, which is not a folder; say --model"),
     ):
         write_note(hints, {"model": where})  # as a stranger would
         assert sae("cache verify --repair").complaint.startswith(says)

@@ -137,7 +137,7 @@ def test_places_that_are_not_there_are_said_with_those_that_are(tmp_path: Path) 
         "9.mlp_out": "^9.mlp_out: the model has layers 0 to 1",
         "1.mlp_out": "^1.mlp_out: not found in this GraniteForCausalLM, of whose sites there are resid_pre, .*module",
         "1.nonesuch": "of whose sites there are",
-        "nonesuch": "is no module of the model; give a site as 6.mlp_out",
+        "nonesuch": "is not a module of the model; give a site as 6.mlp_out",
         "mlp": "is ambiguous; it may be model.layers.0.mlp, model.layers.1.mlp",
     }.items():
         with pytest.raises(SaeError, match=message), intervene(model, {said: torch.clone}):

@@ -109,7 +109,7 @@ def test_a_study_of_a_file_of_its_own_is_seen_everywhere(home: Path, widths: Non
 @pytest.mark.parametrize(
     ("typed", "says"),
     [
-        ("--widths 4,x", "--widths x: is no whole number"),
+        ("--widths 4,x", "--widths x: is not a whole number"),
         ("--widths 0,4", "--widths 0,4: input should be greater than 0"),
         ("--order sideways", "--order sideways: input should be 'up' or 'down'"),
         ("--scale 0", "--scale 0: input should be greater than 0"),

@@ -137,15 +137,15 @@ assert rows["linear"]["fvu"] is not None and rows["linear"]["sae.rank"] == 3, ro
 swept = done(f"train --arch linear {small} --sweep arch.rank=1,2 --seeds 2 --json").json["runs"]
 assert len(swept) == 4
 for line, says in {
-    "train --arch linear --set train.revive.kind=resample": "train.revive.kind: arch linear is no sparse dictionary",
-    "train --arch affine --align dec --seeds 2": "train.align: arch affine is no sparse dictionary",
+    "train --arch linear --set train.revive.kind=resample": "train.revive.kind: arch linear is not a sparse dictionary",
+    "train --arch affine --align dec --seeds 2": "train.align: arch affine is not a sparse dictionary",
 }.items():
     answer = sae(f"{line} {small}")
     assert answer.code == 2 and says in answer.complaint, answer.err
 try:
     package.load("linear")
 except package.SaeError as error:
-    assert "which is no sparse dictionary" in str(error), error
+    assert "which is not a sparse dictionary" in str(error), error
 else:
     raise AssertionError
 assert package.load("plain").W_dec.shape == (16, 8)

@@ -219,8 +219,8 @@ def test_by_workers_every_source_gives_the_same(tmp_path: Path) -> None:
 
 def test_what_cannot_be(home: Path) -> None:
     for command, message in {
-        "harvest --source 7": "--source 7: there is no such one; there are language_model",
-        "harvest --source wave": "--source wave: there is no such one; did you mean 'waves'?",
+        "harvest --source 7": "--source 7: unknown source; there are language_model",
+        "harvest --source wave": "--source wave: unknown source; did you mean 'waves'?",
         f"{MAKE} --layer 3": "--layer 3: these settings have no layer",
         "harvest --source waves --set harvest.length=0": "harvest.length = 0: input should be greater",
         f"{MAKE} --tokens-from x": "--tokens-from x: ",

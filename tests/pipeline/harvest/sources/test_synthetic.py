@@ -208,7 +208,7 @@ def test_these_samples_for_ever() -> None:
         ("presence.probability=0.1", "synthesize.presence.probability: mode groups has no probability; it is of iid"),
         ("presence={mode: iid, active: 3}", "synthesize.presence.active: mode iid has no active; it is of groups"),
         ("presence={mode: iid, probability: 1}", "synthesize.presence.probability = 1: input should be less than 1"),
-        ("presence.mode=other", "synthesize.presence.mode = other: there is no such one; there are groups, iid"),
+        ("presence.mode=other", "synthesize.presence.mode = other: unknown mode; there are groups, iid"),
         ("noise=-1", "synthesize.noise = -1: input should be greater than or equal to 0"),
         ("noise=.nan", "synthesize.noise = nan: input should be"),
         ("d=0", "synthesize.d = 0: input should be greater than or equal to 1"),
@@ -432,7 +432,7 @@ def test_what_needs_a_language_model_says_so(home: Path) -> None:
         f"cache export {key} x.zarr --with-tokens": f"--with-tokens: the rows of {key} come from no tokens; leave it",
         "synthesize --rows all": "--rows all: synthetic rows have no end; say how many, as 1M",
         "synthesize --probability 0.1": "--probability 0.1: mode groups has no probability; it is of iid",
-        "synthesize --mode no": "--mode no: there is no such one; there are groups, iid",
+        "synthesize --mode no": "--mode no: unknown mode; there are groups, iid",
         "synthesize --codec int4": "--codec int4: no such codec",
     }.items():
         answer = sae(command)

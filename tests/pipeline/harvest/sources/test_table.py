@@ -1,4 +1,4 @@
-"""Anyone's rows in files of every kind: one store whatever the format, and one line for what is no table."""
+"""Anyone's rows in files of every kind: one store whatever the format, and one line for what is not a table."""
 
 import os
 import re
@@ -209,8 +209,8 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "binary.csv": (lambda p: p.write_bytes(bytes(range(256)) * 9), ""),
     "group.zarr": (lambda p: zarr.create_group(str(p)), "has no array of shape [n, d] (nothing)"),
     "flat.zarr": (lambda p: zarr.create_array(str(p), shape=(4,), dtype="f4"), "has shape [4]; rows are [n, d]"),
-    "x.pt": (lambda p: p.write_bytes(b"junk"), "is no table; give one of .npy, .npz, "),
-    "folder.npy": (lambda p: p.mkdir(), "is no table"),
+    "x.pt": (lambda p: p.write_bytes(b"junk"), "is not a table; give one of .npy, .npz, "),
+    "folder.npy": (lambda p: p.mkdir(), "is not a table"),
     "missing.npy": (lambda p: None, "no such file"),
 }
 
