@@ -73,6 +73,6 @@ def __dir__() -> list[str]:
 
 def _architectures() -> set[str]:
     """Names of the classes of all architectures, which are not imported for it."""
-    from sae.configs.declared import registered
+    from sae.pipeline.declared import registered
 
     return {one.name for one in registered(f"{_ARCHITECTURES}.base.ARCHITECTURES", "arch").values()}

@@ -42,7 +42,7 @@ def test_what_is_read_of_a_registry_is_what_importing_it_says(registry: str, tag
     module, attribute = registry.rsplit(".", 1)
     program = (
         "import sys; from importlib import import_module\n"
-        "from sae.configs.declared import imported, registered\n"
+        "from sae.pipeline.declared import imported, registered\n"
         f"read = registered({registry!r}, {tag!r}); assert 'torch' not in sys.modules\n"
         f"import_module({module.rpartition('.')[0]!r})\n"
         f"there = getattr(sys.modules[{module!r}], {attribute!r})\n"

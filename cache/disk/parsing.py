@@ -98,7 +98,7 @@ def name_of_file(of: dict[str, Any], name: str) -> str:
     """A name that stays in its folder wherever it is put: letters, digits, dots, dashes and underscores."""
     value = field(of, name)
     if not isinstance(value, str) or not is_plain_name(value):
-        raise ValueError(f"{name} is {shown(value)}, which is not a name of a file or folder")
+        raise ValueError(f"{name} is {shown(value)}, which is not the name of a file or folder")
     return value
 
 

@@ -10,9 +10,9 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from sae.configs.declared import Declared, Setting, declared, registered
 from sae.pipeline.commands.voice import DECLARED, typed
 from sae.pipeline.commands.words import AMOUNT, LIST, amount, numbers, several, whole
+from sae.pipeline.declared import Declared, Setting, declared, registered
 
 CLASSES = {  # room and names of the classes that hold the settings below a path
     "tokenize": ("tokenize", ["TokenizeConfig"]),

@@ -7,8 +7,8 @@ from pydantic import BaseModel
 from sae import configs
 from sae.cache.runs import Run
 from sae.cache.store.codecs import CODECS
-from sae.configs.declared import Declared, imported, registered
 from sae.pipeline.commands.described import shown, studies
+from sae.pipeline.declared import Declared, imported, registered
 from sae.pipeline.language_model import SITES
 from sae.pipeline.metrics.figures import declared as metrics
 from sae.pipeline.tokenize.sources import registered as text_sources

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from sae.configs.declared import Declared
 from sae.pipeline.commands.described import studies
 from sae.pipeline.commands.options import Here, Json, Said, Seeds, complete_store, expanded, here_with, said_of
 from sae.pipeline.commands.words import Command
+from sae.pipeline.declared import Declared
 
 # One option a line: this is the manual.
 # fmt: off

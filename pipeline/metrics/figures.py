@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import Any, Literal, NamedTuple, get_args
 
-from sae.configs.declared import registered
+from sae.pipeline.declared import registered
 
 Need = Literal["rows", "codes", "training", "model", "directions", "truth"]
 """What a metric may ask for: held-out rows and their reconstructions; the codes of these; training rows to search as

@@ -88,6 +88,6 @@ def test_a_text_and_an_object() -> None:
     "value", ["", ".", "..", "../a", "/a", "a/b", "a\\b", "a\0", "a\n", "~", "-rf", "C:", "s3:", "ü", "a" * 256, 3]
 )
 def test_a_name_stays_where_it_is_put(value: Any) -> None:
-    with pytest.raises(ValueError, match="no name of a file or folder"):
+    with pytest.raises(ValueError, match="not the name of a file or folder"):
         name_of_file({"key": value}, "key")
     assert is_plain_name("gpt2-6.mlp_out-text-int8-1234abcd")

@@ -370,7 +370,7 @@ REFUSED: list[tuple[str, Said, str]] = [
 def test_settings_that_are_none(case: str, change: Said, said: str, tmp_path: Path) -> None:
     settings, tensors = FOLDERS[case]
     put(tmp_path, settings | change, tensors)
-    with pytest.raises(SaeError, match=f"is no saelens dictionary that can be read: .*{said}"):
+    with pytest.raises(SaeError, match=f"is not a saelens dictionary that can be read: .*{said}"):
         formats.read(tmp_path)
 
 
