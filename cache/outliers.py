@@ -14,6 +14,9 @@ import numpy as np
 from sae.cache.activations import ActivationStore
 from sae.cache.errors import SaeError
 
+Limits = tuple[float | None, ...]
+"""The largest norm that a row may have in each of aligned stores; None: any."""
+
 
 def largest_norm(store: ActivationStore, multiple: float) -> float:
     """The largest norm a row of a training store may have, in multiples of the usual one. Raises SaeError for none."""
@@ -31,11 +34,20 @@ def usual_norm(store: ActivationStore) -> float:
     return float(np.median(norms[norms > 0])) if norms.any() else 0.0
 
 
+def within(stores: Sequence[ActivationStore], limits: Limits, start: int, stop: int) -> np.ndarray:
+    """bool [stop - start]: which rows are above the largest norm in none of the stores."""
+    kept = np.ones(stop - start, bool)
+    for store, most in zip(stores, limits, strict=True):
+        if most is not None:
+            kept &= store.norms(start, stop) <= most
+    return kept
+
+
 class Outliers:
     """Rows that lie far out in any of the stores: ascending row numbers, chunk by chunk of `chunk_rows` rows."""
 
-    def __init__(self, stores: Sequence[ActivationStore], chunk_rows: int, largest: Sequence[float]) -> None:
-        self._stores, self._chunk_rows, self._largest = stores, chunk_rows, largest
+    def __init__(self, stores: Sequence[ActivationStore], chunk_rows: int, limits: Limits) -> None:
+        self._stores, self._chunk_rows, self._limits = stores, chunk_rows, limits
         self._rows = lru_cache(maxsize=256)(self._find)
 
     def __call__(self, chunk: int) -> np.ndarray:
@@ -44,5 +56,4 @@ class Outliers:
     def _find(self, chunk: int) -> np.ndarray:
         low = chunk * self._chunk_rows
         high = min(low + self._chunk_rows, *(store.n_rows for store in self._stores))
-        far = [store.norms(low, high) > most for store, most in zip(self._stores, self._largest, strict=True)]
-        return low + np.flatnonzero(np.logical_or.reduce(far))
+        return low + np.flatnonzero(~within(self._stores, self._limits, low, high))

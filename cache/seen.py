@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from sae.cache.activations import ActivationStore
 from sae.cache.disk.identity import Recipe
 from sae.cache.disk.parsing import figure, inner, name_of_file, shown, whole
+from sae.cache.outliers import Limits
 
 
 class SeenStore(NamedTuple):
@@ -45,13 +46,13 @@ class Seen(NamedTuple):
         return [one.recipe for one in self.inputs], [one.recipe for one in self.targets]
 
     @property
-    def limits(self) -> tuple[float, ...] | None:
+    def limits(self) -> Limits | None:
         """The norm above which rows of each store were left out; None where all were trained on.
 
         Also None for a run with `train.outliers` of before these were recorded: it left rows out of its batches alone.
         """
-        known = tuple(one.largest_norm for one in self.stores if one.largest_norm is not None)
-        return known if len(known) == len(self.stores) else None
+        norms = tuple(one.largest_norm for one in self.stores)
+        return None if norms == (None,) * len(norms) else norms
 
     def as_json(self) -> dict[str, Any]:
         """The part of `config.json` that says it; `activations` is all of it for an autoencoder."""

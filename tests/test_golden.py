@@ -21,11 +21,12 @@ GOLDEN = Path(__file__).parent / "data" / "golden.json"
 WORDS = "the of store row latent model token layer norm writes reads fires above below each one two every small"
 ARITHMETIC = ("rows", "row_norm", "row_scale", "col_mean", "col_scale")  # arrays that processors round differently
 SYNTHETIC = "--d 8 --features 16 --groups 4 --active 2 --rows 1 --set synthesize.validation_rows=1 --json"
-SMALL = "--device cpu --threads 1 --set train.log_every=5 --set train.initial_rows=512"
+ALL_ROWS = "train.outliers=none"  # as by default before there was a rule
+SMALL = f"--device cpu --threads 1 --set train.log_every=5 --set train.initial_rows=512 --set {ALL_ROWS}"
 DEMO = (
     "tokenize.tokens=60000", "tokenize.validation_tokens=4096", "harvest.tokens=10000",
     "harvest.validation_tokens=4096", "train.steps=20", "train.batch=512", "train.sae.d_sae=256",
-    "train.log_every=5", "eval.tokens=1024", "eval.dead_rows=0",
+    "train.log_every=5", "eval.tokens=1024", "eval.dead_rows=0", ALL_ROWS,
 )  # fmt: skip
 FOLDERS = sorted((Path(__file__).parent / "data" / "before").glob("*.tar.xz"))
 LOOSE = 0.02  # of figures that depend on how a processor rounds
@@ -103,7 +104,9 @@ def synthetic(root: Path) -> dict[str, Any]:
     found["json"]["compare"] = keys(done("compare --json --csv", root / "table.csv", "--runs", root / "runs").json)
     found["json"]["table"] = dict.fromkeys((root / "table.csv").read_text().splitlines()[0].split(","))
     study = "study rates --ratios 2 --encoder-decay none --no-ce --k 2 --activations synthetic-groups-16in8-int8 --json"
-    small = "--d-sae 16 --steps 5 --device cpu --threads 1 --set train.batch=128 --set eval.dead_rows=512"
+    small = (
+        f"--d-sae 16 --steps 5 --device cpu --threads 1 --set train.batch=128 --set eval.dead_rows=512 --set {ALL_ROWS}"
+    )
     answer = done(f"{study} {small}", "--out", root / "out", *runs).json
     found["json"]["study"] = keys(answer)
     (row,) = answer["runs"]
@@ -230,7 +233,7 @@ def test_a_study_of_before_has_the_figures_of_now(before: list[object], tmp_path
     old = json.loads((tmp_path / "runs" / "study" / "results.json").read_text())["runs"]
     weights = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*.safetensors")}
     study = "study rates --ratios 1,2 --encoder-decay none --no-ce --k 2 --json --device cpu"
-    small = ("batch=32", "sae.d_sae=16", "steps=12", "initial_rows=64", "lr=0.01")
+    small = ("batch=32", "sae.d_sae=16", "steps=12", "initial_rows=64", "lr=0.01", "outliers=none")
     settings = ["--set", "eval.dead_rows=64", *(word for one in small for word in ("--set", f"train.{one}"))]
     again = done(study, "--out", tmp_path / "again", *settings, *before)
     if "-k2-" in old[0]["run"]:  # names have told of k since before this version

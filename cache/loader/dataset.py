@@ -21,7 +21,8 @@ from sae.cache.activations import ActivationStore
 from sae.cache.disk.identity import Recipe
 from sae.cache.errors import NotFound, SaeError
 from sae.cache.loader.loader import Batch, Batches, Settings, common_rows, expect_aligned, stacked
-from sae.cache.outliers import largest_norm
+from sae.cache.massive import OutlierRule, limit_of
+from sae.cache.outliers import Limits, within
 from sae.cache.provenance import Provenance, provenance
 
 Stores = tuple[ActivationStore, ...]
@@ -38,7 +39,7 @@ class Dataset:
     inputs: Stores
     targets: Stores
     n_rows: int
-    limits: tuple[float, ...] | None = None
+    limits: Limits | None = None
 
     @classmethod
     def of(
@@ -111,14 +112,15 @@ class Dataset:
         """Its first rows alone. Raises SaeError where there are not so many."""
         return replace(type(self).of(self.inputs, self.targets, rows=rows), limits=self.limits)
 
-    def kept_up_to(self, limits: tuple[float, ...] | None) -> Self:
+    def kept_up_to(self, limits: Limits | None) -> Self:
         """The same with other limits."""
         assert limits is None or len(limits) == len(self.stores)
         return replace(self, limits=limits)
 
-    def usual_limits(self, multiple: float) -> tuple[float, ...]:
-        """Limits in multiples of each store's usual norm. Raises SaeError where there is none."""
-        return tuple(largest_norm(store, multiple) for store in self.stores)
+    def limits_by(self, rule: OutlierRule) -> Limits | None:
+        """Limits that a rule sets to its rows, None where it sets none. Raises SaeError where it cannot be applied."""
+        limits = tuple(limit_of(store, rule, self.n_rows) for store in self.stores)
+        return None if limits == (None,) * len(limits) else limits
 
     def held_out(self, root: Path | None = None) -> Self:
         """The same of the documents kept for judging, in a cache (by default that of its stores).
@@ -158,8 +160,7 @@ class Dataset:
         """bool [stop - start]: which rows are kept; None where all of them are."""
         if self.limits is None:
             return None
-        within = [store.norms(start, stop) <= most for store, most in zip(self.stores, self.limits, strict=True)]
-        return np.logical_and.reduce(within)
+        return within(self.stores, self.limits, start, stop)
 
     def sample(self, count: int, *, first: int = 0, batch: int | None = None) -> Batch:
         """The next `count` kept rows from row `first` on; fewer where there are not so many."""

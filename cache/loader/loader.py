@@ -69,8 +69,8 @@ class Settings(TypedDict, total=False):
     world: int  # default 1
     outliers: float | None  # leave out rows whose norm is above so many medians of norms; default None: keep all
     largest: (
-        float | Sequence[float] | None
-    )  # leave out rows of a larger norm (in any store); default: as `outliers` says
+        float | Sequence[float | None] | None
+    )  # leave out rows of a larger norm (in any store; None: of any norm); default: as `outliers` says
 
 
 class _Stored:
@@ -90,7 +90,7 @@ class _Stored:
         rank: int = 0,
         world: int = 1,
         outliers: float | None = None,
-        largest: float | Sequence[float] | None = None,
+        largest: float | Sequence[float | None] | None = None,
     ) -> None:
         assert batch > 0 and open_chunks > 0 and seed >= 0 and 0 <= rank < world, (batch, open_chunks, seed, rank)
         self.stores, self.batch, self.epochs = tuple(stores), batch, epochs
@@ -99,7 +99,7 @@ class _Stored:
         for store in self.stores:
             if not 0 < self.rows <= store.n_rows:
                 raise SaeError(f"{store.path}: {self.rows:,} rows asked for, {store.n_rows:,} are there; harvest more")
-        limits: list[float] | None = None
+        limits: list[float | None] | None = None
         if largest is not None:
             limits = [largest] * len(self.stores) if isinstance(largest, float | int) else [*largest]
         elif outliers is not None:
@@ -111,7 +111,7 @@ class _Stored:
             **({} if outliers is not None or limits is None else {"largest": limits[0] if alike else limits}),
         }  # fmt: skip
         sizes = [store.chunk_rows for store in self.stores]
-        dropped = None if limits is None else Outliers(self.stores, max(sizes), limits)
+        dropped = None if limits is None else Outliers(self.stores, max(sizes), tuple(limits))
         self.schedule = Schedule(
             self.rows, max(sizes), batch * world, open_chunks, seed, piece=min(sizes), dropped=dropped
         )

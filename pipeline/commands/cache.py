@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sae.cache.disk.paths import is_remote
-from sae.cache.errors import SaeError
+from sae.cache.errors import DamagedStore, SaeError
 from sae.pipeline.commands.cache_export import export
 from sae.pipeline.commands.cache_gc import gc
 from sae.pipeline.commands.cache_verify import verify
@@ -55,16 +55,25 @@ def inspect(
     shuffle_quality: Annotated[bool, typer.Option("--shuffle-quality", metavar="", help="Measure how well batches of the loader (4,096 rows) mix documents.")] = False,
     cache: CacheRoot = None, json: Json = False,
 ) -> None:  # fmt: skip
-    """Everything about one store: recipe, arrays, windows, statistics.
+    """Everything about one store: recipe, arrays, windows, statistics, rows that lie far out.
 
     Examples: `sae cache inspect gpt2-6.mlp_out`, `sae cache inspect gpt2-6.mlp_out --shuffle-quality`.
     """
     from sae.cache import catalogue
+    from sae.cache.activations import ActivationStore
+    from sae.cache.massive import beyond_usual
     from sae.pipeline.commands import console
 
     root = cache_root(cache)
     found = catalogue.any_store(root, store)
     description = {**catalogue.entry(found).as_json(), **found.describe()}
+    damage = []
+    if isinstance(found, ActivationStore):
+        try:
+            far = beyond_usual(found, found.n_rows)
+            description["far_rows"] = None if far is None else far.as_json() if json else str(far)
+        except DamagedStore as error:
+            damage.append(str(error))
     if shuffle_quality:
         from sae.cache.loader.shuffle_quality import mixing_of
 
@@ -73,6 +82,7 @@ def inspect(
         console.as_json(description)
     else:
         console.outline(description)
+    report_damage(damage)
 
 
 @app.command("du")

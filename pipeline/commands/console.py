@@ -14,7 +14,7 @@ from rich.text import Text
 
 from sae.cache.printable import printable
 from sae.pipeline.commands.voice import typed
-from sae.pipeline.metrics.figures import evaluation_table
+from sae.pipeline.metrics.figures import evaluation_table, largest_norms
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -192,7 +192,7 @@ def outline(value: dict[str, Any], indent: str = "") -> None:
 
 
 def evaluation(result: dict[str, Any], title: str) -> None:
-    """The figures of an evaluation, each with what it means; beside them those over the rows that training kept."""
+    """The figures of an evaluation, each with what it means; beside them those without rows that lie far out."""
     kept = result.get("kept")
     sides = [result] if kept is None else [result, kept]
     rows = [
@@ -203,4 +203,4 @@ def evaluation(result: dict[str, Any], title: str) -> None:
     columns = ["figure", *["value", "kept"][: len(sides)], "what it is"]
     table(title, columns, rows, prose=True)
     if kept is not None:
-        say(f"kept: over rows of a norm up to {short(kept['largest_norm'])}, above which training left them out")
+        say(f"kept: over rows of a norm up to {' and '.join(map(short, largest_norms(kept)))}; the others lie far out")

@@ -69,7 +69,8 @@ def harvest(
     catalogue.remember(root, "activations", [store.key for store in result.stores["train"]])
     if not here.progress.worked:
         here.progress.note("nothing to do: the rows asked for were there already")
-    show_stores([s for split in result.stores.values() for s in split], json, "width", lambda store: store.d)
+    every = [store for split in result.stores.values() for store in split]
+    show_stores(every, json, "width", lambda store: store.d, result.about())
 
 
 def show_plans(plans: list[dict[str, Any]], json: bool) -> None:

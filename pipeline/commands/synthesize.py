@@ -150,12 +150,13 @@ def _make(source: "RowSource", here: Here, wait: bool, json: bool) -> None:
     from sae.pipeline.commands import console
     from sae.pipeline.harvest.stage import harvest
 
-    stores = harvest(source, here.cache, here.progress, wait=wait).stores
+    result = harvest(source, here.cache, here.progress, wait=wait)
+    stores = result.stores
     catalogue.remember(here.cache, "activations", [store.key for store in stores["train"]])
     if not here.progress.worked:
         here.progress.note("nothing to do: the rows asked for were there already")
     first, every, about = stores["train"][0], [store for split in stores.values() for store in split], source.about()
-    said = {"key": first.key, "rows": first.n_rows, "d": first.d, **about}
+    said = {"key": first.key, "rows": first.n_rows, "d": first.d, **about, **result.about()}
     show_stores(every, json, "width", lambda store: store.d, said)
     for name, value in about.items() if not json else ():
         console.say(f"{name.replace('_', ' ')}: {_shown(value)}")

@@ -1,8 +1,8 @@
 """A dictionary on held-out rows and on held-out tokens: what `pipeline.evaluate.stage` and the studies judge by.
 
-Where a run left rows out by their norm, everything is counted twice: over all held-out rows, and over those that it
-would have been trained on (the limits of the datasets). In the second a language model's tokens whose
-rows are left out are treated as those that never become rows.
+Where rows lie far out by their norm (the limits of the datasets: those that a run left out, or would have if it had not
+been told to keep all), everything is counted twice: over all held-out rows, and over the others. In the second a
+language model's tokens whose rows are left out are treated as those that never become rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +19,7 @@ from sae.cache.activations import norms_of
 from sae.cache.errors import SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import Batch
+from sae.cache.outliers import Limits
 from sae.cache.provenance import LanguageModelRows, Provenance
 from sae.cache.tokens import TokenStore
 from sae.configs.base import Amount, Settings
@@ -55,14 +56,14 @@ class EvalConfig(Settings):
 class Evaluation:
     """The result of judging: figures by key, everything else under `details`, and what is known of each latent [d_sae].
 
-    kept: the same over the rows up to the norms above which training left rows out (`limits`), where it did.
+    kept: the same over the rows up to the norms above which they lie far out (`limits`), where there are such.
     """
 
     figures: dict[str, Value]
     details: dict[str, Any]
     latents: dict[str, Tensor]
     kept: "Evaluation | None" = None
-    limits: tuple[float, ...] | None = None
+    limits: Limits | None = None
 
     @classmethod
     def of(cls, metrics: Sequence[Metric]) -> "Evaluation":
@@ -260,7 +261,8 @@ class _Replaced:
         def replace(written: Tensor, read: Tensor) -> Tensor:
             each = (read, written) if self.dataset.targets else (read,)
             for values, most in zip(each, self.dataset.limits or (), strict=False):
-                self.mask = self.mask & (norms_of(values) <= most)
+                if most is not None:
+                    self.mask = self.mask & (norms_of(values) <= most)
             out = written.clone()
             out[self.mask] = new(read[self.mask].float()).to(written.dtype)
             return out

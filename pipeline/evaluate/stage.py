@@ -19,6 +19,7 @@ from sae.cache.activations import ActivationStore
 from sae.cache.disk.durable import expect_no_link, expect_writable
 from sae.cache.errors import DamagedStore, NotFound, SaeError
 from sae.cache.loader.dataset import Dataset
+from sae.cache.massive import FarRows, far_rows
 from sae.cache.provenance import LanguageModelRows
 from sae.cache.runs import EVALUATION, LATENTS, Run
 from sae.cache.tokens import TokenStore
@@ -50,6 +51,8 @@ def evaluate(
     sae = trained.load_any(run)
     training = trained.dataset_of(run, root, activations)
     trained.expect_fits(training, sae, run)
+    if run.settings.get("outliers") is None:  # it was trained on all rows, but is judged without massive ones as well
+        training = training.kept_up_to(training.limits_by("auto"))
     held_out = training.held_out(root)
     source, target = training.provenance, (training.targets or training.inputs)[0]
     text: tuple[TokenStore, LanguageModel] | None = None
@@ -65,6 +68,10 @@ def evaluate(
     sae.to(devices.resolve_device(device) if text is None else text[1].device)
     result = judge(Subject(sae, training.truth), training, held_out, config, progress, text=text)
     result.details["held_out"] = held_out.key
+    if far := _far_rows(held_out, config.rows_of(held_out)):
+        result.details["far_rows"] = {key: rows.as_json() for key, rows in far.items()}
+    for key, rows in far.items():
+        progress.note(f"{key}: {rows}")
     found = result.as_json()
     if not replace_larger and (less := _less(run, found)):
         progress.note(f"{run.path / EVALUATION}: stays, {less}; `replace` puts this one in its place")
@@ -72,6 +79,13 @@ def evaluate(
     run.write_json(EVALUATION, found)
     run.save_latents(result.tensors())
     return result
+
+
+def _far_rows(held_out: Dataset, rows: int) -> dict[str, FarRows]:
+    """By store, the held-out rows above its largest norm."""
+    limited = zip(held_out.stores, held_out.limits or (), strict=held_out.limits is not None)
+    found = {store.key: far_rows(store, most, rows) for store, most in limited if most is not None}
+    return {key: one for key, one in found.items() if one is not None}
 
 
 def _less(run: Run, found: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from sae.cache.disk.parsing import inner, whole
 from sae.cache.errors import DamagedStore, SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import common_rows
+from sae.cache.outliers import Limits
 from sae.cache.runs import CONFIG, Run
 from sae.pipeline.formats import saelens
 from sae.pipeline.saes import ARCHITECTURES, SAE, Config, Predictor, Trainable, parse, trainable
@@ -89,9 +90,9 @@ def expect_fits(dataset: Dataset, sae: Predictor, run: Run) -> None:
         )
 
 
-def limits(run: Run, dataset: Dataset) -> tuple[float, ...] | None:
+def limits(run: Run, dataset: Dataset) -> Limits | None:
     """The norms above which a run left out rows of its dataset; None where all were trained on."""
-    multiple = run.settings.get("outliers")
-    if run.seen.limits is not None or multiple is None:
+    rule = run.settings.get("outliers")
+    if run.seen.limits is not None or rule == "auto":
         return run.seen.limits
-    return dataset.usual_limits(multiple)
+    return dataset.limits_by(rule)  # None, or a multiple of before the norms were recorded

@@ -9,15 +9,17 @@ import secrets
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sae.cache.activations import ActivationStore, ActivationWriter
 from sae.cache.disk.durable import PARTIAL, write_atomic
 from sae.cache.disk.paths import listing
+from sae.cache.massive import FarRows, beyond_usual
 from sae.cache.store import scratch
 from sae.cache.store.contents import is_temporary
 from sae.cache.store.space import expect_room
@@ -34,10 +36,18 @@ Writers = dict[str, ActivationWriter]  # by stream
 
 @dataclass(frozen=True)
 class HarvestResult:
-    """The stores by split (empty for a dry run) and the plan that made them."""
+    """The stores by split (empty for a dry run) and the plan that made them.
+
+    far: rows of training stores, by key, that lie so far out that they hold much of the variance.
+    """
 
     plans: list[Plan]
     stores: dict[str, list[ActivationStore]]
+    far: dict[str, FarRows] = field(default_factory=dict)
+
+    def about(self) -> dict[str, Any]:
+        """What there is to say of the stores, for `--json`."""
+        return {"far_rows": {key: rows.as_json() for key, rows in self.far.items()}}
 
 
 def harvest(
@@ -67,7 +77,14 @@ def harvest(
     for plan in plans:
         if plan.left_out:
             progress.note(f"{plan.split}: kept {plan.rows:,} rows, left out {plan.left_out:,} as said above")
-    return HarvestResult(plans, stores)
+    far = {
+        store.key: found
+        for store in stores.get("train", [])
+        if (found := beyond_usual(store, store.n_rows)) is not None and found.notable
+    }
+    for key, found in far.items():
+        progress.note(f"{key}: {found}; by default training {'leaves them out' if found.massive else 'keeps them'}")
+    return HarvestResult(plans, stores, far)
 
 
 @dataclass

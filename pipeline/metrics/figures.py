@@ -120,6 +120,11 @@ def completed(evaluation: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def largest_norms(kept: dict[str, Any]) -> list[float]:
+    """The norms above which rows are not among the `kept` ones: of what is read, of what is reconstructed."""
+    return [kept[key] for key in ("largest_norm", "largest_norm_target") if kept.get(key) is not None]
+
+
 def lacking(evaluation: dict[str, Any], needs: Collection[Need]) -> list[str]:
     """The keys that today's metrics which ask for nothing but `needs` would have written into an evaluation, too."""
     return [figure.key for figure in figures(needs=needs) if figure.key not in evaluation]

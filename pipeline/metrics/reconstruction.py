@@ -66,7 +66,7 @@ class Reconstruction(Metric):
         """Count a batch of targets and reconstructions, both [B, d]."""
         assert x.ndim == 2 and x.shape == x_hat.shape, (x.shape, x_hat.shape)
         if len(x):
-            batch = _Totals.of(_float64(x), _float64(x_hat))
+            batch = _Totals.of(in_float64(x), in_float64(x_hat))
             self._totals = batch if self._totals is None else self._totals.merged(batch)
 
     def scores(self) -> ReconstructionScores:
@@ -133,7 +133,7 @@ class _Totals:
         )
 
 
-def _float64(x: Tensor) -> Tensor:
+def in_float64(x: Tensor) -> Tensor:
     """In float64, on the CPU where the device has none (mps)."""
     return (x.cpu() if x.device.type == "mps" else x).detach().double()
 

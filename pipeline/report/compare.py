@@ -122,7 +122,7 @@ def _figures(run: Run) -> Row:
 
 
 def held_out() -> list[str]:
-    """The columns of what `sae eval` found; `kept_fvu` and the like are over the rows that training kept."""
+    """The columns of what `sae eval` found; `kept_fvu` and the like are without rows that lie far out."""
     keys, of_rows = [one.key for one in compared()], {one.key for one in figures(needs=OF_ROWS)}
     return [*keys, *(f"kept_{key}" for key in keys if key in of_rows)]
 

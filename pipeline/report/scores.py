@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sae.pipeline.metrics.figures import completed, evaluation_table, figures
+from sae.pipeline.metrics.figures import completed, evaluation_table, figures, largest_norms
 from sae.pipeline.report.charts import framed, histogram, ladder, number, percent
 from sae.pipeline.report.escaping import escape
 
@@ -17,7 +17,9 @@ MOST_ITEMS = 24  # of a list in the details; the JSON file has them all
 def scores_html(values: dict[str, Any], latents: int, vocabulary: int | None) -> str:
     """`eval.json` of a dictionary of so many latents, for a model of so many tokens. A null is shown as undefined."""
     values = completed(values)
-    cards = _card("Variance explained", values, "explained_variance", f"FVU {_shown(values, 'fvu')}")
+    kept = values.get("kept")
+    without = "" if kept is None else f"; {_shown(kept, 'fvu')} without rows that lie far out"
+    cards = _card("Variance explained", values, "explained_variance", f"FVU {_shown(values, 'fvu')}{without}")
     cards += _card("Active per token", values, "l0", f"L0, of {latents:,} latents")
     added = _signed(values.get("ce_degradation"))
     cards += _card("Loss recovered", values, "ce_recovered_mean", f"against mean ablation; splicing adds {added}")
@@ -40,13 +42,13 @@ def _about_kept(values: dict[str, Any]) -> str:
     if kept is None:
         return ""
     return (
-        f" Training left out rows of a norm above {number(kept['largest_norm'])}: these figures are over all "
-        "rows, those under “kept” in the table over the rows it would not have left out."
+        f" Rows of a norm above {' and '.join(map(number, largest_norms(kept)))} lie far out: these figures are over "
+        "all rows, those under “kept” in the table over the others."
     )
 
 
 def _table(values: dict[str, Any]) -> str:
-    """Every figure with what it means, and beside it that over the rows training would have kept."""
+    """Every figure with what it means, and beside it that without rows that lie far out."""
     kept = values.get("kept")
     sides = [values] if kept is None else [values, kept]
     head = "" if kept is None else "<tr><th></th><th>all rows</th><th>kept</th><th></th></tr>"

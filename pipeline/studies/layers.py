@@ -16,7 +16,7 @@ from sae.cache import catalogue, points
 from sae.cache.activations import ActivationStore
 from sae.cache.errors import NotFound, SaeError
 from sae.cache.loader.dataset import Dataset
-from sae.cache.outliers import largest_norm
+from sae.cache.massive import OutlierRule, limit_of
 from sae.cache.runs import Run
 from sae.cache.tokens import TokenStore
 from sae.pipeline.formats import trained
@@ -131,11 +131,11 @@ def harvest_call(root: Path, reference: ActivationStore, layers: Sequence[int], 
     return f"harvest({', '.join(f'{name}={value}' for name, value in said.items())})"
 
 
-def mean_norm(store: ActivationStore, outliers: float | None = None) -> float:
+def mean_norm(store: ActivationStore, outliers: OutlierRule = None) -> float:
     """Return the mean norm of a store's first rows, not yet encoded, without those that training leaves out."""
     norms = store.norms(0, min(NORM_ROWS, store.n_rows))
-    if outliers is not None:
-        norms = norms[norms <= largest_norm(store, outliers)]
+    if (largest := limit_of(store, outliers, store.n_rows)) is not None:
+        norms = norms[norms <= largest]
     return float(np.mean(norms, dtype=np.float64))
 
 

@@ -48,19 +48,19 @@ def of_run(
     """
     rows = config.rows_of(held_out)
     evaluated = run.evaluation() or {}
-    kept = {} if dataset.limits is not None and "kept" not in evaluated else _flat(evaluated)
+    kept = {} if dataset.limits is not None and "kept" not in evaluated else _flat(run, evaluated)
     if not _enough(kept, rows):
         kept = _read(run)
     if not _enough(kept, rows):
         sae = trained.load_run(run).to(devices.resolve_device(device))
-        kept = _flat(judge(Subject(sae), dataset, held_out, config, progress).as_json())
+        kept = _flat(run, judge(Subject(sae), dataset, held_out, config, progress).as_json())
         run.write_json(STUDY, {name: kept[name] for name in of_rows()})
     return {**{name: kept[name] for name in of_rows()}, "train_loss": (run.metrics() or [{}])[-1].get("loss")}
 
 
 def judged(run: Run) -> Figures:
     """Return the figures of `of_more`; None where they do not apply."""
-    found = on_kept_rows(completed(run.evaluation() or {}))
+    found = on_kept_rows(run, completed(run.evaluation() or {}))
     return {name: found.get(name) for name in of_more()}
 
 
@@ -69,14 +69,15 @@ def of_more() -> list[str]:
     return [*(key for key in columns() if key not in of_rows()), "tokens"]
 
 
-def on_kept_rows(evaluation: dict[str, Any]) -> dict[str, Any]:
+def on_kept_rows(run: Run, evaluation: dict[str, Any]) -> dict[str, Any]:
     """Return an evaluation whose figures are over rows of the norms that the run was trained on."""
-    return {**evaluation, **evaluation.get("kept", {})}
+    trained_on_all = run.settings.get("outliers") is None  # though it is judged without the massive ones as well
+    return evaluation if trained_on_all else {**evaluation, **evaluation.get("kept", {})}
 
 
-def _flat(evaluation: dict[str, Any]) -> Figures:
+def _flat(run: Run, evaluation: dict[str, Any]) -> Figures:
     """Return the figures over kept rows, with how many rows were judged in all."""
-    return {**on_kept_rows(evaluation), "rows": evaluation.get("rows")}
+    return {**on_kept_rows(run, evaluation), "rows": evaluation.get("rows")}
 
 
 def _enough(kept: Figures, rows: int) -> bool:

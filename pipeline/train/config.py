@@ -1,11 +1,13 @@
 """How one dictionary is trained: the settings of `sae train`."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from sae.cache.errors import DamagedStore
+from sae.cache.massive import OutlierRule
 from sae.cache.runs import CONFIG, Run
+from sae.configs.base import REAL
 from sae.pipeline.saes import AnyConfig, parse
 from sae.pipeline.train.alignment import AlignConfig
 from sae.pipeline.train.resampling import NoRevival, Reinitialise, Resample
@@ -13,6 +15,7 @@ from sae.pipeline.train.schedules import DecoderRate, Schedule
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Revival = Annotated[NoRevival | Resample | Reinitialise, Field(discriminator="kind")]
+Outliers = Annotated[OutlierRule, BeforeValidator(lambda said: _outlier_rule(said))]
 STREAM = ("batch", "steps", "rows", "data_seed", "outliers")  # what dictionaries trained together must agree on
 
 
@@ -49,11 +52,10 @@ class TrainConfig(Schedule):
     )
     seed: int = Field(0, ge=0, description="seed of the initial weights and of what training draws")
     data_seed: int = Field(0, ge=0, description="seed of the order of the rows")
-    outliers: float | None = Field(
-        None,
-        gt=1,
-        description="leave out rows whose norm is above so many medians of norms, wherever training reads rows; "
-        "null: keep all",
+    outliers: Outliers = Field(
+        "auto",
+        description="rows to leave out wherever training reads rows: auto, the few massive ones that a store has; a "
+        "number, those whose norm is above so many medians of norms; none: keep all",
     )
     initial_rows: int = Field(16_384, ge=1, description="rows from which the bias and the input scale are set")
     log_every: int = Field(50, ge=1, description="steps between two lines of metrics")
@@ -87,10 +89,22 @@ class TrainConfig(Schedule):
         return rate, self.lr * again * self.decoder.ratio * self.decoder.factor(step, total)
 
 
+def _outlier_rule(said: Any) -> Any:
+    """The word none as what it means. Raises ValueError for what is no rule."""
+    if said in ("auto", "none", None):
+        return None if said == "none" else said
+    try:
+        if 1 < float(said) < REAL:
+            return float(said)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError("input should be auto, none or a number above 1, as 10")
+
+
 def settings_of(run: Run) -> TrainConfig:
     """How a run is trained. Raises DamagedStore, naming its file and the setting, where nothing can be."""
     try:
-        return TrainConfig.model_validate(run.settings)
+        return TrainConfig.model_validate({"outliers": None, **run.settings})  # the first runs left out no rows
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(["train", *map(str, first["loc"])])

@@ -8,7 +8,7 @@ stopped, bit for bit on CPU.
 import re
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,8 @@ from sae.cache.disk.locks import reading
 from sae.cache.errors import NotFound, SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import Batch, Batches
+from sae.cache.massive import MEDIANS, beyond_usual, far_rows
+from sae.cache.outliers import Limits
 from sae.cache.provenance import LanguageModelRows, provenance
 from sae.cache.runs import CONFIG, FAILURE, Run
 from sae.cache.seen import Seen, SeenStore
@@ -110,15 +112,15 @@ def open_run(config: TrainConfig, dataset: Dataset, root: Path, name: str | None
     assert rows is not None
     if config.batch > rows:
         raise SaeError(f"batch = {config.batch}: {dataset.key} has {rows:,} rows; lower it, or harvest more")
-    limits = None if config.outliers is None else dataset.usual_limits(config.outliers)
+    limits = dataset.first(rows).limits_by(config.outliers)
     dataset.kept_up_to(limits).expect_kept(config.batch, "batch")
     content = {"train": config.model_dump(mode="json"), **_seen(dataset, rows, limits).as_json()}
     return Run.create(root / (name or run_name(config, dataset)), content)
 
 
-def _seen(dataset: Dataset, rows: int, limits: tuple[float, ...] | None) -> Seen:
+def _seen(dataset: Dataset, rows: int, limits: Limits | None) -> Seen:
     """What a run folder says of its dataset."""
-    norms = [None] * len(dataset.stores) if limits is None else limits
+    norms = (None,) * len(dataset.stores) if limits is None else limits
     stores = tuple(SeenStore(store.key, store.recipe, most) for store, most in zip(dataset.stores, norms, strict=True))
     return Seen(rows, stores[: len(dataset.inputs)], stores[len(dataset.inputs) :])
 
@@ -279,9 +281,12 @@ def _begin(runs: Sequence[Run], dataset: Dataset, device: torch.device, progress
                 f"{run.path}: is for {run.seen.rows:,} rows of {run.seen.key}, not {rows:,} of {dataset.key}"
             )
     dataset = dataset.first(rows).kept_up_to(runs[0].seen.limits)
+    if ranks.rank == 0:
+        for line in _far_rows(dataset):
+            progress.note(line)
     loader = dataset.batches(
-        share(first, ranks.world), seed=first.data_seed, device=device, outliers=first.outliers, rank=ranks.rank,
-        world=ranks.world,
+        share(first, ranks.world), seed=first.data_seed, device=device, rank=ranks.rank, world=ranks.world,
+        outliers=None if first.outliers == "auto" else first.outliers,
     )  # fmt: skip
     members = [Trainer.begin(run, config, dataset, device) for run, config in zip(runs, configs, strict=True)]
     for member in members:
@@ -299,6 +304,15 @@ def _begin(runs: Sequence[Run], dataset: Dataset, device: torch.device, progress
     if any(run.has_checkpoint for run in runs):
         progress.note(f"{runs[0].name}: continuing at step {state.step:,} of {state.total:,}")
     return state
+
+
+def _far_rows(dataset: Dataset) -> Iterator[str]:
+    """What to say of the rows that are left out, and of those that hold much of the variance and are not."""
+    for store, most in zip(dataset.stores, dataset.limits or (None,) * len(dataset.stores), strict=True):
+        if most is not None and (found := far_rows(store, most, dataset.n_rows)) is not None:
+            yield f"{store.key}: {found}; they are left out"
+        elif most is None and (found := beyond_usual(store, dataset.n_rows)) is not None and found.notable:
+            yield f"{store.key}: {found}; they are trained on, `train.outliers = {MEDIANS:g}` leaves them out"
 
 
 def share(config: TrainConfig, world: int) -> int:

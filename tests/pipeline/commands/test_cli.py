@@ -377,9 +377,10 @@ def test_the_four_commands_and_what_they_say(world: Path) -> None:
     judged = done("eval --json")
     assert judged.err.splitlines()[0] == f"run: {world / 'runs' / 'one'}"
     figures = [
-        "fvu", "explained_variance", "mse", "l0", "sparsity", "dense_share", "rate_q25", "rate_median", "rate_q75",
-        "dead_fraction", "ce_clean", "ce_spliced", "ce_degradation", "ce_zero", "ce_mean", "ce_recovered_zero",
-        "ce_recovered_mean", "kl", "orthogonality", "jl", "encoder_decoder_cosine", "rows", "dead_rows", "tokens",
+        "fvu", "explained_variance", "mse", "row_error", "l0", "sparsity", "dense_share", "rate_q25", "rate_median",
+        "rate_q75", "dead_fraction", "ce_clean", "ce_spliced", "ce_degradation", "ce_zero", "ce_mean",
+        "ce_recovered_zero", "ce_recovered_mean", "kl", "orthogonality", "jl", "encoder_decoder_cosine", "rows",
+        "dead_rows", "tokens",
     ]  # fmt: skip
     assert [*judged.json] == [*figures, "details"]
     assert {*figures} == {one.key for one in figures_of(needs=available(model=True, truth=False))}

@@ -82,7 +82,14 @@ def test_a_sweep_of_which_one_diverges_finishes_the_others(cache: Path, tmp_path
 
 def judge(run: Path, rows: int) -> None:
     """What `sae eval` would leave."""
-    found = {"fvu": 0.25, "l0": 2.5, "dead_fraction": 0.0, "rows": rows, "details": {"dead_rows": rows}}
+    found = {
+        "fvu": 0.25,
+        "row_error": 0.2,
+        "l0": 2.5,
+        "dead_fraction": 0.0,
+        "rows": rows,
+        "details": {"dead_rows": rows},
+    }
     Run(run).write_json("eval/eval.json", found)
 
 

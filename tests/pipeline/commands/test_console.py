@@ -236,7 +236,11 @@ def test_the_table_of_an_evaluation_over_two_sets_of_rows(capsys: pytest.Capture
     found = {line.split()[0]: line.split() for line in lines if line}
     assert found["figure"][1:3] == ["value", "kept"] and found["fvu"][1:3] == ["0.5", "0.125"]
     assert found["duplicates"][1:3] == ["3", "learned"]
-    assert lines[-1] == "kept: over rows of a norm up to 321.5, above which training left them out"
+    assert lines[-1] == "kept: over rows of a norm up to 321.5; the others lie far out"
+    console.evaluation(
+        {"fvu": 0.5, "kept": kept | {"largest_norm": None, "largest_norm_target": 7.5}}, "of a transcoder"
+    )
+    assert "kept: over rows of a norm up to 7.5; the others lie far out" in capsys.readouterr().out
 
 
 def test_the_table_of_an_evaluation(capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,7 +91,7 @@ def test_what_a_metric_needs_decides_whether_it_is_made() -> None:
     subject = Subject(create(parse({"arch": "topk", "d_sae": 8, "k": 2}), 4))
     told = {one.name for one in metrics_of(subject, available(model=False, truth=False))}
     assert told == {one.name for one in declared()} - {"downstream", "recovery"}
-    assert [one.name for one in metrics_of(subject, ["rows"])] == ["reconstruction"]
+    assert [one.name for one in metrics_of(subject, ["rows"])] == ["reconstruction", "row_error"]
 
 
 def test_reconstruction_is_judged_against_the_target() -> None:
@@ -99,7 +99,7 @@ def test_reconstruction_is_judged_against_the_target() -> None:
     subject = Subject(create(parse({"arch": "topk", "d_sae": 8, "k": 2}), 3, 5))
     x, y = torch.randn(20, 3), torch.randn(20, 5)
     codes = subject.sae.encode(x)
-    (metric,) = metrics_of(subject, ["rows"])
+    metric, _ = metrics_of(subject, ["rows"])
     metric.update(Encoded(x, y, codes, y))
     assert metric.result()["fvu"] == 0
 
@@ -144,7 +144,7 @@ def test_a_metric_of_a_file_of_its_own_is_seen_everywhere(home: Path, worst: Non
 def test_what_no_figure_is_cannot_be_drawn(home: Path) -> None:
     done(f"{TRAIN} --name one")
     for wrong in ("lustre", "train_fvu", "rows", "l0"):
-        assert f"--y {wrong}: the figures are fvu, dead_fraction," in sae(f"compare --y {wrong}").complaint
+        assert f"--y {wrong}: the figures are fvu, row_error, dead_fraction," in sae(f"compare --y {wrong}").complaint
     assert "--y fvu,chance: no run has both L0 and chance or fvu" in sae("compare --y fvu,chance").complaint
     assert sae("compare --y fvu,fvu").complaint == "--y fvu,fvu: fvu is there twice"
 

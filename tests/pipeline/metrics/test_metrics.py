@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sae.pipeline.metrics.downstream import Downstream
+from sae.pipeline.metrics.metric import Encoded
 from sae.pipeline.metrics.reconstruction import Reconstruction
+from sae.pipeline.metrics.row_error import RowError
 from sae.pipeline.metrics.sparsity import Sparsity
 from sae.pipeline.saes import Latents
 from sae.pipeline.saes.sparse import SparsePattern
@@ -61,6 +63,28 @@ def test_reconstruction_is_the_definition_however_batched(sizes: list[int], d: i
     scores = reconstruction(x, x_hat, [*sizes, 3]).scores()
     for name, expected in slow_reconstruction(x, x_hat).items():
         assert getattr(scores, name) == pytest.approx(expected, rel=1e-9, abs=1e-9), name
+
+
+@settings(deadline=None, max_examples=30)
+@given(sizes=SIZES, zeros=st.integers(0, 3), seed=st.integers(0, 10**6))
+def test_the_error_of_the_usual_row_is_the_definition_however_batched(sizes: list[int], zeros: int, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(sum(sizes) + zeros, 5, generator=random)
+    x_hat = x + 0.3 * torch.randn(x.shape, generator=random)
+    x[:zeros], x[zeros] = 0.0, 1e15  # rows that have no relative error, one beside which the others are nothing
+    metric = RowError()
+    for part, part_hat in zip(x.split([*sizes, zeros]), x_hat.split([*sizes, zeros]), strict=True):
+        metric.update(Encoded(part, part, None, part_hat))
+    rows, hats = x.double().numpy(), x_hat.double().numpy()
+    errors = [sum((a - b) ** 2) / (a @ a) for a, b in zip(rows, hats, strict=True) if any(a)]
+    assert metric.result()["row_error"] == pytest.approx(sorted(errors)[(len(errors) - 1) // 2], rel=1e-6)
+
+
+def test_rows_of_zeros_have_no_relative_error() -> None:
+    metric = RowError()
+    assert metric.result() == {"row_error": None}
+    metric.update(Encoded(torch.zeros(3, 2), torch.zeros(3, 2), None, torch.ones(3, 2)))
+    assert metric.result() == {"row_error": None}
 
 
 def test_fvu_survives_a_mean_far_from_zero() -> None:

@@ -190,7 +190,8 @@ def test_figures_say_on_how_much_and_over_which_rows(tmp_path: Path) -> None:
     )
     run.write_json("eval/eval.json", {**EVALUATION, "kept": {**EVALUATION, "fvu": 0.0456, "largest_norm": 512.5}})
     both = Page(report.page(report.read(run)))
-    assert "left out rows of a norm above 512.5" in both.all("section", "part")[0][1]
+    assert "Rows of a norm above 512.5 lie far out" in both.all("section", "part")[0][1]
+    assert "FVU 0.1234; 0.0456 without rows that lie far out" in both.all("section", "part")[0][1]
     rows = [text for _, text in both.all("tr")]
     assert "all rowskept" in rows[0] and any(row.startswith("FVU") and "0.12340.0456" in row for row in rows)
 

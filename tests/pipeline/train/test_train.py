@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from support.killing import Killed, killed_after
 from support.small_runs import (
     COST,
@@ -930,6 +931,84 @@ def test_a_resumed_training_without_outliers_is_the_uninterrupted_one(tmp_path: 
     with pytest.raises(KeyboardInterrupt):
         go(config, far, tmp_path / "stopped", progress=stop_at(13))
     assert different(go(config, far, tmp_path / "stopped", resume=True), [outcome(run) for run in straight]) == []
+
+
+@pytest.fixture(scope="module")
+def sinks(tmp_path_factory: pytest.TempPathFactory, small: pytest.MonkeyPatch) -> ActivationStore:
+    """Planted rows; one in a hundred has a large constant added, as the tokens have that attention rests on."""
+    rows = planted_rows(ROWS)
+    rows[::100, 2] += 300
+    return planted_store(tmp_path_factory.mktemp("sinks"), rows, "float32")
+
+
+class Told(Silent):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
+
+
+@pytest.mark.parametrize("revive", [{"kind": "none"}, *REVIVALS], ids=lambda one: one["kind"])
+def test_by_default_whatever_trains_sees_no_massive_row(
+    tmp_path: Path, store: ActivationStore, sinks: ActivationStore, monkeypatch: pytest.MonkeyPatch,
+    revive: dict[str, Any],
+) -> None:  # fmt: skip
+    """Scale and bias are those of the same rows without them, and it is said."""
+    seen, told = norms_seen(monkeypatch), Told()
+    config = settings({**TOPK, "k": 1, "dead_after": 100}, revive=revive)
+    assert config.outliers == "auto"
+    (run,) = go(config, sinks, tmp_path / "auto", progress=told)
+    assert max(*seen["initialise"], *seen["loss"]) < 60 and run.seen.limits is not None
+    (line,) = [line for line in told.notes if "variance" in line]
+    assert line.startswith(f"{sinks.key}: 41 of 4,096 rows have a norm above ") and line.endswith("; they are left out")
+    (clean,) = go(config, store, tmp_path / "clean", progress=told)
+    assert clean.seen.limits is None and [line for line in told.notes if "variance" in line] == [line]
+    scales = [float(run.load_checkpoint()[0]["sae.scale"]) for run in (run, clean)]
+    assert scales[0] == pytest.approx(scales[1], rel=0.02)
+
+
+def test_massive_rows_are_trained_on_where_all_are_asked_for(
+    tmp_path: Path, sinks: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, told = norms_seen(monkeypatch), Told()
+    (run,) = go(settings(outliers="none"), sinks, tmp_path, progress=told)
+    assert run.seen.limits is None and run.settings["outliers"] is None and max(seen["loss"]) > 250
+    (line,) = [line for line in told.notes if "variance" in line]
+    assert line.endswith("; they are trained on, `train.outliers = 5` leaves them out")
+
+
+def test_a_resumed_training_keeps_to_its_limit(tmp_path: Path, sinks: ActivationStore) -> None:
+    """Bit for bit, and whatever the rule would say by now."""
+    config = settings(revive=REVIVALS[0])
+    straight = go(config, sinks, tmp_path / "straight")
+    with pytest.raises(KeyboardInterrupt):
+        go(config, sinks, tmp_path / "stopped", progress=stop_at(13))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sae.cache.massive.MEDIANS", 2.0)
+        again = go(config, sinks, tmp_path / "stopped", resume=True)
+    assert different(again, [outcome(run) for run in straight]) == []
+    assert again[0].seen.limits == straight[0].seen.limits == trained.limits(again[0], Dataset.of(sinks))
+
+
+def test_a_run_that_says_nothing_of_outliers_keeps_all(tmp_path: Path, sinks: ActivationStore) -> None:
+    """The first version had no such setting, and the next ones null."""
+    config = settings(outliers="none")
+    run = open_run(config, Dataset.of(sinks), tmp_path, "older", resume=False)
+    described = run.read_json("config.json")
+    assert described["train"].pop("outliers") is None
+    run.write_json("config.json", described)
+    assert settings_of(Run(run.path)).outliers is None and trained.limits(Run(run.path), Dataset.of(sinks)) is None
+    assert open_run(config, Dataset.of(sinks), tmp_path, "older", resume=True).path == run.path
+    with pytest.raises(SaeError, match=r"was started with other settings \(outliers\)"):
+        open_run(settings(), Dataset.of(sinks), tmp_path, "older", resume=True)
+
+
+@pytest.mark.parametrize("wrong", ["often", 1, 0.5, -3, True, float("inf"), float("nan"), "1e99", [5], {}])
+def test_what_is_no_rule_for_outliers(wrong: object) -> None:
+    with pytest.raises(ValidationError, match="Value error, input should be auto, none or a number above 1") as caught:
+        settings(outliers=wrong)
+    assert [one["loc"] for one in caught.value.errors()] == [("outliers",)]
 
 
 def test_too_few_rows_that_are_kept_for_a_batch(tmp_path: Path, far: ActivationStore) -> None:

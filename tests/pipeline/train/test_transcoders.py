@@ -214,7 +214,7 @@ def test_rows_that_lie_far_out_on_either_side_are_left_out(tmp_path: Path) -> No
     far = Dataset.of(written(tmp_path, x, "mlp_in"), written(tmp_path, y, "mlp_out"))
     config = settings(outliers=10.0, steps=8)
     run = go(config, far, tmp_path / "runs")
-    assert run.seen.limits is not None and len(run.seen.limits) == 2 and run.seen.limits == far.usual_limits(10.0)
+    assert run.seen.limits is not None and len(run.seen.limits) == 2 and run.seen.limits == far.limits_by(10.0)
     kept = far.kept_up_to(run.seen.limits)
     with kept.batches(64, epochs=1) as loader:
         found = list(loader)
