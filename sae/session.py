@@ -7,7 +7,7 @@ again, and what was interrupted continues. Results are plain dicts and lists of 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -28,7 +28,9 @@ from sae.pipeline.evaluate.stage import evaluate as evaluate_run
 from sae.pipeline.harvest.sources import SOURCES, RowSource, settings_of_sources
 from sae.pipeline.harvest.sources.language_model import HarvestConfig, LanguageModelSource
 from sae.pipeline.harvest.sources.memory import MemoryConfig, MemorySource
+from sae.pipeline.harvest.sources.table import TableConfig, TableSource
 from sae.pipeline.harvest.stage import harvest as harvest_rows
+from sae.pipeline.harvest.tables.spool import spooled
 from sae.pipeline.interpret.features import FeaturesConfig
 from sae.pipeline.language_model import LanguageModel
 from sae.pipeline.metrics.metric import Subject
@@ -148,7 +150,8 @@ class Session(Workplace):
 
         Either a store of the cache, by its key or the beginning of it (default: what the last harvest made), and the
         `first` so many of its rows; or rows in memory [n, d], of which a share `validation` is held out. Those are
-        written into the cache under `name`, so that training on them again takes up what is there.
+        written into the cache under `name`, so that training on them again takes up what is there. An iterator of parts
+        [n_i, d] is read once, never held in memory, and becomes the store that a file of its rows would.
         """
         if isinstance(rows, Dataset):
             if target is not None:
@@ -161,6 +164,14 @@ class Session(Workplace):
             return Dataset.of(x, () if target is None else self._store(target, "target"), rows=first)
         if isinstance(target, ActivationStore | str):
             raise SaeError("target: is a store, and the rows are in memory; give both in one of these ways")
+        if isinstance(rows, Iterator):
+            if target is not None:
+                raise SaeError("target: rows of an iterator have none; write both as stores, or give both in memory")
+            with spooled(rows, name) as path:
+                given = {"table": str(path), "validation": validation, "codec": "float32"}
+                table = configs.resolve("harvest", TableConfig, given=given)
+                of_table = TableSource.of_settings(table, Origins(self.cache), Silent())
+                return Dataset.of(harvest_rows(of_table, self.cache, Silent()).stores["train"][0], rows=first)
         source = MemorySource(MemoryConfig(validation=validation), rows, target, called=name)
         stores = harvest_rows(source, self.cache, Silent()).stores["train"]
         return Dataset.of(stores[0], tuple(stores[1:]))

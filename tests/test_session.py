@@ -99,6 +99,41 @@ def test_every_row_in_memory_is_in_one_split_as_it_was(lab: Session) -> None:
     assert lab.dataset(x, validation=0.0).n_rows == 333
 
 
+def test_an_iterator_becomes_the_store_that_a_file_would(lab: Session, tmp_path: Path) -> None:
+    """Read once, a part at a time; the same rows in other parts, or in a file, are the same store."""
+    x = planted(700)
+    held: list[int] = []
+
+    def parts(step: int) -> Iterator[Any]:
+        for low in range(0, len(x), step):
+            held.append(low)
+            yield x[low : low + step] if low % (2 * step) else x[low : low + step].double().numpy()
+
+    found = lab.dataset(parts(64), name="mine", validation=0.2)
+    assert held == list(range(0, 700, 64)) and found.key.startswith("table-mine-float32-")
+    at = found.inputs[0].positions(0, found.n_rows)
+    assert torch.equal(found.rows(0, found.n_rows).x, x[at])
+    assert found.n_rows + found.held_out().n_rows == 700
+    assert lab.dataset(parts(37), name="mine", validation=0.2).key == found.key
+    np.save(tmp_path / "mine.npy", x.numpy())
+    same = lab.harvest(source="table", table=str(tmp_path / "mine.npy"), validation=0.2, codec="float32")
+    assert [one.key for one in same.values()] == [found.key]
+    run = lab.train(sae.TopK(**TOPK), parts(100), steps=5, batch=64)
+    assert run.finished
+    for wrong, message in (
+        (iter([]), "rows: there are none"),
+        (iter([x[:3], x[:3, :2]]), "part 1 of rows: is 2 wide, those before it are 8"),
+        (iter([x[0]]), "part 0 of rows: has the shape"),
+        (iter([x[:2], np.full((1, D), np.nan)]), "part 1 of rows: holds NaN"),
+    ):
+        with pytest.raises(SaeError, match=message):
+            lab.dataset(wrong)
+    with pytest.raises(SaeError, match="target: rows of an iterator have none"):
+        lab.dataset(parts(50), x)
+    with pytest.raises(SaeError, match="validation = 2"):
+        lab.dataset(parts(50), validation=2)
+
+
 def test_a_pair_in_memory_makes_a_transcoder(lab: Session) -> None:
     x = planted(800)
     y = torch.cat([x, -x], dim=1)

@@ -21,6 +21,7 @@ from sae.cache.disk.parsing import is_plain_name
 from sae.cache.errors import SaeError
 from sae.cache.tokens import SPLITS
 from sae.configs.base import Amount
+from sae.pipeline.harvest.tables.spool import as_rows
 from sae.pipeline.runtime.origins import Origins
 from sae.pipeline.runtime.progress import Progress
 
@@ -55,7 +56,7 @@ class MemorySource(RowSource):
         if not is_plain_name(called):
             raise SaeError(f"name = {called!r}: is not the name of a file; take letters, digits, dots, - and _")
         self.config, self._called = config, called
-        self._rows = {"x": _rows(x, "x"), **({} if y is None else {"y": _rows(y, "y")})}
+        self._rows = {"x": as_rows(x, "x"), **({} if y is None else {"y": as_rows(y, "y")})}
         n = len(self._rows["x"])
         if y is not None and len(self._rows["y"]) != n:
             raise SaeError(f"y: has {len(self._rows['y']):,} rows, x has {n:,}; row i of both must belong together")
@@ -99,25 +100,6 @@ class MemorySource(RowSource):
 
     def elsewhere(self) -> Callable[[], RowSource]:
         raise SaeError("rows in memory are stored by the process that has them; leave workers out")
-
-
-def _rows(values: Any, what: str) -> Tensor:
-    """float32 [n, d], on the CPU."""
-    if not isinstance(values, Tensor):
-        try:
-            table = np.asarray(values)
-        except ValueError as error:
-            raise SaeError(f"{what}: is not a table of numbers ({error}); give a tensor or an array [n, d]") from error
-        if table.dtype.kind not in "biuf":
-            raise SaeError(f"{what}: holds {table.dtype}, which are not numbers; give a tensor or an array [n, d]")
-        with np.errstate(over="ignore"):  # found below
-            values = torch.from_numpy(table.astype(np.float32))
-    if values.dim() != 2 or not values.numel() or values.is_complex():
-        raise SaeError(f"{what}: has the shape {list(values.shape)} of {values.dtype}; give numbers [n, d]")
-    rows = values.detach().to("cpu", torch.float32).contiguous()
-    if not rows.isfinite().all():
-        raise SaeError(f"{what}: holds NaN or infinity (in float32); leave such rows out")
-    return rows
 
 
 def _digest(streams: list[Tensor]) -> str:
