@@ -50,6 +50,7 @@ from sae.pipeline.tokenize.stage import tokenize as tokenize_text
 from sae.pipeline.train.config import TrainConfig
 from sae.pipeline.train.stage import open_run
 from sae.pipeline.train.sweep import open_all, sweep
+from sae.pipeline.worlds.making import making_of
 from sae.tables import Figures, Table
 
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -260,13 +261,9 @@ class Session(Workplace):
             )
         here = what.W_dec.device
         config = config.model_copy(update={"dead_rows": 0})
-        found = judge(
-            Subject(what.to(devices.resolve_device(self.device)), dataset.truth),
-            dataset,
-            dataset,
-            config,
-            self.progress,
-        )
+        making = making_of((dataset.targets or dataset.inputs)[0])
+        subject = Subject(what.to(devices.resolve_device(self.device)), dataset.truth)
+        found = judge(subject, dataset, dataset, config, self.progress, making=making)
         what.to(here)
         return Figures(found.as_json())
 

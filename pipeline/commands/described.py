@@ -18,7 +18,7 @@ CLASSES = {  # room and names of the classes that hold the settings below a path
     "tokenize": ("tokenize", ["TokenizeConfig"]),
     "harvest": ("harvest", ["HarvestConfig", "TableConfig", "SourceConfig"]),
     "synthesize": ("harvest", ["SyntheticConfig", "SourceConfig", "ToyConfig"]),
-    "synthesize.presence": ("harvest", ["Groups", "Independent"]),
+    "synthesize.presence": ("worlds", ["Groups", "Independent"]),
     "train": ("train", ["TrainConfig"]),
     "train.sae": ("saes", ["Config", "FixedKConfig"]),
     "train.align": ("train", ["AlignConfig"]),
@@ -60,7 +60,7 @@ def described(path: str, of: str | None = None) -> Setting:
     if owner.startswith("study."):
         return studies()[owner.removeprefix("study.")].settings[name]
     room, classes = CLASSES[owner]
-    for kind in classes if of is None else (of, *classes):
+    for kind in sorted(classes, key=lambda kind: kind != of):
         if name in (settings := declared(f"sae.pipeline.{room}", kind).settings):
             return settings[name]
     raise KeyError(path)

@@ -26,11 +26,13 @@ from sae.configs.base import Amount, Settings
 from sae.pipeline.language_model import LanguageModel, Point
 from sae.pipeline.language_model.interventions import predicting
 from sae.pipeline.language_model.token_mask import rule_of
-from sae.pipeline.metrics.figures import OF_ROWS, amounts, available
+from sae.pipeline.metrics.coefficients import KEPT, most_rows
+from sae.pipeline.metrics.figures import OF_ROWS, Need, amounts, available
 from sae.pipeline.metrics.figures import figures as figures_of
 from sae.pipeline.metrics.metric import Encoded, Metric, Subject, Value, metrics_of
 from sae.pipeline.runtime.progress import Progress
 from sae.pipeline.saes import Coder, Predictor
+from sae.pipeline.worlds.making import Making
 
 
 class EvalConfig(Settings):
@@ -98,18 +100,24 @@ class Evaluation:
 
 def judge(
     subject: Subject, training: Dataset, held_out: Dataset, config: EvalConfig, progress: Progress, *,
-    text: tuple[TokenStore, LanguageModel] | None = None,
+    text: tuple[TokenStore, LanguageModel] | None = None, making: Making | None = None,
 ) -> Evaluation:  # fmt: skip
     """Show a dictionary's held-out rows, training rows and, given one, language model to every metric they suffice.
 
+    `making` is that of the held-out rows' (targets').
+
     Where the datasets have limits everything that depends on rows is counted over those kept as well.
     """
-    needs = available(model=text is not None, truth=subject.truth is not None)
+    needs = needs_of(held_out, making, model=text is not None, truth=subject.truth is not None)
+    if making is not None:
+        subject = subject._replace(effect=making.effect, pairs=making.pairs)
     sides = [metrics_of(subject, needs)]
     if held_out.limits is not None:  # of what does not depend on rows there is one value
         sides.append([one for one in metrics_of(subject, needs) if {*one.needs} & {*OF_ROWS, "model"}])
     sae, batch = subject.sae, config.batch_tokens
     judge_rows(sae, held_out, config.rows_of(held_out), batch, progress, sides)
+    if making is not None and making.coefficients is not None and isinstance(sae, Coder):
+        compare_rows(sae, held_out, making, config.rows_of(held_out), batch, progress, sides[0])
     if isinstance(sae, Coder):
         search_rows(sae, training, min(config.dead_rows, training.n_rows), batch, progress, sides)
     for side, limits in zip(sides, (None, held_out.limits), strict=False):
@@ -120,6 +128,16 @@ def judge(
     # what has no codes or directions has no figures of them
     every.figures.update({one.key: None for one in figures_of(needs=needs) if one.key not in every.figures})
     return replace(every, kept=kept[0], limits=held_out.limits) if kept else every
+
+
+def needs_of(dataset: Dataset, making: Making | None, *, model: bool, truth: bool) -> frozenset[Need]:
+    """What there is to judge a dictionary of a dataset by.
+
+    Pairs are tried on rows of one feature alone, which a transcoder does not read.
+    """
+    pairs = making is not None and bool(making.pairs) and not dataset.targets
+    known = making is not None and making.coefficients is not None
+    return available(model=model, truth=truth, coefficients=known, pairs=pairs)
 
 
 def mean_target(dataset: Dataset, rows: int) -> Tensor:
@@ -150,6 +168,30 @@ def judge_rows(
     _each_batch(sae, dataset, rows, batch, "eval rows", show, progress)
     if not seen[-1]:
         raise SaeError(f"rows = {rows}: training would have left all of them out for their norm; judge on more")
+
+
+@torch.no_grad()
+def compare_rows(
+    sae: Coder, dataset: Dataset, making: Making, rows: int, batch: int, progress: Progress, metrics: Sequence[Metric]
+) -> None:
+    """Show metrics a dataset's first rows, in stored order, with the coefficients of the true features."""
+    features = len(making.effect)
+    rows = min(rows, most_rows(features))
+    step = max(1, min(batch, KEPT // max(features, sae.width)))
+    progress.start("eval coefficients", rows, "rows")
+    try:
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            part = dataset.rows(start, stop).to(_device(sae))
+            codes = sae.encode(part.x)
+            encoded = Encoded(part.x, part.y, codes, sae.decode(codes))
+            coefficients = making.coefficients(start, stop) if making.coefficients else None
+            assert coefficients is not None
+            for metric in metrics:
+                metric.compare(encoded, coefficients)
+            progress.advance(stop - start)
+    finally:
+        progress.finish()
 
 
 def search_rows(

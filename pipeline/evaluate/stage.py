@@ -23,13 +23,14 @@ from sae.cache.massive import FarRows, far_rows
 from sae.cache.provenance import LanguageModelRows
 from sae.cache.runs import EVALUATION, LATENTS, Run
 from sae.cache.tokens import TokenStore
-from sae.pipeline.evaluate.judging import EvalConfig, Evaluation, judge
+from sae.pipeline.evaluate.judging import EvalConfig, Evaluation, judge, needs_of
 from sae.pipeline.formats import trained
 from sae.pipeline.language_model import LanguageModel, hints
-from sae.pipeline.metrics.figures import WITHOUT_MODEL, amounts, available, completed, lacking
+from sae.pipeline.metrics.figures import WITHOUT_MODEL, amounts, completed, lacking
 from sae.pipeline.metrics.metric import Subject
 from sae.pipeline.runtime import devices
 from sae.pipeline.runtime.progress import Progress, said_if_slow
+from sae.pipeline.worlds.making import making_of
 
 __all__ = ["EvalConfig", "Evaluation", "evaluate", "missing"]
 
@@ -66,7 +67,8 @@ def evaluate(
     for line in _not_so_many(config, held_out, None if text is None else text[0]):
         progress.note(line)
     sae.to(devices.resolve_device(device) if text is None else text[1].device)
-    result = judge(Subject(sae, training.truth), training, held_out, config, progress, text=text)
+    making = making_of((held_out.targets or held_out.inputs)[0])
+    result = judge(Subject(sae, training.truth), training, held_out, config, progress, text=text, making=making)
     result.details["held_out"] = held_out.key
     if far := _far_rows(held_out, config.rows_of(held_out)):
         result.details["far_rows"] = {key: rows.as_json() for key, rows in far.items()}
@@ -131,7 +133,8 @@ def missing(run: Run, config: EvalConfig, training: Dataset, held_out: Dataset, 
         more["tokens"] = max(contexts, asked) * tokens.context_length
         enough = enough and contexts >= asked
     # what an older version did not write is judged anew; of rows and weights alone it takes no evaluation to tell
-    lacks = lacking(found, available(model=tokens is not None, truth=training.truth is not None))
+    making = making_of((held_out.targets or held_out.inputs)[0])
+    lacks = lacking(found, needs_of(held_out, making, model=tokens is not None, truth=training.truth is not None))
     return None if enough and not {*lacks} - {*lacking(found, WITHOUT_MODEL)} else config.model_copy(update=more)
 
 

@@ -17,7 +17,7 @@
         def result(self) -> dict[str, Value]:
             return {"worst": self._worst}
 
-What it overrides of `update`, `search` and `splice` is called where what it `needs` is there.
+What it overrides of `update`, `compare`, `search` and `splice` is called where what it `needs` is there.
 """
 
 from __future__ import annotations
@@ -49,10 +49,16 @@ class Encoded(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """What metrics judge, a dictionary or less, and the features [G, d_out] its rows were made of, where known."""
+    """A dictionary or less, which metrics judge, and what is known of the making of its rows.
+
+    truth: the features [G, d_out] they were made of. effect: what each adds to a row for a coefficient of 1, [G, d_out],
+    and `pairs` which of them come together or never both, where there are such.
+    """
 
     sae: Predictor
     truth: Tensor | None = None
+    effect: Tensor | None = None
+    pairs: tuple[tuple[int, int], ...] = ()
 
     @property
     def coder(self) -> Coder:
@@ -68,7 +74,9 @@ class Subject(NamedTuple):
 
     def lacks(self) -> set[Need]:
         """Return what a metric may need that this does not have, for it is no dictionary, or not even a coder."""
-        directions: set[Need] = set() if isinstance(self.sae, Dictionary) else {"directions", "truth"}
+        directions: set[Need] = (
+            set() if isinstance(self.sae, Dictionary) else {"directions", "truth", "coefficients", "pairs"}
+        )
         codes: set[Need] = set() if isinstance(self.sae, Coder) else {"codes", "training"}
         return directions | codes
 
@@ -90,6 +98,9 @@ class Metric(ABC):
 
     def update(self, batch: Encoded) -> None:  # noqa: B027 - a metric overrides what it wants to see
         """Count a batch of held-out rows."""
+
+    def compare(self, batch: Encoded, coefficients: Tensor) -> None:  # noqa: B027
+        """Count a batch of held-out rows of which the coefficients [B, G] of the true features are known."""
 
     def search(self, codes: Codes) -> None:  # noqa: B027
         """Count a batch of training rows, which are searched for latents that fire."""

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from sae.pipeline.metrics.figures import Figure
-from sae.pipeline.metrics.metric import Metric, Subject, register
-from sae.pipeline.metrics.similarity import best, chance, hungarian, mean_cosine, mmcs
+from sae.pipeline.metrics.metric import Metric, Subject, Value, register
+from sae.pipeline.metrics.similarity import best, chance, hungarian, mean_cosine, mmcs, random_directions
 
 RECOVERED = 0.9  # a true feature counts as recovered from this cosine on
 
@@ -26,10 +26,11 @@ class Recovery(Metric):
         Figure("hungarian", "one-to-one cosine", "mean cosine of the best one-to-one matching", "high"),
         Figure("duplicates", "duplicates", "learned features whose nearest true one is that of another, too", "low"),
         Figure("chance", "found by chance", "true_to_learned of random directions"),
+        Figure("duplicates_chance", "duplicates by chance", "duplicates among random directions", None, "evaluation"),
     )  # fmt: skip
 
     def __init__(self, learned: Tensor, truth: Tensor) -> None:
-        self.learned, self.truth = learned, truth
+        self.learned, self.truth = learned, truth[truth.any(1)]  # zeros are features that no row shows
 
     @classmethod
     def of(cls, subject: Subject) -> Recovery:
@@ -37,8 +38,11 @@ class Recovery(Metric):
         return cls(subject.dictionary.W_dec.detach().cpu(), subject.truth)
 
     @torch.no_grad()
-    def result(self) -> dict[str, float]:
+    def result(self) -> dict[str, Value]:
         learned, truth = self.learned, self.truth
+        if not len(truth):
+            return dict.fromkeys(one.key for one in self.figures)
+        by_chance = random_directions(len(learned), truth.shape[1]).to(truth.dtype)
         found = cosine_similarity(truth, learned[best(truth, learned)])
         return {
             "true_to_learned": found.mean().item(),
@@ -47,4 +51,5 @@ class Recovery(Metric):
             "hungarian": mean_cosine(learned, truth, hungarian(learned, truth)).item(),
             "duplicates": len(learned) - len(best(learned, truth).unique()),
             "chance": chance(len(truth), len(learned), truth.shape[1]),
+            "duplicates_chance": len(learned) - len(best(by_chance, truth).unique()),
         }

@@ -74,6 +74,11 @@ def chance(n: int, m: int, d: int, *, seed: int = 0) -> float:
     return mmcs(torch.randn(n, d, generator=generator), torch.randn(m, d, generator=generator)).item()
 
 
+def random_directions(m: int, d: int, *, seed: int = 1) -> Tensor:
+    """A dictionary that has learned nothing: m directions [m, d] of length 1, drawn evenly."""
+    return _unit(torch.randn(m, d, generator=torch.Generator().manual_seed(seed)))
+
+
 def _unit(rows: Tensor) -> Tensor:
     """Rows of length 1; rows of zeros stay."""
     return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)

@@ -24,8 +24,11 @@ from sae.cache.disk.identity import Recipe, canonical
 from sae.cache.errors import DamagedStore, SaeError
 from sae.cache.store.head import RECIPE
 from sae.configs.base import Amount
-from sae.pipeline.harvest.draws import normal, seeded, uniform
-from sae.pipeline.harvest.superposition import (
+from sae.pipeline.runtime.origins import Origins
+from sae.pipeline.runtime.progress import Progress, Silent
+from sae.pipeline.worlds.draws import normal, seeded, uniform
+from sae.pipeline.worlds.features import FIRST, HELD_OUT
+from sae.pipeline.worlds.superposition import (
     Presence,
     Schedule,
     Toy,
@@ -34,11 +37,8 @@ from sae.pipeline.harvest.superposition import (
     losses,
     trained,
 )
-from sae.pipeline.runtime.origins import Origins
-from sae.pipeline.runtime.progress import Progress, Silent
 
 from .base import Rows, RowSource, SourceConfig, Stream, Supply, WindowTask, register
-from .synthetic import FIRST, HELD_OUT
 
 GENERATOR = 1  # part of the recipe: raised when the same settings give other samples
 BLOCK = 4096  # samples drawn from one seed

@@ -78,10 +78,13 @@ def test_every_figure_is_told_once_and_by_the_metric_that_declares_it() -> None:
     x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
     codes = sae.encode(x)
     losses = {name: (torch.rand(4, 5) + i, torch.rand(4, 5)) for i, name in enumerate(("sae", "zero", "mean"), 3)}
-    metrics = metrics_of(Subject(sae, torch.randn(9, 6)), available(model=True, truth=True))
+    truth = torch.randn(9, 6)
+    needs = available(model=True, truth=True, coefficients=True, pairs=True)
+    metrics = metrics_of(Subject(sae, truth, 2 * truth, ((0, 1),)), needs)
     assert [one.name for one in metrics] == [one.name for one in declared()]
     for metric in metrics:
         metric.update(Encoded(x, x, codes, sae.decode(codes)))
+        metric.compare(Encoded(x, x, codes, sae.decode(codes)), torch.rand(40, 9))
         metric.search(codes)
         metric.splice(torch.rand(4, 5), losses, torch.ones(4, 5, dtype=torch.bool))
         assert [*metric.result()] == [one.key for one in metric.figures], metric.name
@@ -90,7 +93,7 @@ def test_every_figure_is_told_once_and_by_the_metric_that_declares_it() -> None:
 def test_what_a_metric_needs_decides_whether_it_is_made() -> None:
     subject = Subject(create(parse({"arch": "topk", "d_sae": 8, "k": 2}), 4))
     told = {one.name for one in metrics_of(subject, available(model=False, truth=False))}
-    assert told == {one.name for one in declared()} - {"downstream", "recovery"}
+    assert told == {one.name for one in declared()} - {"downstream", "recovery", "coefficients", "pairs"}
     assert [one.name for one in metrics_of(subject, ["rows"])] == ["reconstruction", "row_error"]
 
 

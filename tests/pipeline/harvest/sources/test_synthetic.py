@@ -48,6 +48,7 @@ from sae.pipeline.runtime.origins import Origins
 from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.saes import create
 from sae.pipeline.saes.topk import TopKConfig
+from sae.pipeline.worlds import features
 
 SMALL = SyntheticConfig(d=12, features=31, presence=Groups(groups=4, active=3, decay=0.8), rows=1, validation_rows=1)
 IID = SMALL.model_copy(update={"presence": Independent(probability=0.15)})
@@ -130,7 +131,7 @@ def test_noise_is_added_to_every_value() -> None:
 
 @pytest.mark.parametrize("config", [SMALL, IID, RARE, NOISY], ids=["groups", "iid", "rare", "noise"])
 def test_any_range_is_the_same(config: SyntheticConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(synthetic, "BLOCK", 64)
+    monkeypatch.setattr(features, "BLOCK", 64)
     truth = GroundTruth(config)
     every, made = truth.draw(0, 1000)
 
@@ -158,16 +159,16 @@ def test_the_same_on_any_number_of_threads() -> None:
 def test_blocks_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a sample takes many random numbers, fewer are drawn at once."""
     largest = 0
-    uniform = synthetic.uniform
+    uniform = features.uniform
 
     def watched(bits: np.random.PCG64, n: int) -> np.ndarray:
         nonlocal largest
         largest = max(largest, n)
         return uniform(bits, n)
 
-    monkeypatch.setattr(synthetic, "BLOCK_KEYS", 1 << 12)
+    monkeypatch.setattr(features, "BLOCK_KEYS", 1 << 12)
     wide = GroundTruth(SyntheticConfig(d=2, features=1000, presence=Groups(groups=1, active=2)))
-    monkeypatch.setattr(synthetic, "uniform", watched)
+    monkeypatch.setattr(features, "uniform", watched)
     rows, made = wide.draw(50, 100)
     assert rows.shape == (100, 2) and len(made.value) == 200
     assert 1000 < largest <= 1 << 12

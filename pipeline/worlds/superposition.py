@@ -24,6 +24,11 @@ BLOCK = 1 << 20  # numbers drawn for the training at a time, about, for each ins
 JUDGED = 1 << 16  # fresh samples that the loss and correlations are measured on
 
 
+def pairs(count: int) -> tuple[tuple[int, int], ...]:
+    """The members of so many pairs."""
+    return tuple((2 * i, 2 * i + 1) for i in range(count))
+
+
 @dataclass(frozen=True)
 class Presence:
     """Which features are in a sample, and with which others.
@@ -43,9 +48,9 @@ class Presence:
         return self.probability.shape[1]
 
     @property
-    def pairs(self) -> list[tuple[int, int]]:
+    def pairs(self) -> tuple[tuple[int, int], ...]:
         """All pairs, the correlated ones first."""
-        return [(2 * i, 2 * i + 1) for i in range(self.correlated + self.anticorrelated)]
+        return pairs(self.correlated + self.anticorrelated)
 
     @property
     def rest(self) -> slice:

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from sae.pipeline.harvest.superposition import Presence, Toy, Training, achieved, losses, samples, trained
+from sae.pipeline.worlds.superposition import Presence, Toy, Training, achieved, losses, samples, trained
 
 N = 60_000
 
@@ -53,7 +53,7 @@ def test_pairs() -> None:
     assert close((there[:, 4] & there[:, 6]).double().mean().item(), 0.05), "of another pair or none: independent"
     both = x[there[:, 0]][:, :2]
     assert abs(torch.corrcoef(both.T)[0, 1].item()) < 0.05
-    assert Presence(table([0.1] * 7), 2, 1).pairs == [(0, 1), (2, 3), (4, 5)]
+    assert Presence(table([0.1] * 7), 2, 1).pairs == ((0, 1), (2, 3), (4, 5))
 
 
 @pytest.mark.parametrize("rho", [0.5, -0.2, 0.9])
