@@ -54,8 +54,8 @@ def extended(folder: Path) -> Path:
         (package / path.name).symlink_to(path.resolve())
     for room in ("cache", "configs"):
         (package / room).symlink_to(ROOT / room)
-    for path in (ROOT / "pipeline").rglob("*"):
-        if path.is_file() and "__pycache__" not in path.parts:
+    for path in (ROOT / "pipeline").rglob("*"):  # what is compiled already, too
+        if path.is_file():
             link = package / path.relative_to(ROOT)
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path)

@@ -73,10 +73,40 @@ def told(home: Path, lie: Lie) -> Iterator[None]:
         lie.tell(home)
         yield
     finally:
-        for part in ("cache", "runs", "out"):
-            shutil.rmtree(home / part, ignore_errors=True)
+        shutil.rmtree(home / "out", ignore_errors=True)
         for part in ("cache", "runs"):
-            shutil.copytree(home.parent / "kept" / part, home / part)
+            restore(home.parent / "kept" / part, home / part)
+
+
+def restore(kept: Path, now: Path) -> None:
+    """Make a path again what is kept of it, and write nothing that is as it was."""
+    if kept.is_dir() and now.is_dir() and not now.is_symlink():
+        names = set(os.listdir(kept))
+        for name in set(os.listdir(now)) - names:
+            remove(now / name)
+        for name in names:
+            restore(kept / name, now / name)
+        return
+    was, known = kept.lstat(), now.lstat() if os.path.lexists(now) else None
+    if known is None or (was.st_mode, was.st_size, was.st_mtime_ns) != (
+        known.st_mode,
+        known.st_size,
+        known.st_mtime_ns,
+    ):
+        remove(now)
+        shutil.copytree(kept, now) if kept.is_dir() else shutil.copy2(kept, now)
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    found = path.lstat()
+    return found.st_mode, found.st_size, found.st_mtime_ns
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 opened: list[str] = []  # paths outside of the cache and the runs that something opened, while `watching`

@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,11 +94,11 @@ def lies(home: Path) -> Iterator[Lie]:
         content = json.loads((home / path).read_bytes())
         del content["crc"]
         for where, value, changed in _changes(content):
-            data = sealed_file(changed) if isinstance(changed, dict) else json.dumps(changed).encode()
-            yield Lie(f"run: {name} {where} = {value}", _writes(path, data))
+            yield Lie(f"run: {name} {where} = {value}", _makes(path, changed, _sealed_if_mapping))
     content = [json.loads(line) for line in (home / "runs/one/metrics.jsonl").read_bytes().splitlines()]
     for where, value, changed in _changes(content):
-        text = "".join(json.dumps(line) + "\n" for line in changed) if isinstance(changed, list) else "x\n"
+        made = changed()
+        text = "".join(json.dumps(line) + "\n" for line in made) if isinstance(made, list) else "x\n"
         yield Lie(f"run: metrics.jsonl {where} = {value}", _logs(text.encode()))
     yield from _tensors(home)
 
@@ -121,7 +122,8 @@ def _raw(kind: str, path: Path) -> Iterator[Lie]:
 
 def _recipes(kind: str, store: Store) -> Iterator[Lie]:
     """Sealed recipes in folders of their hash, with the run that was trained on them."""
-    for where, value, recipe in _changes(store.recipe):
+    for where, value, changed in _changes(store.recipe):
+        recipe = changed()
         if not isinstance(recipe, dict):
             continue
 
@@ -156,9 +158,12 @@ def _lines(kind: str, store: Store) -> Iterator[Lie]:
     path = _inside(store, MANIFEST)
     lines = [json.loads(line)["line"] for line in (store.path / MANIFEST).read_bytes().splitlines()]
     for index in {0, len(lines) // 2, len(lines) - 1}:
-        for where, value, body in _changes(lines[index]):
-            said = b"".join(sealed(body if i == index else line) for i, line in enumerate(lines))
-            yield Lie(f"{kind}manifest line {index + 1} {where} = {value}", _writes(path, said))
+
+        def manifest(body: Any, index: int = index) -> bytes:
+            return b"".join(sealed(body if i == index else line) for i, line in enumerate(lines))
+
+        for where, value, changed in _changes(lines[index]):
+            yield Lie(f"{kind}manifest line {index + 1} {where} = {value}", _makes(path, changed, manifest))
     first = lines[0]
     for name in ("../../../outside/secret", "/etc/passwd", "rows/c/../../x", "rows/c/999", "x", "", ".", "recipe.json"):
         more = {**first, "files": {**first["files"], name: [9, checksum(b"not yours")]}}
@@ -273,23 +278,27 @@ def _tensors(home: Path) -> Iterator[Lie]:
             yield Lie(f"run: {name} lacks {key}", saves(gone))
             yield Lie(f"run: {name} has {key} by another name", saves({**gone, "../" + key: tensor}))
         if "state" in header:
-            for where, value, other in _changes(json.loads(header["state"])):
-                yield Lie(
-                    f"run: {name} state {where} = {value}", saves(tensors, {**header, "state": json.dumps(other)})
-                )
+            for where, value, changed in _changes(json.loads(header["state"])):
+                said = json.dumps(changed())
+                yield Lie(f"run: {name} state {where} = {value}", saves(tensors, {**header, "state": said}))
             for what, data in RAW.items():
                 said = data.decode("utf-8", "replace")
                 yield Lie(f"run: {name} state is {what}", saves(tensors, {**header, "state": said}))
 
 
-def _changes(content: Any) -> Iterator[tuple[str, str, Any]]:
-    """(place, value, the content with it): every value at every place, and every place gone."""
+def _changes(content: Any) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+    """(place, value, what makes the content with it): every value at every place, and every place gone."""
+    text = json.dumps(content)
     for place in _places(content):
+        where = ".".join(map(str, place))
         for value in VALUES:
-            changed = json.loads(json.dumps(content))
-            yield ".".join(map(str, place)) or "all", f"{value!r:.30}", _put(changed, place, value)
+            yield where or "all", f"{value!r:.30}", partial(_changed, text, place, value)
         if place:
-            yield ".".join(map(str, place)), "gone", _put(json.loads(json.dumps(content)), place, _put)
+            yield where, "gone", partial(_changed, text, place, _put)
+
+
+def _changed(text: str, place: tuple[Any, ...], value: Any) -> Any:
+    return _put(json.loads(text), place, value)
 
 
 def _places(content: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -318,6 +327,15 @@ def _put(content: Any, place: tuple[Any, ...], value: Any) -> Any:
 
 def _inside(store: Store, name: str) -> Path:
     return Path("cache") / store.kind / store.path.name / name
+
+
+def _sealed_if_mapping(content: Any) -> bytes:
+    return sealed_file(content) if isinstance(content, dict) else json.dumps(content).encode()
+
+
+def _makes(path: Path, content: Callable[[], Any], form: Callable[[Any], bytes]) -> Callable[[Path], None]:
+    """Write a file that is made when it is told: most of the many lies never are."""
+    return lambda home: _writes(path, form(content()))(home)
 
 
 def _writes(path: Path, data: bytes) -> Callable[[Path], None]:
