@@ -113,7 +113,7 @@ def compare(rows: Sequence[Row], runs: Path, truth: Tensor | None) -> list[dict[
             agreed, true = nearest(mine, others), nearest(mine, truth.to(mine.device))
             row["agreement_truth_r"] = correlation(agreed, true)
             if i == 0:
-                found = {"agreement": agreed.tolist(), "truth": true.tolist()}
+                found = {"agreement": agreed.tolist(), "truth": true.tolist(), "r": row["agreement_truth_r"]}
                 latents.append({**dict(zip(SeedAlignment.labels, labels, strict=True)), **found})
     return latents
 
@@ -144,8 +144,8 @@ def panels(rows: Sequence[Row], latents: Sequence[dict[str, Any]]) -> list[Panel
         for name in DRAWN
         for title in [TITLES.get(name) or label(name)]
     ]
-    points = {
-        f"{one['by']}, weight {one['weight']:g}": list(zip(one["agreement"], one["truth"], strict=True))
-        for one in latents
-    }
+    points = {}
+    for one in latents:
+        told = "" if one["r"] is None else f": r = {one['r']:.2f}"
+        points[f"{one['by']}, weight {one['weight']:g}{told}"] = list(zip(one["agreement"], one["truth"], strict=True))
     return [*shown, Panel("latents: best true feature", "best latent of the others", points, scattered=True)]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import linear_regression
 from typing import TYPE_CHECKING
 
 from sae.pipeline.report.plots import calm, plain_numbers, save
@@ -17,7 +18,7 @@ Curve = Sequence[tuple[float, float | None]]
 class Panel:
     """One pair of axes: named curves of (x, y), points without a y left out.
 
-    `dashed` curves are for reference; points that are `scattered` are not joined.
+    `dashed` curves are for reference; points that are `scattered` are not joined: the line that fits them is drawn.
     """
 
     title: str
@@ -57,6 +58,15 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
     save(figure, path)
 
 
+def fitted(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the ends of the line of least squares through points, or nothing where they have no two abscissas."""
+    xs = [x for x, _ in points]
+    if len(set(xs)) < 2:
+        return []
+    slope, start = linear_regression(xs, [y for _, y in points])
+    return [(x, start + slope * x) for x in (min(xs), max(xs))]
+
+
 def _fill(axis: "Axes", panel: Panel) -> None:
     from matplotlib.ticker import NullLocator
 
@@ -64,6 +74,8 @@ def _fill(axis: "Axes", panel: Panel) -> None:
         points = [(x, y) for x, y in curve if y is not None]
         style = "." if panel.scattered else "--" if name in panel.dashed else "o-" if panel.marks else "-"
         axis.plot([x for x, _ in points], [y for _, y in points], style, color=f"C{index % 10}", label=name)
+        if panel.scattered and (ends := fitted(points)):
+            axis.plot(*zip(*ends, strict=True), "-", color=f"C{index % 10}", linewidth=1)
     axis.set(xlabel=panel.x, ylabel=panel.title)
     calm(axis)
     if panel.log_x:
@@ -73,5 +85,5 @@ def _fill(axis: "Axes", panel: Panel) -> None:
         axis.set_xticks(list(panel.ticks), [f"{tick:g}" for tick in panel.ticks])
         axis.xaxis.set_minor_locator(NullLocator())
     axis.grid(alpha=0.25)
-    if len(panel.curves) > 1:
+    if len(panel.curves) > 1 or panel.scattered:
         axis.legend(frameon=False, fontsize="small")

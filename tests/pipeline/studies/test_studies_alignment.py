@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.harvesting import synthesize
@@ -16,6 +17,7 @@ from sae.pipeline.harvest.sources.synthetic import Groups, SyntheticConfig
 from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.studies.alignment import SeedAlignment, correlation, nearest, panels
 from sae.pipeline.studies.lab import Lab
+from sae.pipeline.studies.plots import fitted
 from sae.pipeline.studies.study import Setup
 
 PLANTED = SyntheticConfig(
@@ -72,7 +74,18 @@ def test_latents_agree_on_what_is_true(store: ActivationStore, lab: Lab) -> None
     assert kept["agreement"] == pytest.approx(agreed, rel=1e-4) and kept["truth"] == pytest.approx(true, rel=1e-4)
     r = torch.corrcoef(torch.tensor([agreed, true]))[0, 1].item()
     assert result.runs[0]["agreement_truth_r"] == pytest.approx(r, rel=1e-3) and r > 0
-    assert len(panels(result.table, result.extra["latents"])[-1].curves["dec, weight 0"]) == BASE.sae.d_sae
+    assert kept["r"] == result.runs[0]["agreement_truth_r"]
+    scatter = panels(result.table, result.extra["latents"])[-1]
+    assert scatter.scattered and [*scatter.curves] == [f"dec, weight 0: r = {kept['r']:.2f}"]
+    (points,) = scatter.curves.values()
+    assert [*points] == list(zip(kept["agreement"], kept["truth"], strict=True)) and len(points) == BASE.sae.d_sae
+
+
+def test_the_line_through_a_scatter() -> None:
+    points = [(0.1, 0.3), (0.2, 0.2), (0.9, 0.8), (0.5, 0.7)]
+    slope, start = np.polyfit([x for x, _ in points], [y for _, y in points], 1)
+    assert fitted(points) == [(x, pytest.approx(start + slope * x)) for x in (0.1, 0.9)]
+    assert fitted([(0.5, 0.1), (0.5, 0.2)]) == [] == fitted([])
 
 
 def test_correlation_and_nearest() -> None:
