@@ -1,7 +1,8 @@
 """Files of a language model: in a local Hugging Face folder, the embedded model, or a hub repository.
 
 Everything ends as one folder on disk holding `config.json` and safetensors weights, so that loading is one path and
-needs no network. Pickled weights (`pytorch_model.bin`) are never opened. A hub model is named by its commit, a local
+needs no network. Pickled weights (`pytorch_model.bin`) are never opened; but transformer_lens' own models are published
+in no other way (`lens_format`), and of their file weights alone are read. A hub model is named by its commit, a local
 folder by the digest of what it holds.
 """
 
@@ -22,7 +23,9 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 RANDOM = "random:"  # before a name: an untrained model of that shape
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-WANTED = (CONFIG, WEIGHTS, INDEX, "model-*-of-*.safetensors")
+LENS_WEIGHTS = "model_final.pth"  # of transformer_lens' own models
+LENS_MODELS = {f"gelu-{n}l": f"NeelNanda/GELU_{n}L512W_C4_Code" for n in (1, 2, 3, 4)}  # as it calls them, on the hub
+WANTED = (CONFIG, WEIGHTS, INDEX, "model-*-of-*.safetensors", LENS_WEIGHTS)
 
 
 _LARGEST_JSON = 2**26  # bytes
@@ -48,6 +51,10 @@ class ModelFiles:
         """
         if (self.folder / WEIGHTS).is_file():
             return [self.folder / WEIGHTS]
+        if self.of_lens:
+            if not (self.folder / LENS_WEIGHTS).is_file():
+                raise SaeError(f"model = {self.name}: no {LENS_WEIGHTS} in it; {self._remedy()}")
+            return [self.folder / LENS_WEIGHTS]
         index = self.folder / INDEX
         if index.is_file():
             shards = sorted({self.folder / shard for shard in _read_index(index, self.name)})
@@ -60,6 +67,11 @@ class ModelFiles:
                 "save the model again with save_pretrained, which writes model.safetensors"
             )
         raise SaeError(f"model = {self.name}: no {WEIGHTS} in it; {self._remedy()}")
+
+    @property
+    def of_lens(self) -> bool:
+        """Return True if the folder is of a model in transformer_lens' own format."""
+        return is_of_lens(read_json(self.folder / CONFIG, self.name))
 
     def digest(self) -> str:
         """sha256 over the names and contents of the configuration and the weight files."""
@@ -74,6 +86,11 @@ class ModelFiles:
         if self.revision is None:
             return "save the model again with save_pretrained"
         return "give a model that publishes safetensors, or run once with the network if the download was cut short"
+
+
+def is_of_lens(config: dict[str, Any]) -> bool:
+    """Return True if a configuration is in transformer_lens' words, and in none of transformers'."""
+    return "model_type" not in config and {"d_model", "n_layers", "d_vocab"} <= config.keys()
 
 
 def slug(name: str) -> str:
@@ -123,6 +140,7 @@ def find_model(name: str, *, revision: str | None = None, offline: bool = False)
         if not (folder / CONFIG).is_file():
             raise SaeError(f"model = {name}: the folder has no {CONFIG}; give a Hugging Face model folder")
         return _without_revision(ModelFiles(folder.resolve().name, folder), revision)
+    name = LENS_MODELS.get(name, name)
     if folder.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise NotFound(f"model = {name}: no such folder; give a Hugging Face model folder, a hub name, or tiny")
     return _from_hub(name, revision, offline)

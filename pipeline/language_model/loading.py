@@ -43,6 +43,11 @@ def load(files: ModelFiles, dtype: torch.dtype) -> Loaded:
 
 def _from_files(files: ModelFiles, dtype: torch.dtype) -> Any:
     """The model in a folder, of which its configuration and its weight files alone are opened."""
+    if files.of_lens:
+        files.weights()  # are there
+        from sae.pipeline.language_model.lens_format import load_lens
+
+        return load_lens(files.folder, files.name, dtype)
     config = read_config(files.folder, files.name)
     with stored(files.weights(), files.name) as tensors:
         return fill(outline(config, files.name, dtype, tensors), tensors, files.name, dtype)

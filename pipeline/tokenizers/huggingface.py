@@ -23,6 +23,7 @@ from tokenizers import Tokenizer as Backend
 
 from sae.cache.errors import SaeError
 from sae.cache.printable import printable
+from sae.pipeline.language_model.files import is_of_lens
 from sae.pipeline.runtime.network import Refused, snapshot
 from sae.pipeline.tokenizers.foreign import foreign_json, said
 from sae.pipeline.tokenizers.spelling import digest, spell
@@ -118,6 +119,15 @@ def hub_folder(option: str, name: str, *, revision: str | None = None, offline: 
         absent = isinstance(error, Refused) and not error.definite
         why = f"not in the local Hugging Face cache, and {said(error)}" if absent else said(error)
         raise SaeError(f"{option}: {why}; try `tokenizer = tiny` or a local folder") from error
+
+
+def followed(option: str, folder: Path, *, offline: bool = False) -> Path:
+    """The folder of a model's tokenizer: the model's own, but for transformer_lens' own models, which name another."""
+    if os.path.lexists(folder / TOKENIZER):
+        return folder
+    config = foreign_json(folder / CONFIG, option) or {}
+    name = config.get("tokenizer_name")
+    return hub_folder(option, name, offline=offline) if is_of_lens(config) and isinstance(name, str) else folder
 
 
 def checked(option: str, whole: dict[str, Any]) -> Backend:

@@ -15,7 +15,7 @@ from sae.cache.errors import NotFound, SaeError
 from sae.cache.printable import printable
 from sae.cache.tokens import TokenStore
 from sae.pipeline import embedded
-from sae.pipeline.language_model.files import RANDOM
+from sae.pipeline.language_model.files import LENS_MODELS, RANDOM
 from sae.pipeline.runtime.network import offline_wanted
 from sae.pipeline.tokenizers import huggingface
 from sae.pipeline.tokenizers.tokenizer import Tokenizer, tokenizer
@@ -62,11 +62,14 @@ def model_tokenizer(name: str, *, revision: str | None = None, offline: bool = F
     if name == embedded.NAME:
         return tokenizer(name)
     option, folder = f"model = {name}", Path(os.path.expanduser(name))
-    if not folder.is_dir():
-        try:
-            folder = huggingface.hub_folder(option, name, revision=revision, offline=offline_wanted(offline))
-        except SaeError:
-            return _gpt2() if name in GPT2_MODELS else None
+    offline = offline_wanted(offline)
+    try:
+        if not folder.is_dir():
+            repository = LENS_MODELS.get(name, name)
+            folder = huggingface.hub_folder(option, repository, revision=revision, offline=offline)
+        folder = huggingface.followed(option, folder, offline=offline)
+    except SaeError:
+        return _gpt2() if name in GPT2_MODELS else None
     if os.path.lexists(folder / huggingface.TOKENIZER):
         return huggingface.from_file(option, folder)
     try:
@@ -105,7 +108,7 @@ def _gpt2() -> Tokenizer | None:
 
 def _spec(model: str) -> str:
     """Return the value of `--tokenizer` for a model's tokenizer."""
-    if model == embedded.NAME or Path(os.path.expanduser(model)).is_dir():
+    if model == embedded.NAME or model in LENS_MODELS or Path(os.path.expanduser(model)).is_dir():
         return model
     return GPT2 if model in GPT2_MODELS else f"hf:{model}"
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from sae.cache.errors import SaeError
 from sae.pipeline import embedded
+from sae.pipeline.language_model.files import LENS_MODELS
 from sae.pipeline.runtime.network import download
 from sae.pipeline.tokenizers import huggingface
 from sae.pipeline.tokenizers.foreign import said
@@ -79,7 +80,8 @@ class Tokenizer(Protocol):
 def tokenizer(spec: str, *, offline: bool = False) -> Tokenizer:
     """The tokenizer that `--tokenizer spec` names.
 
-    "tiny" (embedded), a tiktoken encoding such as "gpt2", a folder with a Hugging Face tokenizer, or "hf:org/name".
+    "tiny" (embedded), a tiktoken encoding such as "gpt2", a folder with a Hugging Face tokenizer, "hf:org/name", or a
+    model of transformer_lens' own such as "gelu-1l", which names its tokenizer.
     Raises SaeError where there is none of that name, or it needs a network that is not there.
     """
     option = f"tokenizer = {spec}"
@@ -87,14 +89,17 @@ def tokenizer(spec: str, *, offline: bool = False) -> Tokenizer:
         return TiktokenTokenizer(embedded_encoding())
     if spec in _tiktoken_names():
         return TiktokenTokenizer(_from_tiktoken(spec, offline))
-    if spec.startswith("hf:"):
-        name = spec.removeprefix("hf:")
-        return huggingface.from_folder(
-            option, huggingface.hub_folder(option, name, offline=offline), name.split("/")[-1]
-        )
     folder = Path(spec).expanduser()
     if spec and folder.is_dir():
-        return huggingface.from_folder(option, folder, folder.resolve().name)
+        return huggingface.from_folder(
+            option, huggingface.followed(option, folder, offline=offline), folder.resolve().name
+        )
+    if spec.startswith("hf:") or spec in LENS_MODELS:
+        name = LENS_MODELS.get(spec, spec.removeprefix("hf:"))
+        found = huggingface.hub_folder(option, name, offline=offline)
+        return huggingface.from_folder(
+            option, huggingface.followed(option, found, offline=offline), name.split("/")[-1]
+        )
     raise SaeError(
         f"tokenizer = {spec}: no such folder or tokenizer; try tiny, {', '.join(_tiktoken_names())}, a folder with a "
         "tokenizer.json, or hf:org/name"

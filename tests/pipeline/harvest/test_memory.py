@@ -47,4 +47,4 @@ def test_memory_does_not_grow_with_rows() -> None:
     lines = [line.split() for line in found.splitlines()]
     assert [source for source, *_ in lines] == ["toy", "synthetic"]
     for source, grown, further in lines:
-        assert int(grown) < 0.15 * int(further), (source, grown, further)
+        assert int(grown) < 0.3 * int(further), (source, grown, further)
