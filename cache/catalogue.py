@@ -232,17 +232,16 @@ def runs(root: Path) -> list[Run]:
 def readable_runs(root: Path, *, all_tools: bool = False) -> tuple[list[Run], list[str]]:
     """The run folders that can be read, oldest first, and what is wrong with the others.
 
-    A folder whose config.json says nothing of a training is another tool's, and left out unless `all_tools`.
+    A folder whose config.json is of something else is another tool's, and left out unless `all_tools`.
     """
     found, damage = [], []
     paths = [path / CONFIG for path in holding(root, CONFIG)]
     for path in sorted(paths, key=lambda path: path.stat().st_mtime):
         try:
             run = Run(path.parent)
-            ours = bool(run.config.keys() & {"train", "activations"})
-            if ours:
+            if not run.foreign:
                 _ = run.settings, run.seen
-            if ours or all_tools:
+            if not run.foreign or all_tools:
                 found.append(run)
         except SaeError as error:
             damage.append(str(error))
@@ -265,7 +264,12 @@ def find_run(root: Path, name: str | None) -> Run:
     if name is not None:
         for path in (Path(name), root / name):
             if (path / CONFIG).exists():
-                return Run(path)
+                run = Run(path)
+                if run.foreign:
+                    raise NotFound(
+                        f"{path}: is another tool's folder, no run; `adopt({path})` makes one of a dictionary"
+                    )
+                return run
         there = ", ".join(run.name for run in readable_runs(root)[0]) or "nothing yet; run `train()`"
         raise NotFound(f"{name}: no such run in {root}; there is {there}")
     finished = [run for run in runs(root) if run.finished]

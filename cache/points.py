@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sae.cache import catalogue
@@ -63,12 +63,14 @@ def beside(root: Path, reference: ActivationStore) -> dict[Where, ActivationStor
     return dict(sorted((point, store) for store in found if (point := point_of(store)) is not None))
 
 
-def at_point(root: Path, point: Where, argument: str) -> ActivationStore:
+def at_point(
+    root: Path, point: Where, argument: str, fits: Callable[[ActivationStore], bool] = lambda store: True
+) -> ActivationStore:
     """The training store of a point: of those that the last harvest made if one is, else the only one there is.
 
-    Raises NotFound, with the points there are, or SaeError listing the candidates.
+    fits: which stores are asked at all. Raises NotFound, with the points there are, or SaeError listing the candidates.
     """
-    every = {store.path.name: store for store in _stores(root) if store.split == "train"}
+    every = {store.path.name: store for store in _stores(root) if store.split == "train" and fits(store)}
     found = {key: store for key, store in every.items() if point_of(store) == point}
     if not found:
         there = sorted({its for store in every.values() if (its := point_of(store)) is not None})

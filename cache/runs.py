@@ -9,6 +9,9 @@ cfg.json                  \\ the dictionary, in the layout SAELens opens; writte
 sae_weights.safetensors   /
 eval/                     what `sae eval` found (eval.json, latents.safetensors), and `sae report` (features.json)
 
+The run of a dictionary that another tool trained, which `adopt` makes, has the dictionary alone: its config.json says
+what it is (`imported`) in the place of what was asked for, and the activations that it is judged on.
+
 Every file is checked when it is read. JSON and tensors carry a checksum of their own (`cache.disk.sealed`,
 `cache.disk.tensors`); the checkpoint has that of the metrics logged before it, and the weights have
 that of cfg.json, which is SAELens' own.
@@ -55,8 +58,8 @@ class Run:
             raise NotFound(f"{path}: is not a run folder (no {CONFIG}); `choices()` shows the runs")
         self.sealed = True  # whether its files carry checksums: those of version 0.1.0 do not
         try:
-            self.config, self.sealed = unsealed(self._bytes(CONFIG))
-            if not self.sealed and "train" in self.config and self.config.keys() != {"train", "activations"}:
+            self.config, self.sealed = _config(self._bytes(CONFIG))
+            if not (self.sealed or self.foreign) and self.config.keys() != {"train", "activations"}:
                 raise ValueError("its checksum is missing")
         except ValueError as error:
             if isinstance(error, SaeError):
@@ -68,11 +71,25 @@ class Run:
         self._metrics = MetricsLog(path)
         self._made: bytes | None = None  # config.json, where this very object made the folder
 
+    @property
+    def foreign(self) -> bool:
+        """Return True if the folder is another tool's, whose config.json is of something else."""
+        return not _is_ours(self.config)
+
+    @cached_property
+    def imported(self) -> dict[str, Any] | None:
+        """What is known of another tool's dictionary that this is the run of; None for one that is trained here."""
+        with as_written(self.path / CONFIG):
+            return inner(self.config, "imported") if "imported" in self.config else None
+
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The settings of its training, as its stage reads them. Raises DamagedStore where there are none."""
+        """The settings of its training, as its stage reads them. Raises DamagedStore where there are none.
+
+        Of an imported dictionary, what is known of it.
+        """
         with as_written(self.path / CONFIG):
-            return inner(self.config, "train")
+            return inner(self.config, "train") if self.imported is None else self.imported
 
     @cached_property
     def seen(self) -> Seen:
@@ -84,8 +101,10 @@ class Run:
     def create(cls, path: Path, config: dict[str, Any]) -> Run:
         """A new run folder. Raises SaeError where one exists already, or something else of that name."""
         if not _is_vacant(path):
-            what = "exists" if (path / CONFIG).exists() else f"is there, and is not a run (it has no {CONFIG})"
-            cure = "continue it with `resume` or choose" if (path / CONFIG).exists() else "choose"
+            run = Run(path) if (path / CONFIG).exists() else None
+            what = f"is there, and is not a run (it has no {CONFIG})" if run is None else "exists"
+            what = "is another tool's folder" if run is not None and run.foreign else what
+            cure = "choose" if run is None or run.foreign or run.imported else "continue it with `resume` or choose"
             raise SaeError(f"name = {path.name}: {path} {what}; {cure} another `name`")
         removal.finish(path.parent, is_begun)
         data = sealed(config)
@@ -278,6 +297,25 @@ class Run:
             except SaeError as error:
                 damage.append(str(error))
         return list(dict.fromkeys(damage))
+
+
+def _config(data: bytes) -> tuple[dict[str, Any], bool]:
+    """What a config.json says, and whether it has a checksum. Raises ValueError where it is not what we wrote.
+
+    That of another tool may be JSON as Python writes it, with NaN and infinity.
+    """
+    try:
+        return unsealed(data)
+    except ValueError:
+        with suppress(ValueError):
+            if not _is_ours(said := parsed_mapping(data, nan_is_null=True)):
+                return said, False
+        raise
+
+
+def _is_ours(config: dict[str, Any]) -> bool:
+    """Return True if a config.json is that of a run, whatever else is wrong with it."""
+    return "activations" in config and ("train" in config or "imported" in config)
 
 
 @contextmanager

@@ -10,30 +10,33 @@ from sae.cache.errors import NotFound
 from sae.cache.runs import Run
 from sae.pipeline import formats
 from sae.pipeline.formats import trained
+from sae.pipeline.formats.located import located
 from sae.pipeline.runtime import devices
-from sae.pipeline.saes import SAE
 from sae.pipeline.saes.dictionary import Dictionary
 
 Named = str | os.PathLike[str]
 
 
-def load(run: Named | Run, *, runs: Named | None = None, device: str = "cpu") -> SAE:
+def load(run: Named | Run, *, runs: Named | None = None, device: str = "cpu") -> Dictionary:
     """The dictionary of a finished run, ready to encode: in evaluation mode, without gradients, in the data's units.
 
-    `run` is a run folder, or its name in the folder `runs` (default: SAE_RUNS, else `runs` here). Raises NotFound where
-    there is none or training has not finished, DamagedStore where its files are not those that were written.
+    It is an `SAE` where it was trained here. `run` is a run folder, or its name in the folder `runs` (default:
+    SAE_RUNS, else `runs` here). Raises NotFound where there is none or training has not finished, DamagedStore where
+    its files are not those that were written.
     """
     if not isinstance(run, Run):
         run = _found(Path(run).expanduser(), runs_folder(runs))
     return trained.load_run(run).to(devices.resolve_device(device))
 
 
-def read(folder: Named, *, device: str = "cpu") -> Dictionary:
-    """The dictionary in a folder of another tool (SAELens, sparsify, ...), likewise ready; `metadata` says what of.
+def read(source: Named, *, device: str = "cpu", offline: bool = False) -> Dictionary:
+    """The dictionary of another tool (SAELens, sparsify, ...), likewise ready; `metadata` says what of.
 
-    It is in the units of that tool's data, in float32. Raises SaeError where there is none.
+    `source` is a folder or file, or one in a repository on the hub: owner/name/folder@revision. It is in the units of
+    that tool's data, in float32. Raises SaeError where there is none.
     """
-    return formats.read(Path(folder).expanduser()).dictionary.to(devices.resolve_device(device))
+    where = located(os.fspath(source), offline=offline)
+    return formats.read(where).dictionary.to(devices.resolve_device(device))
 
 
 def runs_folder(runs: Named | None) -> Path:

@@ -23,6 +23,7 @@ from sae.cache.runs import CONFIG, Run
 from sae.cache.tokens import TokenStore
 from sae.configs.layers import leaves
 from sae.dictionaries import Named, load, runs_folder
+from sae.pipeline import formats
 from sae.pipeline.evaluate.judging import EvalConfig, judge
 from sae.pipeline.evaluate.stage import evaluate as evaluate_run
 from sae.pipeline.harvest.sources import SOURCES, RowSource, settings_of_sources
@@ -40,7 +41,7 @@ from sae.pipeline.runtime import devices
 from sae.pipeline.runtime.origins import Origins
 from sae.pipeline.runtime.progress import Progress, Silent
 from sae.pipeline.runtime.workplace import Workplace
-from sae.pipeline.saes import SAE, Config
+from sae.pipeline.saes import Config
 from sae.pipeline.saes.dictionary import Dictionary
 from sae.pipeline.studies.lab import Lab
 from sae.pipeline.studies.study import Setup, Study
@@ -48,6 +49,7 @@ from sae.pipeline.studies.tables import Result
 from sae.pipeline.tokenize.stage import TokenizeConfig
 from sae.pipeline.tokenize.stage import tokenize as tokenize_text
 from sae.pipeline.train.config import TrainConfig
+from sae.pipeline.train.imported import adopt
 from sae.pipeline.train.stage import open_run
 from sae.pipeline.train.sweep import open_all, sweep
 from sae.pipeline.worlds.making import making_of
@@ -59,7 +61,7 @@ Kind = TypeVar("Kind", bound=BaseModel)
 class TrainedRun(Run):
     """A run folder, with the dictionary that it trained."""
 
-    def load(self, *, device: str = "cpu") -> SAE:
+    def load(self, *, device: str = "cpu") -> Dictionary:
         """The dictionary, ready to encode. Raises NotFound where training has not finished."""
         return load(self, device=device)
 
@@ -215,8 +217,7 @@ class Session(Workplace):
         elif several:
             raise SaeError(f"name = {name!r}: several dictionaries have names of their own; leave it out")
         else:
-            if name == ".." or Path(name).name != name:
-                raise SaeError(f"name = {name!r}: is not the name of a folder; where the folder goes is said by `runs`")
+            _expect_folder_name(name)
             there = (self.runs / name / CONFIG).exists()
             found = [open_run(every[0], dataset, self.runs, name, resume=there)]
         sweep(found, dataset, self.progress, device=self.device)
@@ -227,9 +228,28 @@ class Session(Workplace):
         """A run by its name or folder; without a name, the newest finished one."""
         return TrainedRun(catalogue.find_run(self.runs, None if name is None else os.fspath(name)).path)
 
-    def load(self, run: Named | Run | None = None) -> SAE:
+    def load(self, run: Named | Run | None = None) -> Dictionary:
         """The dictionary of a run, as `sae.load`; without a name, of the newest finished one."""
         return load(run if isinstance(run, Run) else self.run(run), device=self.device)
+
+    def adopt(self, source: Named, name: str, rows: Any = None, target: Any = None) -> TrainedRun:
+        """A run, called `name`, of another tool's dictionary, as `sae import`: a folder, a file, or one on the hub
+        (owner/name/folder@revision).
+
+        `rows` and `target` are keys of the stores it is judged on, where those are not the ones of its hook points.
+        """
+        _expect_folder_name(name)
+        run = adopt(
+            os.fspath(source), name, self.cache, self.runs, self.progress, activations=rows, target=target,
+            offline=self.offline,
+        )  # fmt: skip
+        return TrainedRun(run.path)
+
+    def export(self, run: Run | Named, folder: Named, format: str = "saelens") -> Path:
+        """Write the dictionary of a run into a new folder as another tool opens it, as `sae export`; where it is."""
+        dictionary = self.load(run)
+        formats.write(dictionary.cpu(), dictionary.metadata, os.fspath(folder), format)
+        return Path(folder)
 
     def evaluate(
         self, what: Dictionary | Run | Named | None = None, rows: Any = None, /, *,
@@ -331,6 +351,11 @@ def train(
 def evaluate(what: Dictionary | Run | Named | None = None, rows: Any = None, /, **settings: Any) -> Figures:
     """`Session.evaluate` in the usual places."""
     return Session().evaluate(what, rows, **settings)
+
+
+def _expect_folder_name(name: str) -> None:
+    if name == ".." or Path(name).name != name:
+        raise SaeError(f"name = {name!r}: is not the name of a folder; where the folder goes is said by `runs`")
 
 
 def _settings(section: str, kind: type[Kind], preset: str | None, settings: dict[str, Any]) -> Kind:

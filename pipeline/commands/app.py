@@ -20,7 +20,9 @@ from sae.pipeline.commands import cache, study, synthesize
 from sae.pipeline.commands.compare import compare
 from sae.pipeline.commands.demo import demo
 from sae.pipeline.commands.evaluate import evaluate
+from sae.pipeline.commands.export import export
 from sae.pipeline.commands.harvest import harvest
+from sae.pipeline.commands.import_ import import_
 from sae.pipeline.commands.list import list_
 from sae.pipeline.commands.options import expanded
 from sae.pipeline.commands.report import report
@@ -72,6 +74,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "report": report,
     "compare": compare,
+    "import": import_,
+    "export": export,
     "demo": demo,
     "list": list_,
 }

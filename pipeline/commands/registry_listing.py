@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pydantic import BaseModel
 
 from sae import configs
+from sae.cache.printable import printable
 from sae.cache.runs import Run
 from sae.cache.store.codecs import CODECS
 from sae.pipeline.commands.described import shown, studies
@@ -76,6 +77,9 @@ def _settings(prefix: str, models: Sequence[type[BaseModel]]) -> Iterator[dict[s
 
 
 def _state(run: Run) -> str:
+    if (imported := run.imported) is not None:
+        of = printable(str(imported.get("format")))
+        return f"imported from {of}, on {run.seen.key}" if run.finished else "not wholly imported; import it again"
     state = "finished" if run.finished else "not finished; continue with --resume"
     if (failure := run.failure) is not None:
         state = f"diverged at step {failure['step']:,}; try a smaller --lr"

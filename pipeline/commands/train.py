@@ -181,7 +181,7 @@ def run_to_resume(runs: Path, name: str | None) -> "Run":
             return catalogue.find_run(runs, name)
         except NotFound as error:
             raise NotFound(f"--name {error}") from error
-    waiting = [run for run in catalogue.runs(runs) if not run.finished]
+    waiting = [run for run in catalogue.runs(runs) if not run.finished and run.imported is None]
     if not waiting:
         raise SaeError(f"--resume: no unfinished run in {runs}; `sae list` shows the runs, `sae train` starts one")
     if len(waiting) > 1:

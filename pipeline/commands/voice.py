@@ -12,6 +12,7 @@ import typer.main
 
 DECLARED: dict[str, str] = {}  # option by the path of its setting: {"train.sae.k": "--k"}
 COMMANDS = {  # of calls that are not called as their command
+    "adopt": "import",
     "choices": "list",
     "evaluate": "eval",
     "gc": "cache gc",

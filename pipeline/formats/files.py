@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,22 @@ def read_pair(folder: Path, settings: str, weights: str) -> tuple[dict[str, Any]
     Raises SaeError where either is none, or where a file of tensors of ours is not the one that was written.
     """
     said, data = read_settings(folder / settings)
-    expect_fits(folder / weights)
+    return said, read_weights(folder / weights, data)
+
+
+def read_weights(path: Path, settings: bytes = b"") -> dict[str, Tensor]:
+    """The tensors of a safetensors file. One of a run folder has a checksum of the settings beside it as well.
+
+    Raises SaeError where it is none, or a file of ours that is not the one that was written.
+    """
+    expect_fits(path)
     try:
-        tensors, _ = read_tensors(folder / weights, sealed=False, extra_file=data)
+        return read_tensors(path, sealed=False)[0]
     except DamagedStore as error:
-        raise SaeError(f"{error}; is it whole, and of one making with {settings} beside it?") from error
-    return said, tensors
+        if settings:
+            with suppress(DamagedStore):
+                return read_tensors(path, sealed=False, extra_file=settings)[0]
+        raise SaeError(f"{error}; is it whole, and of one making with what is beside it?") from error
 
 
 def read_settings(path: Path) -> tuple[dict[str, Any], bytes]:
@@ -57,10 +68,9 @@ def expect_fits(path: Path, size: int | None = None) -> None:
 
 
 def write_pair(folder: Path, settings: str, said: dict[str, Any], weights: str, tensors: dict[str, Tensor]) -> None:
-    """Write what `read_pair` reads; the tensors last, with a checksum of both."""
-    data = json.dumps(said, indent=2, allow_nan=False).encode()
-    write_in(folder, settings, data)
-    write_tensors(folder, weights, tensors, extra_file=data)
+    """Write what `read_pair` reads; the tensors last, with a checksum of theirs alone: settings are edited by hand."""
+    write_in(folder, settings, json.dumps(said, indent=2, allow_nan=False).encode())
+    write_tensors(folder, weights, tensors)
 
 
 def memory() -> int:

@@ -11,10 +11,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from torch import Tensor
-
-from sae.cache.disk.tensors import read_tensors
-from sae.cache.errors import DamagedStore, SaeError
 from sae.cache.points import hook_name
 from sae.pipeline.saes.inference import Formula, ThresholdRule
 
@@ -43,7 +39,7 @@ class GemmaScope(Format):
         if "embedding" in path.absolute().parts:
             raise ValueError("a dictionary of token embeddings is in units of its own, which is not read")
         first = (path / FIRST).is_file()
-        left = read_npz(path / FIRST) if first else _safetensors(path / SECOND)
+        left = read_npz(path / FIRST) if first else files.read_weights(path / SECOND)
         left = {re.sub(r"^w_(?=enc$|dec$)", "W_", name): tensor for name, tensor in left.items()}
         d_in, d_sae = files.sides(left, "W_enc")
         _, d_out = files.sides(left, "W_dec")
@@ -62,14 +58,6 @@ class GemmaScope(Format):
         )
         files.expect_taken(left)
         return formula, metadata
-
-
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    files.expect_fits(path)
-    try:
-        return read_tensors(path, sealed=False)[0]
-    except DamagedStore as error:
-        raise SaeError(f"{error}; is it whole?") from error
 
 
 def _metadata(path: Path) -> tuple[Metadata, bool]:

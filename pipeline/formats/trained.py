@@ -1,13 +1,13 @@
 """A finished run -> the dictionary it trained, and the dataset it was trained on."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from pydantic import ValidationError
 from torch import Tensor
 
 from sae.cache import catalogue
-from sae.cache.disk.parsing import inner, whole
+from sae.cache.disk.parsing import inner, text, whole
 from sae.cache.errors import DamagedStore, SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import common_rows
@@ -15,7 +15,7 @@ from sae.cache.outliers import Limits
 from sae.cache.runs import CONFIG, Run
 from sae.pipeline.formats import saelens
 from sae.pipeline.saes import ARCHITECTURES, SAE, Config, Predictor, Trainable, parse, trainable
-from sae.pipeline.saes.dictionary import Metadata
+from sae.pipeline.saes.dictionary import Dictionary, FixedDictionary, Metadata
 
 
 def dictionary_of(run: Run) -> Config:
@@ -29,6 +29,26 @@ def dictionary_of(run: Run) -> Config:
         raise DamagedStore(f"{run.path / CONFIG}: {where}: {said}; train again under another `name`") from error
 
 
+class Described(NamedTuple):
+    """What a page says of a dictionary: its architecture (if it is imported, its rule), its latents, and k if any."""
+
+    arch: str
+    d_sae: int
+    k: int | None
+
+    @classmethod
+    def of(cls, run: Run) -> Self:
+        """What the dictionary of a run is. Raises DamagedStore where its config.json does not say."""
+        if run.imported is None:
+            config = dictionary_of(run)
+            return cls(config.arch, config.d_sae, getattr(config, "k", None))
+        try:
+            said = inner(run.imported, "sae")
+            return cls(text(said, "arch"), whole(said, "d_sae", 1), whole(said, "k", 1) if "k" in said else None)
+        except ValueError as error:
+            raise DamagedStore(f"{run.path / CONFIG}: is not what was written ({error}); import it again") from error
+
+
 def written(trained: Trainable, metadata: Metadata) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and cfg.json of what was trained: a dictionary as SAELens has it, anything else by its own names."""
     if isinstance(trained, SAE):
@@ -37,25 +57,29 @@ def written(trained: Trainable, metadata: Metadata) -> tuple[dict[str, Tensor], 
     return tensors, {"architecture": trained.config.arch, "d_in": trained.d_in, "d_out": trained.d_out}
 
 
-def load_run(run: Run) -> SAE:
-    """The dictionary of a finished run, in the data's units, ready to encode. SaeError where it trained another thing.
+def load_run(run: Run) -> Dictionary:
+    """The dictionary of a finished run, in the data's units, ready to encode: an SAE, where it was trained here.
 
-    Raises NotFound while training has not finished, DamagedStore where the weights do not fit the run's settings.
+    Raises SaeError where another thing was trained, NotFound while training has not finished, DamagedStore where the
+    weights do not fit the run's settings.
     """
     found = load_any(run)
-    if not isinstance(found, SAE):
-        raise SaeError(
-            f"{run.path}: trained a {found.config.arch}, which is not a sparse dictionary; only `evaluate()` reads it"
-        )
+    if not isinstance(found, Dictionary):
+        arch = dictionary_of(run).arch
+        raise SaeError(f"{run.path}: trained a {arch}, not a sparse dictionary; only `evaluate()` reads it")
     return found
 
 
-def load_any(run: Run) -> Trainable:
-    """Load what a finished run trained, in evaluation mode and without gradients; errors as in `load`."""
+def load_any(run: Run) -> Predictor:
+    """Load what a finished run trained or imported, in evaluation mode and without gradients; errors as in `load_run`."""
     tensors, described = run.load_weights()
-    config = dictionary_of(run)
-    kind = ARCHITECTURES[config.arch]
     try:
+        if run.imported is not None:
+            fixed = FixedDictionary(saelens.formula_of(tensors, described))
+            fixed.metadata = saelens.metadata_of(inner(described, "metadata"))
+            return fixed
+        config = dictionary_of(run)
+        kind = ARCHITECTURES[config.arch]
         if not issubclass(kind, SAE):
             made = trainable(
                 config, whole(described, "d_in", 1), whole(described, "d_out", 1) if run.seen.targets else None
@@ -64,6 +88,8 @@ def load_any(run: Run) -> Trainable:
             return made.eval().requires_grad_(False)
         sae = kind.from_formula(config, saelens.formula_of(tensors, described))
         sae.metadata = saelens.metadata_of(inner(described, "metadata") if "metadata" in described else {})
+    except SaeError:
+        raise
     except (ValueError, RuntimeError) as error:
         raise DamagedStore(f"{run.path}: the weights do not fit the run's settings: {error}") from error
     return sae.eval().requires_grad_(False)

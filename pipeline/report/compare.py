@@ -44,7 +44,8 @@ def compare(runs: Sequence[Run]) -> list[Row]:
     # a setting that only some architectures have is told by the architecture, unless its values differ
     differing = [key for key in keys if len({repr(one[key]) for one in settings if key in one}) > 1]
     transcoders = ["activations"] if any(run.seen.targets for run in runs) else []
-    shown = list(dict.fromkeys(["sae.arch", *transcoders, *differing]))
+    imported = ["format"] if any(run.imported for run in runs) else []
+    shown = list(dict.fromkeys(["sae.arch", *imported, *transcoders, *differing]))
     return [
         {"run": run.name, **{key: one.get(key) for key in shown}, **_figures(run)}
         for run, one in zip(runs, settings, strict=True)
@@ -114,7 +115,7 @@ def _flat(settings: dict[str, Any], inside: str = "") -> dict[str, Any]:
 def _figures(run: Run) -> Row:
     judged = completed(run.evaluation() or {})
     trained = next(reversed(run.metrics()), None)
-    if trained is None and not judged:
+    if trained is None and not judged and run.imported is None:
         raise SaeError(f"{run.path}: has no figures yet; train it first, or name the runs to compare")
     judged |= {f"kept_{name}": value for name, value in (judged.get("kept") or {}).items()}
     found: Row = {name: judged.get(name) for name in [*(one.key for one in amounts()), *held_out()]}

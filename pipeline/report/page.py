@@ -23,13 +23,12 @@ from sae.cache.errors import DamagedStore
 from sae.cache.provenance import LanguageModelRows, provenance
 from sae.cache.runs import CONFIG, FEATURES, LATENTS, Run
 from sae.cache.seen import Seen
-from sae.pipeline.formats.trained import dictionary_of
+from sae.pipeline.formats.trained import Described
 from sae.pipeline.interpret.examples import Features
 from sae.pipeline.report.charts import Series, framed, line_chart, number
 from sae.pipeline.report.contexts import LEVELS, features_html
 from sae.pipeline.report.escaping import escape
 from sae.pipeline.report.scores import density_html, scores_html, tree
-from sae.pipeline.saes import Config
 
 LEAST_SHARE = 1e-19  # of the rows of a store that a latent fires on, where it does at all
 
@@ -40,7 +39,7 @@ class Found(NamedTuple):
     name: str
     config: dict[str, Any]
     seen: Seen
-    sae: Config
+    sae: Described
     metrics: list[dict[str, Any]]
     evaluation: dict[str, Any] | None
     density: np.ndarray | None  # float64 [d_sae]: share of held-out rows a latent fires on
@@ -57,7 +56,7 @@ def write_report(run: Run, out: Path) -> Path:
 
 def read(run: Run) -> Found:
     """Read everything that the report shows."""
-    sae = dictionary_of(run)
+    sae = Described.of(run)
     density, fired = _densities(run, sae.d_sae)
     features = None
     if (run.path / FEATURES).exists():
@@ -125,13 +124,15 @@ def _place(found: Found) -> str:
 
 def _heading(found: Found) -> str:
     sae, recipe = found.sae, found.seen.inputs[0].recipe
-    k, width = getattr(sae, "k", None), recipe["d"]
+    k, width = sae.k, recipe["d"]
     chosen = f" with k = {k}" if k is not None else ""
     wider = f", {number(sae.d_sae / width, 3)} for each of the {width:,} dimensions it reads"
     text = f"A <b>{escape(sae.arch)}</b> dictionary of <b>{sae.d_sae:,} latents</b>{chosen}{wider}"
     if found.metrics and (seen := found.metrics[-1].get("rows")):
         there = found.seen.rows
         text += f", trained on {number(seen)} rows ({number(seen / there, 3)} passes over {number(there)})"
+    if imported := found.config.get("imported"):
+        text += f", that <b>{escape(str(imported.get('format')))}</b> trained, on activations"
     origin = provenance(recipe).text
     text += "." if origin is None or not origin.described else f", from the text of <b>{escape(origin.described)}</b>."
     return f'<p class="eyebrow">Sparse dictionary report</p><h1>{escape(_place(found))}</h1><p class="lede">{text}</p>'
@@ -152,6 +153,8 @@ def _density(found: Found) -> str:
 
 
 def _training(found: Found) -> str:
+    if "imported" in found.config:
+        return _missing("It was trained by another tool.")
     if not found.metrics:
         return _missing("No step has been logged yet.")
     series = {key: points for key in found.metrics[-1] if (points := _points(found.metrics, key))}
@@ -227,8 +230,11 @@ def _latents(found: Found) -> str:
 
 
 def _settings(found: Found) -> str:
-    train = {k: v for k, v in found.config["train"].items() if k != "sae"}
-    sides = {"Dictionary": found.config["train"]["sae"], "Training": train, "Activations": found.config["activations"]}
+    asked, heading = found.config.get("train"), "Training"
+    if asked is None:
+        asked, heading = found.config["imported"], "Imported"
+    others = {k: v for k, v in asked.items() if k != "sae"}
+    sides = {"Dictionary": asked["sae"], heading: others, "Activations": found.config["activations"]}
     sides |= {"Targets": {str(i): one for i, one in enumerate(found.config.get("targets", []), 1)}}
     body = "".join(f"<div><h3>{title}</h3>{tree(values)}</div>" for title, values in sides.items() if values)
     raw = escape(json.dumps(found.config, indent=2, ensure_ascii=False))

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from sae.cache.errors import DamagedStore
+from sae.cache.errors import DamagedStore, SaeError
 from sae.cache.massive import OutlierRule
 from sae.cache.runs import CONFIG, Run
 from sae.configs.base import REAL
@@ -102,7 +102,12 @@ def _outlier_rule(said: Any) -> Any:
 
 
 def settings_of(run: Run) -> TrainConfig:
-    """How a run is trained. Raises DamagedStore, naming its file and the setting, where nothing can be."""
+    """How a run is trained. Raises DamagedStore, naming its file and the setting, where nothing can be; SaeError for an
+    imported dictionary."""
+    if run.imported is not None:
+        raise SaeError(
+            f"{run.path}: was trained by another tool, and is only judged here; train one under another `name`"
+        )
     try:
         return TrainConfig.model_validate({"outliers": None, **run.settings})  # the first runs left out no rows
     except ValidationError as error:

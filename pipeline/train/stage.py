@@ -89,7 +89,8 @@ def on_rows(config: TrainConfig, dataset: Dataset) -> TrainConfig:
 
 def begun(config: TrainConfig, dataset: Dataset, runs: Sequence[Run]) -> list[Run]:
     """The runs that have a configuration and a dataset; where it says no number of rows, with any."""
-    return [run for run in runs if run.seen.recipes == dataset.recipes and not _differing(run, config)]
+    trained = [run for run in runs if run.imported is None and run.seen.recipes == dataset.recipes]
+    return [run for run in trained if not _differing(run, config)]
 
 
 def _differing(run: Run, config: TrainConfig) -> list[str]:
@@ -141,7 +142,7 @@ def _continued(config: TrainConfig, dataset: Dataset, root: Path, name: str | No
         raise NotFound(
             f"resume = True: no run {name} in {root}; `choices()` shows the runs, without `resume` it is started"
         )
-    run = Run(root / name)
+    run = catalogue.find_run(root, str(root / name))
     differs = _other_rows(run.seen, dataset) or _differing(run, config)
     if differs:
         raise SaeError(

@@ -123,7 +123,8 @@ def open_all(configs: Sequence[TrainConfig], dataset: Dataset, root: Path) -> li
 
 def _named_here(run: Run, dataset: Dataset) -> bool:
     """Return True if a run on a store has the name that its settings give it; one that a user named is the user's."""
-    return run.seen.recipes == dataset.recipes and run.name == run_name(settings_of(run), dataset)
+    trained = run.imported is None and run.seen.recipes == dataset.recipes
+    return trained and run.name == run_name(settings_of(run), dataset)
 
 
 def open_each(plans: Sequence[tuple[Sequence[TrainConfig], Dataset]], root: Path) -> list[Plan]:

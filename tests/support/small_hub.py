@@ -48,7 +48,8 @@ class Hub:
         name = next((name for name in self.models if f"/{name}/" in f"{path}/"), None)
         if name is None:
             return 401, {"X-Error-Message": "Invalid username or password."}, b"{}"
-        files = {file.name: file.read_bytes() for file in self.models[name].iterdir() if file.is_file()}
+        folder = self.models[name]
+        files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
         if path.startswith("/api/") and "/tree/" in path:
             listing = [
                 {"type": "file", "path": file, "size": len(data), "oid": _name(data)} for file, data in files.items()
@@ -61,7 +62,7 @@ class Hub:
                 {"Content-Type": "application/json"},
                 json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode(),
             )
-        data = files.get(path.rsplit("/", 1)[1])
+        data = files.get(path.partition("/resolve/")[2].partition("/")[2])
         if data is None:
             return 404, {"X-Error-Code": "EntryNotFound"}, b""
         return 200, {"ETag": f'"{_name(data)}"', "X-Repo-Commit": COMMIT}, data
