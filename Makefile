@@ -10,7 +10,7 @@ BIN    := $(VENV)/bin
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,--extra-index-url https://download.pytorch.org/whl/cpu --retries 1)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint interop bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/sae demo
@@ -26,6 +26,21 @@ lint: $(VENV)/tested
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Other tools' own code against ours: an environment for each, since none of them can be installed beside the others.
+INTEROP := .interop
+THEIRS  := sae-lens==6.54.12 dictionary-learning==0.1.0 eai-sparsify==1.3.3
+
+interop: $(VENV)/tested $(foreach tool,$(THEIRS),$(INTEROP)/$(firstword $(subst ==, ,$(tool)))/installed)
+	SAE_INTEROP=$(INTEROP) SAE_INTEROP_TABLE=$(INTEROP)/table.txt $(BIN)/python -m pytest -m slow \
+		tests/pipeline/formats/test_in_their_tools.py
+	cat $(INTEROP)/table.txt
+
+$(INTEROP)/%/installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH_INDEX) torch
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(filter $*==%,$(THEIRS))
+	touch $@
+
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --constraint constraints.txt $(TORCH_INDEX) torch
@@ -40,4 +55,4 @@ $(VENV)/tested: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(INTEROP) demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

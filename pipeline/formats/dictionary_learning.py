@@ -1,9 +1,10 @@
 """dictionary_learning: `ae.pt`, a state_dict, beside `config.json`, as its `load_dictionary` opens them.
 
 Its linear layers hold matrices as [out, in]. JumpReluAutoEncoder does not subtract b_dec, so a dictionary that does is
-written with the difference in b_enc. It and GatedAutoEncoder give latents times the norms of their decoder's rows, and
-so does what is read here. Of BatchTopKSAE and its Matryoshka kin is read what they compute unless told otherwise, a
-threshold. Source: dictionary_learning 0.1.0 (`dictionary.py`, `trainers/`, `utils.py`).
+written with the difference in b_enc. An AutoEncoder is opened with unit rows of its decoder, and latents times the
+norms they had; what is read here has these latents, too, and what is written so has unit rows already. Of BatchTopKSAE
+and its Matryoshka kin is read what they compute unless told otherwise, a threshold. Source: dictionary_learning 0.1.0
+(`dictionary.py`, `trainers/`, `utils.py`).
 """
 
 from __future__ import annotations
@@ -69,10 +70,10 @@ def _written(formula: Formula) -> tuple[str, Left, dict[str, Any]]:
     """The class that a formula is there, its tensors, and what else its settings say."""
     rule = formula.rule
     match rule:
-        case ReLURule() if formula.centred:
+        case ReLURule() if formula.centred and formula.has_unit_rows:
             return "AutoEncoder", _linear(formula) | {"bias": formula.b_dec}, {}
         case ReLURule():
-            return "AutoEncoderNew", _linear(formula) | {"decoder.bias": formula.b_dec}, {}
+            return "AutoEncoderNew", _linear(formula.recentred(False)) | {"decoder.bias": formula.b_dec}, {}
         case TopKRule():
             numbers = {"k": torch.tensor(rule.k, dtype=torch.int32), "threshold": torch.tensor(-1.0)}
             centred = formula.recentred(True)
@@ -107,7 +108,8 @@ def _read_linear(left: Left, b_dec: str, rule: Callable[[int], Rule], *, centred
 
 
 def _relu(left: Left, trainer: dict[str, Any]) -> Formula:
-    return _read_linear(left, "bias", lambda d_sae: ReLURule())
+    formula = _read_linear(left, "bias", lambda d_sae: ReLURule())
+    return formula if formula.has_unit_rows else formula.unit_rows()
 
 
 def _relu_new(left: Left, trainer: dict[str, Any]) -> Formula:
@@ -150,8 +152,7 @@ def _matryoshka(left: Left, trainer: dict[str, Any]) -> Formula:
 
 
 def _jumprelu(left: Left, trainer: dict[str, Any]) -> Formula:
-    formula = _plain(left, False, lambda d_sae: ThresholdRule(files.take(left, "threshold", d_sae)))
-    return formula.unit_rows()
+    return _plain(left, False, lambda d_sae: ThresholdRule(files.take(left, "threshold", d_sae)))
 
 
 def _gated(left: Left, trainer: dict[str, Any]) -> Formula:
@@ -160,7 +161,7 @@ def _gated(left: Left, trainer: dict[str, Any]) -> Formula:
     def rule(d_sae: int) -> Rule:
         return GatedRule(files.take(left, "r_mag", d_sae), files.take(left, "mag_bias", d_sae))
 
-    return _read_linear(left, "decoder_bias", rule).unit_rows()
+    return _read_linear(left, "decoder_bias", rule)
 
 
 READERS: dict[str, Callable[[Left, dict[str, Any]], Formula]] = {

@@ -125,7 +125,7 @@ def dictionary_learning() -> dict[str, Folder]:
 
     def relu(x: Tensor) -> tuple[Tensor, Tensor]:
         f = (E @ (x - c) + b).relu()
-        return f, C @ f + c
+        return f * norms, C @ f + c
 
     def new(x: Tensor) -> tuple[Tensor, Tensor]:
         f = (E @ x + b).relu()
@@ -143,12 +143,12 @@ def dictionary_learning() -> dict[str, Folder]:
     def jump(x: Tensor) -> tuple[Tensor, Tensor]:
         p = E @ x + b
         f = (p * (p > t)).relu()
-        return f * norms, C @ f + c
+        return f, C @ f + c
 
     def gated(x: Tensor) -> tuple[Tensor, Tensor]:
         e = E @ (x - c)
         f = (e + gate > 0) * (r.exp() * e + mag).relu()
-        return f * norms, C @ f + c
+        return f, C @ f + c
 
     plain = {"W_enc": E.T, "b_enc": b, "W_dec": C.T, "b_dec": c}
     return {

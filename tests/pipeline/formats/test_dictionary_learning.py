@@ -93,8 +93,8 @@ def test_two_ks_are_none(tmp_path: Path) -> None:
 
 
 def test_rows_of_norm_0_are_divided_by_none(tmp_path: Path) -> None:
-    folder = FOLDERS["JumpReluAutoEncoder"].put(tmp_path)
-    W_dec = numbers(M, D)
-    W_dec[3] = 0
-    put_tensors(folder / "ae.pt", FOLDERS["JumpReluAutoEncoder"].tensors | {"W_dec": W_dec})
+    folder = FOLDERS["AutoEncoder"].put(tmp_path)
+    decoder = numbers(D, M)
+    decoder[:, 3] = 0
+    put_tensors(folder / "ae.pt", FOLDERS["AutoEncoder"].tensors | {"decoder.weight": decoder})
     assert "norms of the decoder's rows are divided by, and some are 0" in one_line(lambda: formats.read(folder))
