@@ -71,7 +71,7 @@ def load_run(run: Run) -> Dictionary:
 
 
 def load_any(run: Run) -> Predictor:
-    """Load what a finished run trained or imported, in evaluation mode and without gradients; errors as in `load_run`."""
+    """Load what a finished run trained or imported, in evaluation mode, without gradients; errors as in `load_run`."""
     tensors, described = run.load_weights()
     try:
         if run.imported is not None:
