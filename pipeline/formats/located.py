@@ -34,7 +34,7 @@ def located(source: str, *, offline: bool = False) -> Path:
     try:
         folder = snapshot(named["repository"], wanted, revision=named["revision"], offline=offline)
     except Refused as refused:
-        raise NotFound(f"{source}: is no folder here, and on the hub: {refused}") from refused
+        raise NotFound(f"{source}: is not a folder here, and on the hub: {refused}") from refused
     found = folder if inside is None else folder / inside
     if not found.exists() or (found.is_dir() and not any(format.detects(found) for format in FORMATS.values())):
         where = "there" if inside is not None else "at its top; name the folder inside of it, as owner/name/FOLDER"

@@ -157,12 +157,12 @@ def test_rows_of_another_width(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        ("import nowhere --name x", "nowhere: is no folder on this machine"),
+        ("import nowhere --name x", "nowhere: is not a folder on this machine"),
         ("import text.txt --name x", "text.txt: holds no dictionary in a format that is known; those are"),
         ("import runs --name x", "runs: holds no dictionary in a format that is known"),
         (
             "import owner/name/folder --name x --offline",
-            "owner/name/folder: is no folder here, and on the hub: offline",
+            "owner/name/folder: is not a folder here, and on the hub: offline",
         ),
         ("import owner/name/../../x --name x --offline", "leads out of its repository"),
         ("import theirs --name ../x", "--name ../x: is not the name of a folder"),

@@ -62,7 +62,7 @@ def test_a_file_of_a_repository(server: Hub) -> None:
         ("one/many", "has no dictionary in a format that is known at its top; name the folder inside of it"),
         ("one/many/trained", "has no dictionary in a format that is known there"),
         ("one/many/nothing", "has no dictionary in a format that is known there"),
-        ("one/nothing", "one/nothing: is no folder here, and on the hub: the hub has no such model"),
+        ("one/nothing", "one/nothing: is not a folder here, and on the hub: the hub has no such model"),
         ("one/many/../../x", "leads out of its repository"),
     ],
 )
@@ -73,7 +73,7 @@ def test_what_a_repository_has_not(server: Hub, source: str, says: str) -> None:
 
 
 def test_offline_is_said_at_once(server: Hub) -> None:
-    with pytest.raises(NotFound, match="one/new: is no folder here, and on the hub: offline was asked for"):
+    with pytest.raises(NotFound, match="one/new: is not a folder here, and on the hub: offline was asked for"):
         located("one/new", offline=True)
     assert not server.asked
     located("one/top")
