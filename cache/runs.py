@@ -31,7 +31,7 @@ from sae.cache.disk.durable import expect_no_link, move, read, write_in
 from sae.cache.disk.locks import LOCK, Lock
 from sae.cache.disk.parsing import MOST_BYTES, as_written, figure, inner, parsed_mapping, whole
 from sae.cache.disk.processes import final_name
-from sae.cache.disk.sealed import sealed, unsealed
+from sae.cache.disk.sealed import CRC, sealed, unsealed
 from sae.cache.disk.tensors import read_header, read_tensors, write_tensors
 from sae.cache.errors import DamagedStore, NotFound, SaeError
 from sae.cache.metrics_log import Extent, MetricsLog
@@ -74,7 +74,7 @@ class Run:
     @property
     def foreign(self) -> bool:
         """Return True if the folder is another tool's, whose config.json is of something else."""
-        return not _is_ours(self.config)
+        return not (self.sealed or _is_ours(self.config))
 
     @cached_property
     def imported(self) -> dict[str, Any] | None:
@@ -308,7 +308,8 @@ def _config(data: bytes) -> tuple[dict[str, Any], bool]:
         return unsealed(data)
     except ValueError:
         with suppress(ValueError):
-            if not _is_ours(said := parsed_mapping(data, nan_is_null=True)):
+            said = parsed_mapping(data, nan_is_null=True)
+            if CRC not in said and not _is_ours(said):
                 return said, False
         raise
 
