@@ -7,6 +7,7 @@ import signal
 import traceback
 from collections.abc import Callable
 from enum import IntEnum
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from typing import Annotated, Any
@@ -19,6 +20,7 @@ from sae.cache.errors import SaeError
 from sae.pipeline.commands import cache, study, synthesize
 from sae.pipeline.commands.compare import compare
 from sae.pipeline.commands.demo import demo
+from sae.pipeline.commands.described import studies
 from sae.pipeline.commands.evaluate import evaluate
 from sae.pipeline.commands.export import export
 from sae.pipeline.commands.harvest import harvest
@@ -130,12 +132,22 @@ for group in (app, cache.app, synthesize.app):
         registered.cls = Command
 
 
+def tree() -> Any:
+    """Return all commands as typer makes them of their functions: once, and anew when a study has been registered."""
+    return _tree(tuple(studies()))
+
+
+@lru_cache(maxsize=1)
+def _tree(studies: tuple[str, ...]) -> Any:
+    return typer.main.get_command(app)
+
+
 def run() -> int:
     """Do what the command line says; every error becomes one line. Returns the exit code; Interrupted passes through."""
     from sae.pipeline.commands import console
 
     try:
-        code = app(standalone_mode=False, prog_name="sae")
+        code = tree()(standalone_mode=False, prog_name="sae")
         if isinstance(code, Interrupted):
             raise code
         if code == Exit.INTERRUPTED:  # typer's own answer, where it came before any command

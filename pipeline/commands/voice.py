@@ -8,8 +8,6 @@ import re
 import shlex
 from typing import Any
 
-import typer.main
-
 DECLARED: dict[str, str] = {}  # option by the path of its setting: {"train.sae.k": "--k"}
 COMMANDS = {  # of calls that are not called as their command
     "adopt": "import",
@@ -34,11 +32,11 @@ def typed(line: str) -> str:
 
 
 def options() -> set[str]:
-    """Every option there is, of any command; asked anew, for a study may have been registered since."""
-    from sae.pipeline.commands.app import app  # which says what goes wrong through this module
+    """Return every option there is, of any command."""
+    from sae.pipeline.commands.app import tree  # which says what goes wrong through this module
 
     found: set[str] = set()
-    waiting: list[Any] = [typer.main.get_command(app)]
+    waiting: list[Any] = [tree()]
     while waiting:
         command = waiting.pop()
         waiting += getattr(command, "commands", {}).values()
