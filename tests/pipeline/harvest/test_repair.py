@@ -417,9 +417,9 @@ def test_the_model_has_moved(home: Path, made: Path, monkeypatch: pytest.MonkeyP
               "random:other", "/nowhere", "~root", "tiny"],
 )  # fmt: skip
 def test_a_model_that_hints_name_is_only_taken_for_what_the_recipe_pins(
-    home: Path, made: Path, monkeypatch: pytest.MonkeyPatch, model: str
+    home: Path, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
-    """Nothing is loaded and no host is asked; files of the right digest are taken, wherever they are."""
+    """Nothing is loaded and no host is asked."""
     store = store_of(home, "activations", "int8")
     (store / "rows/c/1/0").unlink()
     shutil.copytree(home / "model", home / "other")
@@ -433,6 +433,11 @@ def test_a_model_that_hints_name_is_only_taken_for_what_the_recipe_pins(
         answer = sae("cache verify --repair")
     assert answer.code == 2 and "--model" in answer.complaint, answer.err
     assert everything(home) == before
+
+
+def test_a_model_of_the_right_digest_is_taken_wherever_it_is(home: Path, made: Path) -> None:
+    store = store_of(home, "activations", "int8")
+    (store / "rows/c/1/0").unlink()
     shutil.copytree(home / "model", home / "moved")
     write_note(store / "hints.json", {"model": str(home / "moved")})
     done("cache verify --repair")
