@@ -58,7 +58,9 @@ def parse(settings: object) -> Config:
 
 
 def trainable(config: Config, d_in: int, d_out: int | None = None, *, seed: int = 0) -> Trainable:
-    """What a Config describes, for inputs of width d_in; given d_out, with targets of its own, even if d_out = d_in."""
+    """Make what a Config describes, for inputs of width d_in; with d_out, for targets of their own, even if it is
+    d_in.
+    """
     made: Callable[..., Trainable] = ARCHITECTURES[config.arch]
     return made(config, d_in, d_out, seed=seed)
 

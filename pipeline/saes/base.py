@@ -1,4 +1,4 @@
-"""How every dictionary is trained: its loss and one training step's worth of methods. What it is: `dictionary`.
+"""Training of every dictionary: its loss and one training step's worth of methods. Its computation is in `dictionary`.
 
 An architecture is one file in this package: its Config (frozen, tagged by `arch`) and its final class, under @register.
 Importing the package imports every file in it, so a new architecture is found by being there. A class fills in `rule`
@@ -49,7 +49,7 @@ from .dictionary import Dictionary
 from .ghosts import ghost_loss
 from .inference import Formula
 from .latents import RowScaling, RowStats
-from .losses import Batch, Losses, Observed, SparseLosses
+from .losses import Losses, LossInputs, Observed, SparseLosses
 
 RATE_MEMORY = 0.01
 """Weight of the newest batch in a latent's firing rate: about the last hundred batches count."""
@@ -112,7 +112,7 @@ class SAE(Dictionary, Trainable):
             if isinstance(value, Tensor):
                 getattr(self, name).copy_(value)
 
-    def _terms(self, batch: Batch) -> dict[str, Tensor]:
+    def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
         """Loss terms beside the reconstruction, coefficients included."""
         return {}
 
@@ -207,7 +207,7 @@ class SAE(Dictionary, Trainable):
         active = self._with_row_stats(self._activate(pre, clock), row_stats)
         y_hat = self._reconstruct(active)
         terms = {"reconstruction": self.squared_error(y_hat, y)}
-        terms |= self._terms(Batch(x, y, pre, active, y_hat, clock))
+        terms |= self._terms(LossInputs(x, y, pre, active, y_hat, clock))
         if self.config.ghost_grads:
             ghosts = ghost_loss(pre, self.dead(), y, y_hat, self.W_dec)
             terms["ghosts"] = ghosts * terms["reconstruction"].detach()
@@ -247,7 +247,7 @@ class SAE(Dictionary, Trainable):
 
     @torch.no_grad()
     def observe(self, losses: Losses) -> Observed:
-        """What `track` needs to know of a part of a training batch."""
+        """Return the statistics of a part of a training batch that `track` needs."""
         assert isinstance(losses, SparseLosses), "those of `loss`"
         active = losses.latents
         return Observed(losses.clock, active.batch, active.fired(), self._observe(losses))
@@ -268,7 +268,7 @@ class SAE(Dictionary, Trainable):
 
     @torch.no_grad()
     def directions(self, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Where a latent for a row would point: unit [B, d_in] and [B, d_out], and the row's squared error [B]."""
+        """Return a latent's directions for each row: unit [B, d_in] and [B, d_out], and the row's squared error [B]."""
         losses = self.loss(x, target)
         outputs = self._targets(x, target)
         scaled, row_stats = self._scaled(x)
@@ -307,7 +307,7 @@ class SAE(Dictionary, Trainable):
 
 
 def _numbers(formula: Formula) -> dict[str, object]:
-    """What a formula says beside tensors."""
+    """Return the numbers of a formula that are no tensors."""
     own = {name: value for name, value in formula.rule.values().items() if not isinstance(value, Tensor)}
     return {"rule": formula.rule.name, **own, "centred": formula.centred, "row_scaling": formula.row_scaling}
 

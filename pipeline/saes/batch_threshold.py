@@ -1,4 +1,5 @@
-"""What the architectures that choose over a whole batch share: the threshold that takes the batch's place afterwards.
+"""The part that architectures which choose over a whole batch share: the threshold that takes the batch's place
+afterwards.
 
 In training the k * B largest pre-activations of a batch are kept. What a row keeps then depends on the rows beside it,
 which inference must not: there f = p where p exceeds theta, the running mean of the least value a batch kept.

@@ -10,7 +10,7 @@ from torch import Tensor
 from .base import register
 from .batch_threshold import BatchThreshold, BatchThresholdConfig
 from .fixed_k import auxk_term
-from .losses import Batch
+from .losses import LossInputs
 
 
 class BatchTopKConfig(BatchThresholdConfig):
@@ -30,5 +30,5 @@ class BatchTopK(BatchThreshold):
     config_type = BatchTopKConfig
     config: BatchTopKConfig
 
-    def _terms(self, batch: Batch) -> dict[str, Tensor]:
+    def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
         return auxk_term(self.config, batch, self.dead(), self.W_dec)

@@ -69,7 +69,7 @@ def other_default(name: str, value: object) -> Any:
 
 
 class Clock(NamedTuple):
-    """Where training stands: `step` of `steps`, counted from 0."""
+    """The time of training: `step` of `steps`, counted from 0."""
 
     step: int
     steps: int

@@ -1,4 +1,4 @@
-"""What is trained and judged, said in four parts, of which each consumer asks for the least it needs.
+"""The contracts of what is trained and judged: four, of which each consumer asks for the least it needs.
 
     Predictor      x -> y_hat: what reconstruction and splicing are judged of
     Coder          x -> codes -> y_hat: what is judged of codes, such as how many are active
@@ -34,17 +34,17 @@ class Predictor(nn.Module, ABC):
 
 
 class Codes(Protocol):
-    """What a coder says of B rows, in whatever form it has."""
+    """The codes of B rows, in whatever form a coder has."""
 
     @property
     def batch(self) -> int:
-        """How many rows."""
+        """The number of rows."""
 
     def dense(self) -> Tensor:
         """The codes [B, width] with their zeros."""
 
     def l0(self) -> Tensor:
-        """How many are not zero in each row, int64 [B]."""
+        """Return how many codes are not zero in each row, int64 [B]."""
 
     def fired(self) -> Tensor:
         """In how many rows each is not zero, int64 [width]."""
@@ -56,7 +56,7 @@ class Coder(Predictor):
     @property
     @abstractmethod
     def width(self) -> int:
-        """How many codes there are to a row."""
+        """The number of codes to a row."""
 
     @abstractmethod
     def encode(self, x: Tensor) -> Codes:
@@ -71,7 +71,7 @@ class Coder(Predictor):
 
 
 class Trainable(Predictor):
-    """What training trains. A class under @register, in a file of this folder, is an architecture.
+    """Anything that can be trained. A class under @register, in a file of this folder, is an architecture.
 
     Everything but `initialise`, `loss` and `forward` has a default, which is to do nothing. A loss is a function of its
     arguments and of what `track` keeps, and draws at random from `generator` alone, so that training can be resumed.
@@ -103,7 +103,7 @@ class Trainable(Predictor):
         """After the optimiser."""
 
     def observe(self, losses: Losses) -> Observed:
-        """What `track` needs to know of a part of a training batch."""
+        """Return the statistics of a part of a training batch that `track` needs."""
         return Observed(losses.clock, losses.rows, torch.zeros(0, dtype=torch.int64), torch.zeros(0))
 
     def track(self, *parts: Observed) -> None:

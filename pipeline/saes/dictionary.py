@@ -30,8 +30,9 @@ from .losses import in_data_units
 
 
 class Metadata(NamedTuple):
-    """Where a dictionary belongs: the model, the hook point of its inputs (and of its outputs, for a transcoder), the
-    text it was trained on. None where that is not known or there is none, as for rows of no language model.
+    """The place where a dictionary belongs: the model, the hook point of its inputs (and of its outputs, for a
+    transcoder), the text it was trained on. None where that is not known or there is none, as for rows of no language
+    model.
 
     positions: the first position of a context that became a row, and where they ended (None: with the context).
     left_out: tokens that became none, wherever they stood.
@@ -69,7 +70,7 @@ class Dictionary(Coder):
     @property
     @abstractmethod
     def rule(self) -> Rule:
-        """Which latents are active at inference, and how strongly."""
+        """Return the rule of which latents are active at inference, and how strongly."""
 
     @property
     @abstractmethod
@@ -79,7 +80,7 @@ class Dictionary(Coder):
     @property
     @abstractmethod
     def row_scaling(self) -> RowScaling:
-        """How each row is scaled by itself before it is encoded."""
+        """The scaling of each row by itself before it is encoded."""
 
     @property
     def W_skip(self) -> Tensor | None:
@@ -139,7 +140,7 @@ class Dictionary(Coder):
         return self.decode(self.encode(x))
 
     def extra_repr(self) -> str:
-        """What it is, in one line: widths, and the numbers of its rule."""
+        """Describe it in one line: widths, and the numbers of its rule."""
         numbers = [f"{name}={value}" for name, value in self.rule.values().items() if not isinstance(value, Tensor)]
         return ", ".join([f"d_in={self.d_in}", f"d_sae={self.d_sae}", f"d_out={self.d_out}", *numbers])
 

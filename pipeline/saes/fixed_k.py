@@ -1,4 +1,4 @@
-"""What the architectures with a fixed number of active latents share: k, its annealing, AuxK."""
+"""The part that architectures with a fixed number of active latents share: k, its annealing, AuxK."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .auxk import auxk_loss, default_k
 from .config import Clock, Config, ramp
-from .losses import Batch
+from .losses import LossInputs
 
 
 class FixedKConfig(Config):
@@ -43,7 +43,7 @@ class FixedKConfig(Config):
         return start + round((self.k - start) * ramp(self.k_anneal, clock))
 
 
-def auxk_term(config: FixedKConfig, batch: Batch, dead: Tensor, table: Tensor) -> dict[str, Tensor]:
+def auxk_term(config: FixedKConfig, batch: LossInputs, dead: Tensor, table: Tensor) -> dict[str, Tensor]:
     """{"auxk": the weighted term}, or nothing where it is switched off; dead is bool [m], the table W_dec."""
     if config.aux_coefficient == 0:
         return {}

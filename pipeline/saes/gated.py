@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import latents
 from .base import SAE, register
 from .inference import GatedRule
-from .losses import Batch
+from .losses import LossInputs
 from .penalties import PenaltyConfig, l1
 
 
@@ -45,7 +45,7 @@ class Gated(SAE):
     def rule(self) -> GatedRule:
         return GatedRule(self.r_mag, self.b_mag)
 
-    def _terms(self, batch: Batch) -> dict[str, Tensor]:
+    def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
         assert batch.latents.preactivations is not None
         gate = replace(batch.latents, values=batch.latents.preactivations.relu())
         through_gate = latents.decode(gate, self.W_dec.detach()) + self.b_dec.detach()

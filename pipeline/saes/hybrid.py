@@ -12,7 +12,7 @@ from .base import SAE, register
 from .coherence import CoherenceConfig, jl_term
 from .config import Reduction, other_default
 from .inference import ReLURule
-from .losses import Batch
+from .losses import LossInputs
 from .penalties import PenaltyConfig, l1
 
 
@@ -41,7 +41,7 @@ class Hybrid(SAE):
     def rule(self) -> ReLURule:
         return ReLURule()
 
-    def _terms(self, batch: Batch) -> dict[str, Tensor]:
+    def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
         penalty = l1(self.config.penalty, batch.latents, batch, self.W_dec)
         generator = self.generator("jl", batch.clock.step)
         return {

@@ -1,4 +1,4 @@
-"""What a dictionary computes once it is trained, said in terms that every tool shares.
+"""The computation of a trained dictionary, said in terms that every tool shares.
 
 An architecture says its `Rule`: which latents are active at inference, and with what values. With the weights that is
 its `Formula`, all that a file of a dictionary says; `pipeline.formats` puts it in each tool's names and back. So no
@@ -23,7 +23,7 @@ RULES: dict[str, type[Rule]] = {}
 
 @dataclass(frozen=True, eq=False)
 class Rule(ABC):
-    """How latents follow from pre-activations: a frozen dataclass of tensors [m] and of whole numbers of latents."""
+    """The rule from pre-activations to latents: a frozen dataclass of tensors [m] and of whole numbers of latents."""
 
     name: ClassVar[str]
 

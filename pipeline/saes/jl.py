@@ -11,7 +11,7 @@ from .base import SAE, register
 from .coherence import CoherenceConfig, jl_term
 from .config import BiasStart, Reduction, other_default
 from .inference import ReLURule
-from .losses import Batch
+from .losses import LossInputs
 
 
 class JLConfig(CoherenceConfig):
@@ -39,6 +39,6 @@ class JL(SAE):
     def rule(self) -> ReLURule:
         return ReLURule()
 
-    def _terms(self, batch: Batch) -> dict[str, Tensor]:
+    def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
         generator = self.generator("jl", batch.clock.step)
         return {"jl": jl_term(self.config, self.W_dec, self.W_enc_rows, generator, batch.clock)}

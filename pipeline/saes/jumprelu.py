@@ -16,7 +16,7 @@ from .config import Clock, Config, ramp
 from .encoder import Preactivations
 from .inference import ThresholdRule
 from .latents import Latents
-from .losses import Batch
+from .losses import LossInputs
 
 
 class JumpReLUConfig(Config):
@@ -94,7 +94,7 @@ class JumpReLU(SAE):
         values, _ = jump(chosen.values, chosen.per_entry(self.threshold), self.config.bandwidth)
         return replace(chosen, values=values, preactivations=chosen.values)
 
-    def _terms(self, batch: Batch) -> dict[str, Tensor]:
+    def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
         config, norms = self.config, torch.linalg.vector_norm(self.W_dec, dim=1)
         weight = config.coefficient * ramp(config.warmup, batch.clock)
         if config.penalty == "tanh":

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .base import SAE, register
 from .inference import ReLURule
-from .losses import Batch
+from .losses import LossInputs
 from .penalties import PenaltyConfig, l1
 
 
@@ -34,6 +34,6 @@ class L1(SAE):
     def rule(self) -> ReLURule:
         return ReLURule()
 
-    def _terms(self, batch: Batch) -> dict[str, Tensor]:
+    def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
         penalty = l1(self.config.penalty, batch.latents, batch, self.W_dec)
         return {"l1": self.config.coefficient_at(batch.clock) * penalty}

@@ -17,7 +17,7 @@ RowScaling = Literal["none", "standard", "norm"]
 
 
 class RowStats(NamedTuple):
-    """What a row was before it was scaled: what was subtracted from it and what it was divided by, both [B, 1]."""
+    """The scale of rows: what was subtracted from each and what it was divided by, both [B, 1]."""
 
     mean: Tensor
     std: Tensor

@@ -1,4 +1,4 @@
-"""What a loss returns, what its terms are computed from, and what is followed of it."""
+"""Results of a loss, inputs of its terms, and statistics that are followed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Losses(ABC):
     @property
     @abstractmethod
     def rows(self) -> int:
-        """How many rows the batch has."""
+        """The number of rows of the batch."""
 
     @property
     @abstractmethod
@@ -38,7 +38,7 @@ class Losses(ABC):
         """The prediction [B, d_out] in the data's units."""
 
     def l0(self) -> Tensor | None:
-        """How many codes are active in each row, int64 [B]; None where there are none to count."""
+        """Return how many codes are active in each row, int64 [B]; None where there are none to count."""
         return None
 
 
@@ -85,8 +85,8 @@ def in_data_units(reconstruction: Tensor, target_scale: Tensor, row_stats: RowSt
     return reconstruction / target_scale if row_stats is None else row_stats.denormalise(reconstruction)
 
 
-class Batch(NamedTuple):
-    """What a loss term may look at, all in the space the loss is taken in."""
+class LossInputs(NamedTuple):
+    """The inputs of a loss term, all in the space the loss is taken in."""
 
     x: Tensor
     y: Tensor
@@ -97,8 +97,9 @@ class Batch(NamedTuple):
 
 
 class Observed(NamedTuple):
-    """What training follows of a part of a batch: how many rows, how often each latent fired (int64 [d_sae]), and some
-    numbers the architecture follows (float [n])."""
+    """Statistics of a part of a batch that training follows: how many rows, how often each latent fired (int64
+    [d_sae]), and some numbers the architecture follows (float [n]).
+    """
 
     clock: Clock
     rows: int

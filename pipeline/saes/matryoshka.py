@@ -12,7 +12,7 @@ from . import sparse
 from .base import register
 from .batch_threshold import BatchThreshold, BatchThresholdConfig
 from .fixed_k import auxk_term
-from .losses import Batch
+from .losses import LossInputs
 
 
 class MatryoshkaConfig(BatchThresholdConfig):
@@ -49,7 +49,7 @@ class Matryoshka(BatchThreshold):
     config_type = MatryoshkaConfig
     config: MatryoshkaConfig
 
-    def _terms(self, batch: Batch) -> dict[str, Tensor]:
+    def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
         parts = self._prefix_sums(batch)
         terms = {
             f"prefix_{size}": self.squared_error(part + self.b_dec, batch.y)
@@ -57,7 +57,7 @@ class Matryoshka(BatchThreshold):
         }
         return terms | auxk_term(self.config, batch, self.dead(), self.W_dec)
 
-    def _prefix_sums(self, batch: Batch) -> list[Tensor]:
+    def _prefix_sums(self, batch: LossInputs) -> list[Tensor]:
         """[B, d_out] for every prefix: what its latents add up to, decoded group by group in one pass."""
         active, bounds = batch.latents, (0, *self.config.sizes)
         if active.entries is None:

@@ -12,7 +12,7 @@ from .base import SAE, register
 from .config import Clock, Config, ramp, steps_of
 from .inference import ReLURule
 from .latents import Latents
-from .losses import Batch, SparseLosses
+from .losses import LossInputs, SparseLosses
 
 SMALLEST = 1e-3
 """Added to a latent before it is raised to a power, whose slope at 0 is infinite."""
@@ -70,7 +70,7 @@ class PAnneal(SAE):
     def rule(self) -> ReLURule:
         return ReLURule()
 
-    def _terms(self, batch: Batch) -> dict[str, Tensor]:
+    def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
         weight = self.config.coefficient * ramp(self.config.warmup, batch.clock)
         return {"lp": weight * self.factor * power_sum(batch.latents, self.config.p_at(batch.clock))}
 

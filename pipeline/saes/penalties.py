@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .config import Clock, Config, ramp
 from .latents import Latents
-from .losses import Batch
+from .losses import LossInputs
 
 Form = Literal["plain", "decoder_norm", "per_token"]
 
@@ -43,7 +43,7 @@ class PenaltyConfig(Config):
         return self.coefficient * ramp(self.warmup, clock)
 
 
-def l1(form: Form, latents: Latents, batch: Batch, table: Tensor) -> Tensor:
+def l1(form: Form, latents: Latents, batch: LossInputs, table: Tensor) -> Tensor:
     """Scalar: the mean over the batch of each row's sum of (non-negative) latents; the table is W_dec [m, d_out].
 
     `per_token` asks nothing of a row of zeros, whose norm nothing can be a multiple of.

@@ -14,7 +14,7 @@ from .config import Clock
 from .encoder import Preactivations
 from .inference import Formula, ReLURule
 from .latents import Latents
-from .losses import Batch
+from .losses import LossInputs
 from .penalties import PenaltyConfig, l1
 
 
@@ -49,7 +49,7 @@ class ShiftedReLU(SAE):
     def _activate(self, pre: Preactivations, clock: Clock) -> Latents:
         return pre.above_threshold(self.shift.item()).map(lambda p: (p - self.shift).relu())
 
-    def _terms(self, batch: Batch) -> dict[str, Tensor]:
+    def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
         if self.config.coefficient == 0:
             return {}
         penalty = l1(self.config.penalty, batch.latents, batch, self.W_dec)

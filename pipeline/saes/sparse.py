@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 
 class SparsePattern:
-    """Which latents are active in which row: the pattern of a sparse [B, m] matrix, without its values.
+    """The active latents of each row: the pattern of a sparse [B, m] matrix, without its values.
 
     indices: int64 [n], the latent of each entry, row after row. offsets: int64 [B], where each row's entries begin.
     The orderings derived from it are computed at most once: the decoder's and the encoder's backward share one sort.

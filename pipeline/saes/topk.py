@@ -13,7 +13,7 @@ from .encoder import Preactivations
 from .fixed_k import FixedKConfig, auxk_term
 from .inference import TopKRule
 from .latents import Latents
-from .losses import Batch
+from .losses import LossInputs
 
 
 class TopKConfig(FixedKConfig):
@@ -40,5 +40,5 @@ class TopK(SAE):
     def _activate(self, pre: Preactivations, clock: Clock) -> Latents:
         return TopKRule(self.config.k_at(clock))(pre)
 
-    def _terms(self, batch: Batch) -> dict[str, Tensor]:
+    def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
         return auxk_term(self.config, batch, self.dead(), self.W_dec)

@@ -30,7 +30,7 @@ Matching = tuple[Tensor, Tensor]  # int64 [n] each: row of one, row of the other
 
 
 class AlignConfig(Settings):
-    """How dictionaries trained together are pulled towards each other."""
+    """Settings by which dictionaries trained together are pulled towards each other."""
 
     by: By = Field(
         "dec",
@@ -84,7 +84,7 @@ class Alignment:
         return self.config.weight * rising * (self.saes[0].d_out if summed else 1)
 
     def _vectors(self, losses: Sequence[SparseLosses]) -> list[Tensor]:
-        """What is matched, of each dictionary: rows [d_sae, d_out] of its decoder, or its latents [d_sae, B]."""
+        """Return each dictionary's vectors to match: rows [d_sae, d_out] of its decoder, or its latents [d_sae, B]."""
         if self.config.by == "dec":
             return [sae.W_dec for sae in self.saes]
         return [one.latents.dense().T for one in losses]
@@ -99,7 +99,7 @@ class Alignment:
                 ]
 
     def agreement(self) -> list[float]:
-        """How far each agrees with the others by its decoder rows, whatever the term is computed from."""
+        """Return how far each agrees with the others by its decoder rows, whatever the term is computed from."""
         return mutual([sae.W_dec for sae in self.saes])
 
     def state(self) -> dict[str, Tensor]:
@@ -129,7 +129,7 @@ class Alignment:
         return list(combinations(range(len(self.saes)), 2))
 
     def _match(self, a: Tensor, b: Tensor) -> list[Matching]:
-        """Which rows of a [n, d] and b [m, d] belong together: one matching, or one for each way."""
+        """Match rows of a [n, d] and b [m, d] that belong together: one matching, or one for each way."""
         if self.config.matching == "hungarian":
             return [hungarian(a, b)]
         return [

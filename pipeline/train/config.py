@@ -1,4 +1,4 @@
-"""How one dictionary is trained: the settings of `sae train`."""
+"""The settings of `sae train`."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -20,7 +20,7 @@ STREAM = ("batch", "steps", "rows", "data_seed", "outliers")  # what dictionarie
 
 
 class TrainConfig(Schedule):
-    """How one dictionary is trained. One pass over the store unless `steps` or `rows` say otherwise."""
+    """Settings of one dictionary's training. One pass over the store unless `steps` or `rows` say otherwise."""
 
     alternatives = (("steps", "rows"),)
 
@@ -102,8 +102,10 @@ def _outlier_rule(said: Any) -> Any:
 
 
 def settings_of(run: Run) -> TrainConfig:
-    """How a run is trained. Raises DamagedStore, naming its file and the setting, where nothing can be; SaeError for an
-    imported dictionary."""
+    """Return the settings of a run. Raises DamagedStore, naming its file and the setting, where there are none.
+
+    Raises SaeError for an imported dictionary.
+    """
     if run.imported is not None:
         raise SaeError(
             f"{run.path}: was trained by another tool, and is only judged here; train one under another `name`"

@@ -106,7 +106,7 @@ class CoupledTrainers:
         return loader
 
     def _publish_rest(self) -> None:
-        """Where a kill came when some checkpoints of a step were published: the others, too."""
+        """Publish the other checkpoints of a step, where a kill came when some were published."""
         runs = [member.run for member in self.members]
         steps = [run.checkpoint_step() for run in runs]
         latest = max(steps)

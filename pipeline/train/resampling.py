@@ -1,4 +1,4 @@
-"""What is done about latents that stopped firing, between two steps: resampling, or starting the dictionary again.
+"""Remedies for latents that stopped firing, between two steps: resampling, or starting the dictionary again.
 
 (AuxK and ghost gradients do it within the loss instead.) All of it is a function of the dictionary, the rows and a
 generator: a resumed run does the same at the same step.

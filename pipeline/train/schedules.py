@@ -1,4 +1,4 @@
-"""How a learning rate rises, stays and falls."""
+"""Schedules: a learning rate rises, stays and falls."""
 
 import math
 from typing import Literal, Self

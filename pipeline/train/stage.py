@@ -64,7 +64,7 @@ def run_name(config: TrainConfig, dataset: Dataset) -> str:
 
 
 def _point(store: ActivationStore) -> str:
-    """What the name of a run calls a store."""
+    """Return the name of a store in the name of a run."""
     origin = provenance(store.recipe)
     return origin.point if isinstance(origin, LanguageModelRows) else readable(store.slug)
 
@@ -120,7 +120,7 @@ def open_run(config: TrainConfig, dataset: Dataset, root: Path, name: str | None
 
 
 def _seen(dataset: Dataset, rows: int, limits: Limits | None) -> Seen:
-    """What a run folder says of its dataset."""
+    """Return what a run folder says of its dataset."""
     norms = (None,) * len(dataset.stores) if limits is None else limits
     stores = tuple(SeenStore(store.key, store.recipe, most) for store, most in zip(dataset.stores, norms, strict=True))
     return Seen(rows, stores[: len(dataset.inputs)], stores[len(dataset.inputs) :])
@@ -333,7 +333,7 @@ def share(config: TrainConfig, world: int) -> int:
 
 
 def _metadata(dataset: Dataset) -> Metadata:
-    """Where a dictionary trained on a dataset belongs."""
+    """Return where a dictionary trained on a dataset belongs."""
     source, target = dataset.provenance, dataset.target_provenance
     if not isinstance(source, LanguageModelRows):
         return Metadata(dataset=source.kind)

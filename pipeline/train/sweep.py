@@ -181,7 +181,7 @@ def _sweep(plans: Sequence[Plan], progress: Progress, device: str, processes: in
 
 
 def run_as_worker_rank(seat: ProcessInfo) -> None:
-    """What a process of torchrun other than rank 0 does: take part in what rank 0 trains, and write nothing."""
+    """Do the part of a torchrun process other than rank 0: train what rank 0 trains, and write nothing."""
     with together(seat) as ranks:
         _train_as_rank(ranks, seat.device, ranks.broadcast_text(""), Silent())
 
@@ -235,5 +235,5 @@ def _passes(runs: Sequence[Run], dataset: Dataset, progress: Progress, device: s
 
 
 def _group(run: Run) -> str:
-    """What is the same for dictionaries that are pulled together, and for no others."""
+    """Return what is the same for dictionaries that are pulled together, and for no others."""
     return canonical({name: value for name, value in run.settings.items() if name != "seed"})

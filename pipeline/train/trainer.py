@@ -74,8 +74,8 @@ class Trainer:
             return self.sae.loss(part.x, part.y, clock)
 
     def update(self, batch: Batch, parts: Sequence[Losses], clock: Clock, ranks: Ranks) -> dict[str, float] | None:
-        """What follows the gradients of a batch whose parts had these losses; metrics where it is logged, and of the
-        first step that this process takes, so that they are seen at once.
+        """Take the step that follows the gradients of a batch whose parts had these losses; return metrics where it is
+        logged, and of the first step that this process takes, so that they are seen at once.
 
         With several ranks `batch` and `parts` are this rank's.
         """
@@ -106,7 +106,9 @@ class Trainer:
         self._spent, self._steps = self._spent + seconds, self._steps + 1
 
     def cost(self) -> dict[str, float]:
-        """What this dictionary costs: seconds a step since last asked, megabytes of weights, gradients and moments."""
+        """Return this dictionary's cost: seconds a step since last asked, megabytes of weights, gradients and
+        moments.
+        """
         weights = [*self.sae.parameters(), *self.sae.buffers(), *(p.grad for p in self.sae.parameters())]
         moments = [value for entries in self.optimiser.state.values() for value in entries.values()]
         held = sum(one.nbytes for one in [*weights, *moments] if isinstance(one, Tensor))
@@ -120,7 +122,7 @@ class Trainer:
         return 2 * (weights + moments) + weights
 
     def _revive(self, total: int, ranks: Ranks) -> None:
-        """What the settings do about dead latents between steps."""
+        """Do between steps what the settings say about dead latents."""
         revive, k = self.config.revive, getattr(self.config.sae, "k", 0)
         if isinstance(revive, NoRevival) or not revive.due(self.done, total):
             return

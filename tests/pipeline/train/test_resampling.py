@@ -17,7 +17,7 @@ from sae.pipeline.saes import (
     SAE,
     Clock,
 )
-from sae.pipeline.saes.losses import Batch as Computed
+from sae.pipeline.saes.losses import LossInputs
 from sae.pipeline.saes.topk import TopK
 from sae.pipeline.train import resampling
 from sae.pipeline.train.resampling import (
@@ -91,7 +91,7 @@ class Sharpened(TopK):
         self.sharpness = nn.Parameter(torch.ones(()))
         self.mixing = nn.Parameter(torch.eye(3))
 
-    def _terms(self, batch: Computed) -> dict[str, Tensor]:
+    def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
         return super()._terms(batch) | {"sharp": (self.sharpness - 2).square() + (self.mixing - 1).square().sum()}
 
 
