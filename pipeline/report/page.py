@@ -29,6 +29,7 @@ from sae.pipeline.report.charts import Series, framed, line_chart, number
 from sae.pipeline.report.contexts import LEVELS, features_html
 from sae.pipeline.report.escaping import escape
 from sae.pipeline.report.scores import density_html, scores_html, tree
+from sae.pipeline.report.toys import DrawnToy, drawn_toy, toy_html
 
 LEAST_SHARE = 1e-19  # of the rows of a store that a latent fires on, where it does at all
 
@@ -45,6 +46,7 @@ class Found(NamedTuple):
     density: np.ndarray | None  # float64 [d_sae]: share of held-out rows a latent fires on
     fired: np.ndarray | None  # bool [d_sae]: whether it fires anywhere, training rows included
     features: Features | None
+    toy: DrawnToy | None = None
 
 
 def write_report(run: Run, out: Path) -> Path:
@@ -64,7 +66,8 @@ def read(run: Run) -> Found:
             features = Features.model_validate(run.read_json(FEATURES))
         except ValidationError as error:
             raise DamagedStore(f"{run.path / FEATURES}: is not what was written; find the features again") from error
-    return Found(run.name, run.config, run.seen, sae, run.metrics(), run.evaluation(), density, fired, features)
+    toy = drawn_toy(run)
+    return Found(run.name, run.config, run.seen, sae, run.metrics(), run.evaluation(), density, fired, features, toy)
 
 
 def _densities(run: Run, d_sae: int) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -91,7 +94,9 @@ def page(found: Found) -> str:
         ("numbers", "How good it is", _scores(found)),
         ("training", "Training", _training(found)),
         ("density", "How often latents fire", _density(found)),
-        ("latents", "What latents fire on", _latents(found)),
+        ("latents", "What latents fire on", _latents(found))
+        if found.toy is None
+        else ("toy", "The toy model", toy_html(found.toy)),
         ("settings", "Settings", _settings(found)),
     ]
     links = "".join(f'<a href="#{name}">{title}</a>' for name, title, _ in parts)

@@ -20,13 +20,19 @@ def scores_html(values: dict[str, Any], latents: int, vocabulary: int | None) ->
     kept = values.get("kept")
     without = "" if kept is None else f"; {_shown(kept, 'fvu')} without rows that lie far out"
     cards = _card("Variance explained", values, "explained_variance", f"FVU {_shown(values, 'fvu')}{without}")
-    cards += _card("Active per token", values, "l0", f"L0, of {latents:,} latents")
-    added = _signed(values.get("ce_degradation"))
-    cards += _card("Loss recovered", values, "ce_recovered_mean", f"against mean ablation; splicing adds {added}")
+    of_text = vocabulary is not None
+    cards += _card(f"Active per {'token' if of_text else 'row'}", values, "l0", f"L0, of {latents:,} latents")
+    if "true_to_learned" in values:
+        by_chance = f"mean cosine with the nearest direction; by chance {_shown(values, 'chance')}"
+        cards += _card("True features found", values, "true_to_learned", by_chance)
+    else:
+        added = _signed(values.get("ce_degradation"))
+        cards += _card("Loss recovered", values, "ce_recovered_mean", f"against mean ablation; splicing adds {added}")
     cards += _card("Dead latents", values, "dead_fraction", _dead_window(values))
     details = values.get("details")
     more = f"<details><summary>Details of the evaluation</summary>{tree(details)}</details>" if details else ""
-    about = f"<p>Judged on {_amount(values)}documents the dictionary was never trained on.{_about_kept(values)}</p>"
+    unseen = f"{'documents' if of_text else 'samples'} the dictionary was never trained on."
+    about = f"<p>Judged on {_amount(values)}{unseen}{_about_kept(values)}</p>"
     return f'{about}<div class="cards">{cards}</div>{_losses(values, vocabulary)}{_table(values)}{more}'
 
 
