@@ -4,16 +4,19 @@ import json
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import typer
 import zarr
 from support.command_line import done, sae
 from support.small_stores import CHUNK, files, heavy_rows, shrunk, write_activations, write_tokens
+from support.small_tokens import CONTEXT
 
 from sae.cache import catalogue
 from sae.cache.activations import ActivationStore
@@ -46,6 +49,25 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SAE_RUNS", str(tmp_path / "runs"))
     (tmp_path / "runs").mkdir()
     return tmp_path / "cache"
+
+
+def test_rows_that_lie_far_out_are_told_of(root: Path) -> None:
+    """In a line for people, whole for programs; null where there are none. What cannot be read is said last."""
+    rows = torch.randn(N, 6, generator=torch.Generator().manual_seed(0))
+    plain = write_activations(root, rows, "float32", ended=True)
+    rows[[3, 77, 100]] += 500
+    store = write_activations(root, rows, "bfloat16", ended=True)
+    assert done(f"cache inspect {plain.key} --json").json["far_rows"] is None
+    assert "\nfar_rows: null\n" in done(f"cache inspect {plain.key}").out + "\n"
+    told = done(f"cache inspect {store.key} --json").json["far_rows"]
+    places = Counter(str(row % CONTEXT) for row in (3, 77, 100))
+    assert (told["rows"], told["of"], told["positions"], told["massive"]) == (3, N, places, True)
+    assert told["share"] > 0.98 and told["norm"] == pytest.approx(500 * 6**0.5, rel=0.01)
+    shown = done(f"cache inspect {store.key}").out
+    assert re.search(r"^far_rows: 3 of \d+ rows have a norm above .* % of the variance$", shown, re.MULTILINE)
+    (store.path / "row_norm" / "c" / "1").write_bytes(b"nothing")
+    answer = sae(f"cache inspect {store.key} --json")
+    assert answer.code == 3 and "row_norm/c/1: damaged" in answer.complaint and answer.json["rows"] == N
 
 
 def aged(store: Store, days: float) -> Path:

@@ -32,6 +32,7 @@ from sae.cache import catalogue
 from sae.cache.activations import ActivationStore
 from sae.cache.errors import NotFound, SaeError
 from sae.cache.loader.dataset import Dataset
+from sae.cache.massive import beyond_usual
 from sae.cache.runs import EVALUATION, LATENTS, Run
 from sae.cache.store.notes import write_note
 from sae.cache.store.store import HINTS
@@ -101,8 +102,7 @@ class World:
         return LanguageModel.boot(str(self.model))
 
 
-def make_world(root: Path, kind: str) -> World:
-    model = save_model(kind, root / kind)
+def make_world(root: Path, model: Path) -> World:
     plain = plain_model(model)
     training, held_out = spoken(plain, 40, 1), spoken(plain, 30, 2)
     lengths = np.full(30, CONTEXT)
@@ -123,12 +123,14 @@ def make_world(root: Path, kind: str) -> World:
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory, small: pytest.MonkeyPatch) -> World:
-    return make_world(tmp_path_factory.mktemp("gpt2"), "gpt2")
+    root = tmp_path_factory.mktemp("gpt2")
+    return make_world(root, save_model("gpt2", root / "gpt2"))
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory, small: pytest.MonkeyPatch) -> World:
-    return make_world(tmp_path_factory.mktemp("llama"), "llama")
+    root = tmp_path_factory.mktemp("llama")
+    return make_world(root, save_model("llama", root / "llama"))
 
 
 # Counted again
@@ -579,9 +581,6 @@ def test_held_out_rows_that_are_all_left_out(tmp_path: Path, gpt2: World) -> Non
         judged(gpt2, Run(run.path))
 
 
-# What is there already
-
-
 class Told(Silent):
     """Keeps the notes."""
 
@@ -590,6 +589,53 @@ class Told(Silent):
 
     def note(self, line: str) -> None:
         self.notes.append(line)
+
+
+@pytest.fixture(scope="module")
+def sink(tmp_path_factory: pytest.TempPathFactory, small: pytest.MonkeyPatch) -> World:
+    """A model whose residual stream is huge at position 1, as where attention rests."""
+    root = tmp_path_factory.mktemp("sink")
+    model = plain_model(save_model("gpt2", root / "gpt2"))
+    with torch.no_grad():
+        model.transformer.wpe.weight[1, [2, 5]] = torch.tensor([900.0, -700.0])
+    model.save_pretrained(root / "gpt2")
+    return make_world(root, root / "gpt2")
+
+
+def test_massive_rows_are_told_of_and_judged_without_whatever_was_trained_on(tmp_path: Path, sink: World) -> None:
+    """From the harvest on: what is said at each stage is what was planted, and FVU is given both ways."""
+    store, held_out = sink.store(1, "resid_mid"), sink.store(1, "resid_mid", "validation")
+    planted, judged_on = (int((one.positions(0, one.n_rows) % CONTEXT == 1).sum()) for one in (store, held_out))
+    far = beyond_usual(store, store.n_rows)
+    assert far is not None and far.massive and (far.rows, far.positions) == (planted, {1: planted})
+    config = TrainConfig(sae=parse({"arch": "topk", "d_sae": 32, "k": 4}), steps=30, batch=64, lr=1e-2)
+    found, told = {}, Told()
+    for rule in ("auto", None):
+        run = open_run(
+            config.model_copy(update={"outliers": rule}), Dataset.of(store), tmp_path, str(rule), resume=False
+        )
+        train([run], Dataset.of(store), told, device="cpu")
+        found[rule] = evaluate(CONFIG, run, sink.root, told).as_json()
+    auto, every = found["auto"], found[None]
+    limit = Run(tmp_path / "auto").seen.limits
+    assert limit is not None and (auto["kept"]["largest_norm"],) == (every["kept"]["largest_norm"],) == limit
+    assert Run(tmp_path / "None").seen.limits is None
+    for one in found.values():
+        assert one["rows"] == held_out.n_rows == one["kept"]["rows"] + judged_on
+        said = one["details"]["far_rows"][held_out.key]
+        assert (said["rows"], said["positions"]) == (judged_on, {"1": judged_on})
+        assert said["massive"] and said["share"] > 0.9
+        assert {"fvu", "row_error", "ce_spliced"} <= one["kept"].keys()
+    assert every["fvu"] < 0.1 < 0.3 < every["kept"]["fvu"]  # all that was learned is the few rows
+    assert auto["kept"]["fvu"] < 0.7 * every["kept"]["fvu"] and auto["kept"]["row_error"] < every["kept"]["row_error"]
+    lines = [line for line in told.notes if "of the variance" in line]
+    assert [line.rpartition("; ")[2] for line in lines if line.startswith(f"{store.key}: {planted} of ")] == [
+        "they are left out", "they are trained on, `train.outliers = 5` leaves them out",
+    ]  # fmt: skip
+    assert sum(line.startswith(f"{held_out.key}: {judged_on} of ") for line in lines) == 2
+
+
+# What is there already
 
 
 def test_an_evaluation_on_less_leaves_one_on_more(tmp_path: Path, gpt2: World) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from pydantic import ValidationError
 from support.harvesting import harvest
@@ -90,6 +91,30 @@ class Notes(Silent):
 
     def note(self, line: str) -> None:
         self.lines.append(line)
+
+
+# Rows that lie far out
+
+
+def test_massive_rows_are_told_of_when_they_are_made(tmp_path: Path, gpt2: Path) -> None:
+    """How many, where, what share; nothing is said of a store without any, and no byte differs for it."""
+    shutil.copytree(gpt2, tmp_path / "model")
+    weights = safetensors.torch.load_file(tmp_path / "model" / "model.safetensors")
+    weights["transformer.wpe.weight"][1, 2] = 900.0
+    safetensors.torch.save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    tokens, told = token_store(tmp_path, made_up(40)), Notes()
+    settings = {"site": ["resid_mid", "mlp_out"], "codec": "int8", "progress": told}
+    result = run(tmp_path / "model", tmp_path, tokens, **settings)
+    far, _ = result.stores["train"]
+    planted = int((far.positions(0, far.n_rows) % CONTEXT == 1).sum())
+    assert {*result.far} == {far.key} and result.far[far.key].positions == {1: planted}
+    assert result.far[far.key].massive and result.far[far.key].share > 0.9
+    (line,) = [line for line in told.lines if "variance" in line]
+    assert line.startswith(f"{far.key}: {planted} of {far.n_rows} rows have a norm above ")
+    assert line.endswith(" % of the variance; by default training leaves them out")
+    assert result.about()["far_rows"][far.key]["positions"] == {"1": planted}
+    before = everything(tmp_path)
+    assert run(tmp_path / "model", tmp_path, tokens, **settings).far == result.far and everything(tmp_path) == before
 
 
 # Against the plain model
