@@ -279,6 +279,7 @@ class Session(Workplace):
                 f"{dataset.key}: has rows of {dataset.d_in} values and targets of {dataset.d_out}; the dictionary "
                 f"reads {what.d_in} and writes {what.d_out}"
             )
+        dataset = dataset.kept_up_to(dataset.limits_by("auto"))  # it is judged without massive rows, too
         here = what.W_dec.device
         config = config.model_copy(update={"dead_rows": 0})
         making = making_of((dataset.targets or dataset.inputs)[0])

@@ -77,6 +77,22 @@ def test_rows_in_memory_are_trained_on_and_judged(lab: Session) -> None:
     assert found["l0"] == pytest.approx(coder.encode(unseen).l0().double().mean().item())
 
 
+def test_massive_rows_are_left_out_and_judged_apart(lab: Session) -> None:
+    """By a run, and by a dictionary on rows of which nothing was said."""
+    x = planted(1000, seed=7)
+    x[::50, 1] += 300
+    run = lab.train(sae.TopK(**TOPK), x, **SHORT)
+    assert run.seen.limits is not None and run.settings["outliers"] == "auto"
+    unseen = planted(500, seed=8)
+    usual = lab.evaluate(run.load(), unseen)
+    assert "kept" not in usual
+    unseen = torch.cat([unseen, unseen[:5] + 300])
+    found = lab.evaluate(run.load(), unseen)
+    assert (found["rows"], found["kept"]["rows"]) == (505, 500) and found["kept"]["largest_norm"] < 200
+    assert found["kept"]["fvu"] == pytest.approx(usual["fvu"], rel=1e-5)
+    assert {"fvu", "kept_fvu", "row_error", "kept_row_error"} <= lab.compare([run])[0].keys()
+
+
 def test_the_same_rows_and_settings_again_train_nothing(lab: Session) -> None:
     x = planted(500)
     first = lab.train(sae.TopK(**TOPK), x, **SHORT)

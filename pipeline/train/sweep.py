@@ -220,7 +220,8 @@ def _passes(runs: Sequence[Run], dataset: Dataset, progress: Progress, device: s
     streams: dict[tuple[object, ...], list[Run]] = {}
     for run in runs:
         if run in waiting or _group(run) in pulled:
-            streams.setdefault(tuple(getattr(settings_of(run), name) for name in STREAM), []).append(run)
+            agreed = (run.seen.limits, *(getattr(settings_of(run), name) for name in STREAM))
+            streams.setdefault(agreed, []).append(run)
     if len(runs) > 1:
         done = len(runs) - len(waiting)
         progress.note(f"{len(runs)} dictionaries, {done} finished before, {len(streams)} passes for the others")
