@@ -1,6 +1,6 @@
 """What massive rows do to training and to its figures, on stores that were harvested before.
 
-    python bench/massive.py CACHE [KEY ...] [--rules none,auto,3] [--d-sae 1152] [--k 32] [--steps 128] [--lr 1e-3]
+    python bench/massive.py CACHE [KEY ...] [--rules none,auto,3] [--lr 1e-3] [--steps 128] [--usual 5]
 
 A line a training store (by the beginnings of keys; all of them without any) and rule of `train.outliers`: the rows that
 lie far out, with the positions, the share of variance and the likeness that decide; FVU over all held-out rows and over
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--usual", type=float, default=MEDIANS, help="medians of norm up to which a row is usual")
     args = parser.parse_args()
     print("| store | rows far out | positions | share | alike | left out | rule | FVU, all | FVU, usual | median row |")
     print("|---|---|---|---|---|---|---|---|---|---|")
@@ -73,7 +74,7 @@ def figures(store: ActivationStore, rule: str, args: argparse.Namespace) -> list
         run = open_run(config, dataset, Path(folder), "one", resume=False)
         train([run], dataset, Silent(), device="cpu")
         sae = trained.load_run(run)
-    by_norm = dataset.kept_up_to(dataset.limits_by(MEDIANS))
+    by_norm = dataset.kept_up_to(dataset.limits_by(args.usual))
     found = judge(Subject(sae), by_norm, by_norm.held_out(), EvalConfig(dead_rows=0), Silent())
     assert found.kept is not None
     shown = [found.figures["fvu"], found.kept.figures["fvu"], found.kept.figures["row_error"]]
