@@ -60,14 +60,18 @@ def read(run: Run) -> Found:
     """Read everything that the report shows."""
     sae = Described.of(run)
     density, fired = _densities(run, sae.d_sae)
-    features = None
-    if (run.path / FEATURES).exists():
-        try:
-            features = Features.model_validate(run.read_json(FEATURES))
-        except ValidationError as error:
-            raise DamagedStore(f"{run.path / FEATURES}: is not what was written; find the features again") from error
-    toy = drawn_toy(run)
+    features, toy = found_features(run), drawn_toy(run)
     return Found(run.name, run.config, run.seen, sae, run.metrics(), run.evaluation(), density, fired, features, toy)
+
+
+def found_features(run: Run) -> Features | None:
+    """Read what `report` found of latents; None where it has not looked."""
+    if not (run.path / FEATURES).exists():
+        return None
+    try:
+        return Features.model_validate(run.read_json(FEATURES))
+    except ValidationError as error:
+        raise DamagedStore(f"{run.path / FEATURES}: is not what was written; find the features again") from error
 
 
 def _densities(run: Run, d_sae: int) -> tuple[np.ndarray | None, np.ndarray | None]:

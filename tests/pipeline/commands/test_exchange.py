@@ -183,6 +183,35 @@ def test_bad_input(world: Path, command: str, says: str) -> None:
     assert not list(world.glob("one-*")) and not (world / "runs" / "x").exists()
 
 
+def test_pages_of_latents_for_neuronpedia(copy: Path) -> None:
+    assert (
+        "no latent has been looked up yet; run `sae report one` first" in sae("export one --to neuronpedia").complaint
+    )
+    done("report one")
+    features = json.loads(Path("runs/one/eval/features.json").read_text())
+    said = done("export one --to neuronpedia --out pages --model-name gpt2-small --json").json
+    assert said["files"] == ["batch-0.json"] and said["format"] == "neuronpedia"
+    batch = json.loads(Path("pages/batch-0.json").read_text())
+    assert {key: batch[key] for key in ("model_id", "layer", "sae_set", "sae_id_suffix")} == {
+        "model_id": "gpt2-small", "layer": 1, "sae_set": "mlp_out-one", "sae_id_suffix": None,
+    }  # fmt: skip
+    shown = {one["latent"]: one for one in features["features"]}
+    assert [one["feature_index"] for one in batch["features"]] == sorted(shown)
+    W_dec = formats.read("runs/one").dictionary.W_dec
+    for page in batch["features"]:
+        latent = page["feature_index"]
+        assert page["frac_nonzero"] == shown[latent]["density"]
+        torch.testing.assert_close(torch.tensor(page["vector"]), W_dec[latent], rtol=1e-4, atol=1e-5)
+        first, best = page["activations"][0], shown[latent]["top"][0]
+        assert first["values"][first["qualifying_token_index"]] == best["value"]
+        assert len(first["tokens"]) == len(first["values"]) == len(best["tokens"])
+        words = b"".join(features["vocabulary"][str(token)].encode("latin-1") for token in best["tokens"])
+        assert "".join(first["tokens"]) == words.decode()
+        assert sum(page["freq_hist_data_bar_heights"]) == shown[latent]["fired"]
+    assert "pages: is there already" in sae("export one --to neuronpedia --out pages").complaint
+    assert "takes the pages of one run" in sae("export one across --to neuronpedia").complaint
+
+
 def test_another_tools_folder_is_converted_without_a_run(copy: Path) -> None:
     folder = dictionary_learning()["AutoEncoderTopK"].put(copy)
     done("export --to sparsify --out theirs", folder)
