@@ -28,7 +28,8 @@ lint: $(VENV)/tested
 
 # Other tools' own code against ours: an environment for each, since none of them can be installed beside the others.
 INTEROP := .interop
-THEIRS  := sae-lens==6.54.12 dictionary-learning==0.1.0 eai-sparsify==1.3.3
+THEIRS  := sae-lens==6.54.12 dictionary-learning==0.1.0 eai-sparsify==1.3.3 circuit-tracer==0.5.0 \
+	llamascopium==2.0.0b34
 
 interop: $(VENV)/tested $(foreach tool,$(THEIRS),$(INTEROP)/$(firstword $(subst ==, ,$(tool)))/installed)
 	SAE_INTEROP=$(INTEROP) SAE_INTEROP_TABLE=$(INTEROP)/table.txt $(BIN)/python -m pytest -m slow \

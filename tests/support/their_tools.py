@@ -112,10 +112,56 @@ def sparsify_make(kind: str, folder: str, d_in: int, d_sae: int, d_out: int, k: 
     coder.save_to_disk(folder)
 
 
+# circuit-tracer, which makes none itself
+
+
+def circuit_tracer_open(folder: str, x: torch.Tensor) -> Result:
+    import yaml
+    from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder_set
+
+    said = yaml.safe_load(Path(folder, "config.yaml").read_text())
+    layers = len(list(Path(folder).glob("layer_*.safetensors")))
+    (transcoder,) = load_transcoder_set(
+        {layer: f"{folder}/layer_{layer}.safetensors" for layer in range(layers)}, said["scan"],
+        said["feature_input_hook"], said["feature_output_hook"], device=torch.device("cpu"), dtype=torch.float32,
+        lazy_encoder=False, lazy_decoder=False, **{name: said[name] for name in ("activation", "k") if name in said},
+    )  # fmt: skip
+    return transcoder.encode(x), transcoder(x)
+
+
+# OpenMOSS
+
+
+def openmoss_open(folder: str, x: torch.Tensor) -> Result:
+    import llamascopium.models  # noqa: F401 - which makes its kinds known
+    from llamascopium.models.sparse_dictionary import SparseDictionary
+
+    sae = SparseDictionary.from_pretrained(folder)
+    latents = sae.encode(x)
+    return latents, sae.decode(latents)
+
+
+def openmoss_make(kind: str, folder: str, d_in: int, d_sae: int, d_out: int, k: int) -> None:
+    from llamascopium.models.sae import SAEConfig, SparseAutoEncoder
+
+    act_fn, _, by_norm = kind.partition(" ")
+    config = SAEConfig(
+        d_model=d_in, expansion_factor=d_sae / d_in, act_fn=act_fn, top_k=k, norm_activation="inference",
+        sparsity_include_decoder_norm=bool(by_norm), hook_point_in="blocks.0.hook_mlp_in",
+        hook_point_out="blocks.0.hook_mlp_out",
+    )  # fmt: skip
+    sae = SparseAutoEncoder(config)
+    randomise(sae)
+    sae.save_pretrained(folder)
+    config.save_hyperparameters(folder)
+
+
 TOOLS: dict[str, tuple[Any, Any]] = {
     "saelens": (saelens_open, saelens_make),
     "dictionary_learning": (dictionary_learning_open, dictionary_learning_make),
     "sparsify": (sparsify_open, sparsify_make),
+    "circuit-tracer": (circuit_tracer_open, None),
+    "openmoss": (openmoss_open, openmoss_make),
 }
 
 

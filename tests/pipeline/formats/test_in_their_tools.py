@@ -30,6 +30,7 @@ single = pytest.fixture(autouse=True, scope="module")(one_thread)
 SCRIPT = Path(__file__).parents[2] / "support" / "their_tools.py"
 ENVIRONMENTS = {
     "saelens": "sae-lens", "dictionary_learning": "dictionary-learning", "sparsify": "eai-sparsify",
+    "circuit-tracer": "circuit-tracer", "openmoss": "llamascopium",
 }  # fmt: skip
 THEIRS = {
     "saelens": ["standard", "topk", "jumprelu", "gated", "batchtopk", "matryoshka_batchtopk", "transcoder",
@@ -37,6 +38,8 @@ THEIRS = {
     "dictionary_learning": ["AutoEncoder", "AutoEncoderNew", "AutoEncoderTopK", "BatchTopKSAE",
                             "MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder", "GatedAutoEncoder"],
     "sparsify": ["topk", "topk skip", "transcoder", "skip transcoder"],
+    "circuit-tracer": [],
+    "openmoss": ["relu", "topk", "jumprelu", "relu by norm", "jumprelu by norm"],
 }  # fmt: skip
 MOST = 1e-5
 
@@ -117,6 +120,8 @@ def test_what_is_written_is_what_the_tool_computes(tool: str, python: Path, tmp_
 
 
 def test_what_the_tool_wrote_is_read_as_it_computes(tool: str, python: Path, tmp_path: Path, table: Table) -> None:
+    if not THEIRS[tool]:
+        pytest.skip(f"{tool} writes none")
     jobs = [
         {"do": "make", "kind": kind, "folder": str(tmp_path / f"made-{number}"), "d_in": D, "d_sae": M, "d_out": D_OUT,
          "k": K}
