@@ -49,6 +49,7 @@ OWN_TESTS = ("--devices",)  # several processes: tests/pipeline/parallel/test_pa
 SMALL = {
     "demo": "tokenize.tokens=60000 tokenize.validation_tokens=4096 harvest.tokens=10000 harvest.validation_tokens=4096 "
     "train.sae.d_sae=256 eval.tokens=2048 eval.dead_rows=0",
+    "synthesize toy": "synthesize.steps=5 synthesize.rows=4096 synthesize.validation_rows=4096",
     "study": "train.batch=256 train.sae.d_sae=128 train.initial_rows=512 eval.tokens=512 eval.dead_rows=0",
 }
 
@@ -123,7 +124,8 @@ def run(arguments: list[str], folder: Path) -> None:
     if set(arguments) & set(OWN_TESTS):
         return
     words = [word.replace("/models/", f"{folder}/models/") for word in arguments]
-    answer = sae(shlex.join(words), *(f"--set={small}" for small in SMALL.get(words[0], "").split()))
+    cut = SMALL.get(" ".join(words[:2]), SMALL.get(words[0], ""))
+    answer = sae(shlex.join(words), *(f"--set={small}" for small in cut.split()))
     assert answer.code == 0, f"{shlex.join(arguments)}\n{answer.err}"
     assert "Traceback" not in answer.err
     if "--json" in words:
