@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
@@ -22,8 +22,9 @@ from sae.cache import catalogue
 from sae.cache.activations import ActivationStore
 from sae.cache.disk.identity import Recipe, canonical
 from sae.cache.errors import DamagedStore, SaeError
+from sae.cache.store.codecs import codec
 from sae.cache.store.head import RECIPE
-from sae.configs.base import Amount
+from sae.configs.base import REAL, Amount
 from sae.pipeline.runtime.origins import Origins
 from sae.pipeline.runtime.progress import Progress, Silent
 from sae.pipeline.worlds.draws import normal, seeded, uniform
@@ -97,12 +98,23 @@ class ToyConfig(SourceConfig):
             )
         if self.correlation and rest < 2:
             raise ValueError(f"correlation {self.correlation:g}: {rest} features are in no pair; leave it out")
-        p = self._table("probability", self.last_probability, 0)
-        if not ((p > 0) & (p <= 1)).all():
-            raise ValueError("probability: is above 0 and at most 1")
-        if not (self._table("importance", self.last_importance, 1) >= 0).all():
-            raise ValueError("importance: is no negative number")
+        self._table("probability", self.last_probability, 0)
+        self._table("importance", self.last_importance, 1)
         return self
+
+    @field_validator("probability")
+    @classmethod
+    def _is_one(cls, value: Table) -> Table:
+        if wrong := [p for p in _numbers(value) if not 0 < p <= 1]:
+            raise ValueError(f"{wrong[0]:g} is not a probability; give numbers above 0 and up to 1")
+        return value
+
+    @field_validator("importance")
+    @classmethod
+    def _is_no_less_than_nothing(cls, value: Table) -> Table:
+        if wrong := [weight for weight in _numbers(value) if not 0 <= weight <= REAL]:
+            raise ValueError(f"{wrong[0]:g} is not a weight; give numbers from 0 on")
+        return value
 
     @property
     def presence(self) -> Presence:
@@ -140,7 +152,9 @@ class ToyConfig(SourceConfig):
             if not isinstance(said, float):
                 raise ValueError(f"last_{name} = {last:g}: {name} has a number for each already; give one of the two")
             power = np.linspace(0, 1, shape[axis])
-            along = said * (last / said) ** power if said > 0 else np.full(shape[axis], np.nan)
+            if not said:
+                raise ValueError(f"last_{name} = {last:g}: from 0 there are no powers to it; give another {name}")
+            along = said * (last / said) ** power
             return np.broadcast_to(along[:, None] if axis == 0 else along, shape)
         try:
             return np.broadcast_to(np.array(said, np.float64), shape)
@@ -175,6 +189,7 @@ class ToySource(RowSource):
 
     @classmethod
     def of_settings(cls, config: ToyConfig, origins: Origins, progress: Progress) -> "ToySource":
+        codec(config.codec)  # before the toy is trained
         if config.clipped:
             progress.note("probability: two of an anti-correlated pair exceed 1 together; they are scaled to it")
         toys = _in_cache(config, origins)
@@ -274,6 +289,11 @@ class ToySource(RowSource):
 
     def _stream(self, instance: int) -> str:
         return f"instance-{instance}" if self.several else "toy"
+
+
+def _numbers(value: Table) -> list[float]:
+    """Every number of a table."""
+    return [value] if isinstance(value, float) else [one for part in value for one in _numbers(part)]
 
 
 def _trained(config: ToyConfig, progress: Progress) -> list[Toy]:

@@ -186,22 +186,26 @@ def test_tables() -> None:
         ("correlated_pairs=3", "synthesize: 3 pairs are of 6 features, and there are 5; take fewer"),
         ("correlation=-0.5", "synthesize: correlation -0.5: 5 features cannot all be so opposed; the least is -0.25"),
         ("correlation=1", "synthesize.correlation = 1: input should be less than 1"),
-        ("probability=0", "synthesize: probability: is above 0 and at most 1"),
+        ("probability=0", "synthesize.probability = 0: 0 is not a probability; give numbers above 0"),
         (
             "probability=[0.1,0.2]",
             "synthesize: probability: fits no table of 1 instances and 5 features; give a number",
         ),
         ("probability=[0.1,[0.2]]", "synthesize.probability"),
-        ("importance=-1", "synthesize: importance: is no negative number"),
+        ("importance=-1", "synthesize.importance = -1: -1 is not a weight; give numbers from 0 on"),
         ("last_probability=2", "synthesize.last_probability = 2: input should be less than or equal to 1"),
+        ("probability=[0.1,0.1,1.5,0.1,0.1]", "1.5 is not a probability; give numbers above 0 and up to 1"),
+        ("{importance: 0, last_importance: 2}", "last_importance = 2: from 0 there are no powers to it"),
+        ("importance=[1,2,3,4,.inf]", "synthesize.importance"),
         ("schedule=half", "synthesize.schedule = 'half': input should be 'constant', 'linear' or 'cosine'"),
         ("hidden=0", "synthesize.hidden = 0: input should be greater than or equal to 1"),
         ("d=3", "synthesize.d: unknown key; there are"),
     ],
 )
 def test_mistakes(override: str, message: str) -> None:
+    given = {"importance": 0.0, "last_importance": 2.0} if override.startswith("{") else None
     with pytest.raises(SaeError, match=re.escape(message)) as caught:
-        resolve("synthesize", ToyConfig, overrides=[f"synthesize.{override}"])
+        resolve("synthesize", ToyConfig, overrides=[] if given else [f"synthesize.{override}"], given=given)
     assert "\n" not in str(caught.value)
 
 
@@ -212,6 +216,8 @@ def test_worlds_are_not_mixed_up(home: Path) -> None:
         "synthesize --rows 5 toy": "got unexpected extra argument",
         "synthesize toy --preset synthetic": "preset synthetic: synthesize.d: unknown key",
         "synthesize toy --rows all": "--rows all: synthetic rows have no end; say how many, as 1M",
+        "synthesize toy --probability 1.5": "--probability 1.5: 1.5 is not a probability; give numbers above 0",
+        "synthesize toy --codec int4": "--codec int4: no such codec",
         "synthesize toy --features 0": "--features 0: input should be greater than or equal to 1",
         "synthesize rows": "missing argument 'FILE'",
         "synthesize rows none.npy": "--table none.npy: no such file",
