@@ -31,6 +31,12 @@ CONFIG, WEIGHTS = "config.json", "ae.pt"
 SUBMODULES = {"resid_post": "resid_post", "mlp_out": "mlp_out", "attn_out": "attention_out"}
 """Its name of a site, as in `mlp_out_layer_5`."""
 
+TRAINERS = {
+    "AutoEncoder": "StandardTrainer", "AutoEncoderNew": "StandardTrainerAprilUpdate", "AutoEncoderTopK": "TopKTrainer",
+    "JumpReluAutoEncoder": "JumpReluTrainer", "GatedAutoEncoder": "GatedSAETrainer",
+}  # fmt: skip
+"""What trains each of its classes, which tools that are built on it ask for."""
+
 MOST_LAYERS = 9999
 Left = dict[str, Tensor]
 
@@ -58,8 +64,9 @@ class DictionaryLearning(Format):
         kind, tensors, more = _written(formula)
         layer, submodule = _layer(metadata.hook)
         trainer = {
-            "dict_class": kind, "trainer_class": "none", "activation_dim": formula.d_in, "dict_size": formula.d_sae,
-            "lr": None, "layer": layer, "lm_name": metadata.model, "submodule_name": submodule, **more,
+            "dict_class": kind, "trainer_class": TRAINERS[kind], "activation_dim": formula.d_in,
+            "dict_size": formula.d_sae, "lr": None, "layer": layer, "lm_name": metadata.model,
+            "submodule_name": submodule, **more,
         }  # fmt: skip
         said = {"trainer": trainer, "buffer": {"ctx_len": metadata.context_length, "d_submodule": formula.d_in}}
         write_in(folder, CONFIG, json.dumps(said, indent=2, allow_nan=False).encode())

@@ -73,6 +73,8 @@ def test_what_is_exported_and_imported_is_judged_alike(copy: Path, format: str) 
     answer = done(f"export one --to {format} --out theirs --json")
     assert answer.json == {"path": str(copy / "theirs"), "format": format, "runs": ["one"]}
     assert "model is what a folder is called; --model-name says what others call it" in answer.err
+    where = json.loads((copy / "runs/one/cfg.json").read_text())["metadata"]
+    assert where["seqpos_slice"] == [1, None] and where["exclude_special_tokens"] == [4095]  # which became no row
     said = done("import theirs --name back --json").json
     assert said["format"] == format and said["arch"] == "threshold" and said["d_sae"] == 24
     assert said["activations"].startswith("model-1.mlp_out")
