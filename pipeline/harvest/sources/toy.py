@@ -298,11 +298,14 @@ def _numbers(value: Table) -> list[float]:
 
 def _trained(config: ToyConfig, progress: Progress) -> list[Toy]:
     """Every instance, a toy of one each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # products so small lose by being shared, and a toy is the same on any number of cores
     progress.start("train the toy", config.steps, "steps")
     try:
         found = trained(config.presence, config.training, config.seeds, progress.advance)
     finally:
         progress.finish()
+        torch.set_num_threads(threads)
     if not all(values.isfinite().all() for values in found):
         raise SaeError(f"synthesize.lr = {config.lr:g}: the toy diverged; lower it")
     return [Toy(found.weight[i : i + 1], found.bias[i : i + 1]) for i in range(config.instances)]

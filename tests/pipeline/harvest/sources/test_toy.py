@@ -91,6 +91,16 @@ def test_growing_takes_the_toy_that_is_there(
     assert [files(store.path) for store in stores] == whole
 
 
+def test_a_toy_is_the_same_on_any_number_of_threads(tmp_path: Path) -> None:
+    alone = ToySource.of_settings(SMALL, Origins(tmp_path), Silent()).digests
+    torch.set_num_threads(3)
+    try:
+        assert ToySource.of_settings(SMALL, Origins(tmp_path), Silent()).digests == alone
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_every_damaged_file_is_made_again(tmp_path: Path) -> None:
     """The weights, too: by the same training."""
     store = made(TWO, tmp_path, 2 * CHUNK)["train"][1]
