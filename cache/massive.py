@@ -7,7 +7,8 @@ above MEDIANS times the usual norm are massive where they are FEW at most, hold 
 ALIKE. Heavy tails of anything else point everywhere, and are kept.
 
 Norms and positions are those the store has of every row. Variance and directions are those of the rows as they are
-read: of all rows of a store of up to SAMPLE, else of the chunks of its first ones and of those with its first far ones.
+read: of all rows of a store of up to SAMPLE, else of the chunks of its first ones and of those with its first far ones,
+whose squares are then taken as large as the norms of all far ones say.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ MEDIANS = OUTLIER_NORM  # beyond which codecs, too, do not count on a row
 FEW = 0.1  # of all rows
 SHARE = 0.05  # of the variance; below it, nothing changes without them
 ALIKE = 0.9  # length of the mean of their unit vectors: 0.99 in language models, below 0.8 in any heavy tail tried
-SAMPLE, FAR_SAMPLE = 65_536, 16  # rows that are looked at, where a store has more
+SAMPLE, FAR_SAMPLE = 16_384, 8  # rows that are looked at, where a store has more
 TINY = 1e-300
 MOST_SHOWN, MOST_TOLD = 4, 32  # positions in a line, in JSON
 
@@ -115,7 +116,7 @@ def far_rows(store: ActivationStore, largest: float, rows: int) -> FarRows | Non
     if not norms:
         return None
     every = np.concatenate(norms)
-    share, alike = _share_and_likeness(store, largest, rows, len(every))
+    share, alike = _share_and_likeness(store, largest, rows, every)
     in_order = dict(sorted(positions.items(), key=lambda pair: (-pair[1], pair[0])))
     return FarRows(len(every), rows, largest, float(np.median(every)), usual_norm(store), share, alike, in_order)
 
@@ -124,20 +125,26 @@ def _chunks(store: ActivationStore, rows: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + store.chunk_rows, rows)) for start in range(0, rows, store.chunk_rows))
 
 
-def _share_and_likeness(store: ActivationStore, largest: float, rows: int, how_many: int) -> tuple[float, float]:
-    """Of the first rows those above a norm, which are so many: their share of the variance, and how alike they are."""
-    far, others = _Sums(store.d), _Sums(store.d)
+def _share_and_likeness(store: ActivationStore, largest: float, rows: int, norms: np.ndarray) -> tuple[float, float]:
+    """Of the first rows those above a norm, with these norms: their share of the variance, and how alike they are."""
+    far, others, squares = _Sums(store.d), _Sums(store.d), 0.0
     for start, stop in _chunks(store, rows):
-        among = store.norms(start, stop) > largest
         if start >= SAMPLE and far.rows >= FAR_SAMPLE:
             break
+        among = (here := store.norms(start, stop)) > largest
         if start < SAMPLE or among.any():
             values = store.rows(start, stop) - store.columns.mean  # which is near that of the usual rows
             far.add(values[among])
             others.add(values[~among])
-    mean = (how_many * far.mean + (rows - how_many) * others.mean) / rows
-    held, rest = how_many * far.variance(mean), (rows - how_many) * others.variance(mean)
+            squares += _squared(here[among])
+    usual = rows - len(norms)
+    mean = (len(norms) * far.mean + usual * others.mean) / rows
+    held, rest = far.rows * far.variance(mean) * (_squared(norms) / squares), usual * others.variance(mean)
     return (held / (held + rest) if held else 0.0), far.likeness
+
+
+def _squared(norms: np.ndarray) -> float:
+    return float(np.square(norms, dtype=np.float64).sum())
 
 
 class _Sums:
