@@ -2,7 +2,7 @@
 by which training leaves out massive ones.
 
 In a language model a few rows, those of the tokens that attention rests on, are up to a hundred times as long as the
-others, and all point the same way. There is nothing to learn of these, and sums over rows are sums over them. So rows
+others, and all point the same way. There is little to learn of these, and sums over rows are sums over them. So rows
 above MEDIANS times the usual norm are massive where they are FEW at most, hold SHARE of the variance or more, and are
 ALIKE. Heavy tails of anything else point everywhere, and are kept.
 
@@ -175,7 +175,9 @@ class _Sums:
 
     def variance(self, mean: Tensor) -> float:
         """Mean squared distance from a point; 0 of no rows."""
-        return self._squares / max(1, self.rows) + float(((mean - 2 * self.mean) * mean).sum()) if self.rows else 0.0
+        if not self.rows:
+            return 0.0
+        return max(0.0, self._squares / self.rows + float(((mean - 2 * self.mean) * mean).sum()))
 
 
 def _short(norm: float) -> str:

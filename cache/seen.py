@@ -47,7 +47,7 @@ class Seen(NamedTuple):
 
     @property
     def limits(self) -> Limits | None:
-        """The norm above which rows of each store were left out; None where all were trained on.
+        """The norm above which rows of each store were left out (None: of any norm); None where all were trained on.
 
         Also None for a run with `train.outliers` of before these were recorded: it left rows out of its batches alone.
         """

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from sae.cache import catalogue
-from sae.cache.disk.parsing import inner, text, whole
+from sae.cache.disk.parsing import figure, inner, text, whole
 from sae.cache.errors import DamagedStore, SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import common_rows
@@ -118,7 +118,10 @@ def expect_fits(dataset: Dataset, sae: Predictor, run: Run) -> None:
 
 def limits(run: Run, dataset: Dataset) -> Limits | None:
     """The norms above which a run left out rows of its dataset; None where all were trained on."""
-    rule = run.settings.get("outliers")
-    if run.seen.limits is not None or rule == "auto":
+    if run.seen.limits is not None or run.settings.get("outliers") == "auto":
         return run.seen.limits
-    return dataset.limits_by(rule)  # None, or a multiple of before the norms were recorded
+    try:
+        multiple = figure(run.settings, "outliers")
+    except ValueError as error:
+        raise DamagedStore(f"{run.path / CONFIG}: train.{error}; train again under another `name`") from error
+    return dataset.limits_by(multiple)  # of a run of before the norms were recorded

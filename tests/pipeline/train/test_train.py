@@ -1000,6 +1000,12 @@ def test_a_run_that_says_nothing_of_outliers_keeps_all(tmp_path: Path, sinks: Ac
     run.write_json("config.json", described)
     assert settings_of(Run(run.path)).outliers is None and trained.limits(Run(run.path), Dataset.of(sinks)) is None
     assert open_run(config, Dataset.of(sinks), tmp_path, "older", resume=True).path == run.path
+    described["train"]["outliers"] = "often"
+    run.write_json("config.json", described)
+    with pytest.raises(DamagedStore, match='config.json: train.outliers is "often", not a number'):
+        trained.limits(Run(run.path), Dataset.of(sinks))
+    described["train"]["outliers"] = None
+    run.write_json("config.json", described)
     with pytest.raises(SaeError, match=r"was started with other settings \(outliers\)"):
         open_run(settings(), Dataset.of(sinks), tmp_path, "older", resume=True)
 
