@@ -1002,7 +1002,7 @@ def test_a_run_that_says_nothing_of_outliers_keeps_all(tmp_path: Path, sinks: Ac
     assert open_run(config, Dataset.of(sinks), tmp_path, "older", resume=True).path == run.path
     described["train"]["outliers"] = "often"
     run.write_json("config.json", described)
-    with pytest.raises(DamagedStore, match='config.json: train.outliers is "often", not a number'):
+    with pytest.raises(DamagedStore, match=r'config\.json: train\.outliers is "often", not a number'):
         trained.limits(Run(run.path), Dataset.of(sinks))
     described["train"]["outliers"] = None
     run.write_json("config.json", described)
