@@ -213,7 +213,7 @@ def test_without_weight_each_is_as_by_itself(tmp_path: Path, store: ActivationSt
 @pytest.mark.parametrize("by", BY)
 @pytest.mark.parametrize("matching", MATCHINGS)
 def test_what_is_pulled_together_agrees_more(tmp_path: Path, store: ActivationStore, by: str, matching: str) -> None:
-    lengths = {"steps": 150, "log_every": 150, "lr": 1e-2}
+    lengths = {"steps": 80, "log_every": 80, "lr": 1e-2}
     free = go(aligned(2, by, matching=matching, weight=0, **lengths), store, tmp_path / "free")
     pulled = go(aligned(2, by, matching=matching, weight=1.0, **lengths), store, tmp_path / "pulled")
     before, after = (runs[0].metrics()[-1] for runs in (free, pulled))
