@@ -30,6 +30,7 @@ lint: $(VENV)/tested
 INTEROP := .interop
 THEIRS  := sae-lens==6.54.12 dictionary-learning==0.1.0 eai-sparsify==1.3.3 circuit-tracer==0.5.0 \
 	llamascopium==2.0.0b34
+WITH_llamascopium := "transformer-lens<4"
 
 interop: $(VENV)/tested $(foreach tool,$(THEIRS),$(INTEROP)/$(firstword $(subst ==, ,$(tool)))/installed)
 	SAE_INTEROP=$(INTEROP) SAE_INTEROP_TABLE=$(INTEROP)/table.txt $(BIN)/python -m pytest -m slow \
@@ -39,7 +40,7 @@ interop: $(VENV)/tested $(foreach tool,$(THEIRS),$(INTEROP)/$(firstword $(subst 
 $(INTEROP)/%/installed:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH_INDEX) torch
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(filter $*==%,$(THEIRS))
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(filter $*==%,$(THEIRS)) $(WITH_$*)
 	touch $@
 
 $(VENV)/torch:

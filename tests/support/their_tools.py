@@ -124,7 +124,7 @@ def circuit_tracer_open(folder: str, x: torch.Tensor) -> Result:
     (transcoder,) = load_transcoder_set(
         {layer: f"{folder}/layer_{layer}.safetensors" for layer in range(layers)}, said["scan"],
         said["feature_input_hook"], said["feature_output_hook"], device=torch.device("cpu"), dtype=torch.float32,
-        lazy_encoder=False, lazy_decoder=False, **{name: said[name] for name in ("activation", "k") if name in said},
+        lazy_encoder=False, lazy_decoder=False,
     )  # fmt: skip
     return transcoder.encode(x), transcoder(x)
 

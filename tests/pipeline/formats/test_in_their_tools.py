@@ -104,8 +104,10 @@ def test_what_is_written_is_what_the_tool_computes(tool: str, python: Path, tmp_
         sae = made(settings(case), d_out)
         train(sae, batches(d_out, 3), lr=1e-2)
         sae = sae.fold().eval()  # latents of the data's units, as they are written
-        hooks = ("blocks.0.hook_mlp_in", "blocks.0.hook_mlp_out") if d_out else ("blocks.0.hook_resid_post", None)
+        hooks = ("blocks.0.mlp.hook_in", "blocks.0.hook_mlp_out") if d_out else ("blocks.0.hook_resid_post", None)
         folder = tmp_path / str(number)
+        if tool == "circuit-tracer" and sae.rule.name == "topk":
+            continue  # which its repository has, and release 0.5.0 has not
         try:
             formats.write(sae, Metadata("gpt2", *hooks, 8, False, None, (1, None), (0,)), folder, tool)
         except SaeError:
