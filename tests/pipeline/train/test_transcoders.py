@@ -228,6 +228,26 @@ def test_rows_that_lie_far_out_on_either_side_are_left_out(tmp_path: Path) -> No
     assert Run(run.path).seen == run.seen
 
 
+@pytest.mark.parametrize("side", [0, 1])
+def test_massive_rows_of_one_side_are_left_out_of_both(tmp_path: Path, side: int) -> None:
+    """The other side has no limit; a resumed training is the uninterrupted one."""
+    rows = read_and_written()
+    rows[side][5::100, 1] += 50 * rows[side].norm(dim=1).median()
+    far = Dataset.of(written(tmp_path, rows[0], "mlp_in"), written(tmp_path, rows[1], "mlp_out"))
+    straight = go(settings(), far, tmp_path / "straight")
+    limits = straight.seen.limits
+    assert limits is not None and limits[side] is not None and limits[1 - side] is None
+    assert Run(straight.path).seen == straight.seen and trained.dataset_of(straight, tmp_path).limits == limits
+    gone = sum(len(one.x) for one in far.kept_up_to(limits).left_out(ROWS, 50))
+    assert gone == len(range(5, ROWS, 100))
+    with pytest.raises(KeyboardInterrupt):
+        go(settings(), far, tmp_path / "stopped", progress=stop_at(5))
+    again = go(settings(), far, tmp_path / "stopped", resume=True)
+    for one, other in zip(outcome(again)[0].values(), outcome(straight)[0].values(), strict=True):
+        assert torch.equal(one, other)
+    assert outcome(again)[1] == outcome(straight)[1]
+
+
 def test_stores_that_do_not_align_are_one_line(tmp_path: Path, pair: tuple[ActivationStore, ActivationStore]) -> None:
     _, y = read_and_written()
     tokens = activation_recipe(seed=1)["tokens"]
