@@ -56,7 +56,7 @@ def test_all_arrays_are_known() -> None:
 
 RECIPES: dict[str, dict[str, Any]] = {
     "tokens": {"context_length": 8, "tokenizer": {"n_vocab": 9}},
-    "activations": {"codec": {"name": "int8", "step": 0.1, "zstd": 1}, "d": 4, "truth": 3},
+    "activations": {"codec": {"name": "int8", "step": 0.1, "zstd": 1}, "d": 4, "truth": 3, "toy": {}},
 }
 
 
@@ -371,7 +371,9 @@ def test_processes_of_other_hosts_are_not_taken_for_dead(
 
 def test_what_killed_processes_left_beside_stores_is_found(root: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
-    run = Run.create(runs / "x", {})
+    (runs / "x").mkdir(parents=True, exist_ok=True)
+    (runs / "x" / CONFIG).write_text("{}")
+    run = Run(runs / "x")
     (run.path / "eval").mkdir()
     (runs / "begun").mkdir()
     (runs / "begun" / LOCK).write_bytes(b"")

@@ -810,7 +810,7 @@ def test_the_files_are_what_saelens_opens(tmp_path: Path, store: ActivationStore
         "reshape_activations": "none",
     }.items() <= cfg.items()  # fmt: skip
     assert {name: cfg.get(name) for name in ("k", "rescale_acts_by_decoder_norm")} == (
-        {"k": 4, "rescale_acts_by_decoder_norm": False}
+        {"k": 4, "rescale_acts_by_decoder_norm": True}  # by norms that are 1
         if name == "topk"
         else {"k": None, "rescale_acts_by_decoder_norm": None}
     )
