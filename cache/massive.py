@@ -148,7 +148,7 @@ def _squared(norms: np.ndarray) -> float:
 
 
 class _Sums:
-    """What is known of some rows: float64 sums of them, of their unit vectors and of their squared norms."""
+    """Sums over some rows, float64: of them, of their unit vectors and of their squared norms."""
 
     def __init__(self, d: int) -> None:
         import torch

@@ -31,7 +31,7 @@ _MODULES = {"": "resid_post", ".mlp": "mlp_out", ".attn": "attn_out", ".self_att
 
 
 def hook_name(layer: int, site: str) -> str:
-    """What transformer_lens calls a site of a layer."""
+    """Return transformer_lens' name of a site of a layer."""
     return f"blocks.{layer}.{HOOKS[site]}"
 
 

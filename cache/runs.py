@@ -78,7 +78,7 @@ class Run:
 
     @cached_property
     def imported(self) -> dict[str, Any] | None:
-        """What is known of another tool's dictionary that this is the run of; None for one that is trained here."""
+        """The facts about another tool's dictionary that this is the run of; None for one that is trained here."""
         with as_written(self.path / CONFIG):
             return inner(self.config, "imported") if "imported" in self.config else None
 
@@ -300,7 +300,7 @@ class Run:
 
 
 def _config(data: bytes) -> tuple[dict[str, Any], bool]:
-    """What a config.json says, and whether it has a checksum. Raises ValueError where it is not what we wrote.
+    """Return the content of a config.json, and whether it has a checksum. Raises ValueError where it is not ours.
 
     That of another tool may be JSON as Python writes it, with NaN and infinity.
     """

@@ -131,7 +131,7 @@ def judge(
 
 
 def needs_of(dataset: Dataset, making: Making | None, *, model: bool, truth: bool) -> frozenset[Need]:
-    """What there is to judge a dictionary of a dataset by.
+    """Return what there is to judge a dictionary of a dataset by.
 
     Pairs are tried on rows of one feature alone, which a transcoder does not read.
     """

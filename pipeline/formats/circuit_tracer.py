@@ -67,7 +67,7 @@ def _by_layer(parts: Sequence[Part]) -> list[Part]:
 
 
 def _config(layers: Sequence[Part], name: str) -> dict[str, Any]:
-    """What is said once of all layers. ValueError where they differ in it."""
+    """Return the settings that all layers share. ValueError where they differ in them."""
     formulas, said = zip(*layers, strict=True)
     alike: dict[str, set[Any]] = {
         "numbers of latents": {formula.d_sae for formula in formulas},

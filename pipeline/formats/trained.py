@@ -30,7 +30,7 @@ def dictionary_of(run: Run) -> Config:
 
 
 class Described(NamedTuple):
-    """What a page says of a dictionary: its architecture (if it is imported, its rule), its latents, and k if any."""
+    """A dictionary as a page shows it: its architecture (if it is imported, its rule), its latents, and k if any."""
 
     arch: str
     d_sae: int
@@ -38,7 +38,7 @@ class Described(NamedTuple):
 
     @classmethod
     def of(cls, run: Run) -> Self:
-        """What the dictionary of a run is. Raises DamagedStore where its config.json does not say."""
+        """Describe the dictionary of a run. Raises DamagedStore where its config.json does not say."""
         if run.imported is None:
             config = dictionary_of(run)
             return cls(config.arch, config.d_sae, getattr(config, "k", None))

@@ -46,7 +46,7 @@ class HarvestResult:
     far: dict[str, FarRows] = field(default_factory=dict)
 
     def about(self) -> dict[str, Any]:
-        """What there is to say of the stores, for `--json`."""
+        """Return what there is to say of the stores, for `--json`."""
         return {"far_rows": {key: rows.as_json() for key, rows in self.far.items()}}
 
 

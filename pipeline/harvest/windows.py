@@ -77,7 +77,7 @@ def compute(
 
 
 def _constants(stream: Stream) -> Arrays:
-    """What is known of how the rows were made, which window 0 has."""
+    """Return what is known of how the rows were made, which window 0 has."""
     truth = {} if stream.truth is None else {"truth": stream.truth.numpy()}
     return truth if stream.toy is None else {**truth, "weight": stream.toy[0].numpy(), "bias": stream.toy[1].numpy()}
 

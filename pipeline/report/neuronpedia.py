@@ -71,7 +71,7 @@ def write(run: Run, folder: Path, model: str | None = None) -> list[Path]:
 
 
 def _page(feature: Feature, features: Features, direction: Tensor) -> dict[str, Any]:
-    """What there is to show of a latent that writes a direction [d_out]."""
+    """Return the page of a latent that writes a direction [d_out]."""
     size = direction.abs()
     most = size.topk(min(NEURONS, len(size))).indices
     bins = [bin for bin in feature.histogram if bin.count]

@@ -68,7 +68,7 @@ def _dataset(
     dictionary: Dictionary, metadata: Metadata, source: str, root: Path, progress: Progress, given: str | None,
     target: str | None,
 ) -> Dataset:  # fmt: skip
-    """What the dictionary is judged on: its inputs, and its targets where they are others."""
+    """Return the dataset that the dictionary is judged on: its inputs, and its targets where they are others."""
     if target is not None and not dictionary.is_transcoder:
         raise SaeError(f"target = {target}: {source} reconstructs what it reads; leave it out")
     wide = {"activations": dictionary.d_in, "target": dictionary.d_out}

@@ -308,7 +308,7 @@ def _begin(runs: Sequence[Run], dataset: Dataset, device: torch.device, progress
 
 
 def _far_rows(dataset: Dataset) -> Iterator[str]:
-    """What to say of the rows that are left out, and of those that hold much of the variance and are not."""
+    """Yield lines about the rows that are left out, and about those that hold much of the variance and are not."""
     for store, most in zip(dataset.stores, dataset.limits or (None,) * len(dataset.stores), strict=True):
         if most is not None and (found := far_rows(store, most, dataset.n_rows)) is not None:
             yield f"{store.key}: {found}; they are left out"

@@ -149,7 +149,7 @@ class RowSource(ABC):
         return {}
 
     def about(self) -> dict[str, Any]:
-        """What there is to know of the source that no row says, as JSON."""
+        """Return what there is to know of the source that no row says, as JSON."""
         return {}
 
     def ready(self, split: str, progress: Progress) -> AbstractContextManager[None]:
