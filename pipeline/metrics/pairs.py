@@ -33,6 +33,7 @@ class Pairs(Metric):
         Figure("cross_talk", "cross-talk", "share of what a pair's latents say of its one member alone that the other member's says", "low"),
         Figure("merged_pairs_chance", "merged by chance", "merged_pairs of random directions", None, "evaluation", share=True),
         Figure("cross_talk_chance", "cross-talk by chance", "cross_talk of random directions", None, "evaluation"),
+        Figure("alike_pairs", "pairs alike", "share of the pairs whose members have a cosine above 0.6 with each other: no dictionary could tell them apart", None, "evaluation", share=True),
     )  # fmt: skip
 
     def __init__(self, sae: Dictionary, effect: Tensor, pairs: tuple[tuple[int, int], ...]) -> None:
@@ -56,16 +57,21 @@ class Pairs(Metric):
             "merged_pairs": _share(self._merged), "cross_talk": _cross_talk(self._talk),
             "merged_pairs_chance": _share(self._both(by_chance)),
             "cross_talk_chance": _cross_talk(self._responses(by_chance, lambda x: (x @ by_chance.T).relu())),
+            "alike_pairs": _share(self._alike()),
         }  # fmt: skip
 
     def details(self) -> dict[str, Any]:
         """For each pair its members and their cosine, the largest cosine with both, and E[f_i | only j] as [i][j]."""
         found = []
-        for pair, both, talk in zip(self.pairs, self._merged, self._talk, strict=True) if self.pairs else ():
-            one, other = self.effect[list(pair)]
-            cosine = cosine_similarity(one, other, dim=0).item()
+        told = zip(self.pairs, self._alike(), self._merged, self._talk, strict=True) if self.pairs else ()
+        for pair, cosine, both, talk in told:
             found.append({"members": list(pair), "cosine": cosine, "both": both, "only": talk.tolist()})
         return {"pairs": found}
+
+    def _alike(self) -> list[float]:
+        """For each pair the cosine of its members."""
+        one, other = (self.effect[[pair[i] for pair in self.pairs]] for i in (0, 1))
+        return [float(cosine) for cosine in cosine_similarity(one, other).tolist()]
 
     def _both(self, learned: Tensor) -> list[float]:
         """For each pair the largest cosine that one of the directions [m, d] has with both members."""

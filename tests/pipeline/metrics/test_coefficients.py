@@ -145,6 +145,15 @@ def test_a_merged_pair() -> None:
     assert found["cross_talk"] == pytest.approx((0.5 + 0) / 2, abs=1e-6)
 
 
+def test_pairs_that_are_alike_are_told() -> None:
+    """A toy gives features that always come together one direction: then merging them is no fault of a dictionary."""
+    truth, _ = planted()
+    effect = truth.clone()
+    effect[1] = truth[0] + 0.1 * truth[5]
+    found = Pairs(dictionary(truth), effect, ((0, 1), (2, 3))).result()
+    assert found["alike_pairs"] == 0.5 == found["merged_pairs"]
+
+
 def test_a_pair_that_no_row_shows_is_left_out() -> None:
     truth, _ = planted()
     effect = truth.clone()

@@ -97,7 +97,7 @@ def test_an_evaluation_tells_of_coefficients_and_pairs(tmp_path: Path, monkeypat
     (store,) = harvest(source, tmp_path / "cache", Silent()).stores["train"]
     done(f"train --activations {store.key} --arch l1 --d-sae 6 --steps 2 --batch 8 --device cpu --name one")
     found = done("eval one --json --device cpu --set eval.dead_rows=0").json
-    pairs = ("merged_pairs", "merged_pairs_chance", "cross_talk", "cross_talk_chance")
+    pairs = ("merged_pairs", "merged_pairs_chance", "cross_talk", "cross_talk_chance", "alike_pairs")
     told = ("coefficient_r", "coefficient_r_chance", "coefficient_auroc", "coefficient_auroc_chance")
     assert all(isinstance(found[name], float) for name in (*told, *pairs)) and "duplicates_chance" in found
     assert found["details"]["coefficients"] == {"rows": CHUNK, "features": 6}
