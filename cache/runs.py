@@ -92,6 +92,12 @@ class Run:
             return inner(self.config, "train") if self.imported is None else self.imported
 
     @cached_property
+    def revision(self) -> int:
+        """Of what its settings mean, which its stage knows. Raises DamagedStore where it is no number."""
+        with as_written(self.path / CONFIG):
+            return whole(self.config, "revision", 1) if "revision" in self.config else 1
+
+    @cached_property
     def seen(self) -> Seen:
         """The stores it was asked to be trained on. Raises DamagedStore where that is nothing that can be."""
         with as_written(self.path / CONFIG):

@@ -116,7 +116,7 @@ def expect_name(name: str) -> None:
 
 def say_rows(every: "Iterable[TrainConfig]", bars: "Bars") -> None:
     """Say how many rows are seen where what was asked for is not a whole number of batches."""
-    for rows, batch in dict.fromkeys((one.rows, one.batch) for one in every if one.rows is not None):
+    for rows, batch in dict.fromkeys((one.rows, one.batch) for one in every if isinstance(one.rows, int)):
         steps = max(1, rows // batch)
         if steps * batch != rows:
             bars.note(f"rows {rows:,}: steps see {batch:,} each, so {steps * batch:,} are seen in {steps:,}")

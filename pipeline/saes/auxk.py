@@ -20,26 +20,12 @@ def default_k(d: int) -> int:
     return int(2 ** max(0, round(math.log2(d / 2))))
 
 
-def auxk_loss(pre: Preactivations, dead: Tensor, k_aux: int, y: Tensor, y_hat: Tensor, table: Tensor) -> Tensor:
-    """||e - e_hat||^2 over the variance of e, summed over the batch: a scalar of order 1, without its coefficient.
+def explained(pre: Preactivations, who: Tensor, k_aux: int, table: Tensor) -> Tensor:
+    """Return e_hat [B, d_out], in which dead latents explain a residual.
 
-    e is the residual y - y_hat [B, d_out], taken as given (no gradient). e_hat decodes through the table (W_dec
-    [m, d_out], no bias) the k_aux largest of every row's ReLU'd pre-activations among the dead latents (bool [m]), or
-    all of them where fewer are dead. 0 where none is dead or the residual is constant.
+    It decodes through the table (W_dec [m, d_out], no bias) the k_aux largest of every row's ReLU'd pre-activations
+    among the latents `who` (int64 [c], at least k_aux of them).
     """
-    who = dead.nonzero().view(-1)
-    k_aux = min(k_aux, who.numel())
-    if k_aux == 0:
-        return y.new_zeros(())
-    residual = (y - y_hat).detach()
-    variance = (residual - residual.mean(0)).square().sum()
-    if variance == 0:
-        return y.new_zeros(())
-    e_hat = _explain(pre, who, k_aux, table)
-    return (residual - e_hat).square().sum() / variance
-
-
-def _explain(pre: Preactivations, who: Tensor, k_aux: int, table: Tensor) -> Tensor:
     p = pre.columns(who)
     if who.numel() == k_aux:
         return p.relu() @ table[who]

@@ -9,7 +9,7 @@ not overridden.
 
 A training step, for a batch x [B, d_in] (and target y [B, d_out] for a transcoder):
 
-    losses = sae.loss(x, y, Clock(step, steps))   # named terms; losses.total is their sum
+    losses = sae.loss(x, y, Clock(step, steps, B))   # named terms; losses.total is their sum
     losses.total.backward()
     sae.before_step()                             # unit decoder: drop the gradient along each row
     optimizer.step()
@@ -30,7 +30,13 @@ exact because the activations are positively homogeneous once everything measure
 is scaled along. With "per_token" each row is standardised, and its reconstruction put back.
 
 Reduction: the squared error is summed over features and averaged over the batch (`sum_d`) unless the Config says
-otherwise. It concerns the reconstruction alone; other terms state their own.
+otherwise. A term whose weight is a share (AuxK, ghost gradients, alignment, a target of L0) is measured by what the
+squared error itself is, or would be without a dictionary, so that its weight means the same at every reduction, scale
+and width. Penalties on activations are not: their coefficients are weights beside the error as it is reduced.
+
+Free rows: with decoder_norm "free" a latent counts by its value times the norm g of its decoder row. What acts is
+g W_enc, g b_enc and W_dec / g (`weights`), which is the same function for a ReLU, and for a choice among latents one
+that no stretching of rows can change.
 """
 
 from __future__ import annotations
@@ -45,7 +51,7 @@ from torch import Tensor, nn
 from . import initial, sparse
 from .config import FINISHED, Clock, Config
 from .contract import Trainable
-from .dictionary import Dictionary
+from .dictionary import Dictionary, Weights
 from .ghosts import ghost_loss
 from .inference import Formula
 from .latents import RowScaling, RowStats
@@ -144,6 +150,8 @@ class SAE(Dictionary, Trainable):
     def fold(self) -> Self:
         """A copy that takes and gives the data's units with scale 1: the same function, latents divided by c."""
         folded = copy.deepcopy(self)
+        for name, value in self.weights()._asdict().items():
+            getattr(folded, name).copy_(value)
         folded.W_enc_rows.mul_(self.scale / self.target_scale)
         for name in ("b_dec", *self.latent_units):
             getattr(folded, name).div_(self.target_scale)
@@ -203,15 +211,23 @@ class SAE(Dictionary, Trainable):
         y = self._targets(x, target)
         x, row_stats = self._scaled(x)
         y = y * self.target_scale if self.is_transcoder else x
-        pre = self._preactivations(x)
+        weights = self.weights()
+        pre = self._preactivations(x, weights)
         active = self._with_row_stats(self._activate(pre, clock), row_stats)
-        y_hat = self._reconstruct(active)
+        y_hat = self._reconstruct(active, weights)
         terms = {"reconstruction": self.squared_error(y_hat, y)}
-        terms |= self._terms(LossInputs(x, y, pre, active, y_hat, clock))
+        terms |= self._terms(LossInputs(x, y, pre, active, y_hat, weights.W_dec, clock))
         if self.config.ghost_grads:
-            ghosts = ghost_loss(pre, self.dead(), y, y_hat, self.W_dec)
+            ghosts = ghost_loss(pre, self.dead(clock), y, y_hat, weights.W_dec)
             terms["ghosts"] = ghosts * terms["reconstruction"].detach()
-        return SparseLosses(terms, clock, active, y_hat, self.target_scale)
+        return SparseLosses(terms, clock, active, y_hat, self.target_scale, y)
+
+    def weights(self) -> Weights:
+        own = super().weights()
+        if self.config.decoder_norm != "free":
+            return own
+        norms = torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True)
+        return Weights(own.W_enc_rows * norms, own.b_enc * norms.view(-1), own.W_dec / norms)
 
     def _targets(self, x: Tensor, target: Tensor | None) -> Tensor:
         if target is None if self.is_transcoder else not (target is None or target is x):
@@ -220,15 +236,17 @@ class SAE(Dictionary, Trainable):
 
     def squared_error(self, y_hat: Tensor, y: Tensor) -> Tensor:
         """Scalar distance of y_hat to y [B, d_out] in the Config's reduction; `fvu` of rows that do not vary is 0."""
-        total = F.mse_loss(y_hat, y, reduction="sum")
+        return self.reduced(F.mse_loss(y_hat, y, reduction="sum"), y)
+
+    def reduced(self, total: Tensor, y: Tensor) -> Tensor:
+        """A sum of squares over a batch whose targets are y [B, d_out], in the Config's reduction."""
         match self.config.reduction:
             case "sum_d":
                 return total / y.shape[0]
             case "mean_d":
                 return total / y.numel()
             case "fvu":
-                spread = (y - y.mean(0)).square().sum()
-                return total / spread.masked_fill(spread == 0, torch.inf)
+                return share(total, spread(y))
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -262,9 +280,9 @@ class SAE(Dictionary, Trainable):
         self.firing_rate.lerp_((fired / rows).to(self.firing_rate.dtype), newest)
         self._update(torch.stack([part.numbers for part in parts]).nanmean(0), clock)
 
-    def dead(self) -> Tensor:
+    def dead(self, clock: Clock) -> Tensor:
         """bool [d_sae]: latents that have not fired for `dead_after` rows of training."""
-        return self.rows_since_fired >= self.config.dead_after
+        return self.rows_since_fired >= clock.rows(self.config.dead_after)
 
     @torch.no_grad()
     def directions(self, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -304,6 +322,16 @@ class SAE(Dictionary, Trainable):
         self.W_enc_rows[which], self.W_dec[which] = encoder_rows, decoder_rows
         self._reset(which)
         self.rows_since_fired[which] = 0
+
+
+def spread(y: Tensor) -> Tensor:
+    """Scalar: the sum of squares of rows [B, d] around their mean, which is the error of the best constant."""
+    return (y - y.mean(0)).square().sum()
+
+
+def share(part: Tensor, whole: Tensor) -> Tensor:
+    """A scalar as a share of another; 0 where there is nothing to have a share of."""
+    return part / whole.masked_fill(whole == 0, torch.inf)
 
 
 def _numbers(formula: Formula) -> dict[str, object]:

@@ -31,4 +31,4 @@ class BatchTopK(BatchThreshold):
     config: BatchTopKConfig
 
     def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
-        return auxk_term(self.config, batch, self.dead(), self.W_dec)
+        return auxk_term(self, batch)

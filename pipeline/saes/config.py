@@ -30,8 +30,8 @@ class Config(Settings):
     )
     decoder_norm: Literal["unit", "free", "none"] = Field(
         "unit",
-        description="decoder rows: brought back to norm 1 after every step (unit), left free with penalties that weigh "
-        "a latent by its row's norm (free), or left free with any penalty (none)",
+        description="decoder rows: brought back to norm 1 after every step (unit), left free while a latent counts by "
+        "its value times its row's norm, in what is chosen and in what is penalised (free), or left free (none)",
     )
     b_dec_init: BiasStart = Field(
         "geometric_median", description="start of the decoder bias, from a sample of the targets; none: no such bias"
@@ -47,9 +47,14 @@ class Config(Settings):
     )
     reduction: Reduction = Field(
         "sum_d",
-        description="squared error of a row: summed over features, averaged over them, or over the batch's variance",
+        description="squared error of a row: summed over features, averaged over them, or over the batch's variance; "
+        "coefficients that are no share of it are weights beside it",
     )
-    dead_after: int = Field(1_000_000, ge=1, description="rows without firing after which a latent counts as dead")
+    dead_after: float = Field(
+        0.05,
+        gt=0,
+        description="rows without firing after which a latent counts as dead; below 1, a share of the training's rows",
+    )
     ghost_grads: bool = Field(
         False, description="let dead latents explain the residual through exp(p), scaled to the reconstruction's loss"
     )
@@ -69,14 +74,24 @@ def other_default(name: str, value: object) -> Any:
 
 
 class Clock(NamedTuple):
-    """The time of training: `step` of `steps`, counted from 0."""
+    """Where training stands: `step` of `steps`, counted from 0, each of `batch` rows (of all parts and processes)."""
 
     step: int
     steps: int
+    batch: int = 0
+
+    def rows(self, length: float) -> int:
+        """A length in rows: as it is from 1 on, below it a share of all rows. ValueError where those are not known."""
+        if length >= 1:
+            return math.ceil(length)
+        if not self.batch:
+            raise ValueError(f"{length} is a share of the training's rows; give the clock its batch to say how many")
+        return max(1, min(math.ceil(length * self.steps * self.batch), _FOREVER))
 
 
-FINISHED = Clock(2**62, 2**62)
-"""After training: every warm-up is over."""
+_FOREVER = 2**62
+FINISHED = Clock(_FOREVER, _FOREVER, 1)
+"""After training: every warm-up is over, and no share of the training is so long that a latent was dead for it."""
 
 
 def ramp(length: float, clock: Clock) -> float:

@@ -48,6 +48,14 @@ class Metadata(NamedTuple):
     left_out: tuple[int, ...] | None = None
 
 
+class Weights(NamedTuple):
+    """The weights as they act: W_enc stored latent by latent [m, d_in], b_enc [m] and W_dec [m, d_out]."""
+
+    W_enc_rows: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+
+
 class Dictionary(Coder):
     """A sparse dictionary from x [B, d_in] to x itself (autoencoder) or to y [B, d_out] (transcoder)."""
 
@@ -108,7 +116,8 @@ class Dictionary(Coder):
             raise ValueError(f"x has the shape {list(x.shape)}; this dictionary reads [..., {self.d_in}]")
         rows = x.reshape(-1, self.d_in).to(self.W_dec.dtype)
         scaled, row_stats = self._scaled(rows)
-        active = self._with_row_stats(self._activate(self._preactivations(scaled), FINISHED), row_stats)
+        pre = self._preactivations(scaled, self.weights())
+        active = self._with_row_stats(self._activate(pre, FINISHED), row_stats)
         if self.W_skip is not None:
             active = replace(active, bypass=rows @ self.W_skip)
         return active if x.dim() == 2 else replace(active, lead=tuple(x.shape[:-1]))
@@ -132,7 +141,7 @@ class Dictionary(Coder):
                     "latents.edited(values) of it"
                 )
             active = Latents.of_dense(active.to(self.W_dec.dtype))
-        y_hat = in_data_units(self._reconstruct(active), self.target_scale, active.row_stats)
+        y_hat = in_data_units(self._reconstruct(active, self.weights()), self.target_scale, active.row_stats)
         return active.in_lead(y_hat if active.bypass is None else y_hat + active.bypass)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,6 +152,10 @@ class Dictionary(Coder):
         """Describe it in one line: widths, and the numbers of its rule."""
         numbers = [f"{name}={value}" for name, value in self.rule.values().items() if not isinstance(value, Tensor)]
         return ", ".join([f"d_in={self.d_in}", f"d_sae={self.d_sae}", f"d_out={self.d_out}", *numbers])
+
+    def weights(self) -> Weights:
+        """The weights as they act, which in training may be made from the parameters anew at every step."""
+        return Weights(self.W_enc_rows, self.b_enc, self.W_dec)
 
     def _scaled(self, x: Tensor) -> tuple[Tensor, RowStats | None]:
         """x in the space the dictionary lives in, and what takes it back where that is the row's own affair."""
@@ -155,12 +168,12 @@ class Dictionary(Coder):
         # a transcoder's outputs are not in its inputs' row_stats
         return active if row_stats is None or self.is_transcoder else replace(active, row_stats=row_stats)
 
-    def _preactivations(self, scaled_x: Tensor) -> Preactivations:
+    def _preactivations(self, scaled_x: Tensor, weights: Weights) -> Preactivations:
         centre = self.b_dec if self.b_dec_applied_to_input else scaled_x.new_zeros(self.d_in)
-        return Preactivations(scaled_x, centre, self.W_enc_rows, self.b_enc)
+        return Preactivations(scaled_x, centre, weights.W_enc_rows, weights.b_enc)
 
-    def _reconstruct(self, active: Latents) -> Tensor:
-        return latents.decode(active, self.W_dec) + self.b_dec
+    def _reconstruct(self, active: Latents, weights: Weights) -> Tensor:
+        return latents.decode(active, weights.W_dec) + self.b_dec
 
 
 class FixedDictionary(Dictionary):

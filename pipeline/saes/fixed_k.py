@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .auxk import auxk_loss, default_k
+from .auxk import default_k, explained
+from .base import SAE, share, spread
 from .config import Clock, Config, ramp
 from .losses import LossInputs
+
+AuxShare = Literal["error", "variance", "none"]
 
 
 class FixedKConfig(Config):
@@ -22,7 +25,13 @@ class FixedKConfig(Config):
         0.1, ge=0, description="steps over which k_start becomes k, evenly; below 1, a share of the training"
     )
     aux_coefficient: float = Field(
-        1 / 32, ge=0, description="weight of AuxK, in which dead latents reconstruct the residual; 0: off"
+        2.0, ge=0, description="weight of AuxK, in which dead latents reconstruct the residual; 0: off"
+    )
+    aux_share: AuxShare = Field(
+        "error",
+        description="what AuxK is a share of: its squared error counts as the reconstruction's does (error), or it is "
+        "divided by the residual's variance and counts as a share of the data's (variance, as published), or by itself "
+        "(none, as in versions before 0.2)",
     )
     aux_k: int | None = Field(
         None, ge=1, description="dead latents AuxK uses per input; unset: half the width, rounded to a power of two"
@@ -43,9 +52,24 @@ class FixedKConfig(Config):
         return start + round((self.k - start) * ramp(self.k_anneal, clock))
 
 
-def auxk_term(config: FixedKConfig, batch: LossInputs, dead: Tensor, table: Tensor) -> dict[str, Tensor]:
-    """{"auxk": the weighted term}, or nothing where it is switched off; dead is bool [m], the table W_dec."""
+def auxk_term(sae: SAE, batch: LossInputs) -> dict[str, Tensor]:
+    """{"auxk": the weighted term}, or nothing where it is switched off."""
+    config = sae.config
+    assert isinstance(config, FixedKConfig)
     if config.aux_coefficient == 0:
         return {}
-    k_aux = config.aux_k or default_k(table.shape[1])
-    return {"auxk": config.aux_coefficient * auxk_loss(batch.pre, dead, k_aux, batch.y, batch.y_hat, table)}
+    dead = sae.dead(batch.clock).nonzero().view(-1)
+    k_aux = min(config.aux_k or default_k(sae.d_out), len(dead))
+    if k_aux == 0:
+        return {"auxk": batch.y.new_zeros(())}
+    residual = (batch.y - batch.y_hat).detach()
+    error = (residual - explained(batch.pre, dead, k_aux, batch.W_dec)).square().sum()
+    variance = spread(residual)
+    match config.aux_share:
+        case "error":
+            term = sae.reduced(error, batch.y)
+        case "variance":
+            term = sae.reduced(spread(batch.y), batch.y) * share(error, variance)
+        case "none":
+            term = share(error, variance)
+    return {"auxk": config.aux_coefficient * term}

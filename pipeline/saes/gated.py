@@ -10,10 +10,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from . import latents
-from .base import SAE, register
+from .base import register
 from .inference import GatedRule
 from .losses import LossInputs
 from .penalties import PenaltyConfig, l1
+from .steering import Steered
 
 
 class GatedConfig(PenaltyConfig):
@@ -24,7 +25,7 @@ class GatedConfig(PenaltyConfig):
 
 @final
 @register
-class Gated(SAE):
+class Gated(Steered):
     """A gate that decides which latents are active and a magnitude path that decides how strongly.
 
     pi = (x - b_dec) W_enc + b_gate; f = ReLU(exp(r_mag) (pi - b_gate) + b_mag) where pi > 0. The penalty and an
@@ -38,6 +39,7 @@ class Gated(SAE):
     b_mag: Tensor
 
     def _build(self, generator: torch.Generator) -> None:
+        super()._build(generator)
         self.r_mag = nn.Parameter(torch.zeros(self.d_sae))
         self._bias("b_mag", self.d_sae, learned=self.config.encoder_bias)
 
@@ -47,10 +49,11 @@ class Gated(SAE):
 
     def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
         assert batch.latents.preactivations is not None
+        W_dec = batch.W_dec.detach()
         gate = replace(batch.latents, values=batch.latents.preactivations.relu())
-        through_gate = latents.decode(gate, self.W_dec.detach()) + self.b_dec.detach()
+        through_gate = latents.decode(gate, W_dec) + self.b_dec.detach()
         return {
-            "l1": self.config.coefficient_at(batch.clock) * l1(self.config.penalty, gate, batch, self.W_dec.detach()),
+            "l1": self.weight(batch.clock) * l1(self.config.penalty, gate, batch, W_dec),
             "gate": self.squared_error(through_gate, batch.y),
         }
 

@@ -8,12 +8,13 @@ from pydantic import Field
 from torch import Tensor
 
 from . import penalties
-from .base import SAE, register
+from .base import register
 from .coherence import CoherenceConfig, jl_term
 from .config import Reduction, other_default
 from .inference import ReLURule
 from .losses import LossInputs
 from .penalties import PenaltyConfig, l1
+from .steering import Steered, SteeredConfig
 
 
 class HybridConfig(PenaltyConfig, CoherenceConfig):
@@ -22,13 +23,14 @@ class HybridConfig(PenaltyConfig, CoherenceConfig):
     arch: Literal["hybrid"] = Field("hybrid", description="architecture")
     penalty: penalties.Form = Field("per_token", description=PenaltyConfig.model_fields["penalty"].description)
     coefficient: float = Field(0.1, ge=0, description=PenaltyConfig.model_fields["coefficient"].description)
+    target_l0: float | None = Field(None, gt=0, description=SteeredConfig.model_fields["target_l0"].description)
     warmup: float = Field(2000, ge=0, description=PenaltyConfig.model_fields["warmup"].description)
     reduction: Reduction = other_default("reduction", "mean_d")
 
 
 @final
 @register
-class Hybrid(SAE):
+class Hybrid(Steered):
     """ReLU with an L1 penalty and the Johnson-Lindenstrauss penalty.
 
     f = ReLU(p); the terms are those of `l1` and of `jl`.
@@ -42,9 +44,9 @@ class Hybrid(SAE):
         return ReLURule()
 
     def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
-        penalty = l1(self.config.penalty, batch.latents, batch, self.W_dec)
+        penalty = l1(self.config.penalty, batch.latents, batch, batch.W_dec)
         generator = self.generator("jl", batch.clock.step)
         return {
-            "l1": self.config.coefficient_at(batch.clock) * penalty,
+            "l1": self.weight(batch.clock) * penalty,
             "jl": jl_term(self.config, self.W_dec, self.W_enc_rows, generator, batch.clock),
         }

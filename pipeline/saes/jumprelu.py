@@ -11,31 +11,27 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .base import SAE, register
-from .config import Clock, Config, ramp
+from .base import register, spread
+from .config import Clock, Config
 from .encoder import Preactivations
 from .inference import ThresholdRule
 from .latents import Latents
 from .losses import LossInputs
+from .steering import Steered, SteeredConfig
 
 
-class JumpReLUConfig(Config):
+class JumpReLUConfig(SteeredConfig):
     """JumpReLU; the defaults are for input_scale: rms, whose pre-activations have the same size at every width."""
 
     arch: Literal["jumprelu"] = Field("jumprelu", description="architecture")
     encoder_scale: float = Field(0.3, gt=0, description=Config.model_fields["encoder_scale"].description)
-    penalty: Literal["l0", "tanh"] = Field(
+    penalty: Literal["l0", "tanh", "l0_target"] = Field(
         "l0",
-        description="what is summed over a row's latents: 1 for each that is active (l0), or "
-        "tanh(tanh_scale f times the norm of its decoder row)",
+        description="what is penalised: active latents (l0), tanh(tanh_scale f times the norm of its decoder row) of "
+        "each latent f (tanh), or the square of L0 / target_l0 - 1, as a share of the variance and by a coefficient "
+        "that is not steered (l0_target)",
     )
-    coefficient: float = Field(1.0, ge=0, description="weight of the penalty")
-    warmup: float = Field(
-        0.05, ge=0, description="steps over which the coefficient rises from 0; below 1, a share of the training"
-    )
-    target_l0: float | None = Field(
-        None, gt=0, description="with penalty l0: punish the square of L0 / target_l0 - 1 instead of L0"
-    )
+    coefficient: float = Field(1.0, ge=0, description=SteeredConfig.model_fields["coefficient"].description)
     tanh_scale: float = Field(4.0, gt=0, description="the constant in the tanh penalty")
     pre_act_coefficient: float = Field(
         0.0,
@@ -50,10 +46,20 @@ class JumpReLUConfig(Config):
         "unit",
     )
 
+    straight_through: Literal["threshold", "both"] = Field(
+        "threshold",
+        description="what the kernel's gradient goes to: the threshold alone, or the pre-activation as well, the other "
+        "way (both)",
+    )
+
+    @property
+    def steered(self) -> bool:
+        return super().steered and self.penalty != "l0_target"
+
     @model_validator(mode="after")
-    def _target_of_l0(self) -> Self:
-        if self.target_l0 is not None and self.penalty != "l0":
-            raise ValueError(f"target_l0: {self.target_l0} is for penalty: l0, not for penalty: {self.penalty}")
+    def _l0_has_a_target(self) -> Self:
+        if self.penalty == "l0_target" and self.target_l0 is None:
+            raise ValueError("penalty: l0_target needs target_l0, the active latents a row to aim at")
         return self
 
     @model_validator(mode="after")
@@ -68,11 +74,12 @@ class JumpReLUConfig(Config):
 
 @final
 @register
-class JumpReLU(SAE):
+class JumpReLU(Steered):
     """A learned threshold per latent, with a penalty on how many latents are active.
 
     f = p where p > theta, else 0; theta >= 0. Its gradients pass through a rectangle kernel K of width eps around it:
-    df/dtheta = -(theta / eps) K((p - theta) / eps), dH(p - theta)/dtheta = -(1 / eps) K((p - theta) / eps).
+    df/dtheta = -(theta / eps) K((p - theta) / eps), dH(p - theta)/dtheta = -(1 / eps) K((p - theta) / eps), and, where
+    that is asked for, the same with the other sign for p.
     """
 
     config_type = JumpReLUConfig
@@ -81,6 +88,7 @@ class JumpReLU(SAE):
     threshold: Tensor
 
     def _build(self, generator: torch.Generator) -> None:
+        super()._build(generator)
         # theta itself, not its logarithm: Adam's steps are of one size, and from 0.001 a logarithm takes thousands
         self.threshold = nn.Parameter(torch.full((self.d_sae,), self.config.theta_init))
 
@@ -91,28 +99,35 @@ class JumpReLU(SAE):
     def _activate(self, pre: Preactivations, clock: Clock) -> Latents:
         # with entries a little below their thresholds: the kernel reaches there
         chosen = pre.above_threshold(self.threshold.detach() - self.config.bandwidth / 2)
-        values, _ = jump(chosen.values, chosen.per_entry(self.threshold), self.config.bandwidth)
+        values, _ = self._jump(chosen.values, chosen.per_entry(self.threshold))
         return replace(chosen, values=values, preactivations=chosen.values)
 
     def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
-        config, norms = self.config, torch.linalg.vector_norm(self.W_dec, dim=1)
-        weight = config.coefficient * ramp(config.warmup, batch.clock)
+        config, norms = self.config, torch.linalg.vector_norm(batch.W_dec, dim=1)
+        weight = self.weight(batch.clock)
         if config.penalty == "tanh":
             scale = batch.latents.per_entry(config.tanh_scale * norms)
             terms = {"tanh": weight * batch.latents.map(lambda f: (scale * f).tanh()).sum_per_row().mean()}
         else:
-            terms = {"l0": weight * self._l0(batch.latents)}
+            terms = {config.penalty: weight * self._l0(batch)}
         if config.pre_act_coefficient > 0:
-            who = self.dead().nonzero().view(-1)
+            who = self.dead(batch.clock).nonzero().view(-1)
             below = (self.threshold[who] - batch.pre.columns(who)).relu()
             terms["pre_act"] = config.pre_act_coefficient * (below * norms[who]).sum(1).mean()
         return terms
 
-    def _l0(self, active: Latents) -> Tensor:
+    def _jump(self, p: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        return jump(p, theta, self.config.bandwidth, to_p=self.config.straight_through == "both")
+
+    def _l0(self, batch: LossInputs) -> Tensor:
+        active = batch.latents
         assert active.preactivations is not None
-        _, steps = jump(active.preactivations.detach(), active.per_entry(self.threshold), self.config.bandwidth)
+        p = active.preactivations if self.config.straight_through == "both" else active.preactivations.detach()
+        _, steps = self._jump(p, active.per_entry(self.threshold))
         l0 = active.map(lambda _: steps).sum_per_row().mean()
-        return l0 if self.config.target_l0 is None else (l0 / self.config.target_l0 - 1).square()
+        if self.config.penalty == "l0" or self.config.target_l0 is None:
+            return l0
+        return (l0 / self.config.target_l0 - 1).square() * self.reduced(spread(batch.y), batch.y)
 
     def latent_parameters(self) -> dict[str, nn.Parameter]:
         return super().latent_parameters() | self._learned("threshold")
@@ -125,19 +140,22 @@ class JumpReLU(SAE):
         self.threshold[which] = self.config.theta_init
 
 
-def jump(p: Tensor, theta: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
-    """(p H(p - theta), H(p - theta)) elementwise, with the straight-through gradients; theta broadcasts to p."""
-    return _Jump.apply(p, theta.expand_as(p), bandwidth)
+def jump(p: Tensor, theta: Tensor, bandwidth: float, *, to_p: bool = False) -> tuple[Tensor, Tensor]:
+    """(p H(p - theta), H(p - theta)) elementwise, with the straight-through gradients; theta broadcasts to p.
+
+    to_p: p, too, receives what the kernel gives theta, with the other sign.
+    """
+    return _Jump.apply(p, theta.expand_as(p), bandwidth, to_p)
 
 
 class _Jump(torch.autograd.Function):
     """The jump and its step, of p and theta of one shape."""
 
     @staticmethod
-    def forward(ctx: Any, p: Tensor, theta: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, p: Tensor, theta: Tensor, bandwidth: float, to_p: bool) -> tuple[Tensor, Tensor]:
         active = p > theta
         ctx.save_for_backward(p, theta, active)
-        ctx.bandwidth = bandwidth
+        ctx.bandwidth, ctx.to_p = bandwidth, to_p
         ctx.set_materialize_grads(False)
         return p * active, active.to(p.dtype)
 
@@ -151,4 +169,8 @@ class _Jump(torch.autograd.Function):
             grad_theta += grad_f * theta
         if grad_step is not None:
             grad_theta += grad_step
-        return None if grad_f is None else grad_f * active, grad_theta * kernel, None
+        grad_theta *= kernel
+        grad_p = None if grad_f is None else grad_f * active
+        if ctx.to_p:
+            grad_p = -grad_theta if grad_p is None else grad_p - grad_theta
+        return grad_p, grad_theta, None, None

@@ -7,10 +7,11 @@ from typing import Literal, final
 from pydantic import Field
 from torch import Tensor
 
-from .base import SAE, register
+from .base import register
 from .inference import ReLURule
 from .losses import LossInputs
 from .penalties import PenaltyConfig, l1
+from .steering import Steered
 
 
 class L1Config(PenaltyConfig):
@@ -21,7 +22,7 @@ class L1Config(PenaltyConfig):
 
 @final
 @register
-class L1(SAE):
+class L1(Steered):
     """ReLU with an L1 penalty: plain, weighted by decoder norms, or per token.
 
     f = ReLU(p); the term is the coefficient times the mean over the batch of each row's penalty.
@@ -35,5 +36,5 @@ class L1(SAE):
         return ReLURule()
 
     def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
-        penalty = l1(self.config.penalty, batch.latents, batch, self.W_dec)
-        return {"l1": self.config.coefficient_at(batch.clock) * penalty}
+        penalty = l1(self.config.penalty, batch.latents, batch, batch.W_dec)
+        return {"l1": self.weight(batch.clock) * penalty}

@@ -61,12 +61,14 @@ class PlainLosses(Losses):
 class SparseLosses(Losses):
     """The loss of a dictionary, and what it was computed from.
 
-    reconstruction: [B, d_out] in the space the loss is taken in; `x_hat` is the same in the data's units.
+    reconstruction and y, what it should have been: [B, d_out] in the space the loss is taken in; `x_hat` is the former
+    in the data's units.
     """
 
     latents: Latents
     reconstruction: Tensor
     target_scale: Tensor
+    y: Tensor
 
     @property
     def rows(self) -> int:
@@ -86,13 +88,14 @@ def in_data_units(reconstruction: Tensor, target_scale: Tensor, row_stats: RowSt
 
 
 class LossInputs(NamedTuple):
-    """The inputs of a loss term, all in the space the loss is taken in."""
+    """The inputs of a loss term, all in the space the loss is taken in; W_dec [m, d_out] is the one that acts."""
 
     x: Tensor
     y: Tensor
     pre: Preactivations
     latents: Latents
     y_hat: Tensor
+    W_dec: Tensor
     clock: Clock
 
 

@@ -55,16 +55,16 @@ class Matryoshka(BatchThreshold):
             f"prefix_{size}": self.squared_error(part + self.b_dec, batch.y)
             for size, part in zip(self.config.sizes, parts, strict=True)
         }
-        return terms | auxk_term(self.config, batch, self.dead(), self.W_dec)
+        return terms | auxk_term(self, batch)
 
     def _prefix_sums(self, batch: LossInputs) -> list[Tensor]:
         """[B, d_out] for every prefix: what its latents add up to, decoded group by group in one pass."""
         active, bounds = batch.latents, (0, *self.config.sizes)
         if active.entries is None:
-            return [active.values[:, :size] @ self.W_dec[:size] for size in bounds[1:]]
+            return [active.values[:, :size] @ batch.W_dec[:size] for size in bounds[1:]]
         entries, groups = active.entries, len(bounds)
         places = entries.row_ids * self.d_sae + entries.indices
         rows = torch.arange(entries.batch, device=places.device)[:, None] * self.d_sae
         starts = torch.searchsorted(places, (rows + torch.tensor(bounds, device=places.device)).view(-1))
-        sums = sparse.decode(active.values, entries.regrouped(starts), self.W_dec)
+        sums = sparse.decode(active.values, entries.regrouped(starts), batch.W_dec)
         return list(sums.view(entries.batch, groups, -1)[:, :-1].cumsum(1).unbind(1))

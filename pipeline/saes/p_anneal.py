@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self, final
+from typing import Literal, final
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
-from .base import SAE, register
-from .config import Clock, Config, ramp, steps_of
+from .base import register
+from .config import Clock, steps_of
 from .inference import ReLURule
 from .latents import Latents
 from .losses import LossInputs, SparseLosses
+from .steering import Steered, SteeredConfig
 
 SMALLEST = 1e-3
 """Added to a latent before it is raised to a power, whose slope at 0 is infinite."""
 
 
-class PAnnealConfig(Config):
+class PAnnealConfig(SteeredConfig):
     """ReLU and the sum of f^p, with p falling in stages from 1 and the coefficient following it."""
 
     arch: Literal["p_anneal"] = Field("p_anneal", description="architecture")
-    coefficient: float = Field(5.0, ge=0, description="weight of the penalty while p is 1")
-    warmup: float = Field(
-        0.05, ge=0, description="steps over which the coefficient rises from 0; below 1, a share of the training"
-    )
     p_end: float = Field(0.2, gt=0, le=1, description="the last exponent")
     anneal_start: float = Field(
         0.3, ge=0, description="steps before p starts to fall; below 1, a share of the training"
     )
     stages: int = Field(10, ge=1, description="equal parts of the rest of the training, with p lower in each")
-
-    @model_validator(mode="after")
-    def _weights_hold(self) -> Self:
-        if self.decoder_norm == "free":
-            raise ValueError(
-                "decoder_norm: free needs a penalty weighted by the rows' norms, p_anneal has none; use unit"
-            )
-        return self
 
     def p_at(self, clock: Clock) -> float:
         """The exponent of this step."""
@@ -52,7 +41,7 @@ class PAnnealConfig(Config):
 
 @final
 @register
-class PAnneal(SAE):
+class PAnneal(Steered):
     """ReLU with a penalty on f^p, p falling from 1: closer to counting the active latents as training goes on.
 
     f = ReLU(p); the term is c times the mean over the batch of sum_i (f_i + s)^p - s^p with a tiny s. When p falls, c
@@ -64,6 +53,7 @@ class PAnneal(SAE):
     factor: Tensor
 
     def _build(self, generator: torch.Generator) -> None:
+        super()._build(generator)
         self.register_buffer("factor", torch.ones(()))
 
     @property
@@ -71,19 +61,22 @@ class PAnneal(SAE):
         return ReLURule()
 
     def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
-        weight = self.config.coefficient * ramp(self.config.warmup, batch.clock)
-        return {"lp": weight * self.factor * power_sum(batch.latents, self.config.p_at(batch.clock))}
+        return {"lp": self.weight(batch.clock) * self.factor * power_sum(batch.latents, self.config.p_at(batch.clock))}
 
     def _observe(self, losses: SparseLosses) -> Tensor:
-        """The penalty with this step's exponent, and with the next one's where that is lower."""
-        step, steps = losses.clock
-        p, following = self.config.p_at(losses.clock), self.config.p_at(Clock(step + 1, steps))
+        """Beside L0: the penalty with this step's exponent, and with the next one's where that is lower."""
+        return torch.cat([super()._observe(losses), self._powers(losses)])
+
+    def _powers(self, losses: SparseLosses) -> Tensor:
+        step = losses.clock.step
+        p, following = self.config.p_at(losses.clock), self.config.p_at(losses.clock._replace(step=step + 1))
         if following == p:
             return self.factor.new_ones(2)
         return torch.stack([power_sum(losses.latents.detach(), power) for power in (p, following)])
 
     def _update(self, seen: Tensor, clock: Clock) -> None:
-        old, new = seen
+        super()._update(seen, clock)
+        old, new = seen[-2:]
         self.factor.mul_(torch.where(new > 0, old / new, 1))
 
 

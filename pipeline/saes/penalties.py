@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
-from .config import Clock, Config, ramp
 from .latents import Latents
 from .losses import LossInputs
+from .steering import SteeredConfig
 
 Form = Literal["plain", "decoder_norm", "per_token"]
 
 
-class PenaltyConfig(Config):
+class PenaltyConfig(SteeredConfig):
     """Settings of an L1 penalty. Anthropic's April 2024 update: decoder_norm free, penalty decoder_norm, init april."""
 
     penalty: Form = Field(
@@ -23,24 +23,6 @@ class PenaltyConfig(Config):
         description="what is summed over a row's latents f: f (plain), f times the norm of its decoder row, "
         "or f over the input's norm (per_token)",
     )
-    coefficient: float = Field(
-        5.0, ge=0, description="weight of the penalty, whatever the reduction of the squared error"
-    )
-    warmup: float = Field(
-        0.05, ge=0, description="steps over which the coefficient rises from 0; below 1, a share of the training"
-    )
-
-    @model_validator(mode="after")
-    def _penalty_holds(self) -> Self:
-        if self.decoder_norm == "free" and self.penalty != "decoder_norm":
-            raise ValueError(
-                f"penalty: {self.penalty} vanishes as rows grow under decoder_norm: free; use penalty: decoder_norm"
-            )
-        return self
-
-    def coefficient_at(self, clock: Clock) -> float:
-        """The coefficient after its warm-up."""
-        return self.coefficient * ramp(self.warmup, clock)
 
 
 def l1(form: Form, latents: Latents, batch: LossInputs, table: Tensor) -> Tensor:

@@ -9,13 +9,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import SAE, register
+from .base import register
 from .config import Clock
 from .encoder import Preactivations
 from .inference import Formula, ReLURule
 from .latents import Latents
 from .losses import LossInputs
 from .penalties import PenaltyConfig, l1
+from .steering import Steered, SteeredConfig
 
 
 class ShiftedReLUConfig(PenaltyConfig):
@@ -23,12 +24,13 @@ class ShiftedReLUConfig(PenaltyConfig):
 
     arch: Literal["shifted_relu"] = Field("shifted_relu", description="architecture")
     shift: float = Field(0.1, ge=0, description="what is taken from every pre-activation before ReLU")
+    target_l0: float | None = Field(None, gt=0, description=SteeredConfig.model_fields["target_l0"].description)
     coefficient: float = Field(0.0, ge=0, description=PenaltyConfig.model_fields["coefficient"].description)
 
 
 @final
 @register
-class ShiftedReLU(SAE):
+class ShiftedReLU(Steered):
     """ReLU of the pre-activations less a fixed shift, which shrinks what stays active; an L1 penalty if asked for.
 
     f = ReLU(p - s).
@@ -40,6 +42,7 @@ class ShiftedReLU(SAE):
     shift: Tensor
 
     def _build(self, generator: torch.Generator) -> None:
+        super()._build(generator)
         self.register_buffer("shift", torch.tensor(self.config.shift))
 
     @property
@@ -52,8 +55,8 @@ class ShiftedReLU(SAE):
     def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
         if self.config.coefficient == 0:
             return {}
-        penalty = l1(self.config.penalty, batch.latents, batch, self.W_dec)
-        return {"l1": self.config.coefficient_at(batch.clock) * penalty}
+        penalty = l1(self.config.penalty, batch.latents, batch, batch.W_dec)
+        return {"l1": self.weight(batch.clock) * penalty}
 
     def _written(self) -> Formula:
         # a plain ReLU with the shift in its bias: what every tool can run

@@ -41,4 +41,4 @@ class TopK(SAE):
         return TopKRule(self.config.k_at(clock))(pre)
 
     def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
-        return auxk_term(self.config, batch, self.dead(), self.W_dec)
+        return auxk_term(self, batch)

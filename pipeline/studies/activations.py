@@ -1,8 +1,7 @@
 """ReLU, shifted ReLU, JumpReLU, TopK and BatchTopK are trained on the same data, seed and steps, and compared.
 
 Each as its architecture comes, the L0s are its own: a ReLU that leaves a quarter of its latents at zero next to a TopK
-that leaves 98 % says little about the functions. With `match_l0` the penalised ones get the coefficient that brings
-their L0 to TopK's k (`l0_matching`).
+that leaves 98 % says little about the functions. With `match_l0` the penalised ones aim at TopK's k (`target_l0`).
 
 `mse` is in the data's units and the same quantity for all; the total losses hold each variant's own penalties, in its
 own scale, so that only their course is shown, as a sparkline.
@@ -15,13 +14,12 @@ from typing import NamedTuple
 
 from pydantic import Field
 
-from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import Run
 from sae.pipeline.metrics.figures import label
 from sae.pipeline.metrics.geometry import random_cosine
 from sae.pipeline.report.compare import Row
-from sae.pipeline.studies import l0_matching
-from sae.pipeline.studies.lab import Lab, Trial
+from sae.pipeline.saes.fixed_k import FixedKConfig
+from sae.pipeline.studies.lab import Trial
 from sae.pipeline.studies.plots import Panel
 from sae.pipeline.studies.plots import draw as draw_panels
 from sae.pipeline.studies.study import Setup, Study, of_equal_rows, register, variant
@@ -30,10 +28,10 @@ from sae.pipeline.train.stage import TrainConfig
 
 
 class Kind(NamedTuple):
-    """One activation function: its architecture, and where a search for its coefficient starts (None: k decides)."""
+    """One activation function: its architecture, and its coefficient where L0 is as it comes (None: k decides)."""
 
     arch: str
-    start: float | None
+    coefficient: float | None
 
 
 KINDS = {
@@ -70,19 +68,15 @@ class Activations(Study):
     architectures = ("l1", "shifted_relu", "jumprelu", "topk", "batchtopk")
     dictionary = ("k", "d_sae")
 
-    match_l0: bool = Field(
-        False, description="give the penalised ones the coefficients with which L0 is k, found by training"
-    )
+    match_l0: bool = Field(False, description="let the penalised ones aim at an L0 of k")
 
     def trials(self, setup: Setup) -> list[Trial]:
-        return trials_of(variants(setup), setup)
+        return trials_of(self.variants(setup), setup)
 
     def run(self, setup: Setup) -> Result:
-        """Train every variant; with `match_l0`, at an L0 within a tenth of k, or as near as was found."""
         setup = replace(setup, base=of_equal_rows(setup.base, [setup.dataset]))
-        configs = variants(setup)
+        configs = self.variants(setup)
         target = int(getattr(configs["topk"].sae, "k"))  # noqa: B009 - a setting of TopK alone
-        notes = _match(configs, target, setup.dataset, setup.lab) if self.match_l0 else []
         rows = self.rows(setup, trials_of(configs, setup))
         first = [row for row in rows if row["seed"] == setup.base.seed]
         history = {row["activation"]: losses(Run(setup.lab.place.runs / row["run"])) for row in first}
@@ -96,7 +90,20 @@ class Activations(Study):
         def draw(table: Sequence[Row], path: Path) -> None:
             draw_panels(panels(table, history), path)
 
-        return self.result(rows, draw=draw, notes=[*notes, *apart(rows)], extra=extra)
+        return self.result(rows, draw=draw, notes=apart(rows, matched=self.match_l0), extra=extra)
+
+    def variants(self, setup: Setup) -> dict[str, TrainConfig]:
+        """Return the settings of training for every activation function."""
+        size = {name: value for name, value in setup.sae.items() if name != "k"}
+        asked = setup.sae.get("k", getattr(setup.base.sae, "k", None))
+        k = FixedKConfig.model_fields["k"].default if asked is None else asked
+        found = {}
+        for name, kind in KINDS.items():
+            own = getattr(setup.base.sae, "coefficient", None) if setup.base.sae.arch == kind.arch else None
+            aim = {"target_l0": float(k)} if self.match_l0 else {}
+            penalty = {"coefficient": own or kind.coefficient} | aim
+            found[name] = variant(setup.base, kind.arch, **size, **({"k": k} if kind.coefficient is None else penalty))
+        return found
 
     def lines(self, result: Result, *, plain: bool = False) -> list[str]:
         return box(result, plain=plain)
@@ -110,53 +117,16 @@ def trials_of(configs: dict[str, TrainConfig], setup: Setup) -> list[Trial]:
     ]
 
 
-def variants(setup: Setup) -> dict[str, TrainConfig]:
-    """Return the settings of training for every activation function."""
-    size = {name: value for name, value in setup.sae.items() if name != "k"}
-    k = setup.sae.get("k", getattr(setup.base.sae, "k", None))
-    fixed = size if k is None else {**size, "k": k}
-    return {
-        name: variant(setup.base, kind.arch, **(fixed if kind.start is None else size)) for name, kind in KINDS.items()
-    }
-
-
-def _match(configs: dict[str, TrainConfig], target: int, dataset: Dataset, lab: Lab) -> list[str]:
-    """Give the penalised variants the coefficients that bring their L0 to the target; return notes on misses."""
-    starts = {
-        name: getattr(configs[name].sae, "coefficient") or kind.start  # noqa: B009 - only penalised ones have it
-        for name, kind in KINDS.items()
-        if kind.start is not None
-    }
-
-    def at(name: str, coefficient: float) -> TrainConfig:
-        config = configs[name]
-        return config.model_copy(update={"sae": config.sae.model_copy(update={"coefficient": coefficient})})
-
-    def measure(guesses: dict[str, float]) -> dict[str, float]:
-        trials = [Trial({"activation": name}, at(name, c), dataset) for name, c in guesses.items()]
-        found = {row["activation"]: row["l0"] for row in lab.rows(trials, whole=False)}
-        told = ", ".join(f"{name} {guesses[name]:g}: {l0:.3g}" for name, l0 in found.items())
-        lab.place.progress.note(f"L0 for coefficients, wanted {target}: {told}")
-        return found
-
-    notes = []
-    for name, seen in l0_matching.search(starts, target, measure).items():
-        coefficient, l0 = l0_matching.best(seen, target)
-        configs[name] = at(name, coefficient)
-        if not l0_matching.close(l0, target):
-            notes.append(f"{name}: L0 {l0:.3g} is the nearest to {target} that {len(seen)} trainings found")
-    return notes
-
-
-def apart(rows: Sequence[Row]) -> list[str]:
+def apart(rows: Sequence[Row], *, matched: bool = False) -> list[str]:
     """Return a note where L0s differ by more than a fifth."""
     by_l0 = sorted(rows, key=lambda row: row["l0"])
     low, high = by_l0[0], by_l0[-1]
     if high["l0"] <= APART * low["l0"]:
         return []
+    cure = "trained for longer they come nearer" if matched else "`match_l0` brings them together"
     return [
         f"L0 differs, from {low['l0']:.3g} ({low['activation']}) to {high['l0']:.3g} ({high['activation']}): "
-        "errors at different L0 do not compare; `match_l0` brings them together"
+        f"errors at different L0 do not compare; {cure}"
     ]
 
 

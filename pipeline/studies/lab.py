@@ -66,15 +66,12 @@ class Lab:
             runs |= dict(zip(configs, opened, strict=True))
         return [runs[run_name(trial.config, trial.dataset)] for trial in trials]
 
-    def rows(self, trials: Sequence[Trial], *, whole: bool = True) -> list[Row]:
-        """Train and judge the trials, and return a row for each: its run, labels, seed and every figure there is.
-
-        whole: whether figures that take a language model or known features are wanted as well.
-        """
+    def rows(self, trials: Sequence[Trial]) -> list[Row]:
+        """Train and judge the trials, and return a row for each: its run, labels, seed and every figure there is."""
         found = []
         for trial, run in zip(trials, self.train(trials), strict=True):
             of_text = trial.dataset.provenance.text is not None
-            judged = self._judge(run, trial.dataset, whole and (self.cross_entropy or not of_text))
+            judged = self._judge(run, trial.dataset, self.cross_entropy or not of_text)
             found.append({"run": run.name, **trial.labels, "seed": trial.config.seed, **judged})
         return found
 

@@ -24,6 +24,7 @@ from sae.configs.base import Settings
 from sae.pipeline.metrics.similarity import best, hungarian, mutual
 from sae.pipeline.parallel.ranks import Ranks
 from sae.pipeline.saes import SAE, SparseLosses
+from sae.pipeline.saes.base import spread
 
 By = Literal["dec", "hid", "x_hat"]
 Matching = tuple[Tensor, Tensor]  # int64 [n] each: row of one, row of the other
@@ -43,8 +44,8 @@ class AlignConfig(Settings):
     weight: float = Field(
         0.1,
         ge=0,
-        description="weight of the mean of 1 - similarity over pairs, of a squared error averaged over features "
-        "(whatever the reduction: a summed one gets the width times it); 0: only measure",
+        description="weight of the mean of 1 - similarity over pairs, as a share of the variance that a dictionary is "
+        "to explain; 0: only measure",
     )
     warmup: int = Field(100, ge=0, description="steps over which the weight rises from 0, as half a cosine")
     every: int = Field(10, ge=1, description="steps between two searches for matching vectors")
@@ -77,11 +78,15 @@ class Alignment:
             alike = [self._similarity(vectors[i], vectors[j], self.matchings[i, j]) for i, j in self._pairs]
         return 1 - torch.stack(alike).mean()
 
+    def weighted(self, term: Tensor, losses: Sequence[SparseLosses], step: int) -> Tensor:
+        """What is added to the dictionaries' losses for their term: a share of the variance, in their reduction."""
+        y = losses[0].y
+        return self.weight_at(step) * self.saes[0].reduced(spread(y), y) * term
+
     def weight_at(self, step: int) -> float:
-        """The weight of `term` at a step, in the reduction of the dictionaries' own losses."""
+        """The weight of `term` at a step, as a share of the variance."""
         rising = 1.0 if step >= self.config.warmup else (1 - math.cos(math.pi * step / self.config.warmup)) / 2
-        summed = self.saes[0].config.reduction == "sum_d"
-        return self.config.weight * rising * (self.saes[0].d_out if summed else 1)
+        return self.config.weight * rising
 
     def _vectors(self, losses: Sequence[SparseLosses]) -> list[Tensor]:
         """Return each dictionary's vectors to match: rows [d_sae, d_out] of its decoder, or its latents [d_sae, B]."""

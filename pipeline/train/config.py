@@ -16,22 +16,31 @@ from sae.pipeline.train.schedules import DecoderRate, Schedule
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Revival = Annotated[NoRevival | Resample | Reinitialise, Field(discriminator="kind")]
 Outliers = Annotated[OutlierRule, BeforeValidator(lambda said: _outlier_rule(said))]
+REVISION = 2
+"""Of what settings mean. Before 2 AuxK's coefficient was a weight by itself, and there was no word for that."""
+LEAST_STEPS, MOST_PASSES = 1000, 20  # of a training that nobody says the length of
 STREAM = ("batch", "steps", "rows", "data_seed", "outliers")  # what dictionaries trained together must agree on
 
 
 class TrainConfig(Schedule):
-    """Settings of one dictionary's training. One pass over the store unless `steps` or `rows` say otherwise."""
+    """How one dictionary is trained. What is left unset follows from the width and the store (`settled`)."""
 
     alternatives = (("steps", "rows"),)
 
     sae: AnyConfig = Field(
         parse({"arch": "topk"}), description="the dictionary: its architecture and that architecture's settings"
     )
-    lr: float = Field(1e-4, gt=0, description="learning rate of Adam")
+    lr: float | None = Field(
+        None,
+        gt=0,
+        description="learning rate of Adam, the encoder's where decoder says another for the decoder; unset: 1e-3 "
+        "times the root of 16,384 / d_sae",
+    )
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Adam's decay rates")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
     decoder: DecoderRate | None = Field(
-        None, description="learning rate of the decoder's weights and bias, and its own schedule; null: the same"
+        DecoderRate(ratio=3.0),
+        description="learning rate of the decoder's weights and bias, and its own schedule; null: the same",
     )
     clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null for none")
     accumulate: int = Field(1, ge=1, description="parts a batch is computed in, to hold less of it at a time")
@@ -43,9 +52,14 @@ class TrainConfig(Schedule):
         None, description="pull the dictionaries of several seeds towards each other; null: each by itself"
     )
     batch: int = Field(4096, ge=1, description="rows in a batch")
-    steps: int | None = Field(None, ge=1, description="steps to train; null: one pass over the store")
-    rows: Annotated[int | None, BeforeValidator(lambda rows: None if rows == "all" else rows)] = Field(
-        None, ge=1, description="rows each dictionary sees, instead of steps; null: one pass over the store"
+    steps: int | None = Field(
+        None,
+        ge=1,
+        description="steps to train; unset like rows: one pass over the store, or as many as make 1,000 steps, at most "
+        "20",
+    )
+    rows: Annotated[int, Field(ge=1)] | Literal["all"] | None = Field(
+        None, description="rows each dictionary sees, instead of steps; all: one pass over the store"
     )
     store_rows: int | None = Field(
         None, ge=1, description="train on the first so many rows of the store; null: on all it has when the run begins"
@@ -75,7 +89,20 @@ class TrainConfig(Schedule):
         """Steps this run takes on a store of that many rows."""
         if self.steps is not None:
             return self.steps
-        return max(1, (store_rows if self.rows is None else self.rows) // self.batch)
+        return max(1, (self.rows if isinstance(self.rows, int) else store_rows) // self.batch)
+
+    def settled(self, store_rows: int) -> Self:
+        """These settings, what they leave unset decided for a store of that many rows."""
+        rows = self.store_rows or store_rows
+        found: dict[str, Any] = {"store_rows": rows, "lr": self.rate}
+        if self.steps is None and self.rows is None:
+            found["steps"] = usual_steps(rows, self.batch)
+        return self.model_copy(update=found)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate: lr, or the usual one of the width."""
+        return self.lr or usual_rate(self.sae.d_sae)
 
     def rates_at(self, step: int, total: int) -> tuple[float, float]:
         """Learning rates of step 0, 1, ...: the encoder's and the decoder's."""
@@ -83,10 +110,21 @@ class TrainConfig(Schedule):
         if isinstance(self.revive, Resample) and self.revive.rewarm:
             since = self.revive.since(step, total)
             again = 1.0 if since is None else min(1.0, (since + 1) / self.revive.rewarm)
-        rate = self.lr * again * self.factor(step, total)
+        rate = self.rate * again * self.factor(step, total)
         if self.decoder is None:
             return rate, rate
-        return rate, self.lr * again * self.decoder.ratio * self.decoder.factor(step, total)
+        return rate, self.rate * again * self.decoder.ratio * self.decoder.factor(step, total)
+
+
+def usual_rate(d_sae: int) -> float:
+    """The learning rate for a width where none is given: it falls with the root of the width (Gao et al. 2024)."""
+    return 1e-3 * (2**14 / d_sae) ** 0.5
+
+
+def usual_steps(store_rows: int, batch: int) -> int:
+    """The steps on a store where nothing says how many: small stores are gone through several times."""
+    one_pass = max(1, store_rows // batch)
+    return max(one_pass, min(LEAST_STEPS, MOST_PASSES * store_rows // batch))
 
 
 def _outlier_rule(said: Any) -> Any:
@@ -101,6 +139,36 @@ def _outlier_rule(said: Any) -> Any:
     raise ValueError("input should be auto, none or a number above 1, as 10")
 
 
+def _of_before(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of before `REVISION`, said as they are now.
+
+    The first runs left out no rows and did not say so; without steps and rows there was one pass.
+    """
+    settings, sae = {"outliers": None} | settings, settings.get("sae")
+    if settings.get("steps") is None and settings.get("rows") is None:
+        settings |= {"rows": "all"}
+    if isinstance(sae, dict) and "aux_coefficient" in sae:
+        settings |= {"sae": {"aux_share": "none"} | sae}
+    return settings
+
+
+def expect_same_meaning(run: Run, config: TrainConfig) -> None:
+    """Raise SaeError for a run of before `REVISION` whose training would go on as another one than it began."""
+    if run.revision >= REVISION:
+        return
+    meant = {
+        "train.align.weight": config.align is not None,
+        "train.sae.target_l0": getattr(config.sae, "target_l0", None) is not None,
+        "train.sae.decoder_norm = free": config.sae.decoder_norm == "free" and config.sae.arch != "l1",
+    }
+    for name, asked in meant.items():
+        if asked:
+            raise SaeError(
+                f"{run.path}: was begun by an earlier version, in which {name} meant something else; finish it with "
+                "that version, or train again under another `name`"
+            )
+
+
 def settings_of(run: Run) -> TrainConfig:
     """Return the settings of a run. Raises DamagedStore, naming its file and the setting, where there are none.
 
@@ -111,7 +179,7 @@ def settings_of(run: Run) -> TrainConfig:
             f"{run.path}: was trained by another tool, and is only judged here; train one under another `name`"
         )
     try:
-        return TrainConfig.model_validate({"outliers": None, **run.settings})  # the first runs left out no rows
+        return TrainConfig.model_validate(_of_before(run.settings) if run.revision < REVISION else run.settings)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(["train", *map(str, first["loc"])])

@@ -44,7 +44,7 @@ class CoupledTrainers:
                     self.alignment.search(sparse, clock.step)
                     self.alignment.share(ranks)
                 apart.append(self.alignment.term(sparse))
-                total = total + self.alignment.weight_at(clock.step) * apart[-1]
+                total = total + self.alignment.weighted(apart[-1], sparse, clock.step)
             share = len(part.x) / len(batch.x)
             (total if share == 1 else total * share).backward()
             for kept, one in zip(parts, each, strict=True):

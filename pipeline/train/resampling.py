@@ -65,18 +65,24 @@ class Reinitialise(_AtSteps):
 
 @torch.no_grad()
 def resample(
-    sae: SAE, optimiser: torch.optim.Optimizer, rows: Iterable[Batch], settings: Resample, generator: torch.Generator
+    sae: SAE,
+    optimiser: torch.optim.Optimizer,
+    rows: Iterable[Batch],
+    settings: Resample,
+    generator: torch.Generator,
+    clock: Clock,
 ) -> int:
-    """Give dead latents new directions, and fresh Adam moments; how many were.
+    """Give latents that are dead by that time new directions, and fresh Adam moments; how many were.
 
     Rows are drawn without replacement, with chances in proportion to the square of their squared error. Fewer rows with
     an error than dead latents: the others wait for the next time.
     """
-    dead = sae.dead().nonzero().view(-1)
+    all_dead = sae.dead(clock)
+    dead = all_dead.nonzero().view(-1)
     if len(dead) == 0:
         return 0
     inputs, outputs = _draw(sae, rows, len(dead), generator)
-    which, alive = dead[: len(inputs)], ~sae.dead()
+    which, alive = dead[: len(inputs)], ~all_dead
     living = alive if alive.any() else torch.ones_like(alive)
     norms = [torch.linalg.vector_norm(table[living], dim=1).mean() for table in (sae.W_enc_rows, sae.W_dec)]
     unit = sae.config.decoder_norm == "unit"

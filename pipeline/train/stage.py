@@ -35,7 +35,7 @@ from sae.pipeline.runtime import devices
 from sae.pipeline.runtime.interrupts import Interrupted, interruptible
 from sae.pipeline.runtime.progress import Progress
 from sae.pipeline.saes import Clock
-from sae.pipeline.train.config import STREAM, TrainConfig, settings_of
+from sae.pipeline.train.config import REVISION, STREAM, TrainConfig, expect_same_meaning, settings_of
 from sae.pipeline.train.coupled import CoupledTrainers, grouped
 from sae.pipeline.train.trainer import Diverged, Trainer
 
@@ -54,12 +54,12 @@ def run_name(config: TrainConfig, dataset: Dataset) -> str:
     points = "-to-".join("+".join(map(_point, side)) for side in (dataset.inputs, dataset.targets) if side)
     sparsity = [
         f"{letter}{_short(getattr(config.sae, name))}"
-        for letter, name in (("k", "k"), ("c", "coefficient"), ("jl", "jl_coefficient"))
-        if hasattr(config.sae, name)
+        for letter, name in (("k", "k"), ("l", "target_l0"), ("c", "coefficient"), ("jl", "jl_coefficient"))
+        if getattr(config.sae, name, None) is not None
     ]
     identity: dict[str, Any] = {"train": config.model_dump(mode="json"), "activations": inputs[0]}
     identity |= {"targets": targets} if targets else {}
-    parts = [config.sae.arch, str(config.sae.d_sae), *sparsity, f"lr{_short(config.lr)}", f"s{config.seed}", points]
+    parts = [config.sae.arch, str(config.sae.d_sae), *sparsity, f"lr{_short(config.rate)}", f"s{config.seed}", points]
     return "-".join([*parts, digest(identity)])
 
 
@@ -84,7 +84,7 @@ def on_rows(config: TrainConfig, dataset: Dataset) -> TrainConfig:
         raise SaeError(
             f"train.store_rows = {rows}: {dataset.key} has {dataset.n_rows:,} rows; lower it, or harvest more"
         )
-    return config.model_copy(update={"store_rows": rows})
+    return config.settled(rows)
 
 
 def begun(config: TrainConfig, dataset: Dataset, runs: Sequence[Run]) -> list[Run]:
@@ -95,9 +95,8 @@ def begun(config: TrainConfig, dataset: Dataset, runs: Sequence[Run]) -> list[Ru
 
 def _differing(run: Run, config: TrainConfig) -> list[str]:
     """The settings in which a run differs from a configuration."""
-    saved, given = settings_of(run).model_dump(mode="json"), config.model_dump(mode="json")
+    saved, given = settings_of(run).model_dump(mode="json"), config.settled(run.seen.rows).model_dump(mode="json")
     saved["store_rows"] = run.seen.rows  # in version 0.1.0 it was said there alone
-    given["store_rows"] = given["store_rows"] or run.seen.rows
     return sorted(name for name in saved if saved[name] != given[name])
 
 
@@ -115,7 +114,7 @@ def open_run(config: TrainConfig, dataset: Dataset, root: Path, name: str | None
         raise SaeError(f"batch = {config.batch}: {dataset.key} has {rows:,} rows; lower it, or harvest more")
     limits = dataset.first(rows).limits_by(config.outliers)
     dataset.kept_up_to(limits).expect_kept(config.batch, "batch")
-    content = {"train": config.model_dump(mode="json"), **_seen(dataset, rows, limits).as_json()}
+    content = {"revision": REVISION, "train": config.model_dump(mode="json"), **_seen(dataset, rows, limits).as_json()}
     return Run.create(root / (name or run_name(config, dataset)), content)
 
 
@@ -169,6 +168,7 @@ class TrainState:
     groups: list[CoupledTrainers]
     loader: Batches
     total: int
+    batch: int
     step: int = 0
     started: float = field(default_factory=time.monotonic)
     diverged: list[Diverged] = field(default_factory=list)
@@ -254,7 +254,7 @@ def _step(state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
         if group.done > state.step:
             continue
         try:
-            logged = group.step(batch, Clock(state.step, state.total), ranks)
+            logged = group.step(batch, Clock(state.step, state.total, state.batch), ranks)
         except Diverged as error:
             state.end(group, error, ranks)
             continue
@@ -276,7 +276,9 @@ def _begin(runs: Sequence[Run], dataset: Dataset, device: torch.device, progress
         if len({getattr(config, name) for config in configs}) > 1:
             raise SaeError(f"train.{name}: dictionaries trained together must agree on it")
     first, rows = configs[0], runs[0].seen.rows
-    for run in runs:
+    for run, config in zip(runs, configs, strict=True):
+        if not run.finished:
+            expect_same_meaning(run, config)
         if run.seen.recipes != dataset.recipes or run.seen.rows != rows:
             raise SaeError(
                 f"{run.path}: is for {run.seen.rows:,} rows of {run.seen.key}, not {rows:,} of {dataset.key}"
@@ -294,7 +296,7 @@ def _begin(runs: Sequence[Run], dataset: Dataset, device: torch.device, progress
         ranks.broadcast(member.sae.state_dict().values())  # to the bit, however each device rounds a mean
     if any(not run.has_checkpoint for run in runs) and ranks.rank == 0:
         expect_room(runs[0].path, sum(member.on_disk() for member in members), "what training writes")
-    state = TrainState(grouped(members), loader, first.total_steps(rows))
+    state = TrainState(grouped(members), loader, first.total_steps(rows), first.batch)
     threads = torch.get_num_threads()
     state.restore(ranks)
     if torch.get_num_threads() != threads:
@@ -304,6 +306,8 @@ def _begin(runs: Sequence[Run], dataset: Dataset, device: torch.device, progress
             run.clear_failure()
     if any(run.has_checkpoint for run in runs):
         progress.note(f"{runs[0].name}: continuing at step {state.step:,} of {state.total:,}")
+    else:
+        _say(configs, rows, state.total, progress)
     return state
 
 
@@ -314,6 +318,18 @@ def _far_rows(dataset: Dataset) -> Iterator[str]:
             yield f"{store.key}: {found}; they are left out"
         elif most is None and (found := beyond_usual(store, dataset.n_rows)) is not None and found.notable:
             yield f"{store.key}: {found}; they are trained on, `train.outliers = {MEDIANS:g}` leaves them out"
+
+
+def _say(configs: Sequence[TrainConfig], rows: int, steps: int, progress: Progress) -> None:
+    """Say what settings that follow from the store and the width have become."""
+    clock = Clock(0, steps, configs[0].batch)
+    rates = ", ".join(sorted({f"{config.rate:g}" for config in configs}))
+    windows = ", ".join(f"{n:,}" for n in sorted({clock.rows(config.sae.dead_after) for config in configs}))
+    passes = steps * clock.batch / rows
+    progress.note(
+        f"train: {steps:,} steps of {clock.batch:,} rows, {passes:.2g} passes over {rows:,}; lr {rates}; a latent "
+        f"counts as dead after {windows} rows without firing"
+    )
 
 
 def share(config: TrainConfig, world: int) -> int:

@@ -27,7 +27,7 @@ from sae.pipeline.parallel.launcher import launch
 from sae.pipeline.parallel.ranks import Ranks, SingleRank
 from sae.pipeline.parallel.torch_distributed import DistributedRanks, ProcessInfo, together, torchrun_process
 from sae.pipeline.runtime.progress import Progress, Silent
-from sae.pipeline.train.config import settings_of
+from sae.pipeline.train.config import REVISION, settings_of
 from sae.pipeline.train.stage import STREAM, TrainConfig, begun, on_rows, open_run, run_name, share, train
 from sae.pipeline.train.trainer import Diverged
 
@@ -123,8 +123,12 @@ def open_all(configs: Sequence[TrainConfig], dataset: Dataset, root: Path) -> li
 
 def _named_here(run: Run, dataset: Dataset) -> bool:
     """Return True if a run on a store has the name that its settings give it; one that a user named is the user's."""
-    trained = run.imported is None and run.seen.recipes == dataset.recipes
-    return trained and run.name == run_name(settings_of(run), dataset)
+    if run.imported is not None or run.seen.recipes != dataset.recipes:
+        return False
+    name = run_name(settings_of(run), dataset)
+    if run.revision < REVISION:  # the name's last part is a hash of settings that had fewer fields
+        return run.name.rpartition("-")[0] == name.rpartition("-")[0]
+    return run.name == name
 
 
 def open_each(plans: Sequence[tuple[Sequence[TrainConfig], Dataset]], root: Path) -> list[Plan]:

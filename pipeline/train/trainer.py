@@ -64,7 +64,7 @@ class Trainer:
         except ValueError as error:
             raise SaeError(f"{dataset.key}: {error}") from error
         groups = [{"params": parameters, "name": name} for name, parameters in sae.parameter_groups().items()]
-        optimiser = torch.optim.Adam(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        optimiser = torch.optim.Adam(groups, lr=config.rate, betas=config.betas, eps=config.eps, fused=True)
         truth = dataset.truth
         return cls(run, config, sae, optimiser, dataset, device, None if truth is None else truth.to(device))
 
@@ -79,7 +79,7 @@ class Trainer:
 
         With several ranks `batch` and `parts` are this rank's.
         """
-        step, total = clock
+        step, total, _ = clock
         ranks.all_reduce_mean(parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None)
         self.sae.before_step()
         if self.config.clip is not None:
@@ -91,7 +91,7 @@ class Trainer:
         self.sae.after_step()
         self.sae.track(*ranks.all_gather([self.sae.observe(part) for part in parts]))
         self.done = step + 1
-        self._revive(total, ranks)
+        self._revive(clock, ranks)
         first, self._shown = not self._shown, True
         return (
             self._metrics(batch.y, parts, clock, ranks) if first or self.logs(total) else None
@@ -121,15 +121,15 @@ class Trainer:
         moments = 2 * sum(parameter.nbytes for parameter in self.sae.parameters())
         return 2 * (weights + moments) + weights
 
-    def _revive(self, total: int, ranks: Ranks) -> None:
-        """Do between steps what the settings say about dead latents."""
+    def _revive(self, clock: Clock, ranks: Ranks) -> None:
+        """What the settings do about dead latents between steps."""
         revive, k = self.config.revive, getattr(self.config.sae, "k", 0)
-        if isinstance(revive, NoRevival) or not revive.due(self.done, total):
+        if isinstance(revive, NoRevival) or not revive.due(self.done, clock.steps):
             return
         assert isinstance(self.sae, SAE), "as `_expect_dictionary` says"
         generator = self.sae.generator("revival", self.done)
         if isinstance(revive, Resample):
-            resample(self.sae, self.optimiser, self._drawn(revive.rows, generator), revive, generator)
+            resample(self.sae, self.optimiser, self._drawn(revive.rows, generator), revive, generator, clock)
         elif firing_rate_skew(self.sae, k) > revive.threshold:
             drawn = [*self._drawn(self.config.initial_rows, generator)]
             x = torch.cat([one.x for one in drawn])
@@ -165,10 +165,10 @@ class Trainer:
         if active:
             metrics["l0"] = l0
         if isinstance(self.sae, SAE):
-            metrics["dead"] = self.sae.dead().float().mean().item()
+            metrics["dead"] = self.sae.dead(clock).float().mean().item()
         if self.truth is not None and isinstance(self.sae, Dictionary):
             metrics["recovery"] = mmcs(self.truth, self.sae.W_dec.detach()).item()
-        metrics["lr"], decoder = self.config.rates_at(*clock)
+        metrics["lr"], decoder = self.config.rates_at(clock.step, clock.steps)
         return metrics if self.config.decoder is None else {**metrics, "lr_decoder": decoder}
 
     def save(self, loader: dict[str, int], shared: dict[str, Tensor], ranks: Ranks) -> None:

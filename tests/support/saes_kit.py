@@ -34,6 +34,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"input_scale": "per_token"},
     ],
     "l1": [
+        {"target_l0": 5.0},
         {"decoder_norm": "free", "penalty": "decoder_norm", "init": "april"},
         {"penalty": "per_token", "pre_encoder_bias": False, "reduction": "mean_d", "coefficient": 0.05},
         {"penalty": "decoder_norm", "encoder_bias": False, "input_scale": "none", "reduction": "fvu"},
@@ -43,10 +44,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "batchtopk": [{"input_scale": "per_token", "k_start": 8}],
     "matryoshka": [{"prefixes": (0.5,), "aux_coefficient": 0.0}],
     "jumprelu": [
-        {"target_l0": 3.0, "coefficient": 0.1, "pre_act_coefficient": 3e-3},
+        {"penalty": "l0_target", "target_l0": 3.0, "coefficient": 0.1, "pre_act_coefficient": 3e-3},
         {"penalty": "tanh", "decoder_norm": "free", "input_scale": "rms", "theta_init": 0.3, "bandwidth": 0.5},
     ],
     "gated": [{"encoder_bias": False, "penalty": "decoder_norm", "decoder_norm": "free"}],
+    "p_anneal": [{"target_l0": 5.0}],
     "shifted_relu": [{"coefficient": 0.1}],
 }
 """Further settings to meet the contract with, beside an architecture's defaults."""
@@ -120,7 +122,7 @@ def train(
     optimizer = optimizer or torch.optim.Adam(sae.parameters(), lr=lr, fused=True)
     history = []
     for step, (x, y) in enumerate(data):
-        losses = sae.loss(x, y, Clock(step, 1000))
+        losses = sae.loss(x, y, Clock(step, 1000, len(x)))
         optimizer.zero_grad()
         losses.total.backward()
         sae.track(sae.observe(losses))

@@ -78,7 +78,7 @@ def numbers(ranks: Ranks) -> None:
 
 def seen(ranks: Ranks) -> None:
     """Gathered parts come in the order of the ranks, counts and numbers to the bit."""
-    clock = Clock(3, 9)
+    clock = Clock(3, 9, 32)
 
     def parts(rank: int) -> list[Observed]:
         random = torch.Generator().manual_seed(rank)

@@ -52,7 +52,7 @@ def planted_store(
 
 
 def settings(sae: dict[str, Any] | None = None, **changes: Any) -> TrainConfig:
-    given = {"lr": 3e-3, "batch": 128, "steps": 40, "log_every": 4, "checkpoint_every": 10, **changes}
+    given = {"lr": 3e-3, "decoder": None, "batch": 128, "steps": 40, "log_every": 4, "checkpoint_every": 10, **changes}
     return TrainConfig(sae=parse(TOPK if sae is None else sae), **given)
 
 

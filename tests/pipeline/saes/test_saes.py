@@ -67,7 +67,6 @@ def test_every_field_is_described_and_unknown_ones_refused(tag: str) -> None:
         ({"arch": "topk", "k": 33, "d_sae": 32}, ("k: 33", "d_sae: 32")),
         ({"arch": "topk", "init": "april"}, ("init: april", "decoder_norm: unit")),
         ({"arch": "topk", "b_dec_init": "none"}, ("b_dec_init: none", "pre_encoder_bias: true")),
-        ({"arch": "l1", "decoder_norm": "free"}, ("decoder_norm: free", "penalty: plain")),
     ],
 )
 def test_what_cannot_work_is_refused_naming_both_fields(case: dict[str, Any], both: tuple[str, str]) -> None:
@@ -321,8 +320,21 @@ def test_dead_counters_count_rows(config: saes.Config) -> None:
         never &= ~fired
         train(sae, iter([(x, None)]), lr=0)
         assert torch.equal(sae.rows_since_fired == 0, fired)
-    assert torch.equal(sae.dead(), never)
+    assert torch.equal(sae.dead(Clock(3, 4, B)), never)
     assert sae.rows_since_fired.dtype == torch.int64
+
+
+def test_a_window_is_rows_or_a_share_of_the_training() -> None:
+    sae = made(settings({"arch": "topk", "dead_after": 0.25}))
+    sae.rows_since_fired[:3] = torch.tensor([99, 100, 101])
+    assert sae.dead(Clock(5, 8, 50))[:4].tolist() == [False, True, True, False]
+    assert sae.dead(Clock(5, 1, 50))[:4].tolist() == [True, True, True, False]
+    assert not sae.dead(saes.FINISHED).any()
+    with pytest.raises(ValueError, match=r"0\.25 is a share"):
+        sae.dead(Clock(5, 8))
+    sae = made(settings({"arch": "topk", "dead_after": 100}))
+    sae.rows_since_fired[:3] = torch.tensor([99, 100, 101])
+    assert sae.dead(Clock(0, 1))[:4].tolist() == [False, True, True, False]
 
 
 # Odd batches

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
-from support.saes_kit import B, GroundTruth, Planted, batches, made, one_thread, settings, train
+from support.saes_kit import B, D, GroundTruth, M, Planted, batches, made, one_thread, settings, train
 from torch import Tensor
 
 from sae.pipeline import saes
@@ -32,7 +32,8 @@ def test_the_published_warm_ups() -> None:
     """L1: 0, c / 2, c. JL: 2.5, 0.5 + 2 cos(pi / 4), 0.5. At steps 0, 1000 and 2000."""
     hybrid: Any = saes.parse({"arch": "hybrid"})
     clocks = [Clock(step, 10_000) for step in (0, 1000, 2000, 5000)]
-    assert [hybrid.coefficient_at(clock) for clock in clocks] == [0, 0.05, 0.1, 0.1]
+    dictionary: Any = saes.create(hybrid, D)
+    assert [dictionary.weight(clock) for clock in clocks] == [0, 0.05, 0.1, 0.1]
     found = [saes.config.anneal(hybrid.jl_start, hybrid.jl_coefficient, hybrid.jl_warmup, clock) for clock in clocks]
     assert found == pytest.approx([2.5, 0.5 + 2 * math.cos(math.pi / 4), 0.5, 0.5])
     assert saes.config.anneal(2.5, 0.0, 0.5, Clock(5, 10)) == 0 and saes.config.anneal(1, 2, 0, Clock(0, 1)) == 2
@@ -43,7 +44,7 @@ def test_k_goes_evenly_from_its_start() -> None:
     assert [config.k_at(Clock(step, 100)) for step in (0, 1, 4, 8, 50)] == [20, 18, 12, 4, 4]
     sae = made(config)
     x = next(batches(None, 1))[0]
-    assert sae.loss(x, clock=Clock(0, 100)).latents.values.shape == (B, 20)
+    assert sae.loss(x, clock=Clock(0, 100, B)).latents.values.shape == (B, 20)
     assert sae.encode(x).values.shape == (B, 4)
     assert settings({"arch": "topk", "k": 4}).k_at(Clock(0, 100)) == 4  # type: ignore[attr-defined]
 
@@ -109,13 +110,13 @@ def test_the_threshold_is_the_mean_of_the_least_kept_value() -> None:
     sae: Any = made(settings({"arch": "batchtopk", "threshold_start": 2}))
     least = []
     for step, (x, _) in enumerate(batches(None, 5)):
-        losses = sae.loss(x, clock=Clock(step, 100))
+        losses = sae.loss(x, clock=Clock(step, 100, B))
         least.append(losses.latents.values[losses.latents.values > 0].min())
         sae.track(sae.observe(losses))
         expected = least[-1] if step < 2 else torch.stack(least[2:]).mean()
         torch.testing.assert_close(sae.threshold, expected.detach())
     assert sae.threshold_batches == 3
-    sae.track(sae.observe(sae.loss(x, clock=Clock(1, 2))))  # which is past half of so short a training
+    sae.track(sae.observe(sae.loss(x, clock=Clock(1, 2, B))))  # which is past half of so short a training
     assert sae.threshold_batches == 4
 
 
@@ -166,7 +167,7 @@ def test_thresholds_move_and_l0_follows_the_coefficient() -> None:
     weak, strong = trained(0.0), trained(1.0)
     assert strong[1] < 0.7 * weak[1]
     assert (strong[0].threshold - 0.3).abs().min() > 1e-4
-    assert trained(10.0, target_l0=4.0)[1] == pytest.approx(4, abs=0.6)
+    assert trained(10.0, target_l0=4.0, penalty="l0_target")[1] == pytest.approx(4, abs=0.6)
 
 
 def test_dead_latents_are_pulled_up_to_their_thresholds() -> None:
@@ -192,9 +193,9 @@ def test_the_exponent_falls_in_stages_and_the_penalty_keeps_its_size() -> None:
     assert powers[10::10] == pytest.approx([0.8, 0.6, 0.4, 0.2]) and config.p_at(FINISHED) == pytest.approx(0.2)
     sae: Any = made(config)
     x = next(batches(None, 1))[0]
-    at = [sae.loss(x, clock=Clock(step, 50)) for step in (9, 10)]
+    at = [sae.loss(x, clock=Clock(step, 50, B)) for step in (9, 10)]
     sae.track(sae.observe(at[0]))
-    torch.testing.assert_close(sae.loss(x, clock=Clock(10, 50)).terms["lp"], at[0].terms["lp"])
+    torch.testing.assert_close(sae.loss(x, clock=Clock(10, 50, B)).terms["lp"], at[0].terms["lp"])
     assert sae.factor != 1
     before = sae.factor.clone()
     sae.track(sae.observe(at[1]))
@@ -244,14 +245,31 @@ def test_rows_standardised_one_by_one_come_back() -> None:
     torch.testing.assert_close(sae.loss(other).total, sae.loss(x).total, rtol=1e-3, atol=0)
 
 
-def test_a_penalty_over_free_rows_must_weigh_them() -> None:
-    with pytest.raises(ValidationError, match="decoder_norm: free"):
-        settings({"arch": "p_anneal", "decoder_norm": "free"})
-    with pytest.raises(ValidationError, match="target_l0: 3"):
-        settings({"arch": "jumprelu", "target_l0": 3, "penalty": "tanh"})
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ValidationError, match="l0_target needs target_l0"):
+        settings({"arch": "jumprelu", "penalty": "l0_target", "coefficient": 1.0})
+    with pytest.raises(ValidationError, match="coefficient: 0 stays 0"):
+        saes.parse({"arch": "l1", "target_l0": 3, "coefficient": 0})
     with pytest.raises(ValidationError, match=r"theta_init: 0\.5 is out of reach under input_scale: unit"):
         saes.parse({"arch": "jumprelu", "input_scale": "unit"})
-    assert settings({"arch": "l1", "decoder_norm": "none"}).decoder_norm == "none"
+
+
+@pytest.mark.parametrize("arch", saes.ARCHITECTURES)
+def test_stretching_free_rows_changes_nothing(arch: str) -> None:
+    """No penalty shrinks and no choice changes when a row grows and its latent falls by as much."""
+    sae = made(settings({"arch": arch, "decoder_norm": "free"}))
+    x, factors = next(batches(None, 1))[0], 0.5 + torch.rand(M, 1, generator=torch.Generator().manual_seed(0))
+    clock = Clock(5, 10, B)
+    before = {name: term.item() for name, term in sae.loss(x, clock=clock).terms.items()}
+    with torch.no_grad():
+        sae.W_dec.mul_(factors)
+        sae.W_enc_rows.div_(factors)
+        sae.b_enc.div_(factors.view(-1))
+    after = {name: term.item() for name, term in sae.loss(x, clock=clock).terms.items()}
+    assert after == pytest.approx(before, rel=1e-5)
+    folded = sae.eval().fold()
+    torch.testing.assert_close(folded.W_dec.norm(dim=1), torch.ones(M))
+    torch.testing.assert_close(folded(x), sae(x), rtol=1e-5, atol=1e-5)
 
 
 # Recovery
@@ -284,3 +302,42 @@ def test_batchtopk_recovers_the_ground_truth() -> None:
     optimiser = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
     train(sae, ((truth(1024), None) for _ in range(1500)), optimizer=optimiser)
     assert (sae.W_dec @ truth.features.T).amax(0).mean() >= 0.9
+
+
+# Steering
+
+
+STEERED = [arch for arch, sae in saes.ARCHITECTURES.items() if "target_l0" in sae.config_type.model_fields]
+
+
+@pytest.mark.parametrize("arch", STEERED)
+@pytest.mark.parametrize("start", [0.1, 0.5])
+def test_a_target_of_l0_is_reached_from_far_off(arch: str, start: float) -> None:
+    """From a coefficient that by itself leaves nearly all latents active, or nearly none."""
+    rows = Planted(width=16, features=48, active=4)
+    case = {"arch": arch, "d_sae": 64, "target_l0": 3.0, "coefficient": start, "theta_init": 0.1, "warmup": 0}
+    names = saes.ARCHITECTURES[arch].config_type.model_fields
+    sae = saes.create(saes.parse({name: value for name, value in case.items() if name in names}), 16)
+    sae.initialise(rows(2048))
+    optimiser = torch.optim.Adam(sae.parameters(), lr=1e-2, fused=True)
+    l0s = []
+    for step in range(600):
+        losses = sae.loss(rows(256), clock=Clock(step, 600, 256))
+        optimiser.zero_grad()
+        losses.total.backward()
+        sae.before_step()
+        optimiser.step()
+        sae.after_step()
+        sae.track(sae.observe(losses))
+        l0s.append(losses.l0().float().mean().item())
+    assert sum(l0s[-50:]) / 50 == pytest.approx(3, rel=0.25)
+
+
+def test_a_coefficient_that_is_given_stays() -> None:
+    assert saes.parse({"arch": "l1"}).target_l0 == 32  # type: ignore[attr-defined]
+    fixed: Any = saes.parse({"arch": "l1", "coefficient": 2})
+    assert fixed.target_l0 is None and saes.parse(fixed.model_dump()) == fixed
+    both: Any = saes.parse({"arch": "l1", "coefficient": 2, "target_l0": 8})
+    assert both.target_l0 == 8 and saes.parse(both.model_dump()) == both
+    sae = made(settings({"arch": "l1", "coefficient": 2}))
+    assert "pressure" not in sae.state_dict()

@@ -13,6 +13,7 @@ from torch import Tensor
 from sae.pipeline import saes
 from sae.pipeline.formats import Metadata, saelens
 from sae.pipeline.saes import Clock, encoder
+from sae.pipeline.saes.dictionary import Weights
 
 single = pytest.fixture(autouse=True, scope="module")(one_thread)
 
@@ -68,19 +69,32 @@ def squared_error(y: Tensor, y_hat: Tensor) -> Tensor:
 
 def before(sae: Any, y: Tensor) -> Tensor:
     centre = sae.b_dec if sae.config.pre_encoder_bias else 0
-    return (y - centre) @ sae.W_enc_rows.T + sae.b_enc
+    weights = acting(sae)
+    return (y - centre) @ weights.W_enc_rows.T + weights.b_enc
+
+
+def spread(y: Tensor) -> Tensor:
+    return (y - y.mean(0)).square().sum()
 
 
 def auxk(sae: Any, p: Tensor, y: Tensor, y_hat: Tensor) -> Tensor:
-    e, p_dead = (y - y_hat).detach(), p[:, sae.dead()].relu()
+    e, p_dead = (y - y_hat).detach(), p[:, sae.dead(AT)].relu()
     kept = torch.zeros_like(p_dead).scatter(1, p_dead.topk(5, dim=1).indices, 1.0)
-    return (e - (p_dead * kept) @ sae.W_dec[sae.dead()]).square().sum() / (e - e.mean(0)).square().sum() / 32
+    error = squared_error(e, (p_dead * kept) @ acting(sae).W_dec[sae.dead(AT)])
+    share = {"error": 1.0, "variance": spread(y) / spread(e), "none": B / spread(e)}
+    return 0.3 * share[sae.config.aux_share] * error
+
+
+def acting(sae: Any) -> Weights:
+    """The weights as they act, written out."""
+    g = sae.W_dec.norm(dim=1) if sae.config.decoder_norm == "free" else torch.ones_like(sae.b_enc)
+    return Weights(sae.W_enc_rows * g[:, None], sae.b_enc * g, sae.W_dec / g[:, None])
 
 
 def topk(sae: Any, y: Tensor) -> Terms:
     p = before(sae, y)
     f = (p * torch.zeros_like(p).scatter(1, p.topk(4, dim=1).indices, 1.0)).relu()
-    y_hat = f @ sae.W_dec + sae.b_dec
+    y_hat = f @ acting(sae).W_dec + sae.b_dec
     return {"reconstruction": squared_error(y, y_hat), "auxk": auxk(sae, p, y, y_hat)}
 
 
@@ -91,14 +105,14 @@ def of_batch(p: Tensor) -> Tensor:
 
 def batchtopk(sae: Any, y: Tensor) -> Terms:
     p = before(sae, y)
-    y_hat = of_batch(p) @ sae.W_dec + sae.b_dec
+    y_hat = of_batch(p) @ acting(sae).W_dec + sae.b_dec
     return {"reconstruction": squared_error(y, y_hat), "auxk": auxk(sae, p, y, y_hat)}
 
 
 def matryoshka(sae: Any, y: Tensor) -> Terms:
     p = before(sae, y)
     f = of_batch(p)
-    y_hats = [f[:, :size] @ sae.W_dec[:size] + sae.b_dec for size in (8, 20, M)]
+    y_hats = [f[:, :size] @ acting(sae).W_dec[:size] + sae.b_dec for size in (8, 20, M)]
     errors = [squared_error(y, y_hat) for y_hat in y_hats]
     return {
         "reconstruction": errors[2],
@@ -110,7 +124,7 @@ def matryoshka(sae: Any, y: Tensor) -> Terms:
 
 def relu(sae: Any, y: Tensor) -> tuple[Tensor, Tensor]:
     f = before(sae, y).relu()
-    error = squared_error(y, f @ sae.W_dec + sae.b_dec)
+    error = squared_error(y, f @ acting(sae).W_dec + sae.b_dec)
     return f, error / D if sae.config.reduction == "mean_d" else error
 
 
@@ -119,7 +133,7 @@ def l1(sae: Any, y: Tensor) -> Terms:
     sums = {
         "plain": f.sum(1),
         "per_token": f.sum(1) / y.norm(dim=1),
-        "decoder_norm": (f * sae.W_dec.norm(dim=1)).sum(1),
+        "decoder_norm": (f * acting(sae).W_dec.norm(dim=1)).sum(1),
     }
     return {"reconstruction": error, "l1": 0.35 * sums[sae.config.penalty].mean()}
 
@@ -132,37 +146,42 @@ def coherence(rows: Tensor) -> Tensor:
 
 def jl(sae: Any, y: Tensor) -> Terms:
     _, error = relu(sae, y)
-    spread = coherence(sae.W_dec) + coherence(sae.W_enc_rows)
-    return {"reconstruction": error, "jl": (0.5 + 2 * math.cos(math.pi / 4)) * spread}
+    both = coherence(sae.W_dec) + coherence(sae.W_enc_rows)
+    return {"reconstruction": error, "jl": (0.5 + 2 * math.cos(math.pi / 4)) * both}
 
 
 def hybrid(sae: Any, y: Tensor) -> Terms:
     f, error = relu(sae, y)
     penalty = (f.sum(1) / y.norm(dim=1)).mean()
-    return {"reconstruction": error, "l1": 0.35 * penalty, "jl": 0.5 * coherence(sae.W_dec)}
+    return {"reconstruction": error, "l1": 0.35 * penalty, "jl": 0.5 * coherence(acting(sae).W_dec)}
 
 
-def jumped(p: Tensor, theta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """f and H with the gradients of theta the straight-through kernel gives them, as a term of value 0."""
+def jumped(p: Tensor, theta: Tensor, eps: float, *, both: bool = False) -> tuple[Tensor, Tensor]:
+    """f and H with the gradients the straight-through kernel gives theta (and p, if both), as a term of value 0."""
     kernel = ((p - theta).abs() < eps / 2).double().detach()
     zero = theta - theta.detach()
+    if both:
+        zero = zero - (p - p.detach())
     step = (p > theta).double()
     return p * step - theta.detach() / eps * kernel * zero, step - kernel / eps * zero
 
 
 def jumprelu(sae: Any, y: Tensor) -> Terms:
-    theta, eps, norms = sae.threshold, sae.config.bandwidth, sae.W_dec.norm(dim=1)
+    theta, eps, norms = sae.threshold, sae.config.bandwidth, acting(sae).W_dec.norm(dim=1)
     p = before(sae, y)
-    f, step = jumped(p, theta, eps)
-    terms = {"reconstruction": squared_error(y, f @ sae.W_dec + sae.b_dec)}
-    l0 = jumped(p.detach(), theta, eps)[1].sum(1).mean()
+    both = sae.config.straight_through == "both"
+    f, step = jumped(p, theta, eps, both=both)
+    terms = {"reconstruction": squared_error(y, f @ acting(sae).W_dec + sae.b_dec)}
+    l0 = jumped(p if both else p.detach(), theta, eps, both=both)[1].sum(1).mean()
     if sae.config.penalty == "tanh":
         terms["tanh"] = 0.35 * (4 * f * norms).tanh().sum(1).mean()
     else:
-        terms["l0"] = 0.35 * (l0 if sae.config.target_l0 is None else (l0 / sae.config.target_l0 - 1).square())
+        target = sae.config.target_l0 if sae.config.penalty == "l0_target" else None
+        value = l0 if target is None else (l0 / target - 1).square() * spread(y) / B
+        terms[sae.config.penalty] = 0.35 * value
     if sae.config.pre_act_coefficient:
         below = (theta - p).relu() * norms
-        terms["pre_act"] = sae.config.pre_act_coefficient * below[:, sae.dead()].sum(1).mean()
+        terms["pre_act"] = sae.config.pre_act_coefficient * below[:, sae.dead(AT)].sum(1).mean()
     assert step.sum() > 0
     return terms
 
@@ -171,9 +190,9 @@ def gated(sae: Any, y: Tensor) -> Terms:
     q = (y - sae.b_dec) @ sae.W_enc_rows.T
     pi = q + sae.b_enc
     f = (pi > 0) * (q * sae.r_mag.exp() + sae.b_mag).relu()
-    gate = pi.relu() @ sae.W_dec.detach() + sae.b_dec.detach()
+    gate = pi.relu() @ acting(sae).W_dec.detach() + sae.b_dec.detach()
     return {
-        "reconstruction": squared_error(y, f @ sae.W_dec + sae.b_dec),
+        "reconstruction": squared_error(y, f @ acting(sae).W_dec + sae.b_dec),
         "l1": 0.35 * pi.relu().sum(1).mean(),
         "gate": squared_error(y, gate),
     }
@@ -186,25 +205,33 @@ def p_anneal(sae: Any, y: Tensor) -> Terms:
 
 def shifted_relu(sae: Any, y: Tensor) -> Terms:
     f = (before(sae, y) - sae.shift).relu()
-    return {"reconstruction": squared_error(y, f @ sae.W_dec + sae.b_dec)}
+    return {"reconstruction": squared_error(y, f @ acting(sae).W_dec + sae.b_dec)}
 
 
 def ghosts(sae: Any, y: Tensor) -> Terms:
     terms = l1(sae, y)
-    e = (y - before(sae, y).relu() @ sae.W_dec - sae.b_dec).detach()
-    g = before(sae, y)[:, sae.dead()].clamp_max(20).exp() @ sae.W_dec[sae.dead()]
+    e = (y - before(sae, y).relu() @ acting(sae).W_dec - sae.b_dec).detach()
+    g = before(sae, y)[:, sae.dead(AT)].clamp_max(20).exp() @ acting(sae).W_dec[sae.dead(AT)]
     g = g * (e.norm(dim=1, keepdim=True) / (2 * g.norm(dim=1, keepdim=True) + 1e-6)).detach()
     error = (g - e).square().mean()
     return {**terms, "ghosts": error * (terms["reconstruction"] / error).detach()}
 
 
+AT = Clock(5, 100, B)
+
+AUXK: dict[str, Any] = {"aux_k": 5, "aux_coefficient": 0.3}
+
 HALFWAY: dict[str, Any] = {"coefficient": 0.7, "warmup": 10}
 """At step 5 the coefficient is 0.35."""
 
 FORMULAS: list[tuple[Any, dict[str, Any]]] = [
-    (topk, {"arch": "topk", "aux_k": 5}),
-    (batchtopk, {"arch": "batchtopk", "aux_k": 5}),
-    (matryoshka, {"arch": "matryoshka", "aux_k": 5}),
+    (topk, {"arch": "topk", **AUXK}),
+    (topk, {"arch": "topk", "decoder_norm": "free", "init": "april", **AUXK}),
+    (topk, {"arch": "topk", **AUXK, "aux_share": "variance"}),
+    (topk, {"arch": "topk", **AUXK, "aux_share": "none"}),
+    (batchtopk, {"arch": "batchtopk", **AUXK}),
+    (batchtopk, {"arch": "batchtopk", "decoder_norm": "free", **AUXK}),
+    (matryoshka, {"arch": "matryoshka", "decoder_norm": "free", **AUXK}),
     (l1, {"arch": "l1", "penalty": "plain", **HALFWAY}),
     (l1, {"arch": "l1", "penalty": "per_token", **HALFWAY}),
     (l1, {"arch": "l1", "penalty": "decoder_norm", **HALFWAY}),
@@ -223,7 +250,8 @@ FORMULAS: list[tuple[Any, dict[str, Any]]] = [
     ),
     (hybrid, {"arch": "hybrid", "jl_coefficient": 0.5, "jl_warmup": 0, **HALFWAY}),
     (jumprelu, {"arch": "jumprelu", "theta_init": 0.3, "bandwidth": 0.4, **HALFWAY}),
-    (jumprelu, {"arch": "jumprelu", "target_l0": 3.0, "pre_act_coefficient": 0.2, **HALFWAY}),
+    (jumprelu, {"arch": "jumprelu", "theta_init": 0.3, "bandwidth": 0.4, "straight_through": "both", **HALFWAY}),
+    (jumprelu, {"arch": "jumprelu", "penalty": "l0_target", "target_l0": 3.0, "pre_act_coefficient": 0.2, **HALFWAY}),
     (jumprelu, {"arch": "jumprelu", "penalty": "tanh", "decoder_norm": "free", "bandwidth": 0.4, **HALFWAY}),
     (gated, {"arch": "gated", **HALFWAY}),
     (p_anneal, {"arch": "p_anneal", "anneal_start": 1, "stages": 1, "p_end": 0.6, **HALFWAY}),
@@ -243,7 +271,7 @@ def by_its_formula(formula: Any, case: dict[str, Any]) -> tuple[tuple[Terms, Any
         if case["arch"] == "p_anneal":
             sae.factor.fill_(3)
     x, parameters = Planted(seed=2)().double(), list(sae.parameters())
-    terms = sae.loss(x, clock=Clock(5, 100)).terms
+    terms = sae.loss(x, clock=AT).terms
     expected = formula(sae, x * sae.scale)
     found = torch.autograd.grad(sum(terms.values()), parameters)
     return (terms, found), (expected, torch.autograd.grad(sum(expected.values()), parameters))
@@ -288,7 +316,7 @@ def test_topk_recovers_a_planted_dictionary() -> None:
 
 def test_auxk_revives_planted_dead_latents() -> None:
     half, alive = M // 2, {}
-    for coefficient in (0.0, 1 / 32):
+    for coefficient in (0.0, 1.0):
         rows = Planted(features=64)
         case = {"arch": "topk", "aux_coefficient": coefficient, "dead_after": 2 * B, "encoder_scale": 1}
         sae = saes.create(settings(case), D)
@@ -300,4 +328,4 @@ def test_auxk_revives_planted_dead_latents() -> None:
         aux = [losses.terms["auxk"].item() for losses in history if "auxk" in losses.terms]
         assert all(value == 0 for value in aux[:2])
         assert any(value > 0 for value in aux) == (coefficient > 0)
-    assert alive[0.0] <= half // 4 and alive[1 / 32] >= half // 2
+    assert alive[0.0] <= half // 4 and alive[1.0] >= half // 2

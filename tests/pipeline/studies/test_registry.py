@@ -37,7 +37,7 @@ class Widths(Study):
     scale: float = Field(1.0, gt=0, description="what the learning rate is times the base's")
 
     def trials(self, setup: Setup) -> list[Trial]:
-        base = setup.base.model_copy(update={"lr": setup.base.lr * self.scale})
+        base = setup.base.model_copy(update={"lr": setup.base.rate * self.scale})
         return [
             setup.trial({"width": width, "order": self.order}, variant(base, base.sae.arch, d_sae=width))
             for width in sorted((m * (1 + self.twice) for m in self.widths), reverse=self.order == "down")
@@ -103,7 +103,7 @@ def test_a_study_of_a_file_of_its_own_is_seen_everywhere(home: Path, widths: Non
     assert [row["width"] for row in said["runs"]] == [12, 10, 8]
     flags = done(f"study widths {SMALL} --widths 4 --twice --scale 0.5 --json").json
     config = json.loads((home / "runs" / flags["runs"][0]["run"] / "config.json").read_text())
-    assert (config["train"]["sae"]["d_sae"], config["train"]["lr"]) == (8, 0.5e-4)
+    assert (config["train"]["sae"]["d_sae"], config["train"]["lr"]) == (8, pytest.approx(0.5e-3 * 2**0.5))
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def permuted(sae: SAE) -> SAE:
 
 
 def term(config: AlignConfig, saes: Sequence[SAE], x: Tensor) -> tuple[Tensor, list[SparseLosses]]:
-    losses = [sae.loss(x, clock=Clock(0, 10)) for sae in saes]
+    losses = [sae.loss(x, clock=Clock(0, 10, len(x))) for sae in saes]
     alignment = Alignment(config, saes)
     alignment.search(losses, 0)
     return alignment.term(losses), losses
@@ -102,7 +102,7 @@ def slow_mmcs(a: Tensor, b: Tensor) -> float:
 def test_the_term_is_the_mean_over_pairs_of_what_is_missing_to_full_similarity() -> None:
     saes, x = made(3), rows()
     pairs = [(0, 1), (0, 2), (1, 2)]
-    losses = [sae.loss(x, clock=Clock(0, 10)) for sae in saes]
+    losses = [sae.loss(x, clock=Clock(0, 10, len(x))) for sae in saes]
     with torch.no_grad():
         dec = sum(1 - slow_mmcs(saes[i].W_dec, saes[j].W_dec) for i, j in pairs) / 3
         hidden = [one.latents.dense().T for one in losses]
@@ -150,24 +150,21 @@ def test_the_gradient_is_that_of_the_numbers(by: Any) -> None:
         sides = []
         for change in (1e-6, -2e-6):
             parameter[place] += change
-            sides.append(alignment.term([sae.loss(x, clock=Clock(0, 10)) for sae in saes]).item())
+            sides.append(alignment.term([sae.loss(x, clock=Clock(0, 10, len(x))) for sae in saes]).item())
         parameter[place] += 1e-6
         assert (sides[0] - sides[1]) / 2e-6 == pytest.approx(gradient.view(-1)[place].item(), rel=1e-4)
 
 
-def test_the_weight_rises_and_follows_the_reduction() -> None:
-    saes = made(2)
-    alignment = Alignment(AlignConfig(weight=0.5, warmup=100), saes)
+def test_the_weight_rises() -> None:
+    alignment = Alignment(AlignConfig(weight=0.5, warmup=100), made(2))
     assert alignment.weight_at(0) == 0
-    assert alignment.weight_at(50) == pytest.approx(0.25 * 12)
-    assert alignment.weight_at(100) == alignment.weight_at(10**6) == 0.5 * 12
-    averaged = Alignment(AlignConfig(weight=0.5, warmup=0), made(2, reduction="mean_d"))
-    assert averaged.weight_at(0) == 0.5
+    assert alignment.weight_at(50) == pytest.approx(0.25)
+    assert alignment.weight_at(100) == alignment.weight_at(10**6) == 0.5
 
 
 def test_matching_vectors_are_looked_for_now_and_then() -> None:
     saes, x = made(2), rows()
-    losses = [sae.loss(x, clock=Clock(0, 10)) for sae in saes]
+    losses = [sae.loss(x, clock=Clock(0, 10, len(x))) for sae in saes]
     alignment = Alignment(AlignConfig(every=5), saes)
     alignment.search(losses, 3)  # there are none yet
     before = alignment.state()
@@ -215,7 +212,7 @@ def test_without_weight_each_is_as_by_itself(tmp_path: Path, store: ActivationSt
 def test_what_is_pulled_together_agrees_more(tmp_path: Path, store: ActivationStore, by: str, matching: str) -> None:
     lengths = {"steps": 80, "log_every": 80, "lr": 1e-2}
     free = go(aligned(2, by, matching=matching, weight=0, **lengths), store, tmp_path / "free")
-    pulled = go(aligned(2, by, matching=matching, weight=1.0, **lengths), store, tmp_path / "pulled")
+    pulled = go(aligned(2, by, matching=matching, weight=4.0, **lengths), store, tmp_path / "pulled")
     before, after = (runs[0].metrics()[-1] for runs in (free, pulled))
     assert after["alignment"] < before["alignment"]
     if by == "dec":

@@ -37,6 +37,9 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+AT = Clock(5, 10, B)
+
+
 def rows(d_out: int | None, count: int) -> list[Batch]:
     """Batches as a dataset gives them."""
     return [Batch(x, x if y is None else y) for x, y in batches(d_out, count)]
@@ -67,7 +70,7 @@ def moments(sae: SAE, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
 def test_only_dead_latents_and_their_moments_change(arch: str, d_out: int | None) -> None:
     sae, optimiser = with_dead({"arch": arch}, d_out)
     before, means = copy.deepcopy(sae.state_dict()), moments(sae, optimiser)
-    assert resample(sae, optimiser, rows(d_out, 4), RESAMPLE, generator()) == DEAD
+    assert resample(sae, optimiser, rows(d_out, 4), RESAMPLE, generator(), AT) == DEAD
     for name, tensor in sae.state_dict().items():
         if tensor.shape[:1] == (M,):
             assert torch.equal(tensor[DEAD:], before[name][DEAD:]), name
@@ -78,7 +81,7 @@ def test_only_dead_latents_and_their_moments_change(arch: str, d_out: int | None
             assert torch.equal(tensor, means[name])
         else:
             assert torch.equal(tensor[DEAD:], means[name][DEAD:]) and not tensor[:DEAD].any(), name
-    assert not sae.dead().any() and not sae.b_enc[:DEAD].any()
+    assert not sae.dead(AT).any() and not sae.b_enc[:DEAD].any()
     torch.testing.assert_close(sae.W_dec[:DEAD].norm(dim=1), torch.ones(DEAD))
     alive = sae.W_enc_rows[DEAD:].norm(dim=1).mean()
     torch.testing.assert_close(sae.W_enc_rows[:DEAD].norm(dim=1), (0.2 * alive).expand(DEAD))
@@ -103,7 +106,7 @@ def test_a_parameter_that_is_not_per_latent_keeps_what_the_optimiser_knows_of_it
     train(sae, batches(None, 5), optimizer=optimiser)
     sae.rows_since_fired[:DEAD] = 1000
     means = moments(sae, optimiser)
-    assert resample(sae, optimiser, rows(None, 4), RESAMPLE, generator()) >= DEAD
+    assert resample(sae, optimiser, rows(None, 4), RESAMPLE, generator(), AT) >= DEAD
     after = moments(sae, optimiser)
     for name in ("sharpness exp_avg", "mixing exp_avg", "mixing exp_avg_sq", "b_dec exp_avg"):
         assert means[name].any() and torch.equal(after[name], means[name]), name
@@ -118,7 +121,7 @@ def test_new_directions_are_those_of_rows_by_their_error() -> None:
     sae, optimiser = with_dead({"arch": "l1", "decoder_norm": "free", "penalty": "decoder_norm"})
     x = next(batches(None, 1))[0]
     _, towards, _ = sae.directions(x)
-    resample(sae, optimiser, Batch(x, x).split(2), RESAMPLE, generator())
+    resample(sae, optimiser, Batch(x, x).split(2), RESAMPLE, generator(), AT)
     cosines = F.normalize(sae.W_dec[:DEAD], dim=1) @ towards.T
     chosen = cosines.argmax(1)
     torch.testing.assert_close(cosines.amax(1), torch.ones(DEAD))
@@ -146,7 +149,7 @@ def test_a_resampled_latent_fires_again() -> None:
     train(sae, batches(None, 50), optimizer=optimiser)
     assert (sae.encode(Planted()(512)).fired()[:DEAD] == 0).all()
     sae.rows_since_fired[:DEAD] = 1000
-    resample(sae, optimiser, rows(None, 4), RESAMPLE, generator())
+    resample(sae, optimiser, rows(None, 4), RESAMPLE, generator(), AT)
     train(sae, batches(None, 100), optimizer=optimiser)
     assert (sae.encode(Planted()(512)).fired()[:DEAD] > 0).all()
 
@@ -155,10 +158,10 @@ def test_nothing_to_resample_and_nothing_alive() -> None:
     sae, optimiser = with_dead({"arch": "topk"})
     sae.rows_since_fired.zero_()
     before = copy.deepcopy(sae.state_dict())
-    assert resample(sae, optimiser, rows(None, 1), RESAMPLE, generator()) == 0
+    assert resample(sae, optimiser, rows(None, 1), RESAMPLE, generator(), AT) == 0
     assert all(torch.equal(before[name], tensor) for name, tensor in sae.state_dict().items())
     sae.rows_since_fired.fill_(10**6)
-    assert resample(sae, torch.optim.Adam(sae.parameters()), rows(None, 1), RESAMPLE, generator()) == M
+    assert resample(sae, torch.optim.Adam(sae.parameters()), rows(None, 1), RESAMPLE, generator(), AT) == M
     assert sae.W_enc_rows.isfinite().all()
 
 
@@ -182,7 +185,7 @@ def test_rates_are_running_means() -> None:
     sae = made(settings({"arch": "topk"}))
     counts = []
     for step, (x, _) in enumerate(batches(None, 5)):
-        losses = sae.loss(x, clock=Clock(step, 100))
+        losses = sae.loss(x, clock=Clock(step, 100, len(x)))
         counts.append(losses.latents.fired() / B)
         sae.track(sae.observe(losses))
         torch.testing.assert_close(sae.firing_rate, torch.stack(counts).mean(0))

@@ -57,8 +57,9 @@ def test_rates_rise_once_and_fall_once(shape: str, warmup: float, decay: float, 
 
 
 def test_the_decoder_may_have_its_own() -> None:
-    config = TrainConfig(lr=1e-3, warmup=0, decay=0)
+    config = TrainConfig(lr=1e-3, warmup=0, decay=0, decoder=None)
     assert config.rates_at(5, 10) == (1e-3, 1e-3)
+    assert TrainConfig(lr=1e-3, warmup=0, decay=0).rates_at(5, 10) == (1e-3, pytest.approx(3e-3))
     own = {"ratio": 4.0, "warmup": 0, "decay": 1, "shape": "half_cosine"}
     config = TrainConfig.model_validate({"lr": 1e-3, "warmup": 0, "decay": 0, "decoder": own})
     assert config.rates_at(0, 10) == (1e-3, pytest.approx(4e-3))

@@ -78,7 +78,7 @@ def dataset(pair: tuple[ActivationStore, ActivationStore]) -> Dataset:
 def settings(arch: str = "topk", **changes: Any) -> TrainConfig:
     given = {"lr": 1e-2, "batch": 64, "steps": 24, "log_every": 4, "checkpoint_every": 100, "initial_rows": 512}
     described = {"arch": arch, "d_sae": D_SAE, "dead_after": 200, **SMALL.get(arch, {})}
-    return TrainConfig(**{"sae": parse(described), **given, **changes})
+    return TrainConfig(**{"sae": parse(described), "decoder": None, **given, **changes})
 
 
 def stop_at(step: int) -> Silent:
@@ -150,7 +150,7 @@ def test_a_step_is_that_of_the_same_numbers_written_out(tmp_path: Path, dataset:
 def trained_clock(step: int, steps: int) -> Any:
     from sae.pipeline.saes import Clock
 
-    return Clock(step, steps)
+    return Clock(step, steps, 32)
 
 
 @pytest.mark.parametrize("revive", REVIVALS, ids=lambda one: one["kind"])

@@ -1,0 +1,101 @@
+"""A penalty's coefficient that follows L0: raised while more latents are active than were asked for, lowered while
+fewer.
+
+What coefficient leads to which L0 depends on the rows, the width and the learning rate, so nobody can say it
+beforehand; L0 is what people choose. With e = log(L0 / target) of the last step, the coefficient is multiplied by
+exp(PROMPT e) at once, and for good by exp(GAIN e / steps) after every step: a controller with a proportional and an
+integral part on its logarithm, whose reach does not depend on how long the training is. The first part damps what the
+second overshoots: thresholds move slowly, so by itself the second swings.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from .base import SAE
+from .config import Clock, Config, ramp, steps_of
+from .losses import SparseLosses
+
+PROMPT = 3.0
+"""Power of L0 / target that the coefficient follows at once."""
+
+GAIN = 30.0
+"""How many times over, in a training, a lasting e of 1 would multiply the coefficient by the number e."""
+
+MOST = 1.0
+"""Largest e that counts, half of it for good: where a training starts, half of the latents may be active."""
+
+LEAST = 1e-3
+"""Smallest L0 there is a logarithm of."""
+
+
+class SteeredConfig(Config):
+    """Settings of a penalty whose coefficient is given, or found while training."""
+
+    coefficient: float = Field(
+        5.0, ge=0, description="weight of the penalty beside the squared error; with target_l0, where it starts"
+    )
+    target_l0: float | None = Field(
+        32.0,
+        gt=0,
+        description="active latents a row that the coefficient is steered to; null, and unset where coefficient is "
+        "given: it stays as it is",
+    )
+    warmup: float = Field(
+        0.05, ge=0, description="steps over which the coefficient rises from 0; below 1, a share of the training"
+    )
+
+    @property
+    def steered(self) -> bool:
+        """True where the coefficient follows L0."""
+        return self.target_l0 is not None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_coefficient_given_stays(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "coefficient" in given and "target_l0" not in given:
+            return given | {"target_l0": None}
+        return given
+
+    @model_validator(mode="after")
+    def _there_is_something_to_steer(self) -> Self:
+        if self.target_l0 is not None and self.coefficient == 0:
+            raise ValueError(
+                f"target_l0: {self.target_l0} is reached by steering the coefficient, but coefficient: 0 stays 0"
+            )
+        return self
+
+
+class Steered(SAE):
+    """A dictionary whose penalty's coefficient may be steered to an L0."""
+
+    config: SteeredConfig
+    pressure: Tensor
+    excess: Tensor
+
+    def _build(self, generator: torch.Generator) -> None:
+        if self.config.steered:
+            self.register_buffer("pressure", torch.ones(()))
+            self.register_buffer("excess", torch.zeros(()))
+
+    def weight(self, clock: Clock) -> Tensor | float:
+        """The coefficient of this step, a scalar."""
+        weight = self.config.coefficient * ramp(self.config.warmup, clock)
+        return weight * self.pressure * (PROMPT * self.excess).exp() if self.config.steered else weight
+
+    def _observe(self, losses: SparseLosses) -> Tensor:
+        """The part's L0, where that is followed."""
+        if not self.config.steered:
+            return super()._observe(losses)
+        return losses.l0().float().mean().view(1)
+
+    def _update(self, seen: Tensor, clock: Clock) -> None:
+        if not self.config.steered or clock.step < steps_of(self.config.warmup, clock):
+            return
+        assert self.config.target_l0 is not None, "which steering needs"
+        self.excess.copy_((seen[0].clamp_min(LEAST) / self.config.target_l0).log().clamp(-MOST, MOST))
+        self.pressure.mul_((self.excess.clamp(-MOST / 2, MOST / 2) * (GAIN / clock.steps)).exp())
