@@ -91,7 +91,8 @@ def ours(rows: Tensor, held: Tensor, job: Job, settings: dict[str, Any]) -> dict
     config = TrainConfig(sae=saes.parse(sae_settings), lr=job.lr, warmup=WARMUP, decay=DECAY, **own)
     sae = saes.create(config.sae, rows.shape[1], seed=job.seed)
     sae.initialise(rows[: config.initial_rows])
-    optimiser = torch.optim.Adam(sae.parameters(), lr=job.lr, betas=config.betas, eps=config.eps, fused=True)
+    groups = [{"params": parameters} for parameters in sae.parameter_groups().values()]
+    optimiser = torch.optim.Adam(groups, lr=job.lr, betas=config.betas, eps=config.eps, fused=True)
     for step, x in enumerate(batches(rows, job)):
         losses = sae.loss(x, clock=saes.Clock(step, job.steps))
         optimiser.zero_grad()
@@ -100,7 +101,8 @@ def ours(rows: Tensor, held: Tensor, job: Job, settings: dict[str, Any]) -> dict
         sae.before_step()
         if config.clip is not None:
             torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip)
-        optimiser.param_groups[0]["lr"], _ = config.rates_at(step, job.steps)
+        for group, rate in zip(optimiser.param_groups, config.rates_at(step, job.steps), strict=True):
+            group["lr"] = rate
         optimiser.step()
         sae.after_step()
     sae.eval()

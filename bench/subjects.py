@@ -26,6 +26,7 @@ from sae.pipeline.train.stage import TrainConfig, open_run
 from sae.pipeline.train.trainer import Trainer
 
 STEPS = 10**9  # of a training that is only just beginning
+DEAD_AFTER = 1_000_000  # rows: of so long a training no share would end
 
 
 def planted_store(root: Path, rows: int, width: int, codec: str = "int8") -> ActivationStore:
@@ -35,7 +36,9 @@ def planted_store(root: Path, rows: int, width: int, codec: str = "int8") -> Act
 
 def settings(sae: dict[str, Any], **train: Any) -> TrainConfig:
     """Settings of a training, whose learning rate hardly changes what is timed, and which logs nothing by itself."""
-    return TrainConfig.model_validate({"lr": 1e-6, "log_every": STEPS} | train | {"sae": sae})
+    return TrainConfig.model_validate(
+        {"lr": 1e-6, "log_every": STEPS} | train | {"sae": {"dead_after": DEAD_AFTER} | sae}
+    )
 
 
 def member(config: TrainConfig, store: ActivationStore, runs: Path, name: str) -> Trainer:
@@ -57,7 +60,7 @@ def learns_its_sparsity(config: saes.Config) -> bool:
 @torch.no_grad()
 def make_sparse(sae: saes.SAE, sample: torch.Tensor, share: float) -> None:
     """Set biases, or thresholds, at which that share of the latents is active on a sample [n, d_in]."""
-    p = next(sae._preactivations(sample * sae.scale).blocks())[1]
+    p = next(sae._preactivations(sample * sae.scale, sae.weights()).blocks())[1]
     bound = p.flatten().kthvalue(int((1 - share) * p.numel())).values
     if isinstance(sae.config, JumpReLUConfig):
         sae.get_parameter("threshold").fill_(bound)

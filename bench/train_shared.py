@@ -75,7 +75,8 @@ def trained(store: ActivationStore, dictionaries: int, args: argparse.Namespace)
     """One training of so many dictionaries that differ in their seed."""
     sae = {"arch": args.arch, "d_sae": args.d_sae}
     configs = [
-        subjects.settings(sae, batch=args.batch, seed=seed, checkpoint_every=10**9) for seed in range(dictionaries)
+        subjects.settings(sae, batch=args.batch, rows="all", seed=seed, checkpoint_every=10**9)
+        for seed in range(dictionaries)
     ]
     times = Times(time.process_time if args.threads == 1 else time.perf_counter)
     with tempfile.TemporaryDirectory() as folder:

@@ -289,7 +289,8 @@ def test_runs_on_several_stores_need_them_all(root: Path) -> None:
     one, two = write_activations(root, heavy_rows(N, 7)), write_activations(root, heavy_rows(N, 7), "float16")
     for store in (one, two):
         aged(store, 40)
-    Run.create(root.parent / "runs" / "both", {"sources": [{"key": s.key, "recipe": s.recipe} for s in (one, two)]})
+    said = [{"key": store.key, "recipe": store.recipe} for store in (one, two)]
+    Run.create(root.parent / "runs" / "both", {"train": {}, "activations": {"rows": N} | said[0], "targets": said[1:]})
     assert collected() == {}
 
 
