@@ -6,6 +6,9 @@ Three commands, in this order (a root is the cache that `sae demo --cache ROOT` 
     python bench/quality.py train --rows ROWS --results R.jsonl [--tools saelens,sparsify --peers PYTHON] [--arch topk]
     python bench/quality.py table --results R.jsonl
 
+`store TRAIN HELD --out ROWS/NAME` takes the rows of two stores (folders), and `train --shape NAME=D_SAE:K` trains on
+them.
+
 `train` adds a line a training and leaves out those that are there: stop it, repeat it, run one a tool. Every tool sees
 the same rows in the same order at the same rates. Figures are of held-out rows. FVU is compared at equal L0: ours has
 several penalties (or k), log FVU is interpolated in log L0, and read off at the L0 the other tool reached.
@@ -59,6 +62,20 @@ COEFFICIENTS = {
 USUAL = {"l1": 1, "jumprelu": 1}  # which of our coefficients the table shows the figures of
 
 
+def write_store(train: Path, held: Path, out: Path) -> None:
+    """The rows of two stores, as `write_rows` writes them."""
+    stores = ActivationStore(train), ActivationStore(held)
+    _write(out, stores[0].rows(0, stores[0].n_rows), stores[1].rows(0, min(2 * HELD, stores[1].n_rows)))
+
+
+def _write(folder: Path, train: Tensor, held: Tensor) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    mean = train.mean(0)
+    scale = (train - mean).square().mean().rsqrt()
+    for part, rows in (("train", train), ("held", held)):
+        np.save(folder / f"{part}.npy", ((rows - mean) * scale).numpy())
+
+
 def write_rows(root: Path, out: Path) -> None:
     """Both sets of rows, centred and of mean squared norm d, as train.npy, held.npy and (planted) truth.npy."""
     stores = [ActivationStore(path) for path in sorted((root / "activations").iterdir())]
@@ -70,12 +87,7 @@ def write_rows(root: Path, out: Path) -> None:
         "planted": (made[:-HELD], made[-HELD:]),
     }
     for name, parts in sets.items():
-        folder = out / name
-        folder.mkdir(parents=True, exist_ok=True)
-        mean = parts[0].mean(0)
-        scale = (parts[0] - mean).square().mean().rsqrt()
-        for part, rows in zip(("train", "held"), parts, strict=True):
-            np.save(folder / f"{part}.npy", ((rows - mean) * scale).numpy())
+        _write(out / name, *parts)
     np.save(out / "planted" / "truth.npy", truth.features.numpy())
 
 
@@ -140,10 +152,11 @@ class Trainer(Peer):
 
 def jobs(args: argparse.Namespace) -> Iterator[Job]:
     """Every training asked for, seed after seed, so that a sweep that is stopped has something of everything."""
-    for seed, arch, tool, rows in itertools.product(range(args.seeds), args.arch, args.tools, SHAPES):
+    shapes = dict(args.shape) or SHAPES
+    for seed, arch, tool, rows in itertools.product(range(args.seeds), args.arch, args.tools, shapes):
         for lr, coefficient in itertools.product(args.lr, COEFFICIENTS.get((tool, arch), (0.0,))):
             if arch in TOOLS[tool]:
-                d_sae, k = SHAPES[rows]
+                d_sae, k = shapes[rows]
                 folder = str(args.rows / rows)
                 yield Job(tool, arch, folder, lr, seed, d_sae, k, args.steps, args.batch, coefficient)
 
@@ -206,6 +219,13 @@ def table(args: argparse.Namespace) -> None:
         print("|", " | ".join([arch, rows, f"{lr:g}", *cells]), "|")
 
 
+def shape(text: str) -> tuple[str, tuple[int, int]]:
+    """NAME=D_SAE:K."""
+    name, _, sizes = text.partition("=")
+    d_sae, k = map(int, sizes.split(":"))
+    return name, (d_sae, k)
+
+
 def describe(entries: Sequence[dict[str, Any]]) -> str:
     """The means of a tool's own figures."""
     names = {"fvu": "FVU", "l0": "L0", "dead": "dead", "recovered": "recovered"}
@@ -226,12 +246,18 @@ def main() -> None:
     command.add_argument("--root", type=Path, required=True)
     command.add_argument("--out", type=Path, required=True)
     command.set_defaults(run=lambda args: write_rows(args.root, args.out))
+    command = commands.add_parser("store")
+    command.add_argument("train", type=Path)
+    command.add_argument("held", type=Path)
+    command.add_argument("--out", type=Path, required=True)
+    command.set_defaults(run=lambda args: write_store(args.train, args.held, args.out))
     command = commands.add_parser("train")
     command.add_argument("--rows", type=Path, required=True)
     command.add_argument("--results", type=Path, required=True)
     command.add_argument("--tools", type=lambda text: text.split(","), default=["ours"])
     command.add_argument("--arch", type=lambda text: text.split(","), default=list(TOOLS["ours"]))
     command.add_argument("--lr", type=lambda text: [float(one) for one in text.split(",")], default=[3e-4, 1e-3, 3e-3])
+    command.add_argument("--shape", action="append", type=shape, default=[], help="other rows, as NAME=D_SAE:K")
     command.add_argument("--peers", default="python", help="an interpreter that has the other tools")
     command.add_argument("--set", action="append", default=[], help="a setting of ours, sae.init='\"april\"'")
     for name, value in {"seeds": 3, "steps": 1000, "batch": 256}.items():

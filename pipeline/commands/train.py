@@ -39,8 +39,8 @@ def train(
     layer: Annotated[str | None, typer.Option(metavar="N,...", help="Layers, as 3,9,15 or 0-3: a dictionary for each, of the stores that were harvested with `--activations`. Default: that of the store.")] = None,
     site: Annotated[str | None, typer.Option(metavar="NAME,...", help="Sites, as resid_post: likewise. Default: that of the store.")] = None,
     said: Annotated[Said, said_of(
-        "train.sae.arch", "train.sae.k", "train.sae.d_sae", "train.lr", "train.batch", "train.steps", "train.rows",
-        "train.seed", "train.align.by WHAT",
+        "train.sae.arch", "train.sae.k", "train.sae.target_l0", "train.sae.d_sae", "train.lr", "train.batch", "train.steps",
+        "train.rows", "train.seed", "train.align.by WHAT",
     )],
     name: Annotated[str | None, typer.Option(metavar="NAME", autocompletion=complete_run, help="Name of the run folder. Default: made from the settings.")] = None,
     resume: Annotated[bool, typer.Option("--resume", metavar="", help="Continue a run from its last checkpoint: the one `--name` says, or the one these settings made, or, without any, the one that is not finished.")] = False,
@@ -51,13 +51,13 @@ def train(
 ) -> None:  # fmt: skip
     """Train a sparse autoencoder on a store of activations, or a transcoder on two; no language model is loaded.
 
-    A TopK dictionary of 8192 latents, 32 of them active, one pass over what the last harvest made, unless options, a
-    preset or a file say otherwise. Ctrl-C writes a checkpoint; `--resume` continues it bit for bit.
+    A TopK dictionary of 8192 latents, 32 of them active, on what the last harvest made, unless options, a preset or a
+    file say otherwise. Ctrl-C writes a checkpoint; `--resume` continues it bit for bit.
 
     Examples:
 
         sae train --k 64 --d-sae 16384 --lr 2e-4
-        sae train --arch l1 --rows 50M --name l1-first --set train.sae.coefficient=3
+        sae train --arch jumprelu --target-l0 40 --rows 50M --name jumprelu-first
         sae train --resume
         sae train --sweep k=16,32,64 --sweep arch=topk,batchtopk --seeds 3
         sae train --align dec --seeds 3

@@ -42,8 +42,8 @@ class SteeredConfig(Config):
     target_l0: float | None = Field(
         32.0,
         gt=0,
-        description="active latents a row that the coefficient is steered to; null, and unset where coefficient is "
-        "given: it stays as it is",
+        description="active latents a row, for architectures with a penalty, whose coefficient is steered to it unless "
+        "one is given; null: it stays as it is",
     )
     warmup: float = Field(
         0.05, ge=0, description="steps over which the coefficient rises from 0; below 1, a share of the training"

@@ -55,11 +55,11 @@ class TrainConfig(Schedule):
     steps: int | None = Field(
         None,
         ge=1,
-        description="steps to train; unset like rows: one pass over the store, or as many as make 1,000 steps, at most "
-        "20",
+        description="steps to train; unset: what rows takes, else one pass over the store, or as many as make 1,000 "
+        "steps, at most 20",
     )
     rows: Annotated[int, Field(ge=1)] | Literal["all"] | None = Field(
-        None, description="rows each dictionary sees, instead of steps; all: one pass over the store"
+        None, description="rows each dictionary sees, instead of steps, all being one pass; unset: what steps take"
     )
     store_rows: int | None = Field(
         None, ge=1, description="train on the first so many rows of the store; null: on all it has when the run begins"

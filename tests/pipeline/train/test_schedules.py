@@ -91,3 +91,28 @@ def test_resampling_is_due_and_the_rate_rises_again() -> None:
 def test_settings_that_make_no_sense(wrong: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         TrainConfig.model_validate(wrong)
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "steps"),
+    [(65_536, 4096, 320), (2_000, 1024, 39), (524_288, 4096, 1000), (10_000_000, 4096, 2441), (100, 100, 20)],
+)
+def test_small_stores_are_gone_through_several_times(rows: int, batch: int, steps: int) -> None:
+    """1,000 steps, at most 20 passes, at least one."""
+    settled = TrainConfig(batch=batch).settled(rows)
+    assert (settled.steps, settled.rows, settled.store_rows) == (steps, None, rows)
+    assert settled.total_steps(rows) == steps and settled.settled(rows) == settled
+
+
+def test_what_is_said_is_not_settled_otherwise() -> None:
+    one_pass = TrainConfig.model_validate({"rows": "all", "lr": 0.01}).settled(65_536)
+    assert (one_pass.steps, one_pass.rows, one_pass.lr) == (None, "all", 0.01)
+    assert one_pass.total_steps(65_536) == 16
+    assert TrainConfig(steps=7).settled(65_536).total_steps(65_536) == 7
+
+
+@pytest.mark.parametrize(("d_sae", "lr"), [(1024, 4e-3), (4096, 2e-3), (16_384, 1e-3), (65_536, 5e-4)])
+def test_the_rate_follows_the_width(d_sae: int, lr: float) -> None:
+    config = TrainConfig.model_validate({"sae": {"arch": "topk", "d_sae": d_sae}})
+    assert config.lr is None and config.rate == pytest.approx(lr)
+    assert config.settled(100_000).lr == pytest.approx(lr)
