@@ -32,7 +32,10 @@ CHOICES = {  # options that choose the class of further settings: no single clas
     "or not, independently. Default: groups.",
 }
 FLAGS = {"train.align.by": "align"}  # options that are not called as their setting
-UNSAID = {"train.align.by": "nothing"}  # what holds without an option, where that is not the setting's default
+UNSAID = {  # what holds without an option, where that is not the setting's default, or not that of every class
+    "train.align.by": "nothing",
+    "train.sae.target_l0": "32; none for hybrid and shifted_relu",
+}
 AMOUNTS = ("rows", "tokens")  # settings that people write as 300k, 10M or all
 METAVARS = {
     "bool": "", "int": "N", "float": "X", "str": "NAME", "list of int": f"N{LIST}", "list of float": f"X{LIST}",

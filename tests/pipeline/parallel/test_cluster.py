@@ -89,6 +89,7 @@ class Notes(Silent):
         self.rows += n
 
 
+@pytest.mark.slow
 def test_a_harvest_by_workers_equals_one_alone(tmp_path: Path, gpt2: Path, scheduler: str) -> None:
     """File by file: two splits, four stores each; first a part, then the whole, one store of which is further."""
     alone, together = tmp_path / "alone", tmp_path / "together"
