@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from sae.cache.activations import ActivationStore
-from sae.cache.outliers import largest_norm, usual_norm
+from sae.cache.outliers import largest_norm, times, usual_norm
 from sae.cache.provenance import LanguageModelRows, provenance
 from sae.cache.store.codecs import OUTLIER_NORM
 
@@ -97,7 +97,7 @@ def limit_of(store: ActivationStore, rule: OutlierRule, rows: int) -> float | No
 def beyond_usual(store: ActivationStore, rows: int) -> FarRows | None:
     """The first rows of a training store that are MEDIANS times as long as usual, or longer; None where none is."""
     usual = usual_norm(store) if rows else 0.0
-    return far_rows(store, MEDIANS * usual, rows) if usual else None
+    return far_rows(store, times(MEDIANS, usual), rows) if usual else None
 
 
 @lru_cache(maxsize=64)  # a sweep asks for each of its dictionaries
@@ -115,7 +115,7 @@ def far_rows(store: ActivationStore, largest: float, rows: int) -> FarRows | Non
                 positions.update((store.positions(start, stop)[far] % length).tolist())
     if not norms:
         return None
-    every = np.concatenate(norms)
+    every = np.concatenate(norms).astype(np.float64)
     share, alike = _share_and_likeness(store, largest, rows, every)
     in_order = dict(sorted(positions.items(), key=lambda pair: (-pair[1], pair[0])))
     return FarRows(len(every), rows, largest, float(np.median(every)), usual_norm(store), share, alike, in_order)

@@ -25,13 +25,18 @@ def largest_norm(store: ActivationStore, multiple: float) -> float:
     usual = usual_norm(store)
     if not usual:
         raise SaeError(f"outliers = {multiple:g}: the first rows of {store.path} are all zero; leave it unset")
-    return multiple * usual
+    return times(multiple, usual)
 
 
 def usual_norm(store: ActivationStore) -> float:
     """Median norm of the rows of the first window (on which the columns were calibrated), rows of zeros left out."""
     norms = store.norms(0, store.manifest.windows[0].stop)
-    return float(np.median(norms[norms > 0])) if norms.any() else 0.0
+    return float(np.median(norms[norms > 0].astype(np.float64))) if norms.any() else 0.0
+
+
+def times(multiple: float, usual: float) -> float:
+    """A multiple of a norm, or the largest number that a norm can be."""
+    return min(multiple * usual, float(np.finfo(np.float32).max))
 
 
 def within(stores: Sequence[ActivationStore], limits: Limits, start: int, stop: int) -> np.ndarray:

@@ -145,7 +145,7 @@ for line, says in {
 try:
     package.load("linear")
 except package.SaeError as error:
-    assert "which is not a sparse dictionary" in str(error), error
+    assert "not a sparse dictionary" in str(error), error
 else:
     raise AssertionError
 assert package.load("plain").W_dec.shape == (16, 8)
