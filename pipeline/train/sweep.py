@@ -34,7 +34,12 @@ from sae.pipeline.train.trainer import Diverged
 MOST = 10_000  # dictionaries of one sweep
 Plan = tuple[Sequence[Run], Dataset]
 """Runs, and the dataset that they are trained on."""
-SHORT = {"arch": "sae.arch", "k": "sae.k", "d_sae": "sae.d_sae"}  # settings the command has short options for
+SHORT = {
+    "arch": "sae.arch",
+    "k": "sae.k",
+    "target_l0": "sae.target_l0",
+    "d_sae": "sae.d_sae",
+}  # settings the command has short options for
 
 
 def combinations(axes: Sequence[str]) -> list[dict[str, Any]]:
