@@ -33,7 +33,7 @@ class TrainConfig(Schedule):
     lr: float | None = Field(
         None,
         gt=0,
-        description="learning rate of Adam, the encoder's where decoder says another for the decoder; unset: 1e-3 "
+        description="learning rate of Adam, the encoder's where decoder says another for the decoder; unset: 7e-4 "
         "times the root of 16,384 / d_sae, at most 4e-3",
     )
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Adam's decay rates")
@@ -118,7 +118,7 @@ class TrainConfig(Schedule):
 
 def usual_rate(d_sae: int) -> float:
     """The learning rate for a width where none is given: it falls with the root of the width (Gao et al. 2024)."""
-    return min(4e-3, 1e-3 * (2**14 / d_sae) ** 0.5)  # below 1,024 latents nothing was measured
+    return min(4e-3, 7e-4 * (2**14 / d_sae) ** 0.5)  # below 1,024 latents nothing was measured
 
 
 def usual_steps(store_rows: int, batch: int) -> int:

@@ -103,7 +103,7 @@ def test_a_study_of_a_file_of_its_own_is_seen_everywhere(home: Path, widths: Non
     assert [row["width"] for row in said["runs"]] == [12, 10, 8]
     flags = done(f"study widths {SMALL} --widths 4 --twice --scale 0.5 --json").json
     config = json.loads((home / "runs" / flags["runs"][0]["run"] / "config.json").read_text())
-    assert (config["train"]["sae"]["d_sae"], config["train"]["lr"]) == (8, pytest.approx(0.5e-3 * 2**0.5))
+    assert (config["train"]["sae"]["d_sae"], config["train"]["lr"]) == (8, pytest.approx(0.35e-3 * 2**0.5))
 
 
 @pytest.mark.parametrize(
