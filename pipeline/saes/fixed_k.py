@@ -64,12 +64,11 @@ def auxk_term(sae: SAE, batch: LossInputs) -> dict[str, Tensor]:
         return {"auxk": batch.y.new_zeros(())}
     residual = (batch.y - batch.y_hat).detach()
     error = (residual - explained(batch.pre, dead, k_aux, batch.W_dec)).square().sum()
-    variance = spread(residual)
     match config.aux_share:
         case "error":
             term = sae.reduced(error, batch.y)
         case "variance":
-            term = sae.reduced(spread(batch.y), batch.y) * share(error, variance)
+            term = sae.reduced(spread(batch.y), batch.y) * share(error, spread(residual))
         case "none":
-            term = share(error, variance)
+            term = share(error, spread(residual))
     return {"auxk": config.aux_coefficient * term}

@@ -1059,3 +1059,35 @@ def test_the_text_of_a_dictionary_is_told(tmp_path: Path, source: dict[str, Any]
     (run,) = go(settings(steps=2), writer.store, tmp_path / "runs")
     told = run.load_weights()[1]["metadata"]
     assert (told["dataset_path"], told["prepend_bos"]) == (path, bool(begin))
+
+
+@pytest.mark.parametrize(
+    ("sae", "changes", "named"),
+    [
+        ({"arch": "jumprelu", "d_sae": D_SAE, "target_l0": 4.0}, {}, r"train\.sae\.target_l0"),
+        ({**TOPK, "decoder_norm": "free"}, {}, r"train\.sae\.decoder_norm = free"),
+        (TOPK, {"align": {"by": "dec", "seeds": [0, 1]}}, r"train\.align\.weight"),
+    ],
+)
+def test_a_run_of_before_whose_settings_mean_something_else_now_is_not_continued(
+    tmp_path: Path, store: ActivationStore, sae: dict[str, Any], changes: dict[str, Any], named: str
+) -> None:
+    run = open_run(settings(sae, **changes), Dataset.of(store), tmp_path, "older", resume=False)
+    described = run.read_json("config.json")
+    assert described.pop("revision") == REVISION
+    run.write_json("config.json", described)
+    with pytest.raises(
+        SaeError, match=f"older: was begun by an earlier version, in which {named} meant something else"
+    ):
+        train([Run(run.path)], Dataset.of(store), Silent(), device="cpu")
+
+
+def test_a_run_of_before_keeps_what_its_settings_meant(tmp_path: Path, store: ActivationStore) -> None:
+    """AuxK by itself, and one pass where nothing said how many steps."""
+    run = open_run(settings(steps=None, rows="all"), Dataset.of(store), tmp_path, "older", resume=False)
+    described = run.read_json("config.json")
+    del described["revision"], described["train"]["sae"]["aux_share"]
+    described["train"]["rows"] = None
+    run.write_json("config.json", described)
+    meant = settings_of(Run(run.path))
+    assert getattr(meant.sae, "aux_share") == "none" and meant.total_steps(ROWS) == ROWS // 128  # noqa: B009
