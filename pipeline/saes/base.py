@@ -75,6 +75,7 @@ class SAE(Dictionary, Trainable):
 
     def __init__(self, config: Config, d_in: int, d_out: int | None = None, *, seed: int = 0) -> None:
         super().__init__()
+        config.expect_widths(d_in, d_out)
         self.config, self.seed = config, seed
         self.d_in, self.d_out, self.d_sae = d_in, d_in if d_out is None else d_out, config.d_sae
         self.is_transcoder = d_out is not None
@@ -92,6 +93,7 @@ class SAE(Dictionary, Trainable):
         self.register_buffer("firing_rate", torch.zeros(self.d_sae))
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("target_scale", torch.ones(()))
+        self.register_parameter("W_skip", nn.Parameter(torch.zeros(d_in, self.d_out)) if config.skip else None)
         self._build(generator)
 
     def _bias(self, name: str, width: int, *, learned: bool) -> None:
@@ -109,7 +111,7 @@ class SAE(Dictionary, Trainable):
         """The formula of a folded dictionary."""
         return Formula(
             self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.rule, self.b_dec_applied_to_input, self.row_scaling,
-            self.is_transcoder,
+            self.is_transcoder, self.W_skip,
         )  # fmt: skip
 
     def _take(self, formula: Formula) -> None:
@@ -153,6 +155,8 @@ class SAE(Dictionary, Trainable):
         for name, value in self.weights()._asdict().items():
             getattr(folded, name).copy_(value)
         folded.W_enc_rows.mul_(self.scale / self.target_scale)
+        if folded.W_skip is not None:
+            folded.W_skip.mul_(self.scale / self.target_scale)
         for name in ("b_dec", *self.latent_units):
             getattr(folded, name).div_(self.target_scale)
         folded.scale.fill_(1)
@@ -176,6 +180,8 @@ class SAE(Dictionary, Trainable):
         sae.W_enc_rows.copy_(formula.W_enc.T)
         for name in ("b_enc", "W_dec", "b_dec"):
             getattr(sae, name).copy_(getattr(formula, name))
+        if sae.W_skip is not None and formula.W_skip is not None:
+            sae.W_skip.copy_(formula.W_skip)
         sae._take(formula)
         return sae
 
@@ -208,12 +214,12 @@ class SAE(Dictionary, Trainable):
         """
         if not len(x):
             raise ValueError("a batch without rows has no loss")
-        y = self._targets(x, target)
+        rows, y = x, self._targets(x, target)
         x, row_stats = self._scaled(x)
         y = y * self.target_scale if self.is_transcoder else x
         weights = self.weights()
         pre = self._preactivations(x, weights)
-        active = self._with_row_stats(self._activate(pre, clock), row_stats)
+        active = self._beside(self._activate(pre, clock), rows, row_stats)
         y_hat = self._reconstruct(active, weights)
         terms = {"reconstruction": self.squared_error(y_hat, y)}
         terms |= self._terms(LossInputs(x, y, pre, active, y_hat, weights.W_dec, clock))
@@ -291,7 +297,8 @@ class SAE(Dictionary, Trainable):
         outputs = self._targets(x, target)
         scaled, row_stats = self._scaled(x)
         y = outputs * self.target_scale if row_stats is None or self.is_transcoder else row_stats.normalise(outputs)
-        towards = F.normalize(y - self.b_dec, dim=1)
+        bypass = losses.latents.bypass
+        towards = F.normalize(y - self.b_dec if bypass is None else y - self.b_dec - bypass, dim=1)
         inputs = F.normalize(scaled, dim=1) if self.is_transcoder else towards
         return inputs, towards, (y - losses.reconstruction).square().sum(1)
 
@@ -337,7 +344,8 @@ def share(part: Tensor, whole: Tensor) -> Tensor:
 def _numbers(formula: Formula) -> dict[str, object]:
     """Return the numbers of a formula that are no tensors."""
     own = {name: value for name, value in formula.rule.values().items() if not isinstance(value, Tensor)}
-    return {"rule": formula.rule.name, **own, "centred": formula.centred, "row_scaling": formula.row_scaling}
+    skips = {"skip": True} if formula.W_skip is not None else {}
+    return {"rule": formula.rule.name, **own, "centred": formula.centred, "row_scaling": formula.row_scaling, **skips}
 
 
 ARCHITECTURES: dict[str, type[Trainable]] = {}

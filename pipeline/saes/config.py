@@ -58,6 +58,11 @@ class Config(Settings):
     ghost_grads: bool = Field(
         False, description="let dead latents explain the residual through exp(p), scaled to the reconstruction's loss"
     )
+    skip: bool = Field(
+        False,
+        description="a transcoder's linear path past its latents, from zero on: its inputs times W_skip are added to "
+        "its outputs",
+    )
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:
@@ -65,7 +70,17 @@ class Config(Settings):
             raise ValueError("init: april starts rows at norm 0.1, decoder_norm: unit keeps them at 1; set it to free")
         if self.b_dec_init == "none" and self.pre_encoder_bias:
             raise ValueError("pre_encoder_bias: true needs a decoder bias, b_dec_init: none has none; set it false")
+        if self.skip and self.input_scale == "per_token":
+            raise ValueError(
+                "skip: true adds inputs to outputs as they are, input_scale: per_token scales each row by itself; set "
+                "it to rms"
+            )
         return self
+
+    def expect_widths(self, d_in: int, d_out: int | None) -> None:
+        """Raise ValueError where these settings are for no rows of such widths; d_out is None of an autoencoder."""
+        if self.skip and d_out is None:
+            raise ValueError("skip: true would give an autoencoder its own input; name a target, or set skip to false")
 
 
 def other_default(name: str, value: object) -> Any:

@@ -69,6 +69,8 @@ class Dictionary(Coder):
     b_dec: Tensor
     scale: Tensor
     target_scale: Tensor
+    W_skip: Tensor | None
+    """[d_in, d_out] of a skip connection, which adds x @ W_skip to the output, past the latents; None without."""
     metadata = Metadata()
 
     @property
@@ -89,11 +91,6 @@ class Dictionary(Coder):
     @abstractmethod
     def row_scaling(self) -> RowScaling:
         """The scaling of each row by itself before it is encoded."""
-
-    @property
-    def W_skip(self) -> Tensor | None:
-        """[d_in, d_out] of a skip connection, which adds x @ W_skip to the output, past the latents; None without."""
-        return None
 
     @abstractmethod
     def formula(self) -> Formula:
@@ -117,9 +114,7 @@ class Dictionary(Coder):
         rows = x.reshape(-1, self.d_in).to(self.W_dec.dtype)
         scaled, row_stats = self._scaled(rows)
         pre = self._preactivations(scaled, self.weights())
-        active = self._with_row_stats(self._activate(pre, FINISHED), row_stats)
-        if self.W_skip is not None:
-            active = replace(active, bypass=rows @ self.W_skip)
+        active = self._beside(self._activate(pre, FINISHED), rows, row_stats)
         return active if x.dim() == 2 else replace(active, lead=tuple(x.shape[:-1]))
 
     def decode(self, active: Latents | Tensor) -> Tensor:
@@ -141,8 +136,8 @@ class Dictionary(Coder):
                     "latents.edited(values) of it"
                 )
             active = Latents.of_dense(active.to(self.W_dec.dtype))
-        y_hat = in_data_units(self._reconstruct(active, self.weights()), self.target_scale, active.row_stats)
-        return active.in_lead(y_hat if active.bypass is None else y_hat + active.bypass)
+        y_hat = self._reconstruct(active, self.weights())
+        return active.in_lead(in_data_units(y_hat, self.target_scale, active.row_stats))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d_in] -> its reconstruction (or prediction of y) [..., d_out], in the data's units."""
@@ -164,7 +159,10 @@ class Dictionary(Coder):
         row_stats = RowStats.of(x) if self.row_scaling == "standard" else RowStats.of_norms(x)
         return row_stats.normalise(x), row_stats
 
-    def _with_row_stats(self, active: Latents, row_stats: RowStats | None) -> Latents:
+    def _beside(self, active: Latents, x: Tensor, row_stats: RowStats | None) -> Latents:
+        """The latents of rows x, with what decoding needs of the rows themselves."""
+        if self.W_skip is not None:
+            active = replace(active, bypass=(x * self.scale) @ self.W_skip)
         # a transcoder's outputs are not in its inputs' row_stats
         return active if row_stats is None or self.is_transcoder else replace(active, row_stats=row_stats)
 
@@ -173,13 +171,15 @@ class Dictionary(Coder):
         return Preactivations(scaled_x, centre, weights.W_enc_rows, weights.b_enc)
 
     def _reconstruct(self, active: Latents, weights: Weights) -> Tensor:
-        return latents.decode(active, weights.W_dec) + self.b_dec
+        return latents.decode(active, weights.W_dec) + self._past_latents(active)
+
+    def _past_latents(self, active: Latents) -> Tensor:
+        """The part of a reconstruction that is not the latents': b_dec, and what a skip connection adds to each row."""
+        return self.b_dec if active.bypass is None else self.b_dec + active.bypass
 
 
 class FixedDictionary(Dictionary):
     """A dictionary given by its formula, to encode and decode with; there is nothing to train. In evaluation mode."""
-
-    skip: Tensor | None
 
     def __init__(self, formula: Formula) -> None:
         super().__init__()
@@ -191,15 +191,11 @@ class FixedDictionary(Dictionary):
             self.register_buffer(name, getattr(formula, name))
         for name in ("scale", "target_scale"):
             self.register_buffer(name, torch.ones(()))
-        self.register_buffer("skip", formula.W_skip)
+        self.register_buffer("W_skip", formula.W_skip)
         for name, value in formula.rule.values().items():
             if isinstance(value, Tensor):
                 self.register_buffer(f"rule_{name}", value)
         self.eval()
-
-    @property
-    def W_skip(self) -> Tensor | None:
-        return self.skip
 
     @property
     def rule(self) -> Rule:

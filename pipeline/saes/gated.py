@@ -51,7 +51,7 @@ class Gated(Steered):
         assert batch.latents.preactivations is not None
         W_dec = batch.W_dec.detach()
         gate = replace(batch.latents, values=batch.latents.preactivations.relu())
-        through_gate = latents.decode(gate, W_dec) + self.b_dec.detach()
+        through_gate = latents.decode(gate, W_dec) + self._past_latents(gate).detach()
         return {
             "l1": self.weight(batch.clock) * l1(self.config.penalty, gate, batch, W_dec),
             "gate": self.squared_error(through_gate, batch.y),

@@ -50,9 +50,9 @@ class Matryoshka(BatchThreshold):
     config: MatryoshkaConfig
 
     def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
-        parts = self._prefix_sums(batch)
+        parts, rest = self._prefix_sums(batch), self._past_latents(batch.latents)
         terms = {
-            f"prefix_{size}": self.squared_error(part + self.b_dec, batch.y)
+            f"prefix_{size}": self.squared_error(part + rest, batch.y)
             for size, part in zip(self.config.sizes, parts, strict=True)
         }
         return terms | auxk_term(self, batch)

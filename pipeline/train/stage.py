@@ -39,6 +39,7 @@ from sae.pipeline.train.config import REVISION, STREAM, TrainConfig, expect_same
 from sae.pipeline.train.coupled import CoupledTrainers, grouped
 from sae.pipeline.train.trainer import Diverged, Trainer
 
+LATER = {"skip": False}  # settings of dictionaries that names of runs do not know of, and what they were before
 SHOWN = ("loss", "fvu", "l0", "dead", "agreement", "recovery")  # beside the progress bar
 
 __all__ = ["STREAM", "TrainConfig", "begun", "on_rows", "open_run", "run_name", "share", "train"]
@@ -57,10 +58,19 @@ def run_name(config: TrainConfig, dataset: Dataset) -> str:
         for letter, name in (("k", "k"), ("l", "target_l0"), ("c", "coefficient"), ("jl", "jl_coefficient"))
         if getattr(config.sae, name, None) is not None
     ]
-    identity: dict[str, Any] = {"train": config.model_dump(mode="json"), "activations": inputs[0]}
+    identity: dict[str, Any] = {"train": _named_by(config), "activations": inputs[0]}
     identity |= {"targets": targets} if targets else {}
     parts = [config.sae.arch, str(config.sae.d_sae), *sparsity, f"lr{_short(config.rate)}", f"s{config.seed}", points]
     return "-".join([*parts, digest(identity)])
+
+
+def _named_by(config: TrainConfig) -> dict[str, Any]:
+    """The settings that a run is named by: those that came after the first names only where they are set."""
+    said = config.model_dump(mode="json")
+    for name, unset in LATER.items():
+        if said["sae"].get(name, unset) == unset:
+            said["sae"].pop(name, None)
+    return said
 
 
 def _point(store: ActivationStore) -> str:
@@ -108,6 +118,10 @@ def open_run(config: TrainConfig, dataset: Dataset, root: Path, name: str | None
     if resume:
         return _continued(config, dataset, root, name)
     config = on_rows(config, dataset)
+    try:
+        config.sae.expect_widths(dataset.d_in, dataset.d_out if dataset.targets else None)
+    except ValueError as error:
+        raise SaeError(f"train.sae.{error}") from error
     rows = config.store_rows
     assert rows is not None
     if config.batch > rows:

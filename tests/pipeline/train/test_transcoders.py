@@ -1,6 +1,7 @@
 """Transcoders: any architecture trained from one store to another, and all that goes with a run."""
 
 import json
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,11 +107,12 @@ def outcome(run: Run) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     return run.load_weights()[0] | run.load_checkpoint()[0], metrics
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("arch", "skip"), [*((arch, False) for arch in ARCHITECTURES), ("topk", True)])
 def test_every_architecture_learns_the_target_and_is_resumed_to_the_bit(
-    tmp_path: Path, dataset: Dataset, arch: str
+    tmp_path: Path, dataset: Dataset, arch: str, skip: bool
 ) -> None:
     config = settings(arch, revive=REVIVALS[0])
+    config = config.model_copy(update={"sae": config.sae.model_copy(update={"skip": skip})})
     run = go(config, dataset, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         go(config, dataset, tmp_path / "parts", progress=stop_at(7))
@@ -338,6 +340,9 @@ def test_a_transcoder_is_named_by_points_or_stores(home: Path) -> None:
     assert again.json["run"] == str(run.path) and "nothing to do" in again.err
     assert sae(f"train --resume --name {run.name} --json").json["run"] == str(run.path)
     assert sae(f"train --activations planted-2.mlp_in --target 2.mlp_out {COMMON}").code == 0
+    skips = sae(f"train --input 1.mlp_in --target 1.mlp_out {COMMON} --set train.sae.skip=true --json").json["run"]
+    assert skips != str(run.path) and trained.load_run(Run(Path(skips))).W_skip is not None
+    shutil.rmtree(skips)
     mixed = sae(f"train --input 1.mlp_in --target 2.mlp_out {COMMON} --sweep lr=1e-3,1e-4 --seeds 2 --json")
     assert len(mixed.json["runs"]) == 4 and all("planted-2.mlp_out" in row["activations"] for row in mixed.json["runs"])
     listed = sae("list --json").json["runs"]
@@ -375,6 +380,7 @@ def test_layers_and_sites_are_a_dictionary_each(home: Path) -> None:
         ("--input nothing --target 1.mlp_out", "--input nothing: no such store in"),
         ("--input 1.mlp_in --target 1.mlp_in", "--target 1.mlp_in: is what is read; without --target"),
         ("--input 1.mlp_in --activations planted-1.mlp_in", "both say what is read; give one of them"),
+        ("--input 1.mlp_in --set train.sae.skip=true", "train.sae.skip: true would give an autoencoder its own input"),
         ("--input 1.mlp_in --layer 2", "--input and --target say the layer and the site themselves"),
         ("--target 1.mlp_out", "--activations: ambiguous"),
         ("--activations planted-1.mlp_in --layer 1,5", "no store of 5.mlp_in beside planted-1.mlp_in"),
