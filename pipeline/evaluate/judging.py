@@ -20,7 +20,7 @@ from sae.cache.errors import SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import Batch
 from sae.cache.outliers import Limits
-from sae.cache.provenance import LanguageModelRows, Provenance
+from sae.cache.provenance import LanguageModelRows, Provenance, provenance
 from sae.cache.tokens import TokenStore
 from sae.configs.base import Amount, Settings
 from sae.pipeline.language_model import LanguageModel, Point
@@ -111,6 +111,8 @@ def judge(
     needs = needs_of(held_out, making, model=text is not None, truth=subject.truth is not None)
     if making is not None:
         subject = subject._replace(effect=making.effect, pairs=making.pairs)
+    if text is not None and (layer := _layer_between(held_out)) is not None:
+        subject = subject._replace(mlp=text[1].mlp(layer))
     sides = [metrics_of(subject, needs)]
     if held_out.limits is not None:  # of what does not depend on rows there is one value
         sides.append([one for one in metrics_of(subject, needs) if {*one.needs} & {*OF_ROWS, "model"}])
@@ -137,7 +139,17 @@ def needs_of(dataset: Dataset, making: Making | None, *, model: bool, truth: boo
     """
     pairs = making is not None and bool(making.pairs) and not dataset.targets
     known = making is not None and making.coefficients is not None
-    return available(model=model, truth=truth, coefficients=known, pairs=pairs)
+    mlp = model and _layer_between(dataset) is not None
+    return available(model=model, truth=truth, coefficients=known, pairs=pairs, mlp=mlp)
+
+
+def _layer_between(dataset: Dataset) -> int | None:
+    """The layer whose MLP makes the targets of the inputs; None where that is not what they are."""
+    stores = dataset.stores
+    points = [_site(one) for store in stores if isinstance(one := provenance(store.recipe), LanguageModelRows)]
+    if len(points) != 2 or len(dataset.targets) != 1 or points[0].layer != points[1].layer:
+        return None
+    return points[0].layer if [point.site for point in points] == ["mlp_in", "mlp_out"] else None
 
 
 def mean_target(dataset: Dataset, rows: int) -> Tensor:

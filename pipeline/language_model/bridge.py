@@ -103,6 +103,20 @@ class Bridge:
     @torch.no_grad()
     def capture(self, ids: Tensor, wanted: Mapping[Any, nn.Module], hooks: Sequence[Hooked] = ()) -> dict[Any, Tensor]:
         """Return the values at each wanted hook point; nothing runs beyond the last. Absent: what never fired."""
+        return self._seen(ids, wanted, hooks)
+
+    def at(self, site: str, layer: int, given: tuple[str, Tensor]) -> Tensor:
+        """Return what stands at a site, [n, width], where rows [n, width] are given at an earlier one of the layer.
+
+        Each row is a context of one token by itself; what comes back has a graph to the rows.
+        """
+        earlier, rows = given
+        ids = torch.zeros(len(rows), 1, dtype=torch.long, device=self.device)
+        put = self.replacing(layer, earlier, lambda _: rows[:, None])
+        with self.blocks_skipped(layer), torch.enable_grad():
+            return self._seen(ids, {site: self.point(layer, site)}, [put])[site].view(len(rows), -1)
+
+    def _seen(self, ids: Tensor, wanted: Mapping[Any, nn.Module], hooks: Sequence[Hooked]) -> dict[Any, Tensor]:
         found: dict[Any, Tensor] = {}
 
         def keeper(key: Any) -> Hook:

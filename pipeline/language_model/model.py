@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -157,6 +157,15 @@ class LanguageModel:
             self.check(point)
         wanted = {point: self._bridge.point(*point) for point in points}
         return self._bridge.capture(self._ids(tokens), wanted, self._hooks())
+
+    def mlp(self, layer: int) -> Callable[[Tensor], Tensor]:
+        """Return a layer's MLP as a function of rows: what reads `mlp_in` [n, width] and gives `mlp_out`, with a graph.
+
+        In the model's precision. Raises SaeError where the model has no such sites.
+        """
+        for site in ("mlp_in", "mlp_out"):
+            self.check(Point(layer, site))
+        return lambda rows: self._bridge.at("mlp_out", layer, ("mlp_in", rows))
 
     @torch.no_grad()
     def losses(self, tokens: Tensor) -> Tensor:

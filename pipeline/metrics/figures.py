@@ -5,9 +5,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from sae.pipeline.declared import registered
 
-Need = Literal["rows", "codes", "training", "model", "directions", "truth", "coefficients", "pairs"]
+Need = Literal["rows", "codes", "training", "model", "mlp", "directions", "truth", "coefficients", "pairs"]
 """What a metric may ask for: held-out rows and their reconstructions; the codes of these; training rows to search as
-well; a language model to splice into; a direction for every latent; the features that the rows were made of; how much
+well; a language model to splice into; the layer of it that gives the targets for the inputs; a direction for every latent; the features that the rows were made of; how much
 of each is in a row; which of them come in pairs, together or never both."""
 Better = Literal["low", "high"] | None
 METRICS = "sae.pipeline.metrics.metric.METRICS"
@@ -16,10 +16,12 @@ OF_ROWS: frozenset[Need] = frozenset({"rows", "codes", "training"})
 WITHOUT_MODEL: frozenset[Need] = OF_ROWS | {"directions"}
 
 
-def available(*, model: bool, truth: bool, coefficients: bool = False, pairs: bool = False) -> frozenset[Need]:
+def available(
+    *, model: bool, truth: bool, coefficients: bool = False, pairs: bool = False, mlp: bool = False
+) -> frozenset[Need]:
     """Return what there is to judge a dictionary by, with a language model, and with what is known of its rows."""
     more: tuple[tuple[Need, bool], ...] = (
-        ("model", model), ("truth", truth), ("coefficients", coefficients), ("pairs", pairs),
+        ("model", model), ("mlp", mlp), ("truth", truth), ("coefficients", coefficients), ("pairs", pairs),
     )  # fmt: skip
     return WITHOUT_MODEL | {need for need, is_there in more if is_there}
 

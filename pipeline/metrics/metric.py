@@ -23,7 +23,7 @@ What it overrides of `update`, `compare`, `search` and `splice` is called where 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -52,13 +52,15 @@ class Subject(NamedTuple):
     """A dictionary or less, which metrics judge, and what is known of the making of its rows.
 
     truth: the features [G, d_out] they were made of. effect: what each adds to a row for a coefficient of 1, [G, d_out],
-    and `pairs` which of them come together or never both, where there are such.
+    and `pairs` which of them come together or never both, where there are such. mlp: the layer of a model that makes y
+    [n, d_out] of x [n, d_in], with a graph, where it is at hand.
     """
 
     sae: Predictor
     truth: Tensor | None = None
     effect: Tensor | None = None
     pairs: tuple[tuple[int, int], ...] = ()
+    mlp: Callable[[Tensor], Tensor] | None = None
 
     @property
     def coder(self) -> Coder:

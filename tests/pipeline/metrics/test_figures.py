@@ -79,8 +79,8 @@ def test_every_figure_is_told_once_and_by_the_metric_that_declares_it() -> None:
     codes = sae.encode(x)
     losses = {name: (torch.rand(4, 5) + i, torch.rand(4, 5)) for i, name in enumerate(("sae", "zero", "mean"), 3)}
     truth = torch.randn(9, 6)
-    needs = available(model=True, truth=True, coefficients=True, pairs=True)
-    metrics = metrics_of(Subject(sae, truth, 2 * truth, ((0, 1),)), needs)
+    needs = available(model=True, truth=True, coefficients=True, pairs=True, mlp=True)
+    metrics = metrics_of(Subject(sae, truth, 2 * truth, ((0, 1),), torch.tanh), needs)
     assert [one.name for one in metrics] == [one.name for one in declared()]
     for metric in metrics:
         metric.update(Encoded(x, x, codes, sae.decode(codes)))
@@ -93,7 +93,7 @@ def test_every_figure_is_told_once_and_by_the_metric_that_declares_it() -> None:
 def test_what_a_metric_needs_decides_whether_it_is_made() -> None:
     subject = Subject(create(parse({"arch": "topk", "d_sae": 8, "k": 2}), 4))
     told = {one.name for one in metrics_of(subject, available(model=False, truth=False))}
-    assert told == {one.name for one in declared()} - {"downstream", "recovery", "coefficients", "pairs"}
+    assert told == {one.name for one in declared()} - {"downstream", "jacobian", "recovery", "coefficients", "pairs"}
     assert [one.name for one in metrics_of(subject, ["rows"])] == ["reconstruction", "row_error"]
 
 
