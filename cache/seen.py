@@ -24,7 +24,7 @@ class SeenStore(NamedTuple):
 class Seen(NamedTuple):
     """The data that a run was to be trained on: the first `rows` rows of aligned stores.
 
-    targets: what is reconstructed, none where that is what is read. Both sides have one store in `config.json`.
+    targets: what is reconstructed, none where that is what is read.
     """
 
     rows: int
@@ -55,21 +55,29 @@ class Seen(NamedTuple):
         return None if norms == (None,) * len(norms) else norms
 
     def as_json(self) -> dict[str, Any]:
-        """The part of `config.json` that says it; `activations` is all of it for an autoencoder."""
-        (source,) = self.inputs
+        """The part of `config.json` that says it; `activations` is all of it for an autoencoder of one store.
+
+        `beside` are the inputs after the first, in their order.
+        """
+        source, *beside = self.inputs
         said: dict[str, Any] = {"activations": {"key": source.key, "rows": self.rows} | _of_store(source)}
-        if self.targets:
-            said["targets"] = [{"key": one.key} | _of_store(one) for one in self.targets]
+        for name, stores in (("beside", beside), ("targets", self.targets)):
+            if stores:
+                said[name] = [{"key": one.key} | _of_store(one) for one in stores]
         return said
 
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> Seen:
         """Return what a `config.json` of any version says. Raises ValueError where that is nothing that can be."""
-        said, others = inner(config, "activations"), config.get("targets", [])
-        if not isinstance(others, list):
-            raise ValueError(f"targets is {shown(others)}, not a list")
-        source, *targets = map(_seen_store, [said, *others])
-        return cls(whole(said, "rows", 1), (source,), tuple(targets))
+        said = inner(config, "activations")
+        others = {name: config.get(name, []) for name in ("beside", "targets")}
+        for name, stores in others.items():
+            if not isinstance(stores, list):
+                raise ValueError(f"{name} is {shown(stores)}, not a list")
+        inputs, targets = (
+            [_seen_store(one) for one in side] for side in ([said, *others["beside"]], others["targets"])
+        )
+        return cls(whole(said, "rows", 1), tuple(inputs), tuple(targets))
 
 
 def _of_store(one: SeenStore) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """A dataset is read by training and evaluation: aligned inputs and targets of one split.
 
 An autoencoder's dataset has inputs alone: they are what is reconstructed, too. A transcoder's has targets as well, as
-what a layer makes of the inputs. Row i of every store came from one and the same token (or sample of a source).
+what a layer makes of the inputs. Row i of every store came from one and the same token (or sample of a source). Where a
+side has several stores, as for a crosscoder, their rows lie side by side in the order in which the stores are named.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from sae.cache import catalogue
 from sae.cache.activations import ActivationStore
 from sae.cache.disk.identity import Recipe
 from sae.cache.errors import NotFound, SaeError
-from sae.cache.loader.loader import Batch, Batches, Settings, common_rows, expect_aligned, stacked
+from sae.cache.loader.loader import Batch, Batches, Settings, common_rows, expect_aligned, side_by_side
 from sae.cache.massive import OutlierRule, limit_of
 from sae.cache.outliers import Limits, within
 from sae.cache.provenance import Provenance, provenance
@@ -47,9 +48,14 @@ class Dataset:
     ) -> Self:
         """The dataset of one store or several a side, and of their first `rows` rows; None: of all that are there.
 
-        Raises SaeError where rows do not align: other tokens, another rule which of them become rows, other numbers.
+        Raises SaeError where rows do not align (other tokens, another rule which of them become rows, other numbers),
+        and where a side names a store twice.
         """
         x, y = (side if isinstance(side, tuple) else (side,) for side in (inputs, targets))
+        for side in (x, y):
+            keys = [store.key for store in side]
+            if twice := [key for key in keys if keys.count(key) > 1]:
+                raise SaeError(f"{twice[0]}: is named twice among {', '.join(keys)}; name each store once")
         stores = [*x, *y]
         expect_aligned(stores, rows)
         shortest, longest = (pick(stores, key=lambda store: store.n_rows) for pick in (min, max))
@@ -69,14 +75,29 @@ class Dataset:
         return self.inputs + self.targets
 
     @property
+    def written(self) -> Stores:
+        """The stores of what is reconstructed."""
+        return self.targets or self.inputs
+
+    @property
+    def widths_in(self) -> tuple[int, ...]:
+        """The widths of the inputs, which lie side by side in a row."""
+        return tuple(store.d for store in self.inputs)
+
+    @property
+    def widths_out(self) -> tuple[int, ...]:
+        """The widths of the stores whose rows are reconstructed."""
+        return tuple(store.d for store in self.written)
+
+    @property
     def d_in(self) -> int:
         """Width of an input row."""
-        return self.inputs[0].d
+        return sum(self.widths_in)
 
     @property
     def d_out(self) -> int:
         """Width of what is reconstructed."""
-        return (self.targets or self.inputs)[0].d
+        return sum(self.widths_out)
 
     @property
     def key(self) -> str:
@@ -101,12 +122,12 @@ class Dataset:
     @property
     def target_provenance(self) -> Provenance:
         """The origin of what is reconstructed: the inputs' where there are no targets."""
-        return provenance((self.targets or self.inputs)[0].recipe)
+        return provenance(self.written[0].recipe)
 
     @cached_property
     def truth(self) -> Tensor | None:
         """The features that what is reconstructed was made of, float32 [G, d_out]; None where they are not known."""
-        return (self.targets or self.inputs)[0].truth
+        return self.written[0].truth if len(self.written) == 1 else None
 
     def first(self, rows: int) -> Self:
         """Its first rows alone. Raises SaeError where there are not so many."""
@@ -152,9 +173,12 @@ class Dataset:
 
     def rows(self, start: int, stop: int) -> Batch:
         """Rows [start, stop) in stored order, those to be left out as well."""
-        x = stacked([store.rows(start, stop) for store in self.inputs])
-        y = stacked([store.rows(start, stop) for store in self.targets]) if self.targets else x
-        return Batch(x, y)
+        x = self.read(start, stop)
+        return Batch(x, side_by_side([store.rows(start, stop) for store in self.targets]) if self.targets else x)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """float32 [stop - start, d_in]: the inputs of rows [start, stop) in stored order."""
+        return side_by_side([store.rows(start, stop) for store in self.inputs])
 
     def kept(self, start: int, stop: int) -> np.ndarray | None:
         """bool [stop - start]: which rows are kept; None where all of them are."""

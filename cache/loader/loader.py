@@ -36,7 +36,7 @@ from sae.cache.store.codecs import Columns, Encoded, from_numpy
 
 
 class Batch(NamedTuple):
-    """Some rows of a dataset. x: float32 [B, *d_in]. y: float32 [B, *d_out], x itself where the inputs are the targets.
+    """Some rows of a dataset. x: float32 [B, d_in]. y: float32 [B, d_out], x itself where the inputs are the targets.
     position: int64 [B], the token or the sample that each row came from, where it was asked for."""
 
     x: Tensor
@@ -233,7 +233,7 @@ class Loader(_Stored):
 class Batches(_Stored):
     """As `Loader`, over aligned stores at once: a `Batch` of the inputs' rows and the targets'.
 
-    Where several stores are one side their rows are stacked: [B, stores, d].
+    Where several stores are one side their rows lie side by side: d_in is the sum of their widths.
 
     targets: none where the inputs are what is to be reconstructed. positions: whether batches say what each row is of,
     which takes reading it. Raises SaeError where the stores' rows do not align.
@@ -254,8 +254,8 @@ class Batches(_Stored):
 
     def __iter__(self) -> Iterator[Batch]:
         for rows in self._decoded():
-            x = stacked(rows[: self._inputs])
-            y = stacked(rows[self._inputs :]) if rows[self._inputs :] else x
+            x = side_by_side(rows[: self._inputs])
+            y = side_by_side(rows[self._inputs :]) if rows[self._inputs :] else x
             yield Batch(x, y, self._positions_of_last() if self._with_positions else None)
 
     def _positions_of_last(self) -> Tensor:
@@ -269,9 +269,9 @@ class Batches(_Stored):
         return from_numpy(np.concatenate(found))
 
 
-def stacked(rows: Sequence[Tensor]) -> Tensor:
-    """Rows [n, d] of one store as they are; of several, [n, stores, d]."""
-    return rows[0] if len(rows) == 1 else torch.stack([*rows], dim=1)
+def side_by_side(rows: Sequence[Tensor]) -> Tensor:
+    """The rows [n, d] of one store as they are; those of several as [n, the sum of their widths]."""
+    return rows[0] if len(rows) == 1 else torch.cat([*rows], dim=1)
 
 
 def expect_aligned(stores: Sequence[ActivationStore], rows: int | None = None) -> None:
@@ -288,10 +288,10 @@ def expect_aligned(stores: Sequence[ActivationStore], rows: int | None = None) -
                     f"{other.path}: was made {what} than {first.key}, so their rows do not align; "
                     "make both from one token store with the same settings"
                 )
-    shortest = min(stores, key=lambda store: store.n_rows)
+    shortest, longest = (pick(stores, key=lambda store: store.n_rows) for pick in (min, max))
     if rows is not None and common_rows(stores) < rows <= shortest.n_rows:
         raise SaeError(
-            f"{shortest.path}: its last rows lie in another order than those of the others, as it was made when the "
+            f"{shortest.path}: its last rows lie in another order than those of {longest.key}, as it was made when the "
             f"text ended earlier; read the first {common_rows(stores):,} alone, or remove it and harvest it again"
         )
 

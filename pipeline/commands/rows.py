@@ -9,7 +9,7 @@ from sae.pipeline.commands.words import several, whole
 
 if TYPE_CHECKING:
     from sae.cache.activations import ActivationStore
-    from sae.cache.loader.dataset import Dataset
+    from sae.cache.loader.dataset import Dataset, Stores
     from sae.pipeline.commands.bars import Bars
 
 
@@ -51,22 +51,21 @@ class Rows(NamedTuple):
         """Return True if it is more than one dataset."""
         return len(self.layers or [0]) * len(self.sites or [""]) > 1
 
-    def stores(self, root: Path) -> "list[tuple[ActivationStore, ActivationStore | None]]":
-        """Input and target (None: what is read) of every dataset. Raises NotFound for stores that are not there."""
+    def stores(self, root: Path) -> "list[tuple[Stores, Stores]]":
+        """Inputs and targets (none: what is read) of every dataset. Raises NotFound for stores that are not there."""
         from sae.cache import points
 
         if self.layers is None and self.sites is None:
             argument, name = ("activations", self.activations) if self.source is None else ("input", self.source)
-            store = named(root, name, argument)
+            first, *others = [name] if name is None or self.source is None else listed(name, "--input")
+            store = named(root, first, argument)
+            inputs = (store, *(beside(root, store, other, "input") for other in others if other is not None))
             if self.target is None:
-                return [(store, None)]
-            point = points.point_in(self.target)
-            target = (
-                named(root, self.target, "target") if point is None else points.aligned(root, store, point, "target")
-            )
-            if target.path == store.path:
+                return [(inputs, ())]
+            targets = tuple(beside(root, store, one, "target") for one in listed(self.target, "--target"))
+            if [store.path for store in targets] == [store.path for store in inputs]:
                 raise SaeError(f"--target {self.target}: is what is read; without --target it is reconstructed")
-            return [(store, target)]
+            return [(inputs, targets)]
         reference = any_of_the_last(root, self.activations)
         if (its := points.point_of(reference)) is None:
             raise SaeError(f"--activations {reference.key}: is of no layer of a model; leave out --layer and --site")
@@ -78,15 +77,15 @@ class Rows(NamedTuple):
                 f"--layer and --site: no store of {', '.join(missing)} beside {reference.key}; there is {known}; "
                 "`sae harvest --layer N,... --site NAME,...` makes others"
             )
-        return [(there[point], None) for point in wanted]
+        return [((there[point],), ()) for point in wanted]
 
     def datasets(self, root: Path, rows: int | None) -> "list[Dataset]":
         """Return the datasets to train on: the first `rows` rows that stores have in common, None for all."""
         from sae.cache.loader.dataset import Dataset
 
         return [
-            Dataset.of(store) if target is None else Dataset.of(store, target, rows=rows)
-            for store, target in self.stores(root)
+            Dataset.of(inputs, targets, rows=rows if len(inputs + targets) > 1 else None)
+            for inputs, targets in self.stores(root)
         ]
 
 
@@ -107,6 +106,22 @@ def named(root: Path, name: str | None, argument: str) -> "ActivationStore":
     if name is not None and argument != "activations" and (point := points.point_in(name)) is not None:
         return points.at_point(root, point, argument)
     return catalogue.find(root, ActivationStore, name, argument)
+
+
+def listed(text: str, option: str) -> list[str]:
+    """The stores that an option lists with commas; a folder that is there may have some in its name."""
+    from sae.cache.disk.paths import parse_path
+    from sae.cache.store.head import RECIPE
+
+    return [text] if (parse_path(text) / RECIPE).exists() else several(option, text) or []
+
+
+def beside(root: Path, store: "ActivationStore", name: str, argument: str) -> "ActivationStore":
+    """The store that an argument names, by its key or by its point: then one whose rows align with those of a store."""
+    from sae.cache import points
+
+    point = points.point_in(name)
+    return named(root, name, argument) if point is None else points.aligned(root, store, point, argument)
 
 
 def any_of_the_last(root: Path, name: str | None) -> "ActivationStore":

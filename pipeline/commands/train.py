@@ -34,8 +34,8 @@ LONGEST = 200  # bytes in the name of a run: files in it and locks beside it hav
 def train(
     *,
     activations: Annotated[str | None, typer.Option(metavar="STORE", autocompletion=complete_store, help="Activation store: key, beginning of a key, or path. Default: what the last harvest made.")] = None,
-    input_: Annotated[str | None, typer.Option("--input", metavar="STORE", autocompletion=complete_store, help="What is read, with `--target`: a point as 6.mlp_in, or a store. Default: that of `--activations`.")] = None,
-    target: Annotated[str | None, typer.Option(metavar="STORE", autocompletion=complete_store, help="What is reconstructed, for a transcoder: a point as 6.mlp_out, or a store, of the same tokens as what is read. Default: what is read.")] = None,
+    input_: Annotated[str | None, typer.Option("--input", metavar="STORE,...", autocompletion=complete_store, help="What is read, with `--target`: a point as 6.mlp_in, or a store; several for a crosscoder, as 2.resid_post,3.resid_post. Default: that of `--activations`.")] = None,
+    target: Annotated[str | None, typer.Option(metavar="STORE,...", autocompletion=complete_store, help="What is reconstructed, for a transcoder: a point as 6.mlp_out, or a store (several for a cross-layer transcoder), of the same tokens as what is read. Default: what is read.")] = None,
     layer: Annotated[str | None, typer.Option(metavar="N,...", help="Layers, as 3,9,15 or 0-3: a dictionary for each, of the stores that were harvested with `--activations`. Default: that of the store.")] = None,
     site: Annotated[str | None, typer.Option(metavar="NAME,...", help="Sites, as resid_post: likewise. Default: that of the store.")] = None,
     said: Annotated[Said, said_of(
@@ -63,6 +63,7 @@ def train(
         sae train --align dec --seeds 3
         sae train --devices 4 --batch 16384
         sae train --input 6.mlp_in --target 6.mlp_out
+        sae train --arch crosscoder --input 2.resid_post,3.resid_post
         sae train --layer 3,9,15 --site resid_post
     """
     axes, swept = split_axes(sweep or [])

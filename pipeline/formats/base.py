@@ -118,7 +118,10 @@ def write_set(parts: Sequence[tuple[Dictionary, Metadata]], path: Path | str, fo
     if not vacant:
         raise SaeError(f"{path}: is there already; name a folder that is not there or is empty")
     try:
-        FORMATS[format].write_set([(dictionary.formula(), metadata) for dictionary, metadata in parts], folder)
+        formulas = [(dictionary.formula(), metadata) for dictionary, metadata in parts]
+        if any(formula.of_several_stores for formula, _ in formulas):
+            raise ValueError("it has none whose rows are of several stores")
+        FORMATS[format].write_set(formulas, folder)
     except SaeError:
         raise
     except ValueError as error:

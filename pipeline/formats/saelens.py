@@ -2,10 +2,11 @@
 
 Read are standard, topk, jumprelu and gated dictionaries, transcoders and skip transcoders, of version 6 and of those
 before it. BatchTopK and Matryoshka have no class there: they are written, as SAELens itself writes them, as the
-jumprelu they are at inference. Gated and topk transcoders have none either; in a run folder they get a name all the
-same, which SAELens refuses and this reads. The scale of `expected_average_only_in` is no part of a file: SAELens takes
-such weights as they are, and so does this. A jumprelu that is exported subtracts nothing from its input, since
-dictionary_learning opens the same tensors and never does. Source: SAELens 6.54.12 (`saes/`, `loading/`).
+jumprelu they are at inference. Gated and topk transcoders have none either, nor dictionaries of several stores; in a
+run folder they get a name all the same, which SAELens refuses and this reads. The scale of `expected_average_only_in`
+is no part of a file: SAELens takes such weights as they are, and so does this. A jumprelu that is exported subtracts
+nothing from its input, since dictionary_learning opens the same tensors and never does. Source: SAELens 6.54.12
+(`saes/`, `loading/`).
 """
 
 from __future__ import annotations
@@ -29,8 +30,14 @@ VERSION = "6.54.12"
 ARCHITECTURES = {"relu": "standard", "threshold": "jumprelu"}
 """Its name of a rule, where that is not ours."""
 
+WIDTHS = "widths_in", "widths_out"
+"""Keys of our own, of a dictionary of several stores: how wide each of them is."""
+
 TENSORS = {"gated": {"b_enc": "b_gate"}}
 """Its name of a tensor, where that is not ours, by rule."""
+
+BESIDE = {"beside": "hook_names_beside", "beside_out": "hook_names_beside_out"}
+"""Likewise, the hook points of the stores after the first."""
 
 ROW_SCALINGS: dict[str, RowScaling] = {
     "none": "none", "expected_average_only_in": "none", "layer_norm": "standard", "constant_norm_rescale": "norm",
@@ -71,7 +78,9 @@ def written(formula: Formula, metadata: Metadata) -> tuple[dict[str, Tensor], di
     tensors |= {} if formula.W_skip is None else {"W_skip": formula.W_skip.T}
     names = TENSORS.get(rule.name, {})
     config = {
-        "architecture": _architecture(rule.name, formula.transcoder, formula.W_skip is not None),
+        "architecture": _architecture(
+            rule.name, formula.transcoder, formula.W_skip is not None, formula.of_several_stores
+        ),
         **{name: value for name, value in own.items() if not isinstance(value, Tensor)},
         **({"rescale_acts_by_decoder_norm": formula.has_unit_rows} if rule.name == "topk" else {}),
         "d_in": formula.d_in,
@@ -82,6 +91,7 @@ def written(formula: Formula, metadata: Metadata) -> tuple[dict[str, Tensor], di
         "normalize_activations": next(name for name, kind in ROW_SCALINGS.items() if kind == formula.row_scaling),
         "reshape_activations": "hook_z" if (metadata.hook or "").endswith(".hook_z") else "none",
         **({"d_out": formula.d_out} if formula.transcoder else {}),
+        **{name: list(each) for name in WIDTHS if (each := getattr(formula, name))},
         "metadata": _metadata(metadata),
     }
     return {names.get(name, name): tensor.detach().contiguous() for name, tensor in tensors.items()}, config
@@ -89,9 +99,9 @@ def written(formula: Formula, metadata: Metadata) -> tuple[dict[str, Tensor], di
 
 def formula_of(tensors: dict[str, Tensor], config: dict[str, Any]) -> Formula:
     """The dictionary that tensors and a cfg.json of version 6 describe. Raises ValueError where they describe none."""
-    kinds = product(RULES, (False, True), (False, True))
+    kinds = product(RULES, (False, True), (False, True), (False, True))
     left, known = dict(tensors), {_architecture(*kind): kind for kind in kinds}
-    rule, transcoder, skips = known[files.choice(config, "architecture", *sorted(known))]
+    rule, transcoder, skips, several = known[files.choice(config, "architecture", *sorted(known))]
     d_in, d_sae = files.width(config, "d_in"), files.width(config, "d_sae")
     d_out = files.width(config, "d_out") if transcoder else d_in
     centred = files.flag(config, "apply_b_dec_to_input", not transcoder)
@@ -107,7 +117,8 @@ def formula_of(tensors: dict[str, Tensor], config: dict[str, Any]) -> Formula:
     files.expect_taken(left)
     if skips and row_scaling != "none":
         raise ValueError("its rows are scaled by themselves and skip the latents, which is not read together")
-    formula = Formula(W_enc, b_enc, W_dec, b_dec, own, centred, row_scaling, transcoder, W_skip)
+    each = (_widths(config, name, total) if several else () for name, total in zip(WIDTHS, (d_in, d_out), strict=True))
+    formula = Formula(W_enc, b_enc, W_dec, b_dec, own, centred, row_scaling, transcoder, W_skip, *each)
     rescaled = rule == "topk" and files.flag(config, "rescale_acts_by_decoder_norm", False)
     return formula.unit_rows() if rescaled and not formula.has_unit_rows else formula
 
@@ -123,7 +134,15 @@ def metadata_of(said: dict[str, Any]) -> Metadata:
         dataset=files.noted(said, "dataset_path"),
         positions=_positions(said.get("seqpos_slice")),
         left_out=_left_out(said.get("exclude_special_tokens")),
+        **{name: _names(said, key) for name, key in BESIDE.items()},
     )
+
+
+def _names(said: dict[str, Any], key: str) -> tuple[str, ...]:
+    names = said.get(key, [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{key} is {shown(names)}, not a list of names")
+    return tuple(names)
 
 
 def _positions(said: Any) -> tuple[int, int | None] | None:
@@ -164,9 +183,20 @@ def current(config: dict[str, Any]) -> dict[str, Any]:
     return {"architecture": "standard", "apply_b_dec_to_input": True, **found, "metadata": found}
 
 
-def _architecture(rule: str, transcoder: bool, skips: bool) -> str:
+def _widths(config: dict[str, Any], name: str, total: int) -> tuple[int, ...]:
+    """The widths of several stores, which add up to a total; none where they are of one."""
+    if name not in config:
+        return ()
+    said = config[name]
+    if not isinstance(said, list) or not all(type(d) is int and d > 0 for d in said) or sum(said) != total:
+        raise ValueError(f"{name} is {shown(said)}, not widths that add up to {total}")
+    return tuple(said)
+
+
+def _architecture(rule: str, transcoder: bool, skips: bool, several: bool) -> str:
     name = ARCHITECTURES.get(rule, rule)
-    parts = ["" if transcoder and name == "standard" else name, "skip" * skips, "transcoder" * transcoder]
+    plain = name == "standard" and (transcoder or several)
+    parts = ["" if plain else name, "skip" * skips, "crosscoder" * several, "transcoder" * transcoder]
     return "_".join(part for part in parts if part)
 
 
@@ -195,5 +225,6 @@ def _metadata(metadata: Metadata) -> dict[str, Any]:
         "dataset_path": metadata.dataset,
         **({} if metadata.positions is None else {"seqpos_slice": list(metadata.positions)}),
         **({"exclude_special_tokens": list(metadata.left_out)} if metadata.left_out else {}),
+        **{key: list(names) for name, key in BESIDE.items() if (names := getattr(metadata, name))},
         "model_from_pretrained_kwargs": {},
     }

@@ -81,9 +81,8 @@ def load_any(run: Run) -> Predictor:
         config = dictionary_of(run)
         kind = ARCHITECTURES[config.arch]
         if not issubclass(kind, SAE):
-            made = trainable(
-                config, whole(described, "d_in", 1), whole(described, "d_out", 1) if run.seen.targets else None
-            )
+            inputs, targets = (tuple(recipe["d"] for recipe in side) for side in run.seen.recipes)
+            made = trainable(config, inputs, targets or None)
             made.load_state_dict(tensors)
             return made.eval().requires_grad_(False)
         sae = kind.from_formula(config, saelens.formula_of(tensors, described))
@@ -98,20 +97,24 @@ def load_any(run: Run) -> Predictor:
 def dataset_of(run: Run, root: Path, activations: str | None = None) -> Dataset:
     """The dataset that a run was trained on, with all the rows there are now and the limits of the run.
 
-    `activations` names the store of its inputs, where that is not the one the run names; its target is beside it then.
+    `activations` names the store of its (first) inputs, where that is not the one the run names; the others are beside
+    it then.
     """
-    inputs = (catalogue.trained_on(root, run.seen.inputs[0], run.name, activations),)
-    beside = inputs[0].path.parent.parent
-    targets = tuple(catalogue.trained_on(beside, one, run.name, None) for one in run.seen.targets)
-    found = Dataset.of(inputs, targets, rows=common_rows(inputs + targets))
+    first, *others = run.seen.stores
+    store = catalogue.trained_on(root, first, run.name, activations)
+    beside = store.path.parent.parent
+    stores = (store, *(catalogue.trained_on(beside, one, run.name, None) for one in others))
+    inputs, targets = stores[: len(run.seen.inputs)], stores[len(run.seen.inputs) :]
+    found = Dataset.of(inputs, targets, rows=common_rows(stores))
     return found.kept_up_to(limits(run, found))
 
 
 def expect_fits(dataset: Dataset, sae: Predictor, run: Run) -> None:
     """Raise SaeError unless a dictionary reads and writes rows as wide as a dataset's."""
-    if (dataset.d_in, dataset.d_out) != (sae.d_in, sae.d_out):
+    if (dataset.widths_in, dataset.widths_out) != (sae.widths_in, sae.widths_out):
+        there, its = (" + ".join(map(str, widths)) for widths in (dataset.widths_in, sae.widths_in))
         raise SaeError(
-            f"activations = {dataset.key}: its rows have {dataset.d_in} values, {run.name} reads {sae.d_in}; "
+            f"activations = {dataset.key}: its rows have {there} values, {run.name} reads {its}; "
             "give a store of the site it was trained on"
         )
 

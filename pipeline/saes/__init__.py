@@ -19,6 +19,7 @@ from .config import FINISHED, Clock, Config
 from .contract import Coder, Codes, Predictor, Trainable
 from .latents import Latents
 from .losses import Losses, Observed, PlainLosses, SparseLosses
+from .widths import Width, widths
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
@@ -44,6 +45,7 @@ __all__ = [
     "Predictor",
     "SparseLosses",
     "Trainable",
+    "Width",
     "create",
     "parse",
     "register",
@@ -57,15 +59,20 @@ def parse(settings: object) -> Config:
     return adapter.validate_python(settings)
 
 
-def trainable(config: Config, d_in: int, d_out: int | None = None, *, seed: int = 0) -> Trainable:
+def trainable(config: Config, d_in: Width, d_out: Width | None = None, *, seed: int = 0) -> Trainable:
     """Make what a Config describes, for inputs of width d_in; with d_out, for targets of their own, even if it is
-    d_in.
+    d_in. ValueError for rows of several stores where it is of one.
     """
-    made: Callable[..., Trainable] = ARCHITECTURES[config.arch]
-    return made(config, d_in, d_out, seed=seed)
+    kind = ARCHITECTURES[config.arch]
+    if not kind.several_stores and max(len(widths(one)) for one in (d_in, d_out or d_in)) > 1:
+        raise ValueError(f"arch {config.arch} is of one store and these are several; crosscoder and clt take several")
+    made: Callable[..., Trainable] = kind
+    return made(
+        config, *(one if one is None or len(widths(one)) > 1 else sum(widths(one)) for one in (d_in, d_out)), seed=seed
+    )
 
 
-def create(config: Config, d_in: int, d_out: int | None = None, *, seed: int = 0) -> SAE:
+def create(config: Config, d_in: Width, d_out: Width | None = None, *, seed: int = 0) -> SAE:
     """As `trainable`, of an architecture that is a sparse dictionary. TypeError for another."""
     made = trainable(config, d_in, d_out, seed=seed)
     if not isinstance(made, SAE):

@@ -27,7 +27,8 @@ Units: with input_scale "rms" ("unit") a dictionary lives where E||x||^2 = d (1)
 latents too are in the data's units (f / c for a scale c) while W_dec is untouched, so unit rows are unit in the saved
 file. This is folding c into W_enc, W_dec and b_dec and then moving the decoder's row norms into the encoder; it is
 exact because the activations are positively homogeneous once everything measured in units of a latent (`latent_units`)
-is scaled along. With "per_token" each row is standardised, and its reconstruction put back.
+is scaled along. With "per_token" each row is standardised, and its reconstruction put back. Stores whose rows lie side
+by side have a scale each: then W_dec is divided by the scales instead, and latents stay as they are.
 
 Reduction: the squared error is summed over features and averaged over the batch (`sum_d`) unless the Config says
 otherwise. A term whose weight is a share (AuxK, ghost gradients, alignment, a target of L0) is measured by what the
@@ -36,7 +37,8 @@ and width. Penalties on activations are not: their coefficients are weights besi
 
 Free rows: with decoder_norm "free" a latent counts by its value times the norm g of its decoder row. What acts is
 g W_enc, g b_enc and W_dec / g (`weights`), which is the same function for a ReLU, and for a choice among latents one
-that no stretching of rows can change.
+that no stretching of rows can change. Of several stores g is the sum of the norms that a row's parts have, so that a
+penalty on a latent's value is one on the sum of its decoders' norms.
 """
 
 from __future__ import annotations
@@ -56,6 +58,7 @@ from .ghosts import ghost_loss
 from .inference import Formula
 from .latents import RowScaling, RowStats
 from .losses import Losses, LossInputs, Observed, SparseLosses
+from .widths import Width, widths
 
 RATE_MEMORY = 0.01
 """Weight of the newest batch in a latent's firing rate: about the last hundred batches count."""
@@ -70,30 +73,33 @@ class SAE(Dictionary, Trainable):
     latent_units: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Parameters and buffers measured in units of a latent's activation, which `fold` scales along."""
 
+    several_stores = True
     rows_since_fired: Tensor
     firing_rate: Tensor
 
-    def __init__(self, config: Config, d_in: int, d_out: int | None = None, *, seed: int = 0) -> None:
+    def __init__(self, config: Config, d_in: Width, d_out: Width | None = None, *, seed: int = 0) -> None:
         super().__init__()
         config.expect_widths(d_in, d_out)
         self.config, self.seed = config, seed
-        self.d_in, self.d_out, self.d_sae = d_in, d_in if d_out is None else d_out, config.d_sae
-        self.is_transcoder = d_out is not None
+        self._widths = widths(d_in), widths(d_in if d_out is None else d_out)
+        self.d_in, self.d_out, self.d_sae = sum(self.widths_in), sum(self.widths_out), config.d_sae
+        self.is_transcoder, self._acts = d_out is not None, False
+        several = [len(each) > 1 for each in self._widths]
         generator = torch.Generator().manual_seed(seed)
         table = initial.rows(config.init, self.d_sae, self.d_out, generator)
         unit = config.decoder_norm == "unit"
         self.W_dec = nn.Parameter(F.normalize(table, dim=1) if unit else table)
         # a transcoder's input and output spaces are unrelated, even where their widths agree
         tied = self.W_dec.detach()
-        encoder = initial.rows(config.init, self.d_sae, d_in, generator) if self.is_transcoder else tied
+        encoder = initial.rows(config.init, self.d_sae, self.d_in, generator) if self.is_transcoder else tied
         self.W_enc_rows = nn.Parameter(encoder * config.encoder_scale)
         self._bias("b_enc", self.d_sae, learned=config.encoder_bias)
         self._bias("b_dec", self.d_out, learned=config.b_dec_init != "none")
         self.register_buffer("rows_since_fired", torch.zeros(self.d_sae, dtype=torch.int64))
         self.register_buffer("firing_rate", torch.zeros(self.d_sae))
-        self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("target_scale", torch.ones(()))
-        self.register_parameter("W_skip", nn.Parameter(torch.zeros(d_in, self.d_out)) if config.skip else None)
+        self.register_buffer("scale", torch.ones(self.d_in if several[0] else ()))
+        self.register_buffer("target_scale", torch.ones(self.d_out if several[1] else ()))
+        self.register_parameter("W_skip", nn.Parameter(torch.zeros(self.d_in, self.d_out)) if config.skip else None)
         self._build(generator)
 
     def _bias(self, name: str, width: int, *, learned: bool) -> None:
@@ -109,9 +115,10 @@ class SAE(Dictionary, Trainable):
 
     def _written(self) -> Formula:
         """The formula of a folded dictionary."""
+        several = (each if len(each) > 1 else () for each in self._widths)
         return Formula(
             self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.rule, self.b_dec_applied_to_input, self.row_scaling,
-            self.is_transcoder, self.W_skip,
+            self.is_transcoder, self.W_skip, *several,
         )  # fmt: skip
 
     def _take(self, formula: Formula) -> None:
@@ -141,6 +148,14 @@ class SAE(Dictionary, Trainable):
     # What it is
 
     @property
+    def widths_in(self) -> tuple[int, ...]:
+        return self._widths[0]
+
+    @property
+    def widths_out(self) -> tuple[int, ...]:
+        return self._widths[1]
+
+    @property
     def b_dec_applied_to_input(self) -> bool:
         return self.config.pre_encoder_bias and not self.is_transcoder
 
@@ -154,13 +169,19 @@ class SAE(Dictionary, Trainable):
         folded = copy.deepcopy(self)
         for name, value in self.weights()._asdict().items():
             getattr(folded, name).copy_(value)
-        folded.W_enc_rows.mul_(self.scale / self.target_scale)
+        latents = self.target_scale
+        if latents.dim():  # a number for each column, so that no number of a latent takes it up
+            latents = torch.ones_like(latents[0])
+            folded.W_dec.div_(self.target_scale)
+        folded.W_enc_rows.mul_(self.scale / latents)
+        folded.b_dec.div_(self.target_scale)
+        for name in self.latent_units:
+            getattr(folded, name).div_(latents)
         if folded.W_skip is not None:
-            folded.W_skip.mul_(self.scale / self.target_scale)
-        for name in ("b_dec", *self.latent_units):
-            getattr(folded, name).div_(self.target_scale)
+            folded.W_skip.mul_(self.scale.view(-1, 1) / self.target_scale)
         folded.scale.fill_(1)
         folded.target_scale.fill_(1)
+        folded._acts = True
         return folded
 
     @torch.no_grad()
@@ -173,7 +194,9 @@ class SAE(Dictionary, Trainable):
         """The dictionary that `formula` wrote down: a folded one. ValueError where it is not one of these settings."""
         if formula.d_sae != config.d_sae:
             raise ValueError(f"d_sae: {config.d_sae} in the config, but W_dec has {formula.d_sae} rows")
-        sae = cls(config, formula.d_in, formula.d_out if formula.transcoder else None)
+        reads, writes = formula.widths_in or formula.d_in, formula.widths_out or formula.d_out
+        sae = cls(config, reads, writes if formula.transcoder else None)
+        sae._acts = True
         own, given = (_numbers(one) for one in (sae._written(), formula))
         if own != given:
             raise ValueError(f"a {cls.__name__} of these settings is {own}, not {given}")
@@ -198,9 +221,9 @@ class SAE(Dictionary, Trainable):
             outputs = RowStats.of(outputs).normalise(outputs)
         elif self.config.input_scale != "none":
             unit = self.config.input_scale == "unit"
-            self.target_scale.copy_(initial.rms_scale(outputs) / (self.d_out**0.5 if unit else 1))
+            self.target_scale.copy_(initial.store_scales(outputs, self.widths_out, unit=unit))
             if self.config.input_scale != "per_token":
-                self.scale.copy_(initial.rms_scale(sample) / (self.d_in**0.5 if unit else 1))
+                self.scale.copy_(initial.store_scales(sample, self.widths_in, unit=unit))
         match self.config.b_dec_init:
             case "mean":
                 self.b_dec.copy_((outputs * self.target_scale).mean(0))
@@ -230,10 +253,15 @@ class SAE(Dictionary, Trainable):
 
     def weights(self) -> Weights:
         own = super().weights()
-        if self.config.decoder_norm != "free":
+        if self.config.decoder_norm != "free" or self._acts:  # folded ones were written down as they act
             return own
-        norms = torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True)
+        norms = self.norms(self.W_dec).sum(1, keepdim=True)
         return Weights(own.W_enc_rows * norms, own.b_enc * norms.view(-1), own.W_dec / norms)
+
+    def norms(self, table: Tensor) -> Tensor:
+        """[m, stores]: the norms of the parts that each row of a table [m, d_out] has in the stores written to."""
+        parts = table.split([*self.widths_out], dim=1)
+        return torch.stack([torch.linalg.vector_norm(part, dim=1) for part in parts], dim=1)
 
     def _targets(self, x: Tensor, target: Tensor | None) -> Tensor:
         if target is None if self.is_transcoder else not (target is None or target is x):

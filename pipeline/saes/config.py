@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 
 from sae.configs.base import Settings
 
+from .widths import Width, widths
+
 BiasStart = Literal["none", "zeros", "mean", "geometric_median"]
 InputScale = Literal["rms", "unit", "per_token", "none"]
 Reduction = Literal["sum_d", "mean_d", "fvu"]
@@ -77,10 +79,12 @@ class Config(Settings):
             )
         return self
 
-    def expect_widths(self, d_in: int, d_out: int | None) -> None:
+    def expect_widths(self, d_in: Width, d_out: Width | None) -> None:
         """Raise ValueError where these settings are for no rows of such widths; d_out is None of an autoencoder."""
         if self.skip and d_out is None:
             raise ValueError("skip: true would give an autoencoder its own input; name a target, or set skip to false")
+        if self.input_scale == "per_token" and max(len(widths(one)) for one in (d_in, d_out or d_in)) > 1:
+            raise ValueError("input_scale: per_token is of rows of one store, and these are of several; take rms")
 
 
 def other_default(name: str, value: object) -> Any:

@@ -6,7 +6,8 @@
     Trainable      a predictor with a loss, and what goes with a step: all that training asks for
 
 An SAE is a dictionary and trainable. What a file of another tool holds is a dictionary alone, and a decomposition that
-has no codes is trainable alone. Shapes: x [B, d_in], y and y_hat [B, d_out], in the data's units.
+has no codes is trainable alone. Shapes: x [B, d_in], y and y_hat [B, d_out], in the data's units. Where rows are of
+several stores they lie side by side: d_in is the sum of widths, and a `Width` says each.
 """
 
 from __future__ import annotations
@@ -27,6 +28,16 @@ class Predictor(nn.Module, ABC):
 
     d_in: int
     d_out: int
+
+    @property
+    def widths_in(self) -> tuple[int, ...]:
+        """The widths of the stores whose rows lie side by side in x."""
+        return (self.d_in,)
+
+    @property
+    def widths_out(self) -> tuple[int, ...]:
+        """The widths of the stores whose rows lie side by side in y."""
+        return (self.d_out,)
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -78,6 +89,9 @@ class Trainable(Predictor):
     """
 
     config_type: ClassVar[type[Config]]
+    several_stores: ClassVar[bool] = False
+    """Whether rows may be of several stores, side by side; it is made with their widths then."""
+
     config: Config
     seed: int
 

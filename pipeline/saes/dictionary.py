@@ -5,7 +5,8 @@ Shapes: W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out].
 way parameter, gradient and optimiser state are plain contiguous tensors. (A transposed parameter would do, until its
 Adam moments come back contiguous from a file: Adam(fused=True) on the CPU reads flat memory, and is wrong in silence.)
 
-Units: a dictionary may live in a space of its own, the data times `scale` (its targets times `target_scale`); its
+Units: a dictionary may live in a space of its own, the data times `scale` (its targets times `target_scale`), which are
+one number, or where rows are of several stores a number for each of their columns, [d_in] and [d_out]; its
 weights and latents are in that space, `forward` and `decode` answer in the data's own units. Where each row is scaled
 by itself no weight can say that, so it stays a part of the function, and latents carry what their rows were
 (`Latents.row_stats`) for `decode` to use.
@@ -35,7 +36,8 @@ class Metadata(NamedTuple):
     model.
 
     positions: the first position of a context that became a row, and where they ended (None: with the context).
-    left_out: tokens that became none, wherever they stood.
+    left_out: tokens that became none, wherever they stood. beside: the hook points of further stores, whose inputs lie
+    beside those of `hook`; beside_out: likewise, beside `hook_out` (of an autoencoder none: they are `beside`).
     """
 
     model: str | None = None
@@ -46,6 +48,8 @@ class Metadata(NamedTuple):
     dataset: str | None = None
     positions: tuple[int, int | None] | None = None
     left_out: tuple[int, ...] | None = None
+    beside: tuple[str, ...] = ()
+    beside_out: tuple[str, ...] = ()
 
 
 class Weights(NamedTuple):
@@ -184,6 +188,7 @@ class FixedDictionary(Dictionary):
     def __init__(self, formula: Formula) -> None:
         super().__init__()
         self.d_in, self.d_sae, self.d_out = formula.d_in, formula.d_sae, formula.d_out
+        self._widths = formula.widths_in, formula.widths_out
         self.is_transcoder, self._rule = formula.transcoder, formula.rule
         self._centred, self._row_scaling = formula.centred, formula.row_scaling
         self.register_buffer("W_enc_rows", formula.W_enc.T.contiguous())
@@ -196,6 +201,14 @@ class FixedDictionary(Dictionary):
             if isinstance(value, Tensor):
                 self.register_buffer(f"rule_{name}", value)
         self.eval()
+
+    @property
+    def widths_in(self) -> tuple[int, ...]:
+        return self._widths[0] or super().widths_in
+
+    @property
+    def widths_out(self) -> tuple[int, ...]:
+        return self._widths[1] or super().widths_out
 
     @property
     def rule(self) -> Rule:
@@ -213,5 +226,5 @@ class FixedDictionary(Dictionary):
     def formula(self) -> Formula:
         return Formula(
             self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.rule, self._centred, self._row_scaling,
-            self.is_transcoder, self.W_skip,
+            self.is_transcoder, self.W_skip, *self._widths,
         )  # fmt: skip

@@ -107,7 +107,8 @@ class Formula:
 
     W_enc [d_in, m], b_enc [m], W_dec [m, d_out], b_dec [d_out]. centred: whether b_dec is subtracted from the input.
     row_scaling: how `in` scales each row by itself, which `out` undoes (but for a transcoder: its outputs are others).
-    W_skip [d_in, d_out]: x @ W_skip is added to y_hat, past the latents.
+    W_skip [d_in, d_out]: x @ W_skip is added to y_hat, past the latents. widths_in, widths_out: the widths of stores
+    whose rows lie side by side in x and in y; none where they are of one.
     """
 
     W_enc: Tensor
@@ -119,6 +120,12 @@ class Formula:
     row_scaling: RowScaling = "none"
     transcoder: bool = False
     W_skip: Tensor | None = None
+    widths_in: tuple[int, ...] = ()
+    widths_out: tuple[int, ...] = ()
+
+    @property
+    def of_several_stores(self) -> bool:
+        return max(len(self.widths_in), len(self.widths_out)) > 1
 
     def recentred(self, centred: bool) -> Formula:
         """The same function with b_dec subtracted from the input, or not: b_enc takes up the difference."""

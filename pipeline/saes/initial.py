@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -65,3 +66,12 @@ def rms_scale(points: Tensor) -> Tensor:
             f"input_scale: a scale needs finite rows, not all zero, but their mean square is {mean_square}"
         )
     return mean_square.rsqrt()
+
+
+def store_scales(points: Tensor, widths: Sequence[int], *, unit: bool) -> Tensor:
+    """The number c for which the rows [n, d] times c have mean squared norm d, or 1 (unit): a scalar.
+
+    Of rows of several stores, each has a number of its own for its columns: [d].
+    """
+    found = [rms_scale(part) / (part.shape[1] ** 0.5 if unit else 1) for part in points.split([*widths], dim=1)]
+    return found[0] if len(found) == 1 else torch.cat([c.repeat(d) for c, d in zip(found, widths, strict=True)])

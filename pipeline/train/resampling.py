@@ -124,7 +124,8 @@ def firing_rate_skew(sae: SAE, k: int) -> float:
 def reinitialise(sae: SAE, optimiser: torch.optim.Optimizer, sample: Batch, generator: torch.Generator) -> None:
     """All weights, biases and counters as those of a new dictionary of another seed; the optimiser forgets."""
     seed = int(torch.randint(2**31, (), generator=generator))
-    fresh = type(sae)(sae.config, sae.d_in, sae.d_out if sae.is_transcoder else None, seed=seed).to(sae.W_dec.device)
+    outputs = sae.widths_out if sae.is_transcoder else None
+    fresh = type(sae)(sae.config, sae.widths_in, outputs, seed=seed).to(sae.W_dec.device)
     fresh.initialise(sample.x, sample.y)
     sae.load_state_dict(fresh.state_dict())
     optimiser.state.clear()

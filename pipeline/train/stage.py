@@ -59,7 +59,7 @@ def run_name(config: TrainConfig, dataset: Dataset) -> str:
         if getattr(config.sae, name, None) is not None
     ]
     identity: dict[str, Any] = {"train": _named_by(config), "activations": inputs[0]}
-    identity |= {"targets": targets} if targets else {}
+    identity |= {name: recipes for name, recipes in (("beside", inputs[1:]), ("targets", targets)) if recipes}
     parts = [config.sae.arch, str(config.sae.d_sae), *sparsity, f"lr{_short(config.rate)}", f"s{config.seed}", points]
     return "-".join([*parts, digest(identity)])
 
@@ -166,9 +166,9 @@ def _continued(config: TrainConfig, dataset: Dataset, root: Path, name: str | No
 
 def _other_rows(seen: Seen, dataset: Dataset) -> list[str]:
     """In what the stores of a run differ from those of a dataset, by the names in their recipes."""
-    for saved, given in zip(seen.recipes, dataset.recipes, strict=True):
+    for side, saved, given in zip(("input", "target"), seen.recipes, dataset.recipes, strict=True):
         if len(saved) != len(given):
-            return ["target"]
+            return [side]
         for one, other in zip(saved, given, strict=True):
             if one != other:
                 return sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
@@ -364,16 +364,25 @@ def share(config: TrainConfig, world: int) -> int:
 
 def _metadata(dataset: Dataset) -> Metadata:
     """Return where a dictionary trained on a dataset belongs."""
-    source, target = dataset.provenance, dataset.target_provenance
+    source = dataset.provenance
     if not isinstance(source, LanguageModelRows):
         return Metadata(dataset=source.kind)
+    reads, writes = (_hooks(stores) for stores in (dataset.inputs, dataset.targets))
     return Metadata(
         model=source.model,
         hook=source.hook,
-        hook_out=target.hook if dataset.targets and isinstance(target, LanguageModelRows) else None,
+        hook_out=writes[0] if writes else None,
         context_length=source.text.context_length,
         begin_token=source.text.begins_contexts,
         dataset=source.text.dataset,
         positions=source.positions,
         left_out=source.left_out,
+        beside=reads[1:],
+        beside_out=writes[1:],
     )
+
+
+def _hooks(stores: Sequence[ActivationStore]) -> tuple[str, ...]:
+    """The hook points of stores, those that are of a language model."""
+    origins = (provenance(store.recipe) for store in stores)
+    return tuple(origin.hook for origin in origins if isinstance(origin, LanguageModelRows))

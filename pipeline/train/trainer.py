@@ -54,12 +54,11 @@ class Trainer:
     @classmethod
     def begin(cls, run: Run, config: TrainConfig, dataset: Dataset, device: torch.device) -> "Trainer":
         """A dictionary at step 0. Raises SaeError where the rows allow none."""
-        sae = trainable(config.sae, dataset.d_in, dataset.d_out if dataset.targets else None, seed=config.seed).to(
-            device
-        )
-        _expect_dictionary(sae, config)
-        sample = dataset.sample(config.initial_rows).to(device)
+        outputs = dataset.widths_out if dataset.targets else None
         try:
+            sae = trainable(config.sae, dataset.widths_in, outputs, seed=config.seed).to(device)
+            _expect_dictionary(sae, config)
+            sample = dataset.sample(config.initial_rows).to(device)
             sae.initialise(sample.x, sample.y)
         except ValueError as error:
             raise SaeError(f"{dataset.key}: {error}") from error
