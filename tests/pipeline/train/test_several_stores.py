@@ -122,6 +122,8 @@ def test_a_folded_dictionary_is_the_same_function(stores: tuple[ActivationStore,
     made.initialise(rows.x, rows.y)
     with torch.no_grad():
         made.W_dec.mul_(torch.linspace(0.5, 2, 24)[:, None])
+        if made.W_skip is not None:
+            made.W_skip.normal_()
         if arch == "batchtopk":
             made.threshold.fill_(0.3)
     made.eval()
