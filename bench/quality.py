@@ -10,8 +10,10 @@ Three commands, in this order (a root is the cache that `sae demo --cache ROOT` 
 them.
 
 `train` adds a line a training and leaves out those that are there: stop it, repeat it, run one a tool. Every tool sees
-the same rows in the same order at the same rates. Figures are of held-out rows. FVU is compared at equal L0: ours has
-several penalties (or k), log FVU is interpolated in log L0, and read off at the L0 the other tool reached.
+the same rows in the same order at the same rates; `--best` trains at every rate with seed 0, and with the other seeds
+at the best of them alone. Figures are of held-out rows. FVU is compared at equal L0: ours is steered to several (or
+has several k), log FVU is interpolated in log L0, and read off at the L0 the other tool reached. `table --best`
+compares each tool's best rate with ours.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ import torch
 from torch import Tensor
 
 from bench.peer import Peer
-from bench.quality_peers import DEAD, DECAY, WARMUP, Job, batches, load
+from bench.quality_peers import DECAY, WARMUP, Job, batches, load
 from sae.cache.activations import ActivationStore
 from sae.pipeline import saes
 from sae.pipeline.harvest.sources.synthetic import GroundTruth, Independent, SyntheticConfig
@@ -50,16 +52,13 @@ TOOLS = {
     "sparsify": ("topk",),
 }
 COEFFICIENTS = {
-    ("ours", "batchtopk"): (1.0, 0.8),
-    ("ours", "l1"): (1.5, 2.5, 3.5),
-    ("ours", "jumprelu"): (0.3, 1.0, 3.0),
     ("saelens", "l1"): (3.0,),
     ("saelens", "jumprelu"): (3.0,),
     ("dictionary_learning", "l1"): (0.2,),
-    ("dictionary_learning", "jumprelu"): (16.0,),
 }
-"""Weights of the penalties. Our batchtopk: multiples of k. dictionary_learning's jumprelu: the L0 it is to reach."""
-USUAL = {"l1": 1, "jumprelu": 1}  # which of our coefficients the table shows the figures of
+"""Weights of penalties. What aims at an L0 (all of ours, dictionary_learning's jumprelu) has multiples of k instead."""
+SLOPE = 0.6
+"""About how log FVU falls with log L0, where nothing else says it."""
 
 
 def write_store(train: Path, held: Path, out: Path) -> None:
@@ -93,11 +92,11 @@ def write_rows(root: Path, out: Path) -> None:
 
 def ours(rows: Tensor, held: Tensor, job: Job, settings: dict[str, Any]) -> dict[str, Any]:
     """Train one of ours as `sae train` does, and judge it."""
-    sae_settings = {"arch": job.arch, "d_sae": job.d_sae, "dead_after": int(job.steps * job.batch * DEAD)}
+    sae_settings = {"arch": job.arch, "d_sae": job.d_sae}
     if job.arch in ("topk", "batchtopk"):
-        sae_settings["k"] = round(job.k * (job.coefficient or 1))
+        sae_settings["k"] = round(job.k * job.coefficient)
     else:
-        sae_settings["coefficient"] = job.coefficient
+        sae_settings["target_l0"] = job.k * job.coefficient
     own = {key: value for key, value in settings.items() if not key.startswith("sae.")}
     sae_settings |= {key[4:]: value for key, value in settings.items() if key.startswith("sae.")}
     config = TrainConfig(sae=saes.parse(sae_settings), lr=job.lr, warmup=WARMUP, decay=DECAY, **own)
@@ -106,7 +105,7 @@ def ours(rows: Tensor, held: Tensor, job: Job, settings: dict[str, Any]) -> dict
     groups = [{"params": parameters} for parameters in sae.parameter_groups().values()]
     optimiser = torch.optim.Adam(groups, lr=job.lr, betas=config.betas, eps=config.eps, fused=True)
     for step, x in enumerate(batches(rows, job)):
-        losses = sae.loss(x, clock=saes.Clock(step, job.steps))
+        losses = sae.loss(x, clock=saes.Clock(step, job.steps, job.batch))
         optimiser.zero_grad()
         losses.total.backward()
         sae.track(sae.observe(losses))
@@ -150,27 +149,48 @@ class Trainer(Peer):
         return figures(held, arrays["x_hat"], arrays["fired"], arrays["l0"].item(), arrays["W_dec"], Path(job.rows))
 
 
-def jobs(args: argparse.Namespace) -> Iterator[Job]:
+def jobs(args: argparse.Namespace, done: Sequence[dict[str, Any]]) -> Iterator[Job]:
     """Every training asked for, seed after seed, so that a sweep that is stopped has something of everything."""
     shapes = dict(args.shape) or SHAPES
     for seed, arch, tool, rows in itertools.product(range(args.seeds), args.arch, args.tools, shapes):
-        for lr, coefficient in itertools.product(args.lr, COEFFICIENTS.get((tool, arch), (0.0,))):
-            if arch in TOOLS[tool]:
-                d_sae, k = shapes[rows]
-                folder = str(args.rows / rows)
-                yield Job(tool, arch, folder, lr, seed, d_sae, k, args.steps, args.batch, coefficient)
+        if arch not in TOOLS[tool]:
+            continue
+        d_sae, k = shapes[rows]
+        folder = str(args.rows / rows)
+        of_arch = COEFFICIENTS.get((tool, arch), args.l0)
+        coefficients = args.penalty or (of_arch if tool == "ours" or (tool, arch) in COEFFICIENTS else (1.0,))
+        for lr, coefficient in itertools.product(args.lr, coefficients):
+            job = Job(tool, arch, folder, lr, seed, d_sae, k, args.steps, args.batch, coefficient)
+            if not (args.best and seed) or lr == best(done, job):
+                yield job
+
+
+def best(done: Sequence[dict[str, Any]], job: Job) -> float:
+    """The rate at which seed 0 ended with the least FVU, brought to an L0 of k."""
+    alike = job._replace(seed=0)._asdict()
+    found = {
+        entry["job"]["lr"]: entry["fvu"] * (entry["l0"] / job.k) ** SLOPE
+        for entry in done
+        if entry["job"] | {"lr": job.lr} == alike
+    }
+    return min(found, key=lambda lr: found[lr])
+
+
+def of_tool(tool: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of `--set`, which are ours alone."""
+    return settings if tool == "ours" else {}
 
 
 def train(args: argparse.Namespace) -> None:
     """Train what the results lack, a line each."""
     settings = {key: json.loads(value) for key, value in (given.split("=", 1) for given in args.set)}
     lines = args.results.read_text().splitlines() if args.results.exists() else []
-    done = {json.dumps([entry["job"], entry["settings"]]) for entry in map(json.loads, lines)}
+    done = [entry for entry in map(json.loads, lines) if entry["settings"] == of_tool(entry["job"]["tool"], settings)]
     peers: Trainer | None = None
-    for job in jobs(args):
-        mine = settings if job.tool == "ours" else {}
+    for job in jobs(args, done):
+        mine = of_tool(job.tool, settings)
         entry = {"job": job._asdict(), "settings": mine}
-        if json.dumps([entry["job"], entry["settings"]]) in done:
+        if any(entry.items() <= other.items() for other in done):
             continue
         if job.tool == "ours":
             found = ours(load(job.rows, "train"), load(job.rows, "held"), job, mine)
@@ -181,15 +201,19 @@ def train(args: argparse.Namespace) -> None:
                     f"quality.py: error: --peers {args.peers}: needs sae-lens, dictionary-learning, eai-sparsify"
                 )
             found = peers.figures(job)
+        done.append(entry | found)
         with args.results.open("a") as file:
             print(json.dumps(entry | found), file=file)
         print(job, found, file=sys.stderr)
 
 
 def at_l0(curve: Sequence[dict[str, Any]], l0: float) -> float:
-    """FVU at an L0: log FVU against log L0 between two neighbouring points, or beyond the ends on their line."""
+    """FVU at an L0: log FVU against log L0 between two neighbouring points, or beyond the ends on their line.
+
+    Of one point, by the usual slope.
+    """
     if len({entry["l0"] for entry in curve}) == 1:
-        return float(curve[0]["fvu"])
+        return float(curve[0]["fvu"]) * (curve[0]["l0"] / l0) ** SLOPE
     points = sorted((math.log(entry["l0"]), math.log(entry["fvu"])) for entry in curve)
     pairs = list(itertools.pairwise(points))
     (x, y), (u, v) = next((pair for pair in pairs if math.log(l0) <= pair[1][0]), pairs[-1])
@@ -198,25 +222,49 @@ def at_l0(curve: Sequence[dict[str, Any]], l0: float) -> float:
 
 def table(args: argparse.Namespace) -> None:
     """Print, for rows and rate, our figures and the ratio of our FVU at another tool's L0 to its own, over seeds."""
-    runs: dict[tuple[str, str, float, str], list[dict[str, Any]]] = defaultdict(list)
+    runs: dict[tuple[str, str, str], dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for entry in map(json.loads, args.results.read_text().splitlines()):
         job = Job(**entry["job"])
         if not entry["settings"]:
-            runs[job.arch, Path(job.rows).name, job.lr, job.tool].append(entry)
-    others = [tool for tool in TOOLS if tool != "ours"]
-    print("| architecture | rows | rate | ours |", " | ".join(f"to {tool}" for tool in others), "|")
-    print("|---" * (4 + len(others)) + "|")
-    for arch, rows, lr in sorted({key[:3] for key in runs if key[3] == "ours"}):
-        mine = runs[arch, rows, lr, "ours"]
-        usual = COEFFICIENTS.get(("ours", arch), (0.0,))[USUAL.get(arch, 0)]
-        cells = [describe([entry for entry in mine if entry["job"]["coefficient"] == usual])]
-        for tool in others:
-            theirs, ratios = runs[arch, rows, lr, tool], []
-            for entry in theirs:
-                curve = [other for other in mine if other["job"]["seed"] == entry["job"]["seed"]]
-                ratios += [at_l0(curve, entry["l0"]) / entry["fvu"]] if curve else []
-            cells.append(f"{spread(ratios)}; {describe(theirs)}" if ratios else "")
-        print("|", " | ".join([arch, rows, f"{lr:g}", *cells]), "|")
+            runs[job.arch, Path(job.rows).name, job.tool][job.lr].append(entry)
+    print("| architecture | rows | tool | rate | its figures | ours at its L0 / its own |")
+    print("|---" * 6 + "|")
+    for arch, rows, tool in sorted(runs):
+        ours = runs[arch, rows, "ours"]
+        for lr in sorted(runs[arch, rows, tool]):
+            theirs = runs[arch, rows, tool][lr]
+            rate = best(_flat(runs[arch, rows, tool]), Job(**theirs[0]["job"])) if args.best else lr
+            if lr != rate:
+                continue
+            beside = (
+                best(_flat(ours), Job(**theirs[0]["job"])._replace(tool="ours", coefficient=1.0)) if args.best else lr
+            )
+            print("|", " | ".join([arch, rows, tool, f"{lr:g}", describe(theirs), compare(ours[beside], theirs)]), "|")
+
+
+def _flat(by_rate: dict[float, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [entry for entries in by_rate.values() for entry in entries]
+
+
+def compare(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> str:
+    """The ratios of FVU seed by seed: their mean, deviation, and whether the mean is above 1 by two standard errors."""
+    ratios = []
+    for entry in theirs:
+        curve = [other for other in ours if other["job"]["seed"] == entry["job"]["seed"]]
+        ratios += [at_l0(curve, entry["l0"]) / entry["fvu"]] if curve and entry["job"]["tool"] != "ours" else []
+    if not ratios:
+        return ""
+    mean = statistics.mean(ratios)
+    if len(ratios) == 1:
+        return f"**{mean:.3f}** (one seed)"
+    error = statistics.stdev(ratios) / math.sqrt(len(ratios))
+    verdict = "no difference" if abs(mean - 1) <= 2 * error else "better" if mean < 1 else "worse"
+    return f"**{mean:.3f}** ± {statistics.stdev(ratios):.3f}, {verdict}"
+
+
+def floats(text: str) -> list[float]:
+    """Numbers with commas between them."""
+    return [float(one) for one in text.split(",")]
 
 
 def shape(text: str) -> tuple[str, tuple[int, int]]:
@@ -227,16 +275,16 @@ def shape(text: str) -> tuple[str, tuple[int, int]]:
 
 
 def describe(entries: Sequence[dict[str, Any]]) -> str:
-    """The means of a tool's own figures."""
+    """The means of a tool's own figures, of FVU with its deviation over seeds, at the L0 nearest to k."""
+    nearest: dict[int, dict[str, Any]] = {}
+    for entry in sorted(entries, key=lambda entry: -abs(math.log(entry["l0"] / entry["job"]["k"]))):
+        nearest[entry["job"]["seed"]] = entry
     names = {"fvu": "FVU", "l0": "L0", "dead": "dead", "recovered": "recovered"}
-    found = {key: [entry[key] for entry in entries if key in entry] for key in names}
-    return ", ".join(f"{names[key]} {statistics.mean(values):.3g}" for key, values in found.items() if values)
-
-
-def spread(values: Sequence[float]) -> str:
-    """The mean and, of several, the standard deviation."""
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"**{statistics.mean(values):.2f}**{deviation}"
+    found = {key: [entry[key] for entry in nearest.values() if key in entry] for key in names}
+    cells = [f"{names[key]} {statistics.mean(values):.3g}" for key, values in found.items() if values]
+    if len(nearest) > 1:
+        cells[0] += f" ± {statistics.stdev(found['fvu']):.1g}"
+    return ", ".join(cells) + f" ({len(nearest)} seeds)"
 
 
 def main() -> None:
@@ -256,15 +304,19 @@ def main() -> None:
     command.add_argument("--results", type=Path, required=True)
     command.add_argument("--tools", type=lambda text: text.split(","), default=["ours"])
     command.add_argument("--arch", type=lambda text: text.split(","), default=list(TOOLS["ours"]))
-    command.add_argument("--lr", type=lambda text: [float(one) for one in text.split(",")], default=[3e-4, 1e-3, 3e-3])
+    command.add_argument("--lr", type=floats, default=[3e-4, 1e-3, 3e-3])
     command.add_argument("--shape", action="append", type=shape, default=[], help="other rows, as NAME=D_SAE:K")
     command.add_argument("--peers", default="python", help="an interpreter that has the other tools")
+    command.add_argument("--l0", type=floats, default=[1.0], help="multiples of k that ours aim at")
+    command.add_argument("--penalty", type=floats, help="the penalties' weights (multiples of k) to train with instead")
+    command.add_argument("--best", action="store_true", help="seeds after the first at the best rate alone")
     command.add_argument("--set", action="append", default=[], help="a setting of ours, sae.init='\"april\"'")
     for name, value in {"seeds": 3, "steps": 1000, "batch": 256}.items():
         command.add_argument(f"--{name}", type=int, default=value)
     command.set_defaults(run=train)
     command = commands.add_parser("table")
     command.add_argument("--results", type=Path, required=True)
+    command.add_argument("--best", action="store_true", help="each tool at its best rate")
     command.set_defaults(run=table)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -124,7 +124,7 @@ def dictionary_learning(rows: Tensor, job: Job) -> Inference:
         "topk": (TopKTrainer, fixed),
         "batchtopk": (BatchTopKTrainer, fixed),
         "l1": (StandardTrainer, {"l1_penalty": job.coefficient, "sparsity_warmup_steps": warmup}),
-        "jumprelu": (JumpReluTrainer, {"target_l0": job.coefficient, "sparsity_warmup_steps": warmup}),
+        "jumprelu": (JumpReluTrainer, {"target_l0": job.k * job.coefficient, "sparsity_warmup_steps": warmup}),
     }[job.arch]
     trainer = trainer_class(**common, **settings)
     trainer.dead_feature_threshold = int(job.steps * job.batch * DEAD)
