@@ -18,7 +18,7 @@ CLASSES = {  # room and names of the classes that hold the settings below a path
     "tokenize": ("tokenize", ["TokenizeConfig"]),
     "harvest": ("harvest", ["HarvestConfig", "TableConfig", "SourceConfig"]),
     "synthesize": ("harvest", ["SyntheticConfig", "SourceConfig", "ToyConfig"]),
-    "synthesize.presence": ("worlds", ["Groups", "Independent"]),
+    "synthesize.presence": ("worlds", ["Groups", "Independent", "Hierarchy"]),
     "train": ("train", ["TrainConfig"]),
     "train.sae": ("saes", ["Config", "FixedKConfig", "SteeredConfig"]),
     "train.align": ("train", ["AlignConfig"]),
@@ -29,7 +29,7 @@ CHOICES = {  # options that choose the class of further settings: no single clas
     "train.sae.arch": "Architecture; `sae list` explains each. Default: topk.",
     "harvest.source": "Where rows come from, with settings by `--set`; `sae list` explains each. Default: language_model.",
     "synthesize.presence.mode": "groups: a row has some members of one group of features; iid: each feature is in a row "
-    "or not, independently. Default: groups.",
+    "or not, independently; hierarchy: features have parents, rarities and correlations. Default: groups.",
 }
 FLAGS = {"train.align.by": "align"}  # options that are not called as their setting
 UNSAID = {  # what holds without an option, where that is not the setting's default, or not that of every class

@@ -25,6 +25,7 @@ class Recovery(Metric):
         Figure("recovered", "features recovered", "true features that a learned one has a cosine above 0.9 with", "high" ),
         Figure("hungarian", "one-to-one cosine", "mean cosine of the best one-to-one matching", "high"),
         Figure("duplicates", "duplicates", "learned features whose nearest true one is that of another, too", "low"),
+        Figure("uniqueness", "unique features", "true features that are nearest to some learned one, over the number of learned ones", "high", "evaluation"),
         Figure("chance", "found by chance", "true_to_learned of random directions"),
         Figure("duplicates_chance", "duplicates by chance", "duplicates among random directions", None, "evaluation"),
     )  # fmt: skip
@@ -43,13 +44,14 @@ class Recovery(Metric):
         if not len(truth):
             return dict.fromkeys(one.key for one in self.figures)
         by_chance = random_directions(len(learned), truth.shape[1]).to(truth.dtype)
-        found = cosine_similarity(truth, learned[best(truth, learned)])
+        found, unique = cosine_similarity(truth, learned[best(truth, learned)]), len(best(learned, truth).unique())
         return {
             "true_to_learned": found.mean().item(),
             "learned_to_true": mmcs(learned, truth).item(),
             "recovered": (found > RECOVERED).double().mean().item(),
             "hungarian": mean_cosine(learned, truth, hungarian(learned, truth)).item(),
-            "duplicates": len(learned) - len(best(learned, truth).unique()),
+            "duplicates": len(learned) - unique,
+            "uniqueness": unique / len(learned),
             "chance": chance(len(truth), len(learned), truth.shape[1]),
             "duplicates_chance": len(learned) - len(best(by_chance, truth).unique()),
         }

@@ -1,8 +1,11 @@
 """Random numbers that stay the same for ever: raw outputs of PCG64, which NumPy promises, and what is made of them."""
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
+
+Bits = Callable[[str], np.random.PCG64]  # random bits for a purpose
 
 
 def seeded(text: str) -> np.random.PCG64:

@@ -6,13 +6,13 @@ whatever rows are asked for beside it, on however many threads.
 
 Held-out samples are those from `HELD_OUT` on, of the same features.
 
-Given up: coefficients that depend on each other, and a probability of its own for each feature.
+`hierarchy` has features that depend on each other and have a probability of their own each.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple, Protocol, Self
+from functools import lru_cache, partial
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -23,7 +23,9 @@ from torch.nn.functional import embedding_bag
 from sae.cache.disk.identity import Recipe
 from sae.cache.disk.parsing import figure, inner, whole
 from sae.configs.base import MOST, Settings
-from sae.pipeline.worlds.draws import normal, seeded, uniform
+from sae.pipeline.worlds.draws import Bits, normal, seeded, uniform
+from sae.pipeline.worlds.hierarchy import Hierarchy
+from sae.pipeline.worlds.made import Coefficients, together
 
 GENERATOR = 1  # part of the recipe: raised when the same settings give other rows
 HELD_OUT = 1 << 52  # the first sample that is never trained on; counts on the command line end far below
@@ -32,7 +34,8 @@ BLOCK = 4096  # samples drawn from one seed, at most
 BLOCK_KEYS = 1 << 22  # random numbers of a block, at most (but for a block of one sample)
 EXPONENT = 600.0  # members less likely than the first by more than e^600 are all as unlikely
 
-Bits = Callable[[str], np.random.PCG64]  # random bits for a purpose
+
+Drawer = Callable[[Bits, int], Coefficients]  # what n samples are made of
 
 
 class Groups(Settings):
@@ -46,6 +49,17 @@ class Groups(Settings):
     def keys(self, features: int) -> int:
         """Random numbers that one sample takes: members of the largest group."""
         return -(-features // self.groups)
+
+    def check(self, features: int) -> None:
+        """Raise ValueError where a group has too few members."""
+        if self.active > features // self.groups:
+            raise ValueError(
+                f"active {self.active}: the smallest of {self.groups} groups of {features} features has "
+                f"{features // self.groups}; take fewer active, fewer groups or more features"
+            )
+
+    def drawer(self, features: int, fixed: Bits) -> Drawer:
+        return partial(_even, partial(self.draw, features=features))
 
     def draw(self, bits: Bits, n: int, features: int) -> tuple[np.ndarray, np.ndarray]:
         """The features of n samples, as `Coefficients` has them: start [n + 1], feature [n * active].
@@ -69,6 +83,12 @@ class Independent(Settings):
         """Random numbers that one sample takes."""
         return max(1, round(features * self.probability))
 
+    def check(self, features: int) -> None:
+        """Any number of features will do."""
+
+    def drawer(self, features: int, fixed: Bits) -> Drawer:
+        return partial(_even, partial(self.draw, features=features))
+
     def draw(self, bits: Bits, n: int, features: int) -> tuple[np.ndarray, np.ndarray]:
         """The features of n samples: the places of heads in a row of n * features coins, by the gaps between them."""
         coins = n * features
@@ -91,9 +111,13 @@ class World(Protocol):
     @property
     def features(self) -> int: ...
     @property
-    def presence(self) -> Groups | Independent: ...
+    def presence(self) -> Groups | Independent | Hierarchy: ...
     @property
     def noise(self) -> float: ...
+    @property
+    def bias(self) -> float: ...
+    @property
+    def apart(self) -> int: ...
     @property
     def seed(self) -> int: ...
 
@@ -104,46 +128,22 @@ class Said:
 
     d: int
     features: int
-    presence: Groups | Independent
+    presence: Groups | Independent | Hierarchy
     noise: float
+    bias: float
+    apart: int
     seed: int
 
     @classmethod
     def of(cls, source: Recipe) -> Self:
         """Of what a recipe says of its source. Raises ValueError where that is no such world, or another version's."""
         whole(source, "generator", GENERATOR, GENERATOR)
-        adapter: TypeAdapter[Any] = TypeAdapter(Groups | Independent)
+        adapter: TypeAdapter[Any] = TypeAdapter(Groups | Independent | Hierarchy)
         return cls(
             whole(source, "d", 1, MOST), whole(source, "features", 1, MOST),
-            adapter.validate_python(inner(source, "presence")), figure(source, "noise") or 0.0, whole(source, "seed"),
+            adapter.validate_python(inner(source, "presence")), figure(source, "noise") or 0.0,
+            figure(source, "bias") or 0.0, whole({"apart": 0, **source}, "apart"), whole(source, "seed"),
         )  # fmt: skip
-
-
-class Coefficients(NamedTuple):
-    """The features in some rows and their strengths: those of row i are the entries `start[i]` to `start[i + 1]`."""
-
-    start: np.ndarray  # int64 [rows + 1]
-    feature: np.ndarray  # int64 [entries]
-    value: np.ndarray  # float32 [entries], above 0
-
-    def part(self, first: int, stop: int) -> "Coefficients":
-        """Those of rows [first, stop)."""
-        low, high = self.start[first], self.start[stop]
-        return Coefficients(self.start[first : stop + 1] - low, self.feature[low:high], self.value[low:high])
-
-    def chosen(self, rows: np.ndarray) -> "Coefficients":
-        """Those of some rows [n], in their order."""
-        counts = np.diff(self.start)[rows]
-        start = np.concatenate([[0], np.cumsum(counts)])
-        entries = np.repeat(self.start[rows] - start[:-1], counts) + np.arange(start[-1])
-        return Coefficients(start, self.feature[entries], self.value[entries])
-
-    def dense(self, features: int) -> Tensor:
-        """float32 [rows, features]."""
-        out = torch.zeros(len(self.start) - 1, features)
-        row = np.repeat(np.arange(len(out)), np.diff(self.start))
-        out[torch.from_numpy(row), torch.from_numpy(self.feature)] = torch.from_numpy(self.value)
-        return out
 
 
 class GroundTruth:
@@ -153,7 +153,10 @@ class GroundTruth:
         self.config = config
         directions = normal(self._bits("features", 0), config.features * config.d).reshape(config.features, config.d)
         directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-        self.features = torch.from_numpy(directions.astype(np.float32))
+        self.features = torch.from_numpy(set_apart(directions, config.apart).astype(np.float32))
+        bias = normal(self._bits("bias", 0), config.d)
+        self.bias = torch.from_numpy((config.bias * bias / np.linalg.norm(bias)).astype(np.float32))
+        self._drawn = config.presence.drawer(config.features, lambda what: self._bits(what, 0))
         self._block = BLOCK
         while self._block > 1 and self._block * config.presence.keys(config.features) > BLOCK_KEYS:
             self._block //= 2
@@ -163,11 +166,11 @@ class GroundTruth:
         blocks = self._blocks(first, count)
         made = [self._made(block, low, high) for block, low, high in blocks]
         rows = [self._rows(part, *place) for part, place in zip(made, blocks, strict=True)]
-        return torch.cat(rows), _together(made)
+        return torch.cat(rows), together(made)
 
     def made(self, first: int, count: int) -> Coefficients:
         """What samples [first, first + count) are made of."""
-        return _together([self._made(*place) for place in self._blocks(first, count)])
+        return together([self._made(*place) for place in self._blocks(first, count)])
 
     def coefficients_at(self, samples: np.ndarray) -> Tensor:
         """float32 [n, G]: how much of each feature is in some samples [n]; all between them are drawn."""
@@ -183,15 +186,15 @@ class GroundTruth:
 
     def _made(self, block: int, low: int, high: int) -> Coefficients:
         n = self._block
-        start, feature = self.config.presence.draw(lambda what: self._bits(what, block), n, self.config.features)
-        value = uniform(self._bits("coefficients", block), len(feature)).astype(np.float32)
-        return Coefficients(start, feature, value).part(low, high)
+        return self._drawn(lambda what: self._bits(what, block), n).part(low, high)
 
     def _rows(self, made: Coefficients, block: int, low: int, high: int) -> Tensor:
         rows = embedding_bag(
             torch.from_numpy(made.feature), self.features, torch.from_numpy(made.start[:-1]), mode="sum",
             per_sample_weights=torch.from_numpy(made.value),
         )  # fmt: skip
+        if self.config.bias:
+            rows += self.bias
         if self.config.noise:
             noise = normal(self._bits("noise", block), self._block * self.config.d).reshape(self._block, -1)[low:high]
             rows += torch.from_numpy((self.config.noise * noise).astype(np.float32))
@@ -201,12 +204,22 @@ class GroundTruth:
         return seeded(f"synthetic {GENERATOR} {self.config.seed} {purpose} {block}")
 
 
-def _together(parts: Sequence[Coefficients]) -> Coefficients:
-    """Those of rows that follow each other."""
-    offsets = np.cumsum([0, *(part.start[-1] for part in parts)])
-    start = [part.start[:-1] + offset for part, offset in zip(parts, offsets[:-1], strict=True)]
-    feature, value = (np.concatenate([part[column] for part in parts]) for column in (1, 2))
-    return Coefficients(np.concatenate([*start, offsets[-1:]]), feature, value)
+def _even(draw: Callable[[Bits, int], tuple[np.ndarray, np.ndarray]], bits: Bits, n: int) -> Coefficients:
+    """The features of n samples with coefficients between 0 and 1, all as likely."""
+    start, feature = draw(bits, n)
+    return Coefficients(start, feature, uniform(bits("coefficients"), len(feature)).astype(np.float32))
+
+
+def set_apart(directions: np.ndarray, steps: int) -> np.ndarray:
+    """Unit rows [G, d] after some steps down the sum of their squared cosines, as far apart as so many can be.
+
+    Rounded to 2^-20, so that sums in another order (on other threads) come to the same rows.
+    """
+    for _ in range(steps):
+        pull = directions @ (directions.T @ directions) - directions
+        directions = directions - pull * directions.shape[1] / (2 * len(directions))
+        directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    return np.round(directions * 2.0**20) / 2.0**20 if steps else directions
 
 
 @lru_cache(maxsize=8)

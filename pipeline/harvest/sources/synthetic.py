@@ -19,6 +19,7 @@ from sae.configs.base import MOST, Amount
 from sae.pipeline.runtime.origins import Origins
 from sae.pipeline.runtime.progress import Progress
 from sae.pipeline.worlds.features import FIRST, GENERATOR, HELD_OUT, GroundTruth, Groups, Independent
+from sae.pipeline.worlds.hierarchy import Hierarchy
 
 from .base import Rows, RowSource, SourceConfig, Stream, Supply, WindowTask, register
 
@@ -31,29 +32,26 @@ class SyntheticConfig(SourceConfig):
     source: Literal["synthetic"] = Field("synthetic", description="where rows come from")
     d: int = Field(256, ge=1, le=MOST, description="width of a row")
     features: int = Field(512, ge=1, le=MOST, description="true features: random directions of length 1")
-    presence: Annotated[Groups | Independent, Field(discriminator="mode")] = Groups()
+    presence: Annotated[Groups | Independent | Hierarchy, Field(discriminator="mode")] = Groups()
     noise: float = Field(0.0, ge=0, le=1e6, description="standard deviation of Gaussian noise on each value")
+    bias: float = Field(0.0, ge=0, le=1e6, description="length of a random vector that is added to every row")
+    apart: int = Field(0, ge=0, description="steps in which the features are turned away from each other first")
     seed: int = Field(0, ge=0, description="seed of the features and the samples")
     rows: int = Field(1_000_000, ge=1, lt=HELD_OUT, description="training rows, rounded up to a whole window")
     validation_rows: int = Field(65_536, ge=1, lt=HELD_OUT, description="held-out rows, rounded up likewise")
 
     @model_validator(mode="after")
-    def _groups_are_large_enough(self) -> Self:
-        if isinstance(self.presence, Groups):
-            groups, active, smallest = self.presence.groups, self.presence.active, self.features // self.presence.groups
-            if active > smallest:
-                raise ValueError(
-                    f"active {active}: the smallest of {groups} groups of {self.features} features has {smallest}; "
-                    "take fewer active, fewer groups or more features"
-                )
+    def _features_suffice(self) -> Self:
+        self.presence.check(self.features)
         return self
 
     def recipe(self) -> Recipe:
         """Everything that decides the samples."""
-        return {
-            "generator": GENERATOR,
-            **self.model_dump(mode="json", include={"d", "features", "presence", "noise", "seed"}),
-        }
+        newer = {
+            name for name in ("bias", "apart") if getattr(self, name)
+        }  # said where they are not as they always were
+        decide = {"d", "features", "presence", "noise", "seed"} | newer
+        return {"generator": GENERATOR, **self.model_dump(mode="json", include=decide)}
 
 
 @lru_cache(maxsize=1)
