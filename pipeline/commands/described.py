@@ -20,7 +20,7 @@ CLASSES = {  # room and names of the classes that hold the settings below a path
     "synthesize": ("harvest", ["SyntheticConfig", "SourceConfig", "ToyConfig"]),
     "synthesize.presence": ("worlds", ["Groups", "Independent", "Hierarchy"]),
     "train": ("train", ["TrainConfig"]),
-    "train.sae": ("saes", ["Config", "FixedKConfig", "SteeredConfig"]),
+    "train.sae": ("saes", ["Config", "FixedKConfig", "CoefficientConfig"]),
     "train.align": ("train", ["AlignConfig"]),
     "eval": ("evaluate", ["EvalConfig"]),
     "report": ("interpret", ["FeaturesConfig"]),

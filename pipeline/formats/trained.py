@@ -14,11 +14,11 @@ from sae.cache.loader.loader import common_rows
 from sae.cache.outliers import Limits
 from sae.cache.runs import CONFIG, Run
 from sae.pipeline.formats import saelens
-from sae.pipeline.saes import ARCHITECTURES, SAE, Config, Predictor, Trainable, parse, trainable
+from sae.pipeline.saes import ARCHITECTURES, SAE, Config, Predictor, Trainable, TrainableConfig, parse, trainable
 from sae.pipeline.saes.dictionary import Dictionary, FixedDictionary, Metadata
 
 
-def dictionary_of(run: Run) -> Config:
+def dictionary_of(run: Run) -> TrainableConfig:
     """Return the settings of a run's dictionary. Raises DamagedStore, naming file and setting, where there are none."""
     try:
         return parse(run.settings.get("sae"))
@@ -41,7 +41,7 @@ class Described(NamedTuple):
         """Describe the dictionary of a run. Raises DamagedStore where its config.json does not say."""
         if run.imported is None:
             config = dictionary_of(run)
-            return cls(config.arch, config.d_sae, getattr(config, "k", None))
+            return cls(config.arch, config.latents, getattr(config, "k", None))
         try:
             said = inner(run.imported, "sae")
             return cls(text(said, "arch"), whole(said, "d_sae", 1), whole(said, "k", 1) if "k" in said else None)
@@ -80,7 +80,7 @@ def load_any(run: Run) -> Predictor:
             return fixed
         config = dictionary_of(run)
         kind = ARCHITECTURES[config.arch]
-        if not issubclass(kind, SAE):
+        if not issubclass(kind, SAE) or not isinstance(config, Config):
             inputs, targets = (tuple(recipe["d"] for recipe in side) for side in run.seen.recipes)
             made = trainable(config, inputs, targets or None)
             made.load_state_dict(tensors)

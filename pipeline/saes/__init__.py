@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, TypeAdapter
 
 from .base import ARCHITECTURES, SAE, register
-from .config import FINISHED, Clock, Config
+from .config import FINISHED, Clock, Config, TrainableConfig
 from .contract import Coder, Codes, Predictor, Trainable
 from .latents import Latents
 from .losses import Losses, Observed, PlainLosses, SparseLosses
@@ -25,7 +25,7 @@ for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
 if TYPE_CHECKING:
-    AnyConfig = Config
+    AnyConfig = TrainableConfig
 else:
     AnyConfig = Annotated[reduce(or_, (cls.config_type for cls in ARCHITECTURES.values())), Field(discriminator="arch")]
 
@@ -45,6 +45,7 @@ __all__ = [
     "Predictor",
     "SparseLosses",
     "Trainable",
+    "TrainableConfig",
     "Width",
     "create",
     "parse",
@@ -53,14 +54,14 @@ __all__ = [
 ]
 
 
-def parse(settings: object) -> Config:
-    """The Config that plain data (a dict with `arch`) describes; pydantic's ValidationError where it is not one."""
-    adapter: TypeAdapter[Config] = TypeAdapter(AnyConfig)
+def parse(settings: object) -> TrainableConfig:
+    """The settings that plain data (a dict with `arch`) describes; pydantic's ValidationError where it is not one."""
+    adapter: TypeAdapter[TrainableConfig] = TypeAdapter(AnyConfig)
     return adapter.validate_python(settings)
 
 
-def trainable(config: Config, d_in: Width, d_out: Width | None = None, *, seed: int = 0) -> Trainable:
-    """Make what a Config describes, for inputs of width d_in; with d_out, for targets of their own, even if it is
+def trainable(config: TrainableConfig, d_in: Width, d_out: Width | None = None, *, seed: int = 0) -> Trainable:
+    """Make what settings describe, for inputs of width d_in; with d_out, for targets of their own, even if it is
     d_in. ValueError for rows of several stores where it is of one.
     """
     kind = ARCHITECTURES[config.arch]
@@ -72,7 +73,7 @@ def trainable(config: Config, d_in: Width, d_out: Width | None = None, *, seed: 
     )
 
 
-def create(config: Config, d_in: Width, d_out: Width | None = None, *, seed: int = 0) -> SAE:
+def create(config: TrainableConfig, d_in: Width, d_out: Width | None = None, *, seed: int = 0) -> SAE:
     """As `trainable`, of an architecture that is a sparse dictionary. TypeError for another."""
     made = trainable(config, d_in, d_out, seed=seed)
     if not isinstance(made, SAE):

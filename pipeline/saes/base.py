@@ -70,6 +70,8 @@ class SAE(Dictionary, Trainable):
     Float32 and on the CPU when made; `.to()` moves it. The same config, widths and seed give the same weights.
     """
 
+    config_type: ClassVar[type[Config]]
+    config: Config
     latent_units: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Parameters and buffers measured in units of a latent's activation, which `fold` scales along."""
 
@@ -268,20 +270,6 @@ class SAE(Dictionary, Trainable):
             raise ValueError("a transcoder needs targets; an autoencoder's target is its input, so it takes no other")
         return x if target is None else target
 
-    def squared_error(self, y_hat: Tensor, y: Tensor) -> Tensor:
-        """Scalar distance of y_hat to y [B, d_out] in the Config's reduction; `fvu` of rows that do not vary is 0."""
-        return self.reduced(F.mse_loss(y_hat, y, reduction="sum"), y)
-
-    def reduced(self, total: Tensor, y: Tensor) -> Tensor:
-        """A sum of squares over a batch whose targets are y [B, d_out], in the Config's reduction."""
-        match self.config.reduction:
-            case "sum_d":
-                return total / y.shape[0]
-            case "mean_d":
-                return total / y.numel()
-            case "fvu":
-                return share(total, spread(y))
-
     @torch.no_grad()
     def before_step(self) -> None:
         """Between backward and the optimiser (and before clipping): keep unit rows' gradients tangent to the sphere."""
@@ -357,16 +345,6 @@ class SAE(Dictionary, Trainable):
         self.W_enc_rows[which], self.W_dec[which] = encoder_rows, decoder_rows
         self._reset(which)
         self.rows_since_fired[which] = 0
-
-
-def spread(y: Tensor) -> Tensor:
-    """Scalar: the sum of squares of rows [B, d] around their mean, which is the error of the best constant."""
-    return (y - y.mean(0)).square().sum()
-
-
-def share(part: Tensor, whole: Tensor) -> Tensor:
-    """A scalar as a share of another; 0 where there is nothing to have a share of."""
-    return part / whole.masked_fill(whole == 0, torch.inf)
 
 
 def _numbers(formula: Formula) -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
@@ -16,10 +17,33 @@ InputScale = Literal["rms", "unit", "per_token", "none"]
 Reduction = Literal["sum_d", "mean_d", "fvu"]
 
 
-class Config(Settings):
-    """Settings common to all architectures. The widths are the data's, so they are not here."""
+class TrainableConfig(Settings):
+    """Settings of anything that is trained. The widths are the data's, so they are not here."""
 
     arch: str
+    reduction: Reduction = Field(
+        "sum_d",
+        description="squared error of a row: summed over features, averaged over them, or over the batch's variance; "
+        "coefficients that are no share of it are weights beside it",
+    )
+
+    @property
+    @abstractmethod
+    def latents(self) -> int:
+        """The number of codes to a row."""
+
+    @property
+    def usual_rate(self) -> float:
+        """The learning rate where none is given."""
+        return 1e-3
+
+    def expect_widths(self, d_in: Width, d_out: Width | None) -> None:
+        """Raise ValueError where these settings are for no rows of such widths; d_out is None of an autoencoder."""
+
+
+class Config(TrainableConfig):
+    """Settings common to all sparse dictionaries."""
+
     d_sae: int = Field(8192, ge=1, le=10**12, description="latents of the dictionary")
     init: Literal["tied", "kaiming", "xavier", "orthogonal", "april"] = Field(
         "tied",
@@ -46,11 +70,6 @@ class Config(Settings):
         "rms",
         description="train on the inputs times one number, so that their mean squared norm is their width (rms) or 1 "
         "(unit); on each row less its mean and over its standard deviation (per_token); or as they are (none)",
-    )
-    reduction: Reduction = Field(
-        "sum_d",
-        description="squared error of a row: summed over features, averaged over them, or over the batch's variance; "
-        "coefficients that are no share of it are weights beside it",
     )
     dead_after: float = Field(
         0.05,
@@ -79,8 +98,16 @@ class Config(Settings):
             )
         return self
 
+    @property
+    def latents(self) -> int:
+        return self.d_sae
+
+    @property
+    def usual_rate(self) -> float:
+        """It falls with the root of the width (Gao et al. 2024)."""
+        return min(4e-3, 7e-4 * (2**14 / self.d_sae) ** 0.5)  # below 1,024 latents nothing was measured
+
     def expect_widths(self, d_in: Width, d_out: Width | None) -> None:
-        """Raise ValueError where these settings are for no rows of such widths; d_out is None of an autoencoder."""
         if self.skip and d_out is None:
             raise ValueError("skip: true would give an autoencoder its own input; name a target, or set skip to false")
         if self.input_scale == "per_token" and max(len(widths(one)) for one in (d_in, d_out or d_in)) > 1:
@@ -88,7 +115,7 @@ class Config(Settings):
 
 
 def other_default(name: str, value: object) -> Any:
-    """The common field `name` with another default, for an architecture's Config to declare again."""
+    """The common field `name` with another default, for an architecture's settings to declare again."""
     return Field(value, description=Config.model_fields[name].description)
 
 

@@ -17,10 +17,11 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import FINISHED, Clock, Config
-from .losses import Losses, Observed
+from .config import FINISHED, Clock, TrainableConfig
+from .losses import Losses, Observed, share, spread
 
 
 class Predictor(nn.Module, ABC):
@@ -88,11 +89,11 @@ class Trainable(Predictor):
     arguments and of what `track` keeps, and draws at random from `generator` alone, so that training can be resumed.
     """
 
-    config_type: ClassVar[type[Config]]
+    config_type: ClassVar[type[TrainableConfig]]
     several_stores: ClassVar[bool] = False
     """Whether rows may be of several stores, side by side; it is made with their widths then."""
 
-    config: Config
+    config: TrainableConfig
     seed: int
 
     @abstractmethod
@@ -122,6 +123,24 @@ class Trainable(Predictor):
 
     def track(self, *parts: Observed) -> None:
         """After a training batch, of which these are all parts."""
+
+    def dead(self, clock: Clock) -> Tensor | None:
+        """bool [width]: codes that have not been used for long; None where nobody counts."""
+        return None
+
+    def squared_error(self, y_hat: Tensor, y: Tensor) -> Tensor:
+        """Scalar distance of y_hat to y [B, d_out] in the settings' reduction; `fvu` of rows that do not vary is 0."""
+        return self.reduced(F.mse_loss(y_hat, y, reduction="sum"), y)
+
+    def reduced(self, total: Tensor, y: Tensor) -> Tensor:
+        """A sum of squares over a batch whose targets are y [B, d_out], in the settings' reduction."""
+        match self.config.reduction:
+            case "sum_d":
+                return total / y.shape[0]
+            case "mean_d":
+                return total / y.numel()
+            case "fvu":
+                return share(total, spread(y))
 
     def generator(self, purpose: str, step: int) -> torch.Generator:
         """The random numbers of one purpose at one step: on the CPU, a function of these and the seed alone."""

@@ -8,9 +8,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from .auxk import default_k, explained
-from .base import SAE, share, spread
+from .base import SAE
 from .config import Clock, Config, ramp
-from .losses import LossInputs
+from .losses import LossInputs, share, spread
 
 AuxShare = Literal["error", "variance", "none"]
 

@@ -11,12 +11,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .base import register, spread
+from .base import register
 from .config import Clock, Config
 from .encoder import Preactivations
 from .inference import ThresholdRule
 from .latents import Latents
-from .losses import LossInputs
+from .losses import LossInputs, spread
 from .steering import Steered, SteeredConfig
 
 

@@ -82,6 +82,16 @@ class SparseLosses(Losses):
         return self.latents.l0()
 
 
+def spread(y: Tensor) -> Tensor:
+    """Scalar: the sum of squares of rows [B, d] around their mean, which is the error of the best constant."""
+    return (y - y.mean(0)).square().sum()
+
+
+def share(part: Tensor, whole: Tensor) -> Tensor:
+    """A scalar as a share of another; 0 where there is nothing to have a share of."""
+    return part / whole.masked_fill(whole == 0, torch.inf)
+
+
 def in_data_units(reconstruction: Tensor, target_scale: Tensor, row_stats: RowStats | None) -> Tensor:
     """[B, d_out] out of the space the loss is taken in."""
     return reconstruction / target_scale if row_stats is None else row_stats.denormalise(reconstruction)

@@ -17,7 +17,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from .base import SAE
-from .config import Clock, Config, ramp, steps_of
+from .config import Clock, Config, TrainableConfig, ramp, steps_of
+from .contract import Trainable
 from .losses import SparseLosses
 
 PROMPT = 3.0
@@ -33,7 +34,7 @@ LEAST = 1e-3
 """Smallest L0 there is a logarithm of."""
 
 
-class SteeredConfig(Config):
+class CoefficientConfig(TrainableConfig):
     """Settings of a penalty whose coefficient is given, or found while training."""
 
     coefficient: float = Field(
@@ -70,14 +71,18 @@ class SteeredConfig(Config):
         return self
 
 
-class Steered(SAE):
-    """A dictionary whose penalty's coefficient may be steered to an L0."""
+class SteeredConfig(CoefficientConfig, Config):
+    """The same, of a sparse dictionary."""
 
-    config: SteeredConfig
+
+class Steering(Trainable):
+    """The part of what is trained that has a penalty's coefficient, which may be steered to an L0."""
+
+    config: CoefficientConfig
     pressure: Tensor
     excess: Tensor
 
-    def _build(self, generator: torch.Generator) -> None:
+    def _register_steering(self) -> None:
         if self.config.steered:
             self.register_buffer("pressure", torch.ones(()))
             self.register_buffer("excess", torch.zeros(()))
@@ -87,6 +92,23 @@ class Steered(SAE):
         weight = self.config.coefficient * ramp(self.config.warmup, clock)
         return weight * self.pressure * (PROMPT * self.excess).exp() if self.config.steered else weight
 
+    def _steer(self, l0: Tensor, clock: Clock) -> None:
+        """After a step: let the coefficient follow its L0, a scalar."""
+        if not self.config.steered or clock.step < steps_of(self.config.warmup, clock):
+            return
+        assert self.config.target_l0 is not None, "which steering needs"
+        self.excess.copy_((l0.clamp_min(LEAST) / self.config.target_l0).log().clamp(-MOST, MOST))
+        self.pressure.mul_((self.excess.clamp(-MOST / 2, MOST / 2) * (GAIN / clock.steps)).exp())
+
+
+class Steered(Steering, SAE):
+    """A dictionary whose penalty's coefficient may be steered to an L0."""
+
+    config: SteeredConfig
+
+    def _build(self, generator: torch.Generator) -> None:
+        self._register_steering()
+
     def _observe(self, losses: SparseLosses) -> Tensor:
         """The part's L0, where that is followed."""
         if not self.config.steered:
@@ -94,8 +116,5 @@ class Steered(SAE):
         return losses.l0().float().mean().view(1)
 
     def _update(self, seen: Tensor, clock: Clock) -> None:
-        if not self.config.steered or clock.step < steps_of(self.config.warmup, clock):
-            return
-        assert self.config.target_l0 is not None, "which steering needs"
-        self.excess.copy_((seen[0].clamp_min(LEAST) / self.config.target_l0).log().clamp(-MOST, MOST))
-        self.pressure.mul_((self.excess.clamp(-MOST / 2, MOST / 2) * (GAIN / clock.steps)).exp())
+        if self.config.steered:
+            self._steer(seen[0], clock)

@@ -82,7 +82,7 @@ class SeedAlignment(Study):
     def run(self, setup: Setup) -> Result:
         rows = setup.lab.rows(self.trials(setup))
         latents = compare(rows, setup.lab.place.runs, setup.dataset.truth)
-        d_sae = setup.base.sae.d_sae
+        d_sae = setup.base.sae.latents
         by_chance = chance(d_sae, d_sae, setup.dataset.d_out)
         for row in rows:
             row["agreement_chance"] = by_chance

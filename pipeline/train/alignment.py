@@ -24,7 +24,7 @@ from sae.configs.base import Settings
 from sae.pipeline.metrics.similarity import best, hungarian, mutual
 from sae.pipeline.parallel.ranks import Ranks
 from sae.pipeline.saes import SAE, SparseLosses
-from sae.pipeline.saes.base import spread
+from sae.pipeline.saes.losses import spread
 
 By = Literal["dec", "hid", "x_hat"]
 Matching = tuple[Tensor, Tensor]  # int64 [n] each: row of one, row of the other

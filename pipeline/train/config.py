@@ -101,8 +101,8 @@ class TrainConfig(Schedule):
 
     @property
     def rate(self) -> float:
-        """The learning rate: lr, or the usual one of the width."""
-        return self.lr or usual_rate(self.sae.d_sae)
+        """The learning rate: lr, or the usual one of the architecture and its width."""
+        return self.lr or self.sae.usual_rate
 
     def rates_at(self, step: int, total: int) -> tuple[float, float]:
         """Learning rates of step 0, 1, ...: the encoder's and the decoder's."""
@@ -114,11 +114,6 @@ class TrainConfig(Schedule):
         if self.decoder is None:
             return rate, rate
         return rate, self.rate * again * self.decoder.ratio * self.decoder.factor(step, total)
-
-
-def usual_rate(d_sae: int) -> float:
-    """The learning rate for a width where none is given: it falls with the root of the width (Gao et al. 2024)."""
-    return min(4e-3, 7e-4 * (2**14 / d_sae) ** 0.5)  # below 1,024 latents nothing was measured
 
 
 def usual_steps(store_rows: int, batch: int) -> int:
@@ -156,10 +151,11 @@ def expect_same_meaning(run: Run, config: TrainConfig) -> None:
     """Raise SaeError for a run of before `REVISION` whose training would go on as another one than it began."""
     if run.revision >= REVISION:
         return
+    free = getattr(config.sae, "decoder_norm", None) == "free"
     meant = {
         "train.align.weight": config.align is not None,
         "train.sae.target_l0": getattr(config.sae, "target_l0", None) is not None,
-        "train.sae.decoder_norm = free": config.sae.decoder_norm == "free" and config.sae.arch != "l1",
+        "train.sae.decoder_norm = free": free and config.sae.arch != "l1",
     }
     for name, asked in meant.items():
         if asked:

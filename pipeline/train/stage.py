@@ -34,7 +34,7 @@ from sae.pipeline.parallel.ranks import Ranks, SingleRank
 from sae.pipeline.runtime import devices
 from sae.pipeline.runtime.interrupts import Interrupted, interruptible
 from sae.pipeline.runtime.progress import Progress
-from sae.pipeline.saes import Clock
+from sae.pipeline.saes import Clock, Config
 from sae.pipeline.train.config import REVISION, STREAM, TrainConfig, expect_same_meaning, settings_of
 from sae.pipeline.train.coupled import CoupledTrainers, grouped
 from sae.pipeline.train.trainer import Diverged, Trainer
@@ -60,7 +60,7 @@ def run_name(config: TrainConfig, dataset: Dataset) -> str:
     ]
     identity: dict[str, Any] = {"train": _named_by(config), "activations": inputs[0]}
     identity |= {name: recipes for name, recipes in (("beside", inputs[1:]), ("targets", targets)) if recipes}
-    parts = [config.sae.arch, str(config.sae.d_sae), *sparsity, f"lr{_short(config.rate)}", f"s{config.seed}", points]
+    parts = [config.sae.arch, str(config.sae.latents), *sparsity, f"lr{_short(config.rate)}", f"s{config.seed}", points]
     return "-".join([*parts, digest(identity)])
 
 
@@ -338,11 +338,12 @@ def _say(configs: Sequence[TrainConfig], rows: int, steps: int, progress: Progre
     """Say what settings that follow from the store and the width have become."""
     clock = Clock(0, steps, configs[0].batch)
     rates = ", ".join(sorted({f"{config.rate:g}" for config in configs}))
-    windows = ", ".join(f"{n:,}" for n in sorted({clock.rows(config.sae.dead_after) for config in configs}))
+    said = {one.sae.dead_after for one in configs if isinstance(one.sae, Config)}
+    windows = ", ".join(f"{n:,}" for n in sorted(map(clock.rows, said)))
+    dead = f"; a latent counts as dead after {windows} rows without firing" if windows else ""
     passes = steps * clock.batch / rows
     progress.note(
-        f"train: {steps:,} steps of {clock.batch:,} rows, {passes:.2g} passes over {rows:,}; lr {rates}; a latent "
-        f"counts as dead after {windows} rows without firing"
+        f"train: {steps:,} steps of {clock.batch:,} rows, {passes:.2g} passes over {rows:,}; lr {rates}{dead}"
     )
 
 

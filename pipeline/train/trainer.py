@@ -163,8 +163,8 @@ class Trainer:
             metrics["fvu"] = error / spread
         if active:
             metrics["l0"] = l0
-        if isinstance(self.sae, SAE):
-            metrics["dead"] = self.sae.dead(clock).float().mean().item()
+        if (dead := self.sae.dead(clock)) is not None:
+            metrics["dead"] = dead.float().mean().item()
         if self.truth is not None and isinstance(self.sae, Dictionary):
             metrics["recovery"] = mmcs(self.truth, self.sae.W_dec.detach()).item()
         metrics["lr"], decoder = self.config.rates_at(clock.step, clock.steps)
