@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from sae.pipeline.saes.p_anneal import PAnnealConfig as PAnneal
     from sae.pipeline.saes.shifted_relu import ShiftedReLUConfig as ShiftedReLU
     from sae.pipeline.saes.topk import TopKConfig as TopK
+    from sae.pipeline.saes.vsae_iso import VSAEIsoConfig as VSAEIso
+    from sae.pipeline.saes.vsae_mix import VSAEMixConfig as VSAEMix
+    from sae.pipeline.saes.vsae_multi import VSAEMultiConfig as VSAEMulti
     from sae.session import Session, evaluate, harvest, tokenize, train
 
     __version__: str

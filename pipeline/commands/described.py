@@ -34,7 +34,7 @@ CHOICES = {  # options that choose the class of further settings: no single clas
 FLAGS = {"train.align.by": "align"}  # options that are not called as their setting
 UNSAID = {  # what holds without an option, where that is not the setting's default, or not that of every class
     "train.align.by": "nothing",
-    "train.sae.target_l0": "32; none for hybrid and shifted_relu",
+    "train.sae.target_l0": "32; none for hybrid, shifted_relu and vsae_iso, vsae_mix, vsae_multi",
 }
 AMOUNTS = ("rows", "tokens")  # settings that people write as 300k, 10M or all
 METAVARS = {

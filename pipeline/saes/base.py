@@ -2,10 +2,10 @@
 
 An architecture is one file in this package: its Config (frozen, tagged by `arch`) and its final class, under @register.
 Importing the package imports every file in it, so a new architecture is found by being there. A class fills in `rule`
-(which latents are active at inference, from the pre-activations), and `_activate` where training chooses otherwise. It
-may add parameters (`_build`, and then `latent_parameters`, `_reset` and `_constrain`), loss terms (`_terms`), what
-follows a step (`_update`), and what a file says of it (`_written`, `_take`). Everything else is implemented once, and
-not overridden.
+(which latents are active at inference, from the pre-activations), and `_activate` where training chooses otherwise
+(`_reconstruct`, too, where it decodes other values than those that count as active). It may add parameters (`_build`,
+and then `latent_parameters`, `_reset` and `_constrain`), loss terms (`_terms`), what follows a step (`_update`), and
+what a file says of it (`_written`, `_take`). Everything else is implemented once, and not overridden.
 
 A training step, for a batch x [B, d_in] (and target y [B, d_out] for a transcoder):
 

@@ -120,11 +120,20 @@ def other_default(name: str, value: object) -> Any:
 
 
 class Clock(NamedTuple):
-    """Where training stands: `step` of `steps`, counted from 0, each of `batch` rows (of all parts and processes)."""
+    """Where training stands: `step` of `steps`, counted from 0, each of `batch` rows (of all parts and processes).
+
+    first: the row of the batch that a part of it begins with.
+    """
 
     step: int
     steps: int
     batch: int = 0
+    first: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """True after training."""
+        return self.step >= _FOREVER
 
     def rows(self, length: float) -> int:
         """A length in rows: as it is from 1 on, below it a share of all rows. ValueError where those are not known."""

@@ -142,7 +142,7 @@ class Trainable(Predictor):
             case "fvu":
                 return share(total, spread(y))
 
-    def generator(self, purpose: str, step: int) -> torch.Generator:
-        """The random numbers of one purpose at one step: on the CPU, a function of these and the seed alone."""
+    def generator(self, purpose: str, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+        """The random numbers of one purpose at one step: on a kind of device, a function of these and the seed."""
         name = hashlib.blake2b(f"{self.seed} {purpose} {step}".encode(), digest_size=4)
-        return torch.Generator().manual_seed(int.from_bytes(name.digest()))
+        return torch.Generator(device).manual_seed(int.from_bytes(name.digest()))

@@ -35,8 +35,11 @@ class CoupledTrainers:
             member.optimiser.zero_grad(set_to_none=True)
         parts: list[list[Losses]] = [[] for _ in self.members]
         apart: list[Tensor] = []
+        first = ranks.rank * len(batch.x)
         for part in batch.split(self.members[0].config.accumulate):
-            each = [member.losses(part, clock) for member in self.members]
+            at = clock._replace(first=first)
+            each = [member.losses(part, at) for member in self.members]
+            first += len(part.x)
             total = torch.stack([one.total for one in each]).sum() if len(each) > 1 else each[0].total
             if self.alignment is not None:
                 sparse = [one for one in each if isinstance(one, SparseLosses)]

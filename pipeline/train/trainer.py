@@ -78,7 +78,7 @@ class Trainer:
 
         With several ranks `batch` and `parts` are this rank's.
         """
-        step, total, _ = clock
+        step, total = clock.step, clock.steps
         ranks.all_reduce_mean(parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None)
         self.sae.before_step()
         if self.config.clip is not None:

@@ -50,6 +50,9 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "gated": [{"encoder_bias": False, "penalty": "decoder_norm", "decoder_norm": "free"}],
     "p_anneal": [{"target_l0": 5.0}],
     "shifted_relu": [{"coefficient": 0.1}],
+    "vsae_iso": [{"mean": "identity", "variance": "fixed", "decoder_norm": "free", "k": 6}],
+    "vsae_mix": [{"prior": "shifted", "mean": "identity", "coefficient": 0.1, "input_scale": "per_token"}],
+    "vsae_multi": [{"covariance": ((1.0, 0.5), (0.5, 2.0)), "k": 4}],
 }
 """Further settings to meet the contract with, beside an architecture's defaults."""
 
