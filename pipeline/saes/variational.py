@@ -120,10 +120,10 @@ class LinearRule(Rule):
 
 
 @dataclass(frozen=True, eq=False)
-class LargestRule(Rule):
+class SignedTopKRule(Rule):
     """f = p where |p| is among the k largest of its row."""
 
-    name = "largest"
+    name = "signed_topk"
     k: int
 
     def __call__(self, pre: Preactivations) -> Latents:
@@ -160,7 +160,7 @@ class Variational(Steered):
         k = self.config.k
         if self.config.mean == "relu":
             return ReLURule() if k is None else TopKRule(k)
-        return LinearRule() if k is None else LargestRule(k)
+        return LinearRule() if k is None else SignedTopKRule(k)
 
     def kl(self, posterior: Posterior) -> Tensor:
         """KL(q || p) of each row [B] in nats, or its bound; without variance C(mu, 0)."""

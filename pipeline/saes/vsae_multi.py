@@ -95,9 +95,9 @@ class VSAEMulti(Variational):
         sigma = self.config.shrunk(self.config.shrink)
         factor = torch.linalg.cholesky(sigma)
         inverse = torch.linalg.solve_triangular(factor, torch.eye(len(sigma), dtype=sigma.dtype), upper=False)
-        self.register_buffer("whitening", inverse.float())  # L^-1 [n, n]
+        self.register_buffer("whitening", inverse.float().contiguous())  # L^-1 [n, n]
         self.register_buffer("precision", inverse.square().sum(0).float())  # diagonal of Sigma^-1 [n]
-        self.register_buffer("variances", sigma.diagonal().float())  # [n]
+        self.register_buffer("variances", sigma.diag().float())  # [n]
         self.register_buffer("logdet", (2 * factor.diagonal().log().sum()).float())
 
     def cross_entropy(self, mean: Tensor, variance: Tensor) -> Tensor:

@@ -209,6 +209,11 @@ def test_every_architecture_is_written_and_read(case: Said, d_out: int | None, t
         with pytest.raises(SaeError, match=f"saelens cannot say this dictionary: it has no {sae.rule.name} transcoder"):
             formats.write(sae, metadata, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+    elif sae.rule.name in ("linear", "signed_topk"):
+        for name in FORMATS:
+            with pytest.raises(SaeError, match=f"{name} cannot say this dictionary"):
+                formats.write(sae, metadata, tmp_path / "out", name)
+            assert not (tmp_path / "out").exists()
     else:
         formats.write(sae, metadata, tmp_path / "out")
         again, said = formats.read(tmp_path / "out")

@@ -47,7 +47,7 @@ SAELENS = {
 """The tensors of its classes: it refuses others and misses none."""
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.get("mean") != "identity"], ids=str)
 def test_exported_tensors_run_by_saelens_rules(case: dict[str, Any]) -> None:
     sae = made(settings(case))
     train(sae, batches(None, 10), lr=1e-2)
@@ -217,12 +217,62 @@ def ghosts(sae: Any, y: Tensor) -> Terms:
     return {**terms, "ghosts": error * (terms["reconstruction"] / error).detach()}
 
 
+def variational(kl: Any, sae: Any, y: Tensor) -> Terms:
+    """With the noise that it draws; `kl` of means and variances, row by row."""
+    mu = before(sae, y).relu()
+    if sae.config.k is not None:
+        mu = mu * torch.zeros_like(mu).scatter(1, mu.topk(sae.config.k, dim=1).indices, 1.0)
+    logvar = (y - sae.b_dec) @ sae.W_logvar.T + sae.b_logvar
+    if sae.config.k is not None:
+        logvar = logvar * (mu != 0)
+    noise = sae._noise(B, AT, y) * (1.0 if sae.config.k is None else (mu != 0))
+    z = mu + (0.5 * logvar).exp() * noise
+    terms = {"reconstruction": squared_error(y, z @ acting(sae).W_dec + sae.b_dec)}
+    terms["kl"] = 0.1 * (kl(sae, mu, logvar.exp()) - 0.5 * (1 + logvar).sum(1)).mean()
+    return terms | ({"l1": 0.35 * mu.sum(1).mean()} if sae.config.coefficient else {})
+
+
+def vsae_iso(sae: Any, y: Tensor) -> Terms:
+    return variational(lambda _, mu, var: 0.5 * (mu**2 + var).sum(1), sae, y)
+
+
+def vsae_mix(sae: Any, y: Tensor) -> Terms:
+    """One pair of each kind."""
+
+    def kl(_: Any, mu: Tensor, var: Tensor) -> Tensor:
+        def there(pair: int, *at: float) -> Tensor:
+            two = slice(2 * pair, 2 * pair + 2)
+            far = (mu[:, two] - torch.tensor(at)) ** 2 + var[:, two]
+            return (-far / (2 * 0.5**2) - math.log(0.5)).sum(1).exp()
+
+        def away(pair: int) -> Tensor:
+            return 0.8 * (-0.5 * (mu**2 + var)[:, 2 * pair : 2 * pair + 2].sum(1)).exp()
+
+        first = (0.2 * there(0, 2.0, 2.0) + away(0)).log()
+        second = (0.1 * there(1, 2.0, 0.0) + 0.1 * there(1, 0.0, 2.0) + away(1)).log()
+        return 0.5 * (mu**2 + var)[:, 4:].sum(1) - first - second
+
+    return variational(kl, sae, y)
+
+
+def vsae_multi(sae: Any, y: Tensor) -> Terms:
+    sigma = torch.full((M, M), 0.3, dtype=torch.float64).fill_diagonal_(1)
+
+    def kl(_: Any, mu: Tensor, var: Tensor) -> Tensor:
+        inverse = sigma.inverse()
+        return 0.5 * ((mu @ inverse * mu).sum(1) + var @ inverse.diagonal() + sigma.logdet())
+
+    return variational(kl, sae, y)
+
+
 AT = Clock(5, 100, B)
 
 AUXK: dict[str, Any] = {"aux_k": 5, "aux_coefficient": 0.3}
 
 HALFWAY: dict[str, Any] = {"coefficient": 0.7, "warmup": 10}
 """At step 5 the coefficient is 0.35."""
+
+KL: dict[str, Any] = {"kl_coefficient": 0.2, "kl_warmup": 10}
 
 FORMULAS: list[tuple[Any, dict[str, Any]]] = [
     (topk, {"arch": "topk", **AUXK}),
@@ -256,6 +306,20 @@ FORMULAS: list[tuple[Any, dict[str, Any]]] = [
     (gated, {"arch": "gated", **HALFWAY}),
     (p_anneal, {"arch": "p_anneal", "anneal_start": 1, "stages": 1, "p_end": 0.6, **HALFWAY}),
     (shifted_relu, {"arch": "shifted_relu"}),
+    (vsae_iso, {"arch": "vsae_iso", **KL}),
+    (vsae_iso, {"arch": "vsae_iso", "k": 4, "decoder_norm": "free", **KL, **HALFWAY}),
+    (
+        vsae_mix,
+        {
+            "arch": "vsae_mix",
+            "correlated_pairs": 1,
+            "prior_shift": 2.0,
+            "prior_std": 0.5,
+            "presence": 0.2,
+            **KL,
+        },
+    ),
+    (vsae_multi, {"arch": "vsae_multi", "correlation": 0.3, **KL}),
 ]
 
 

@@ -204,7 +204,7 @@ def test_noise_adds_the_variance_times_the_rows_norms() -> None:
     expected = 0.25 * sae.W_dec.square().sum()
     assert (drawn.terms["reconstruction"] - still).item() == pytest.approx(expected.item(), rel=0.05)
     assert isinstance(drawn.latents, Drawn) and drawn.latents.z is not None
-    apart = drawn.latents.z - drawn.latents.dense()
+    apart = (drawn.latents.z - drawn.latents.dense()).detach()
     assert apart.mean().abs() < 0.01 and apart.var() == pytest.approx(0.25, rel=0.02)
     torch.testing.assert_close(drawn.l0(), sae.encode(x).l0(), msg="noise counts as no activity")
 

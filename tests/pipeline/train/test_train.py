@@ -362,6 +362,20 @@ def test_killed_after_a_step_and_resumed(
     assert not different(go(PAIR, store, tmp_path, resume=True), uninterrupted)
 
 
+def test_noise_is_drawn_again_where_training_goes_on(tmp_path: Path, store: ActivationStore) -> None:
+    """Of every step, whatever the parts of its batch."""
+    noisy = {"arch": "vsae_multi", "d_sae": D_SAE, "sigma": 0.5, "k": 8}
+    runs = {}
+    for parts in (1, 2):
+        config = settings(noisy, steps=12, checkpoint_every=5, accumulate=parts)
+        (whole,) = go(config, store, tmp_path / f"whole {parts}")
+        with pytest.raises(Killed):
+            go(config, store, tmp_path / f"killed {parts}", progress=At(8, die))
+        assert not different(go(config, store, tmp_path / f"killed {parts}", resume=True), [outcome(whole)])
+        runs[parts] = load_run(whole)
+    torch.testing.assert_close(runs[1].W_dec, runs[2].W_dec, rtol=1e-4, atol=1e-4)
+
+
 def test_resumed_training_computes_with_the_threads_of_before(
     store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
