@@ -372,7 +372,7 @@ def test_noise_is_drawn_again_where_training_goes_on(tmp_path: Path, store: Acti
         with pytest.raises(Killed):
             go(config, store, tmp_path / f"killed {parts}", progress=At(8, die))
         assert not different(go(config, store, tmp_path / f"killed {parts}", resume=True), [outcome(whole)])
-        runs[parts] = load_run(whole)
+        runs[parts] = trained.load_run(whole)
     torch.testing.assert_close(runs[1].W_dec, runs[2].W_dec, rtol=1e-4, atol=1e-4)
 
 
