@@ -34,7 +34,8 @@ CHOICES = {  # options that choose the class of further settings: no single clas
 FLAGS = {"train.align.by": "align"}  # options that are not called as their setting
 UNSAID = {  # what holds without an option, where that is not the setting's default, or not that of every class
     "train.align.by": "nothing",
-    "train.sae.target_l0": "32; none for hybrid, shifted_relu and vsae_iso, vsae_mix, vsae_multi",
+    "train.sae.k": "32; all for vsae_iso, vsae_mix and vsae_multi",
+    "train.sae.target_l0": "32; none for hybrid, shifted_relu, vsae_iso, vsae_mix and vsae_multi",
 }
 AMOUNTS = ("rows", "tokens")  # settings that people write as 300k, 10M or all
 METAVARS = {

@@ -64,9 +64,7 @@ class VariationalConfig(PenaltyConfig):
         ge=0,
         description="steps over which kl_coefficient rises from 0; below 1, a share of the training",
     )
-    k: int | None = Field(
-        None, ge=1, description=f"{FixedKConfig.model_fields['k'].description}; unset: all means count"
-    )
+    k: int | None = Field(None, ge=1, description=FixedKConfig.model_fields["k"].description)
     coefficient: float = Field(0.0, ge=0, description=SteeredConfig.model_fields["coefficient"].description)
     target_l0: float | None = Field(None, gt=0, description=SteeredConfig.model_fields["target_l0"].description)
 
