@@ -34,6 +34,7 @@ from sae.pipeline.harvest.stage import harvest as harvest_rows
 from sae.pipeline.harvest.tables.spool import spooled
 from sae.pipeline.interpret.features import FeaturesConfig
 from sae.pipeline.language_model import LanguageModel
+from sae.pipeline.loggers.base import expect
 from sae.pipeline.metrics.metric import Subject
 from sae.pipeline.report import compare as comparison
 from sae.pipeline.report.stage import report as write_report
@@ -190,17 +191,19 @@ class Session(Workplace):
 
     def train(
         self, dictionary: Config | Sequence[Config] | None, rows: Any = None, /, *, name: str | None = None,
-        preset: str | None = None, **settings: Any,
+        preset: str | None = None, log: Sequence[str] = (), **settings: Any,
     ) -> TrainedRun | list[TrainedRun]:  # fmt: skip
         """Train a dictionary, as `sae train`; several on the same batches, in one pass over the rows.
 
         dictionary: its settings, as `sae.TopK(k=32, d_sae=8192)` (None: the preset's). rows: whatever `dataset` takes;
         inputs and targets in memory as a pair (x, y). `settings` are those of the section `train` (`lr`, `batch`,
         `steps`, `rows`, ...). The run folder is named by all of these unless `name` says otherwise; a run that is there
-        is continued where it was, and a finished one is given back as it is.
+        is continued where it was, and a finished one is given back as it is. log: `wandb`, `tensorboard`, beside the
+        run's metrics.jsonl.
         """
         x, y = rows if isinstance(rows, tuple) else (rows, None)
         dataset = self.dataset(x, y)
+        loggers = expect([log] if isinstance(log, str) else log)
         several = isinstance(dictionary, Sequence)
         chosen: Sequence[Config | None] = dictionary if isinstance(dictionary, Sequence) else [dictionary]
         for one in chosen:
@@ -220,7 +223,7 @@ class Session(Workplace):
             _expect_folder_name(name)
             there = (self.runs / name / CONFIG).exists()
             found = [open_run(every[0], dataset, self.runs, name, resume=there)]
-        sweep(found, dataset, self.progress, device=self.device)
+        sweep(found, dataset, self.progress, device=self.device, loggers=loggers)
         runs = [TrainedRun(run.path) for run in found]
         return runs if several else runs[0]
 

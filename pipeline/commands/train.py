@@ -1,6 +1,6 @@
 """`sae train`: rows to run folders."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +20,7 @@ from sae.pipeline.commands.options import (
 )
 from sae.pipeline.commands.rows import Rows, announce, split_axes
 from sae.pipeline.commands.shown import show_runs
+from sae.pipeline.commands.words import several
 from sae.pipeline.runtime.interrupts import remedied
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", metavar="", help="Continue a run from its last checkpoint: the one `--name` says, or the one these settings made, or, without any, the one that is not finished.")] = False,
     sweep: Annotated[list[str] | None, typer.Option(metavar="KEY=V,V", help="Train one dictionary for each value, all on the same batches, as in `--sweep k=16,32,64 --sweep lr=1e-4,3e-4`. Repeatable: every combination. Said again, it trains what is missing.")] = None,
     seeds: Seeds = None,
+    log: Annotated[str | None, typer.Option(metavar="NAME,...", help="Also log to `wandb` or `tensorboard` (extras of those names). A resumed run goes on there by itself. Default: metrics.jsonl of the run folder alone.")] = None,
     devices: Annotated[int, typer.Option(metavar="N", min=1, rich_help_panel=PLACES, show_default=False, help="Processes that share every batch, a GPU each (or cores: `--device cpu`). Default: 1. Several machines: `torchrun -m sae.cli train`.")] = 1,
     here: Annotated[Here, here_with("device", "threads", "cache", "runs")], json: Json = False,
 ) -> None:  # fmt: skip
@@ -62,6 +64,7 @@ def train(
         sae train --sweep k=16,32,64 --sweep arch=topk,batchtopk --seeds 3
         sae train --align dec --seeds 3
         sae train --devices 4 --batch 16384
+        sae train --log wandb,tensorboard
         sae train --input 6.mlp_in --target 6.mlp_out
         sae train --arch crosscoder --input 2.resid_post,3.resid_post
         sae train --layer 3,9,15 --site resid_post
@@ -78,10 +81,12 @@ def train(
     before = run_to_resume(here.runs, name) if resume and (name is not None or not anything) else None
     with here.loading_torch():
         from sae.pipeline.formats.trained import dataset_of
+        from sae.pipeline.loggers.base import expect
         from sae.pipeline.train.config import settings_of
         from sae.pipeline.train.stage import TrainConfig, open_run
         from sae.pipeline.train.sweep import combinations, fill_in_align_seeds, of_seeds
 
+    loggers = expect(several("--log", log) or [])
     if took_part(here.device):
         return
     configs = [said.settings("train", TrainConfig, axes=one) for one in combinations(axes)]
@@ -100,11 +105,11 @@ def train(
         announce(dataset, here.progress)
     if many:
         configs = configs if seeds is None else of_seeds(configs, seeds)
-        train_every([(configs, dataset) for dataset in datasets], here, devices, json)
+        train_every([(configs, dataset) for dataset in datasets], here, devices, loggers, json)
         return
     if not resume:
         fill_in_align_seeds(configs)  # one that is to agree with others has none here
-    train_one(open_run(configs[0], datasets[0], runs, name, resume=resume), datasets[0], here, devices, json)
+    train_one(open_run(configs[0], datasets[0], runs, name, resume=resume), datasets[0], here, devices, loggers, json)
 
 
 def expect_name(name: str) -> None:
@@ -141,14 +146,14 @@ def took_part(device: str) -> bool:
     return True
 
 
-def train_one(run: "Run", dataset: "Dataset", here: Here, processes: int, json: bool) -> None:
+def train_one(run: "Run", dataset: "Dataset", here: Here, processes: int, loggers: "Sequence[str]", json: bool) -> None:
     """Train (or continue) one dictionary and show its last figures."""
     from sae.pipeline.commands import console
     from sae.pipeline.train.sweep import sweep
 
     here.progress.note(f"run: {run.path}{'; nothing to do, it is finished' if run.finished else ''}")
     with remedied(f"continue with `sae train --resume --name {run.name}`"):
-        sweep([run], dataset, here.progress, device=here.device, processes=processes)
+        sweep([run], dataset, here.progress, device=here.device, processes=processes, loggers=loggers)
     result = [{}, *run.metrics()][-1]
     if json:
         console.as_json({"run": str(run.path), **result})
@@ -156,7 +161,9 @@ def train_one(run: "Run", dataset: "Dataset", here: Here, processes: int, json: 
         console.table(f"run {run.path}", ["figure", "last value"], list(result.items()))
 
 
-def train_every(plans: "list[tuple[list[TrainConfig], Dataset]]", here: Here, processes: int, json: bool) -> None:
+def train_every(
+    plans: "list[tuple[list[TrainConfig], Dataset]]", here: Here, processes: int, loggers: "Sequence[str]", json: bool
+) -> None:
     """Train the dictionaries of a sweep on each dataset, each in a folder of its own, and show them side by side."""
     from sae.pipeline.report.compare import compare as rows_of
     from sae.pipeline.train.sweep import open_each, sweep_each
@@ -165,7 +172,7 @@ def train_every(plans: "list[tuple[list[TrainConfig], Dataset]]", here: Here, pr
     opened = open_each(plans, here.runs)
     runs = [run for its, _ in opened for run in its]
     try:
-        sweep_each(opened, here.progress, device=here.device, processes=processes)
+        sweep_each(opened, here.progress, device=here.device, processes=processes, loggers=loggers)
     except Diverged:
         if finished := [run for run in runs if run.finished]:
             show_runs(rows_of(finished), f"{len(finished)} of {len(runs)} runs in {here.runs}", json)

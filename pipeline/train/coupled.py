@@ -86,6 +86,8 @@ class CoupledTrainers:
         if ranks.rank == 0:
             for member in self.members:
                 member.run.publish_checkpoint()
+            for member in self.members:
+                member.say_checkpoint()
 
     def restore(self, ranks: Ranks) -> dict[str, int] | None:
         """Take up the checkpoints: the loader's state. None where there are none yet."""

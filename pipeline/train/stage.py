@@ -9,7 +9,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from sae.cache.runs import CONFIG, FAILURE, Run
 from sae.cache.seen import Seen, SeenStore
 from sae.cache.store.space import expect_room
 from sae.pipeline.formats.base import Metadata
+from sae.pipeline.loggers.base import RunLoggers
 from sae.pipeline.parallel.ranks import Ranks, SingleRank
 from sae.pipeline.runtime import devices
 from sae.pipeline.runtime.interrupts import Interrupted, interruptible
@@ -235,6 +236,8 @@ def train(
                 stack.enter_context(reading(store.path))
         state = _begin(runs, dataset, where, progress, ranks)
         stack.enter_context(state.loader)
+        for member in state.members if ranks.rank == 0 else ():
+            member.loggers = stack.enter_context(closing(RunLoggers(member.run, member.done)))
         stopping = stack.enter_context(interruptible())
         progress.start("train", state.total, "steps", done=state.step)
         stack.callback(progress.finish)
@@ -277,7 +280,7 @@ def _step(state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
                 continue
             if ranks.rank == 0 and member.logs(state.total):
                 took = {"seconds": round(time.monotonic() - state.started, 3), **member.cost()}
-                member.run.log({**metrics, **took})
+                member.log({**metrics, **took})
             shown = {name: metrics[name] for name in SHOWN if name in metrics}
     state.step += 1
     return shown

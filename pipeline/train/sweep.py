@@ -23,6 +23,7 @@ from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import Run, discarding
 from sae.configs import parsed
 from sae.configs.base import WHOLE
+from sae.pipeline.loggers.base import ask
 from sae.pipeline.parallel.launcher import launch
 from sae.pipeline.parallel.ranks import Ranks, SingleRank
 from sae.pipeline.parallel.torch_distributed import DistributedRanks, ProcessInfo, together, torchrun_process
@@ -148,20 +149,27 @@ def open_each(plans: Sequence[tuple[Sequence[TrainConfig], Dataset]], root: Path
 
 
 def sweep(
-    runs: Sequence[Run], dataset: Dataset, progress: Progress, *, device: str = "auto", processes: int = 1
-) -> None:
+    runs: Sequence[Run], dataset: Dataset, progress: Progress, *, device: str = "auto", processes: int = 1,
+    loggers: Sequence[str] = (),
+) -> None:  # fmt: skip
     """As `sweep_each`, on one dataset."""
-    sweep_each([(runs, dataset)], progress, device=device, processes=processes)
+    sweep_each([(runs, dataset)], progress, device=device, processes=processes, loggers=loggers)
 
 
-def sweep_each(plans: Sequence[Plan], progress: Progress, *, device: str = "auto", processes: int = 1) -> None:
+def sweep_each(
+    plans: Sequence[Plan], progress: Progress, *, device: str = "auto", processes: int = 1, loggers: Sequence[str] = ()
+) -> None:
     """Train what is not finished of the runs of each dataset, all that share a stream of batches in one pass.
 
     With several processes of this machine, or several that torchrun has started, each takes its share of every batch.
     Of torchrun's, only rank 0 calls this: the others call `run_as_worker_rank`. Raises Diverged, once the others are
     finished, where a dictionary diverged. A run folder that was made for this is removed where nothing came of it.
+    loggers: where what is not finished is logged to as well, from now on.
     """
-    with discarding([run for runs, _ in plans for run in runs]):
+    with discarding(every := [run for runs, _ in plans for run in runs]):
+        for run in every:
+            if not run.finished:
+                ask(run, loggers)
         _sweep(plans, progress, device, processes)
 
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from sae.cache.errors import DamagedStore, SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import Batch
-from sae.cache.runs import CHECKPOINT, Run
+from sae.cache.runs import CHECKPOINT, CONFIG, WEIGHTS, WEIGHTS_CONFIG, Run
 from sae.pipeline.formats import trained
 from sae.pipeline.formats.base import Metadata
+from sae.pipeline.loggers.base import RunLoggers
 from sae.pipeline.metrics.similarity import mmcs
 from sae.pipeline.parallel.ranks import Ranks, expect_same
 from sae.pipeline.runtime import devices
@@ -25,6 +26,8 @@ from sae.pipeline.saes import SAE, Clock, Losses, Trainable, trainable
 from sae.pipeline.saes.dictionary import Dictionary
 from sae.pipeline.train.config import TrainConfig
 from sae.pipeline.train.resampling import NoRevival, Resample, firing_rate_skew, reinitialise, resample
+
+LEAST_RATE = 1e-9  # a firing rate of 0 has no logarithm
 
 
 class Diverged(SaeError):
@@ -35,7 +38,7 @@ class Diverged(SaeError):
 class Trainer:
     """One dictionary in training: its run, its weights, its optimiser, and how many steps it has taken.
 
-    dataset: the rows that the run was promised, of which further ones are drawn.
+    dataset: the rows that the run was promised, of which further ones are drawn. loggers: where else its figures go.
     truth: the features [G, d_out] of rows that were made of known ones.
     """
 
@@ -47,6 +50,7 @@ class Trainer:
     device: torch.device
     truth: Tensor | None
     done: int = 0
+    loggers: RunLoggers | None = None
     _spent: float = 0.0  # seconds in steps since `cost` was asked
     _steps: int = 0
     _shown: bool = False  # whether this process has computed metrics yet
@@ -58,7 +62,10 @@ class Trainer:
         try:
             sae = trainable(config.sae, dataset.widths_in, outputs, seed=config.seed).to(device)
             _expect_dictionary(sae, config)
-            sample = dataset.sample(config.initial_rows).to(device)
+        except ValueError as error:
+            raise SaeError(f"{dataset.key}: {error}") from error
+        sample = dataset.sample(config.initial_rows).to(device)
+        try:
             sae.initialise(sample.x, sample.y)
         except ValueError as error:
             raise SaeError(f"{dataset.key}: {error}") from error
@@ -99,6 +106,25 @@ class Trainer:
     def logs(self, total: int) -> bool:
         """Return True if the metrics of the step just taken belong in the log."""
         return self.done % self.config.log_every == 0 or self.done == total
+
+    def log(self, entry: dict[str, float]) -> None:
+        """Append a line to the metrics, and have it logged wherever else it is to be."""
+        self.run.log(entry)
+        if self.loggers is not None:
+            self.loggers.figures(entry)
+
+    def say_checkpoint(self) -> None:
+        """Tell whoever logs it of a checkpoint that was published."""
+        if self.loggers:
+            named = {name.removesuffix("_rows"): value.detach() for name, value in self.sae.named_parameters()}
+            self.loggers.checkpoint(self.done, self.run.path / CHECKPOINT, named | self._of_latents())
+
+    def _of_latents(self) -> dict[str, Tensor]:
+        """Figures [d_sae] of its latents: how often they fire (lately), and the norms of their decoder rows."""
+        if not isinstance(self.sae, SAE):
+            return {}
+        rate = self.sae.firing_rate.clamp(min=LEAST_RATE).log10()
+        return {"log10_firing_rate": rate, "decoder_norm": self.sae.W_dec.detach().norm(dim=-1)}
 
     def spend(self, seconds: float) -> None:
         """Note what a step took."""
@@ -236,6 +262,10 @@ class Trainer:
     def finish(self, metadata: Metadata) -> None:
         """Write the dictionary that was trained."""
         self.run.save_weights(*trained.written(self.sae, metadata))
+        if self.loggers is not None:
+            self.loggers.finished(
+                [self.run.path / name for name in (CONFIG, WEIGHTS_CONFIG, WEIGHTS)], self._of_latents()
+            )
 
 
 def _expect_dictionary(sae: Trainable, config: TrainConfig) -> None:
