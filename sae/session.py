@@ -143,7 +143,7 @@ class Session(Workplace):
             origins = Origins(self.cache, device=self.device, offline=self.offline)
             source = SOURCES[config.source].of_settings(config, origins, self.progress)
         found = harvest_rows(source, self.cache, self.progress, workers=workers).stores["train"]
-        catalogue.remember(self.cache, ActivationStore.kind, [store.key for store in found])
+        catalogue.remember(self.cache, ActivationStore.kind, [store.key for store in found][: source.remembered])
         return {stream.name: Dataset.of(store) for stream, store in zip(source.streams, found, strict=True)}
 
     def dataset(

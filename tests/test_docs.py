@@ -21,6 +21,7 @@ from sae.pipeline.commands.registry_listing import every_setting
 from sae.pipeline.commands.voice import DECLARED
 from sae.pipeline.evaluate.stage import EvalConfig
 from sae.pipeline.harvest.sources.language_model import HarvestConfig
+from sae.pipeline.harvest.sources.series import SeriesConfig
 from sae.pipeline.harvest.sources.synthetic import SyntheticConfig
 from sae.pipeline.harvest.sources.table import TableConfig
 from sae.pipeline.harvest.sources.toy import ToyConfig
@@ -36,7 +37,7 @@ STAGES: dict[str, type[BaseModel]] = {
     "report": FeaturesConfig,
 }  # fmt: skip
 EVERY = {**STAGES, "synthesize": SyntheticConfig, "report": FeaturesConfig, "study": study_settings()}
-OTHERS = {"harvest": [TableConfig], "synthesize": [ToyConfig]}  # classes told apart by a tag
+OTHERS = {"harvest": [TableConfig, SeriesConfig], "synthesize": [ToyConfig]}  # classes told apart by a tag
 
 
 def commands(group: Any = None, prefix: str = "sae") -> Iterator[tuple[str, Any]]:
@@ -120,7 +121,7 @@ def test_options_say_what_the_class_of_their_setting_says(path: str) -> None:
     assert fields
     helps = {p.help for c in COMMANDS.values() for p in c.params if DECLARED[path] in p.opts}
     for kind, field in fields:
-        read = described(path, of=kind if path.split(".")[:-1] == ["synthesize"] else None)
+        read = described(path, of=kind if path.split(".")[:-1] in (["synthesize"], ["harvest"]) else None)
         assert field.description == read.description
         assert field.default == read.default or path in UNSAID
         text = voice.typed(re.split("; (?:null|unset): ", read.description)[0])[1:]

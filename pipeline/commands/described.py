@@ -16,7 +16,7 @@ from sae.pipeline.declared import Declared, Setting, declared, registered
 
 CLASSES = {  # room and names of the classes that hold the settings below a path
     "tokenize": ("tokenize", ["TokenizeConfig"]),
-    "harvest": ("harvest", ["HarvestConfig", "TableConfig", "SourceConfig"]),
+    "harvest": ("harvest", ["HarvestConfig", "TableConfig", "SourceConfig", "SeriesConfig"]),
     "synthesize": ("harvest", ["SyntheticConfig", "SourceConfig", "ToyConfig"]),
     "synthesize.presence": ("worlds", ["Groups", "Independent", "Hierarchy"]),
     "train": ("train", ["TrainConfig"]),

@@ -66,7 +66,7 @@ def harvest(
     if dry_run:
         show_plans([asdict(plan) for plan in result.plans], json)
         return
-    catalogue.remember(root, "activations", [store.key for store in result.stores["train"]])
+    catalogue.remember(root, "activations", [store.key for store in result.stores["train"]][: rows.remembered])
     if not here.progress.worked:
         here.progress.note("nothing to do: the rows asked for were there already")
     every = [store for split in result.stores.values() for store in split]

@@ -135,7 +135,44 @@ def rows(
     _make(TableSource.of_settings(values, Origins(here.cache), here.progress), here, wait, json)
 
 
-for world in (features, toy, rows):
+def series(
+    files: Annotated[list[str] | None, typer.Argument(metavar="FILE...", show_default=False, help="Recordings [steps, channels]: .csv, .npz and whatever `rows` reads, .edf, .bdf, .set. Default: a series of known noise.")] = None,
+    *,
+    said: Annotated[Said, said_of(
+        "harvest.window", "harvest.stride", "harvest.band LOW,HIGH", "harvest.rate HZ", "harvest.clip", "harvest.without",
+        "harvest.split", "harvest.codec", of="SeriesConfig",
+    )],
+    wait: Wait = False, here: Annotated[Here, here_with("cache")], json: Json = False,
+) -> None:  # fmt: skip
+    """Make multivariate time series a store: a row is one step of all channels, or a window of several steps.
+
+    Every channel is divided by its robust deviation, values far out are clipped (and said), and a band-pass that looks
+    back only comes after. All of it is measured on training steps. Held out are whole recordings, or of one its end.
+    EDF, BDF and EEGLAB files take `pip install sae-cache[eeg]`.
+
+    Without FILE a series is made whose noise is known, and with it the store of what is without: `sae study denoise`
+    says how much of the noise a dictionary takes away. The settings are those of the section `harvest`: `columns`,
+    `validation`, `order`, `seed`, `noisy`.
+
+    Examples:
+
+        sae synthesize series eeg.csv --rate 128 --band 0.5,45 --without class
+        sae synthesize series s1.edf s2.edf s3.edf --window 16
+        sae synthesize series --set harvest.noisy.snr=3 --set harvest.noisy.channels=32
+    """
+    from sae.pipeline.harvest.sources import settings_of_sources
+    from sae.pipeline.harvest.sources.series import SeriesConfig, SeriesSource
+    from sae.pipeline.runtime.origins import Origins
+
+    said.options["harvest.source"] = SeriesSource.name
+    if files:
+        said.options["harvest.recordings"] = files
+    values = said.settings("harvest", settings_of_sources())
+    assert isinstance(values, SeriesConfig)
+    _make(SeriesSource.of_settings(values, Origins(here.cache), here.progress), here, wait, json)
+
+
+for world in (features, toy, rows, series):
     app.command(world.__name__)(expanded(world))
 
 
@@ -152,7 +189,7 @@ def _make(source: "RowSource", here: Here, wait: bool, json: bool) -> None:
 
     result = harvest(source, here.cache, here.progress, wait=wait)
     stores = result.stores
-    catalogue.remember(here.cache, "activations", [store.key for store in stores["train"]])
+    catalogue.remember(here.cache, "activations", [store.key for store in stores["train"]][: source.remembered])
     if not here.progress.worked:
         here.progress.note("nothing to do: the rows asked for were there already")
     first, every, about = stores["train"][0], [store for split in stores.values() for store in split], source.about()

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import linear_regression
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sae.pipeline.report.plots import calm, plain_numbers, save
 
@@ -55,6 +55,24 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
         _fill(axis, panel)
     for axis in axes[len(shown) :]:
         axis.set_axis_off()
+    save(figure, path)
+
+
+def dots(rows: Sequence[Mapping[str, Any]], label: str, titles: Mapping[str, str], path: Path) -> None:
+    """Write a panel for each figure that is there: a line for each row, with its deviation where there is one."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [str(row[label]) for row in rows]
+    shown = {name: title for name, title in titles.items() if any(row[name] is not None for row in rows)}
+    figure = Figure(figsize=(1.4 + 3.4 * len(shown), 1.2 + 0.35 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, (name, title) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
+        for place, row in enumerate(rows):
+            if row[name] is not None:
+                axis.errorbar(row[name], place, xerr=row.get(f"{name}_sd"), fmt="o", color=f"C{place % 10}", capsize=3)
+        axis.set(xlabel=title, yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+        axis.grid(alpha=0.25)
     save(figure, path)
 
 

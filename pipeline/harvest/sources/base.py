@@ -92,6 +92,7 @@ class RowSource(ABC):
     config: SourceConfig
     streams: tuple[Stream, ...]
     splits: tuple[str, ...]  # train, and validation where there are rows for it
+    remembered: int | None = None  # how many streams, of the first, are what the last harvest made; None: all of them
     several: bool = False  # whether there may be other streams, so that a store says which it is: `recipe["stream"]`
     points: tuple[tuple[int, str], ...] = ()  # layer and site of each stream, where they are of a language model
     device: torch.device = torch.device("cpu")  # that values come on

@@ -29,7 +29,7 @@ from sae.cache.errors import DamagedStore, SaeError
 from sae.cache.store.codecs import codec
 from sae.cache.store.head import RECIPE
 from sae.configs.base import Amount
-from sae.pipeline.harvest.tables import Table, opened
+from sae.pipeline.harvest.tables import Choice, Name, Table, opened
 from sae.pipeline.language_model import hints
 from sae.pipeline.runtime.origins import Origins
 from sae.pipeline.runtime.progress import Progress, Silent
@@ -52,8 +52,8 @@ class TableConfig(SourceConfig):
     array: str | None = Field(
         None, description="which array of an .npz, a .safetensors or a Zarr group, where there are several"
     )
-    columns: tuple[str, ...] = Field(
-        (), description="columns of a parquet, Arrow or CSV file, in this order; [] is all"
+    columns: tuple[Name, ...] = Field(
+        (), description="columns by their name or, where there are none, number, in this order; [] is all"
     )
     train_rows: Amount = Field("all", description="training rows, rounded up to a whole window, or all")
     validation: float = Field(0.05, ge=0, lt=1, description="share of the rows that is held out")
@@ -99,7 +99,7 @@ class TableSource(RowSource):
             raise SaeError("harvest.table: which file the rows are in is not said; give `table = FILE`")
         path = config.path.expanduser()
         config = config.model_copy(update={"table": str(path.resolve())})
-        table = opened(path, config.array, config.columns)
+        table = opened(path, config.array, Choice(config.columns))
         stamp = _stamp(path)
         digest = _digest(table, progress)  # all is read before it is said what there is
         held_out = any(_held_out(config, low, min(low + BLOCK, table.n)).any() for low in range(0, table.n, BLOCK))
@@ -122,7 +122,7 @@ class TableSource(RowSource):
             digest = text(said, "rows")
         except (ValueError, KeyError, TypeError) as error:
             raise DamagedStore(f"{store.path / RECIPE}: is not a recipe of a table; remove the store") from error
-        table = opened(config.path, config.array, config.columns)
+        table = opened(config.path, config.array, Choice(config.columns))
         stamp = _stamp(config.path)
         if _digest(table, Silent()) != digest:
             raise SaeError(
@@ -229,4 +229,4 @@ def _opened(opener: Opener) -> TableSource:
     config = opener.config
     if _stamp(config.path) != opener.stamp:
         raise SaeError(f"table = {config.path}: is another file there; give all machines the same")
-    return TableSource(opener, opened(config.path, config.array, config.columns))
+    return TableSource(opener, opened(config.path, config.array, Choice(config.columns)))

@@ -1,17 +1,17 @@
-"""Files of numbers, read as rows: `opened("rows.parquet", None, ())`. One line of `KINDS` a kind of file."""
+"""Files of numbers, read as rows: `opened("rows.parquet", None, Choice())`. One line of `KINDS` a kind of file."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from sae.cache.errors import SaeError
 
 from .arrays import Npz, npy, safetensors, zarr_array
-from .base import Table, readable
+from .base import Choice, Name, Table, readable
 from .columns import Arrow, Parquet, Text
 
-__all__ = ["KINDS", "Table", "opened"]
+__all__ = ["KINDS", "Choice", "Name", "Table", "opened"]
 
-Open = Callable[[Path, str | None, Sequence[str]], Table]
+Open = Callable[[Path, str | None, Choice], Table]
 KINDS: dict[str, Open] = {
     ".npy": npy,
     ".npz": lambda path, array, columns: Npz(path, array),
@@ -26,7 +26,7 @@ KINDS: dict[str, Open] = {
 COLUMNS = (".parquet", ".arrow", ".feather", ".csv", ".tsv")  # kinds whose columns have names
 
 
-def opened(path: Path, array: str | None, columns: Sequence[str]) -> Table:
+def opened(path: Path, array: str | None, columns: Choice) -> Table:
     """The table in a file, or in the folder of a Zarr array. Raises SaeError where it is none."""
     where = f"table = {path}"
     is_zarr = path.is_dir() and any((path / name).exists() for name in ("zarr.json", ".zarray", ".zgroup"))
@@ -37,7 +37,8 @@ def opened(path: Path, array: str | None, columns: Sequence[str]) -> Table:
         raise SaeError(f"{where}: is not a table; give one of {', '.join(KINDS)} (numpy.save makes one of others)")
     if array is not None and kind not in (".npz", ".safetensors", ".zarr"):
         raise SaeError(f"harvest.array = {array}: a {kind} file has one table; leave it out")
-    if columns and kind not in COLUMNS:
-        raise SaeError(f"harvest.columns = {list(columns)}: a {kind} file has no names of columns; leave them out")
     with readable(path):
-        return KINDS[kind](path, array, columns)
+        table = KINDS[kind](path, array, columns)
+        if any(columns) and kind not in COLUMNS:
+            table.pick(columns)
+        return table

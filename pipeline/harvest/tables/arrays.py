@@ -1,7 +1,7 @@
 """Arrays [n, d]: .npy, .npz, .safetensors, Zarr."""
 
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae.cache.errors import SaeError
 
-from .base import Table
+from .base import Choice, Table
 
 
 class Sliced(Table):
@@ -24,7 +24,7 @@ class Sliced(Table):
             yield first, self._array[first : min(first + self._step, self.n)]
 
 
-def npy(path: Path, array: str | None, columns: Sequence[str]) -> Table:
+def npy(path: Path, array: str | None, columns: Choice) -> Table:
     table = Sliced(path)
     found = np.load(path, mmap_mode="r", allow_pickle=False)
     table.expect_numbers(found.dtype)
@@ -33,7 +33,7 @@ def npy(path: Path, array: str | None, columns: Sequence[str]) -> Table:
     return table
 
 
-def safetensors(path: Path, array: str | None, columns: Sequence[str]) -> Table:
+def safetensors(path: Path, array: str | None, columns: Choice) -> Table:
     from safetensors import safe_open
 
     table = Sliced(path)
@@ -47,7 +47,7 @@ def safetensors(path: Path, array: str | None, columns: Sequence[str]) -> Table:
     return table
 
 
-def zarr_array(path: Path, array: str | None, columns: Sequence[str]) -> Table:
+def zarr_array(path: Path, array: str | None, columns: Choice) -> Table:
     import zarr
 
     table = Sliced(path)
@@ -89,9 +89,9 @@ class Npz(Table):
             return (*read(file), file.tell())
 
     def blocks(self, start: int) -> Iterator[tuple[int, np.ndarray]]:
-        size, step = self.d * self._dtype.itemsize, self.step(self._dtype.itemsize)
+        size, step = self._width * self._dtype.itemsize, self.step(self._dtype.itemsize)
         with zipfile.ZipFile(self.path) as archive, archive.open(f"{self._name}.npy") as file:
             file.seek(self._offset + start * size)
             for first in range(start, self.n, step):
                 data = file.read(size * min(step, self.n - first))
-                yield first, np.frombuffer(data, self._dtype).reshape(-1, self.d)
+                yield first, np.frombuffer(data, self._dtype).reshape(-1, self._width)

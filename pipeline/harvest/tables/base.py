@@ -9,16 +9,36 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from sae.cache.errors import SaeError
 
 BYTES = 1 << 22  # of a block, about
 LISTED = 20  # names in a message
+Name = Annotated[str, Field(coerce_numbers_to_str=True)]
+"""Of a column: a number is the name of one that has none."""
+
+
+class Choice(NamedTuple):
+    """Which columns of a file are meant: those `wanted`, in this order (of none: all), but for those left out."""
+
+    wanted: Sequence[str] = ()
+    without: Sequence[str] = ()
+
+    def among(self, there: Iterable[str], where: str) -> list[str]:
+        """The names of the columns that are meant. Raises SaeError for one that is not there, or if none is left."""
+        names = list(there)
+        if unknown := [name for name in (*self.wanted, *self.without) if name not in names]:
+            raise SaeError(f"{where}: has no column {unknown[0]!r}; there is {listed(names)}")
+        left = [name for name in self.wanted or names if name not in self.without]
+        if not left:
+            raise SaeError(f"{where}: `harvest.without` leaves no column of {listed(names)}; name fewer")
+        return left
 
 
 class Table(ABC):
@@ -31,6 +51,17 @@ class Table(ABC):
         self.path, self.where = path, f"table = {path}"
         self._blocks: Iterator[tuple[int, np.ndarray | Tensor]] = iter(())
         self._first, self._block = 0, torch.empty(0, 0)
+        self._picked: list[int] | None = None  # of the columns of an array
+
+    @property
+    def names(self) -> list[str]:
+        """What the columns are called: by their number, where the file does not say."""
+        return [str(column) for column in self._picked or range(self.d)]
+
+    def pick(self, columns: Choice) -> None:
+        """Take some columns of an array alone, which are named by their number."""
+        self._picked = [int(name) for name in columns.among(self.names, self.where)]
+        self.d = len(self._picked)
 
     @abstractmethod
     def blocks(self, start: int) -> Iterator[tuple[int, np.ndarray | Tensor]]:
@@ -65,13 +96,16 @@ class Table(ABC):
         else:
             with np.errstate(over="ignore"):  # found below
                 rows = torch.from_numpy(np.array(block, dtype=np.float32, order="C"))
+        picked = list(range(self.d)) if self._picked is None else self._picked
+        rows = rows if self._picked is None else rows[:, picked]
         bad = ~rows.isfinite().all(dim=1)
         if bad.any():
             row = int(bad.nonzero()[0])
             column = int((~rows[row].isfinite()).nonzero()[0])
+            value, name = float(block[row, picked[column]]), self.names[column]
             raise SaeError(
-                f"{self.where}: row {first + row:,} has {float(block[row, column]):g} in column {column}; rows are "
-                "finite numbers of float32, so leave it out or fill it in"
+                f"{self.where}: row {first + row:,} has {value:g} in column {name}; rows are finite numbers of "
+                "float32, so leave it out or fill it in"
             )
         return rows
 
@@ -80,6 +114,7 @@ class Table(ABC):
         if len(shape) != 2:
             raise SaeError(f"{self.where}: {what}has shape {list(shape)}; rows are [n, d], so reshape it")
         self.n, self.d = int(shape[0]), int(shape[1])
+        self._width = self.d  # of a row in the file
         if not self.n or not self.d:
             raise SaeError(f"{self.where}: {what}has shape {list(shape)}, so no rows")
 
@@ -104,7 +139,7 @@ class Table(ABC):
 
     def step(self, itemsize: int) -> int:
         """Rows of a block."""
-        return max(1, BYTES // (self.d * itemsize))
+        return max(1, BYTES // (self._width * itemsize))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 
 from sae.cache.errors import SaeError
 
-from .base import Table, listed
+from .base import Choice, Table
 
 LINES = 8192  # of text in a block
 
@@ -19,14 +19,12 @@ LINES = 8192  # of text in a block
 class Columns(Table):
     """Columns of numbers, or one column of lists as long as each other, in batches of Arrow's."""
 
-    def choose(self, schema: Any, columns: Sequence[str]) -> None:
+    def choose(self, schema: Any, columns: Choice) -> None:
         """Take up which columns are meant. Raises SaeError where they are not there, or no numbers."""
         import pyarrow
 
         types = {one.name: one.type for one in schema}
-        if unknown := [name for name in columns if name not in types]:
-            raise SaeError(f"{self.where}: has no column {unknown[0]!r}; there is {listed(types)}")
-        self._columns = list(columns or types)
+        self._columns = columns.among(types, self.where)
         kinds = pyarrow.types
         others = [
             name for name in self._columns if not (kinds.is_integer(types[name]) or kinds.is_floating(types[name]))
@@ -47,6 +45,10 @@ class Columns(Table):
             first = next(batch for batch in self.batches(0, 1) if len(batch))
             self.d = len(first.column(self._columns[0])[0].as_py() or ())
         self.expect_rows((self.n, self.d))
+
+    @property
+    def names(self) -> list[str]:
+        return super().names if self._nested else self._columns
 
     @abstractmethod
     def batches(self, part: int, step: int) -> Iterator[Any]:
@@ -81,7 +83,7 @@ class Columns(Table):
 class Parquet(Columns):
     """A Parquet file, whose parts are its row groups."""
 
-    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+    def __init__(self, path: Path, columns: Choice) -> None:
         import pyarrow.parquet
 
         super().__init__(path)
@@ -97,7 +99,7 @@ class Parquet(Columns):
 class Arrow(Columns):
     """Arrow's record batches, as a file (Feather, too) or as a stream, mapped into memory and not read at once."""
 
-    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+    def __init__(self, path: Path, columns: Choice) -> None:
         super().__init__(path)
         with self._opened() as reader:
             self.choose(reader.schema, columns)
@@ -130,7 +132,7 @@ class Arrow(Columns):
 class Text(Table):
     """Lines of numbers between commas or tabs, with or without a line of names."""
 
-    def __init__(self, path: Path, columns: Sequence[str], separator: str) -> None:
+    def __init__(self, path: Path, columns: Choice, separator: str) -> None:
         super().__init__(path)
         self._separator = separator
         with path.open("rb") as file:
@@ -145,14 +147,14 @@ class Text(Table):
                 count += 1
                 if count % LINES == 0:
                     self._offsets.append(file.tell())
-        if not headed and columns:
-            raise SaeError(f"{self.where}: has no names in its first line; leave harvest.columns out")
-        if unknown := [name for name in columns if name not in self._names]:
-            raise SaeError(f"{self.where}: has no column {unknown[0]!r}; there is {listed(self._names)}")
         if len(set(self._names)) < len(self._names):
             raise SaeError(f"{self.where}: names a column twice in its first line")
-        self._columns = list(columns or self._names)
+        self._columns = columns.among(self._names, self.where)
         self.expect_rows((count - blank, len(self._columns)))
+
+    @property
+    def names(self) -> list[str]:
+        return self._columns
 
     def blocks(self, start: int) -> Iterator[tuple[int, np.ndarray]]:
         block = start // LINES

@@ -145,6 +145,17 @@ def test_columns_are_chosen_in_their_order(tmp_path: Path, rows: np.ndarray) -> 
     assert store.recipe["source"]["columns"] == ["c4", "c0"]
 
 
+@pytest.mark.parametrize("name", ["x.npy", "big.npy", "x.npz", "x.safetensors", "x.zarr", "x.csv"])
+def test_columns_without_names_are_chosen_by_number(tmp_path: Path, rows: np.ndarray, name: str) -> None:
+    """What is in the others does not matter."""
+    holed = np.where(np.arange(D) == 1, np.nan, rows).astype(np.float32)
+    WRITERS[name](tmp_path / name, holed)
+    source = opened(tmp_path / name, columns=[4, "0"], codec="float32", validation=0.0)
+    (store,) = harvest(source, tmp_path / "cache", Silent()).stores["train"]
+    at = store.positions(0, store.n_rows)
+    assert torch.equal(store.rows(0, store.n_rows), torch.from_numpy(rows[at][:, [4, 0]]))
+
+
 def test_fewer_rows_are_the_beginning_of_all(tmp_path: Path, rows: np.ndarray) -> None:
     np.save(tmp_path / "x.npy", rows)
     for cache, wanted in (("grown", 1), ("grown", 70), ("grown", "all"), ("whole", "all")):
@@ -167,7 +178,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "names.arrow": (lambda p: to_arrow(p, pa.table({"c": ["x"] * N}), pa.ipc.new_file), "column 'c' holds string"),
     "holes.arrow": (
         lambda p: to_arrow(p, pa.table({"c": [1.0] * 3 + [None] * N}), pa.ipc.new_file),
-        "row 3 has nan in column 0",
+        "row 3 has nan in column c",
     ),
     "uneven.arrow": (
         lambda p: to_arrow(p, pa.table({"e": [[1.0, 2.0]] * 4 + [[1.0]] * N}), pa.ipc.new_file),
@@ -191,7 +202,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "junk.safetensors": (lambda p: p.write_bytes(b"junk"), "cannot be read ("),
     "junk.parquet": (lambda p: p.write_bytes(b"junk"), "cannot be read ("),
     "none.parquet": (lambda p: pq.write_table(pa.table({"a": pa.array([], pa.float32())}), p), "so no rows"),
-    "null.parquet": (lambda p: pq.write_table(pa.table({"a": [1.0, None, 2.0]}), p), "row 1 has nan in column 0"),
+    "null.parquet": (lambda p: pq.write_table(pa.table({"a": [1.0, None, 2.0]}), p), "row 1 has nan in column a"),
     "ragged.parquet": (
         lambda p: pq.write_table(pa.table({"a": [[1.0, 2.0], [1.0]]}), p),
         "row 1 has 1 values where the first has 2; rows are",
@@ -229,10 +240,10 @@ def test_choices_that_are_not_there(tmp_path: Path, rows: np.ndarray) -> None:
         WRITERS[name](tmp_path / name, rows)
     for name, settings, message in (
         ("x.npy", {"array": "a"}, "harvest.array = a: a .npy file has one table; leave it out"),
-        ("x.npy", {"columns": ["a"]}, "harvest.columns = ['a']: a .npy file has no names of columns"),
+        ("x.npy", {"columns": ["a"]}, "x.npy: has no column 'a'; there is 0, 1, 2, 3, 4, 5"),
         ("x.npz", {"array": "z"}, "has no array 'z'; there is rows [500, 6], labels [3]"),
         ("x.npz", {"array": "labels"}, "labels has shape [3]; rows are [n, d]"),
-        ("x.csv", {"columns": ["a"]}, "has no names in its first line"),
+        ("x.csv", {"columns": ["a"]}, "has no column 'a'; there is 0, 1, 2"),
         ("named.tsv", {"columns": ["z"]}, "has no column 'z'; there is a, b, c, d, e, f"),
         ("x.parquet", {"columns": ["z"]}, "has no column 'z'; there is c0, "),
     ):
