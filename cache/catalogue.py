@@ -222,17 +222,18 @@ def bytes_in(folder: Path) -> int:
 
 
 def runs(root: Path) -> list[Run]:
-    """All run folders, oldest first. Raises DamagedStore where one cannot be read."""
+    """All runs of dictionaries, oldest first. Raises DamagedStore where one cannot be read."""
     found, damage = readable_runs(root)
     if damage:
         raise DamagedStore(f"{damage[0]}; name the run that you mean")
     return found
 
 
-def readable_runs(root: Path, *, all_tools: bool = False) -> tuple[list[Run], list[str]]:
-    """The run folders that can be read, oldest first, and what is wrong with the others.
+def readable_runs(root: Path, *, all_tools: bool = False, decompositions: bool = False) -> tuple[list[Run], list[str]]:
+    """The runs of dictionaries that can be read, oldest first, and what is wrong with the others.
 
-    A folder whose config.json is of something else is another tool's, and left out unless `all_tools`.
+    decompositions: whether runs of these are wanted, too. A folder whose config.json is of something else is another
+    tool's, and left out unless `all_tools`.
     """
     found, damage = [], []
     paths = [path / CONFIG for path in holding(root, CONFIG)]
@@ -240,8 +241,8 @@ def readable_runs(root: Path, *, all_tools: bool = False) -> tuple[list[Run], li
         try:
             run = Run(path.parent)
             if not run.foreign:
-                _ = run.settings, run.seen
-            if not run.foreign or all_tools:
+                _ = run.settings, None if run.decomposes else run.seen
+            if (all_tools or not run.foreign) and (decompositions or not run.decomposes):
                 found.append(run)
         except SaeError as error:
             damage.append(str(error))
@@ -260,22 +261,49 @@ def trained_on(root: Path, seen: SeenStore, run: str, given: str | None) -> Acti
 
 
 def find_run(root: Path, name: str | None) -> Run:
-    """The run `name` means (a name under `root`, or a path); without a name, the newest finished one."""
+    """The dictionary's run that `name` means (a name under `root`, or a path); without one, the newest finished one.
+
+    Raises SaeError for a decomposition, which is none.
+    """
     if name is not None:
-        for path in (Path(name), root / name):
-            if (path / CONFIG).exists():
-                run = Run(path)
-                if run.foreign:
-                    raise NotFound(
-                        f"{path}: is another tool's folder, no run; `adopt({path})` makes one of a dictionary"
-                    )
-                return run
-        there = ", ".join(run.name for run in readable_runs(root)[0]) or "nothing yet; run `train()`"
-        raise NotFound(f"{name}: no such run in {root}; there is {there}")
+        run = _named_run(root, name)
+        if run is None:
+            there = ", ".join(run.name for run in readable_runs(root)[0]) or "nothing yet; run `train()`"
+            raise NotFound(f"{name}: no such run in {root}; there is {there}")
+        if run.decomposes:
+            raise SaeError(
+                f"{run.path}: is a decomposition of weights, no dictionary, so this cannot take it; its figures are "
+                f"shown by `decompose(resume=True, name={run.name})`"
+            )
+        return run
     finished = [run for run in runs(root) if run.finished]
     if not finished:
         raise NotFound(f"{root}: no finished run; run `train()` first")
     return finished[-1]
+
+
+def find_decomposition(root: Path, name: str) -> Run:
+    """The decomposition's run that `name` means. Raises NotFound where there is none, SaeError for a dictionary's."""
+    run = _named_run(root, name)
+    if run is None:
+        every = [run.name for run in readable_runs(root, decompositions=True)[0] if run.decomposes]
+        raise NotFound(
+            f"{name}: no such run in {root}; there is {', '.join(every) or 'nothing yet; run `decompose()`'}"
+        )
+    if not run.decomposes:
+        raise SaeError(f"{run.path}: is a dictionary, no decomposition; choose another `name`")
+    return run
+
+
+def _named_run(root: Path, name: str) -> Run | None:
+    """The run of a name under `root`, or of a path. Raises NotFound for the folder of another tool."""
+    for path in (Path(name), root / name):
+        if (path / CONFIG).exists():
+            run = Run(path)
+            if run.foreign:
+                raise NotFound(f"{path}: is another tool's folder, no run; `adopt({path})` makes one of a dictionary")
+            return run
+    return None
 
 
 def _meant(begun: Sequence[Path]) -> list[Path]:

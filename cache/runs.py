@@ -9,6 +9,9 @@ cfg.json                  \\ the dictionary, in the layout SAELens opens; writte
 sae_weights.safetensors   /
 eval/                     what `sae eval` found (eval.json, latents.safetensors), and `sae report` (features.json)
 
+The run of a decomposition of weights has the same files: settings and stores under other keys of its config.json,
+and its figures in eval/decomposition.json.
+
 The run of a dictionary that another tool trained, which `adopt` makes, has the dictionary alone: its config.json says
 what it is (`imported`) in the place of what was asked for, and the activations that it is judged on.
 
@@ -76,6 +79,11 @@ class Run:
         """Return True if the folder is another tool's, whose config.json is of something else."""
         return not (self.sealed or _is_ours(self.config))
 
+    @property
+    def decomposes(self) -> bool:
+        """Return True if the run is of a decomposition of weights, not of a dictionary."""
+        return not self.foreign and "decompose" in self.config
+
     @cached_property
     def imported(self) -> dict[str, Any] | None:
         """The facts about another tool's dictionary that this is the run of; None for one that is trained here."""
@@ -89,6 +97,8 @@ class Run:
         Of an imported dictionary, what is known of it.
         """
         with as_written(self.path / CONFIG):
+            if self.decomposes:
+                return inner(self.config, "decompose")
             return inner(self.config, "train") if self.imported is None else self.imported
 
     @cached_property
@@ -266,7 +276,8 @@ class Run:
         """Tensors and cfg.json of the finished dictionary. Raises NotFound while training has not ended."""
         if not self.finished:
             raise NotFound(
-                f"{self.path}: training has not finished; continue it with `train(resume=True, name={self.name})`"
+                f"{self.path}: training has not finished; continue it with "
+                f"`{'decompose' if self.decomposes else 'train'}(resume=True, name={self.name})`"
             )
         if not (self.path / WEIGHTS_CONFIG).exists():
             raise DamagedStore(f"{self.path / WEIGHTS_CONFIG}: missing, though training has finished")
@@ -322,7 +333,7 @@ def _config(data: bytes) -> tuple[dict[str, Any], bool]:
 
 def _is_ours(config: dict[str, Any]) -> bool:
     """Return True if a config.json is that of a run, whatever else is wrong with it."""
-    return "activations" in config and ("train" in config or "imported" in config)
+    return "decompose" in config or ("activations" in config and ("train" in config or "imported" in config))
 
 
 @contextmanager

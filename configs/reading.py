@@ -14,7 +14,9 @@ import yaml
 
 from sae.cache.errors import SaeError
 
-SECTIONS = ("tokenize", "harvest", "synthesize", "train", "eval", "report", "study")
+SECTIONS = ("tokenize", "harvest", "synthesize", "train", "decompose", "eval", "report", "study")
+
+CRC = "crc32c"  # in every config.json
 
 WORDS = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -85,6 +87,8 @@ def file(path: Path) -> dict[str, Any]:
         raise SaeError(f"file = {path}: is not YAML ({error})") from error
     if isinstance(content, dict) and content.keys() >= {"train", "activations"}:
         content = {"train": content["train"]}
+    elif isinstance(content, dict) and content.keys() >= {"decompose", CRC}:
+        content = {"decompose": content["decompose"]}
     return _sections(content, str(path))
 
 

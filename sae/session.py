@@ -24,6 +24,11 @@ from sae.cache.tokens import TokenStore
 from sae.configs.layers import leaves
 from sae.dictionaries import Named, load, runs_folder
 from sae.pipeline import formats
+from sae.pipeline.decompose import folder as decomposed
+from sae.pipeline.decompose import opening
+from sae.pipeline.decompose.config import KINDS, LiveConfig, LocalConfig, ToyConfig
+from sae.pipeline.decompose.losses import Decomposition
+from sae.pipeline.decompose.stage import decompose
 from sae.pipeline.evaluate.judging import EvalConfig, judge
 from sae.pipeline.evaluate.stage import evaluate as evaluate_run
 from sae.pipeline.harvest.sources import SOURCES, RowSource, settings_of_sources
@@ -72,6 +77,22 @@ class TrainedRun(Run):
 
     def __repr__(self) -> str:
         return f"TrainedRun({str(self.path)!r})"
+
+
+class DecomposedRun(Run):
+    """The run folder of a decomposition of weights."""
+
+    def load(self) -> Decomposition:
+        """The components, by the names of their matrices (`parts`). Raises NotFound where training has not finished."""
+        return decomposed.load(self)
+
+    def figures(self) -> Figures:
+        """What `sae decompose` shows."""
+        return Figures(decomposed.figures(self) or {})
+
+    def history(self) -> Table:
+        """A row a logged step."""
+        return Table(self.metrics())
 
 
 class Session(Workplace):
@@ -316,6 +337,40 @@ class Session(Workplace):
         base = _settings("train", TrainConfig, preset, settings)
         lab = Lab(self, EvalConfig(), cross_entropy)
         return study.run(Setup(base, self.dataset(rows), lab, seeds))
+
+    def decompose(
+        self, rows: Any = None, target: Any = None, /, *, kind: str = "local",
+        tokens_from: TokenStore | str | None = None, model: LanguageModel | str | None = None, name: str | None = None,
+        preset: str | None = None, **settings: Any,
+    ) -> DecomposedRun:  # fmt: skip
+        """Weight matrices to components, as `sae decompose`. A run that is there is continued, or given back.
+
+        kind: `local`, the matrices of the MLP that read `rows` and gave `target` (whatever `dataset` takes); `live`,
+        those of `model` that `matrices` names, on `tokens_from` (default: the token store made last); `toy`. `settings`
+        are those of the section `decompose` (`matrices`, `components`, `importance`, `steps`, ...).
+        """
+        booted = model if isinstance(model, LanguageModel) else None
+        given = settings | {"kind": kind}
+        if kind == "live" and model is not None:
+            given["model"] = model.name if isinstance(model, LanguageModel) else model
+        config = configs.resolve("decompose", KINDS, preset=preset, given=given)
+        if isinstance(config, LocalConfig):
+            opened = opening.local(config, self.dataset(rows, target), self, model)
+        elif isinstance(config, LiveConfig):
+            tokens = tokens_from
+            if not isinstance(tokens, TokenStore):
+                tokens = catalogue.find(self.cache, TokenStore, tokens)
+            opened = opening.live(config, tokens, self, booted)
+        else:
+            assert isinstance(config, ToyConfig)
+            opened = opening.toy(config, self)
+        if name is not None:
+            _expect_folder_name(name)
+        name = name or decomposed.run_name(opened.config, opened.about)
+        there = (self.runs / name / CONFIG).exists()
+        run = decomposed.open_run(opened.config, opened.about, self.runs, name, resume=there)
+        decompose(run, opened.config, opened.opener, self.progress)
+        return DecomposedRun(run.path)
 
     def report(self, run: Run | Named | None = None, **settings: Any) -> Path:
         """Write the page of a run, as `sae report`; where it is. `settings` are those of the section `report`."""

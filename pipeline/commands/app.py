@@ -19,6 +19,7 @@ from sae.cache.disk.paths import outage
 from sae.cache.errors import SaeError
 from sae.pipeline.commands import cache, study, synthesize
 from sae.pipeline.commands.compare import compare
+from sae.pipeline.commands.decompose import decompose
 from sae.pipeline.commands.demo import demo
 from sae.pipeline.commands.described import studies
 from sae.pipeline.commands.evaluate import evaluate
@@ -73,6 +74,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "tokenize": tokenize,
     "harvest": harvest,
     "train": train,
+    "decompose": decompose,
     "eval": evaluate,
     "report": report,
     "compare": compare,

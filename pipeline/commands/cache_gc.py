@@ -45,7 +45,7 @@ def gc(
 
     root, runs, bars = cache_root(cache), folder("--runs", runs), Bars()
     removing.finish(root)
-    used, damage = catalogue.readable_runs(runs, all_tools=True) if runs.is_dir() else (None, [])
+    used, damage = catalogue.readable_runs(runs, all_tools=True, decompositions=True) if runs.is_dir() else (None, [])
     if damage:
         used = None
         bars.note("a run cannot be read, so which stores are needed is not known, and only remains are looked for")

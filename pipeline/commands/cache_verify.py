@@ -100,7 +100,7 @@ def check_runs(root: Path, bars: "Bars") -> tuple[list[str], list[str]]:
     """Names of the runs below a folder whose files were read from end to end, and what is wrong with them."""
     from sae.cache import catalogue
 
-    found, damage = catalogue.readable_runs(root)
+    found, damage = catalogue.readable_runs(root, decompositions=True)
     bars.start("verify runs", len(found), "runs")
     for run in found:
         damage += run.check()

@@ -22,6 +22,7 @@ CLASSES = {  # room and names of the classes that hold the settings below a path
     "train": ("train", ["TrainConfig"]),
     "train.sae": ("saes", ["Config", "FixedKConfig", "CoefficientConfig"]),
     "train.align": ("train", ["AlignConfig"]),
+    "decompose": ("decompose", ["LocalConfig", "DecomposeConfig", "ToyConfig"]),
     "eval": ("evaluate", ["EvalConfig"]),
     "report": ("interpret", ["FeaturesConfig"]),
 }
@@ -36,6 +37,9 @@ UNSAID = {  # what holds without an option, where that is not the setting's defa
     "train.align.by": "nothing",
     "train.sae.k": "32; all for vsae_iso, vsae_mix and vsae_multi",
     "train.sae.target_l0": "32; none for hybrid, shifted_relu, vsae_iso, vsae_mix and vsae_multi",
+    "decompose.matrices": "every one of the MLP",
+    "decompose.components": "256; 20 of toys",
+    "decompose.batch": "1024 rows, 8 contexts, 2048 samples of toys",
 }
 AMOUNTS = ("rows", "tokens")  # settings that people write as 300k, 10M or all
 METAVARS = {

@@ -31,7 +31,7 @@ def list_(
         rows = [[one["name"], one["default"], typed(one["help"])] for one in every]
         console.as_json({"settings": every}) if json else console.table("settings", HEADINGS, rows, prose=True)
         return
-    there, damage = catalogue.readable_runs(folder("--runs", runs))
+    there, damage = catalogue.readable_runs(folder("--runs", runs), decompositions=True)
     found = choices(there)
     if json:
         console.as_json(found)

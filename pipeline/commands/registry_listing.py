@@ -38,6 +38,7 @@ def _summaries(classes: dict[str, Declared]) -> dict[str, str]:
 
 def every_setting() -> list[dict[str, str]]:
     """Name, default and meaning of every setting of every stage and study, from their classes: this imports torch."""
+    from sae.pipeline.decompose.config import KINDS
     from sae.pipeline.evaluate.stage import EvalConfig
     from sae.pipeline.harvest.sources import settings_of_sources
     from sae.pipeline.harvest.sources.synthetic import SyntheticConfig
@@ -48,7 +49,8 @@ def every_setting() -> list[dict[str, str]]:
     from sae.pipeline.train.stage import TrainConfig
 
     classes: list[Sequence[type[BaseModel]]] = [
-        [TokenizeConfig], settings_of_sources(), [SyntheticConfig, ToyConfig], [TrainConfig], [EvalConfig], [FeaturesConfig],
+        [TokenizeConfig], settings_of_sources(), [SyntheticConfig, ToyConfig], [TrainConfig], KINDS, [EvalConfig],
+        [FeaturesConfig],
         [study_settings()],
     ]  # fmt: skip
     stages = dict(zip(configs.SECTIONS, classes, strict=True))
@@ -83,6 +85,8 @@ def _state(run: Run) -> str:
     state = "finished" if run.finished else "not finished; continue with --resume"
     if (failure := run.failure) is not None:
         state = f"diverged at step {failure['step']:,}; try a smaller --lr"
+    if run.decomposes:
+        return f"{state}, a decomposition ({printable(str(run.settings.get('kind')))})"
     return f"{state}, on {run.seen.key}"
 
 

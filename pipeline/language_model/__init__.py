@@ -10,6 +10,7 @@ wrapping    transformer_lens' bridge around it; attention and norms stay the mod
 promises    whether a site holds what its name says, by trying
 bridge      its hook points, and passes that stop where nothing more is needed
 interventions  what is done to activations while a model runs
+matrices    weight matrices, and passes in which other products stand in their place
 model       `LanguageModel`: the passes the stages ask for
 sites       the names of the places
 """

@@ -20,6 +20,7 @@ from sae.cache.errors import SaeError
 from sae.cache.points import HOOKS, hook_name
 from sae.pipeline.language_model import promises
 from sae.pipeline.language_model.files import one_line
+from sae.pipeline.language_model.matrices import Matrix, Product, matrices_of, multiplying
 from sae.pipeline.language_model.promises import ATTENTION, MLP, NEXT
 from sae.pipeline.language_model.wrapping import wrap
 
@@ -147,6 +148,26 @@ class Bridge:
         with self.blocks_skipped(self.n_layers), hooked([put], ids.shape):
             return self._run(ids).logits[:, 0].float()
 
+    @cached_property
+    def matrices(self) -> dict[str, Matrix]:
+        """The weight matrices that a pass multiplies by, by the names that they have in the Hugging Face model."""
+        return matrices_of(self._bridge.original_model, lambda: self._run(self._some_ids()))
+
+    def multiplied(self, ids: Tensor, products: Mapping[str, Product]) -> Tensor:
+        """Logits [B, T, n_vocab] with other products in the place of some matrices'; these keep their graph."""
+        with multiplying(products, self.matrices):
+            logits: Tensor = self._run(ids).logits
+        return logits.float()
+
+    def mlp(self, layer: int) -> Callable[[Tensor], Tensor]:
+        """What a layer's MLP makes of its input, [..., width]. Raises SaeError where it is no module of its own."""
+        module = getattr(self._bridge.blocks[layer], "mlp", None)
+        if module is None:
+            raise SaeError(
+                f"model = {self.name}: the MLP of layer {layer} is no module of its own, so it cannot be run alone"
+            )
+        return lambda x: _first(module(x))
+
     @contextmanager
     def blocks_skipped(self, until: int) -> Iterator[None]:
         """Blocks before `until` pass their input on (where blocks return more than a tensor, they all run instead)."""
@@ -213,6 +234,10 @@ class Bridge:
                 stack.callback(handle.remove)
             self._run(self._some_ids()[:1])
         return all(seen)
+
+
+def _first(made: Any) -> Tensor:
+    return made[0] if isinstance(made, tuple) else made
 
 
 def _instead(new: Tensor, _: Tensor) -> Tensor:

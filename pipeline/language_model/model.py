@@ -14,6 +14,7 @@ from sae.cache.errors import SaeError
 from sae.cache.points import hook_name
 from sae.pipeline.language_model.files import RANDOM, find_model, slug
 from sae.pipeline.language_model.interventions import Intervention, changed
+from sae.pipeline.language_model.matrices import Matrix, Product
 from sae.pipeline.language_model.sites import SITES, Point
 from sae.pipeline.runtime import devices
 
@@ -198,6 +199,25 @@ class LanguageModel:
                 with self.intervene(changes):
                     finals[name] = self._bridge.final(ids, [resumed, *self._hooks()])
         return self._compare(ids, clean, finals)
+
+    @property
+    def matrices(self) -> dict[str, Matrix]:
+        """The weight matrices that a pass multiplies by, by the names that they have in the Hugging Face model."""
+        return self._bridge.matrices
+
+    def logits(self, tokens: Tensor, products: Mapping[str, Product]) -> Tensor:
+        """float32 [B, T, n_vocab], with other products in the place of some matrices'; these keep their graph."""
+        return self._bridge.multiplied(self._ids(tokens), products)
+
+    def mlp(self, layer: int) -> Callable[[Tensor], Tensor]:
+        """What a layer's MLP makes of rows: [n, width] at `mlp_in` -> at `mlp_out`, keeping their graph.
+
+        Raises SaeError where the model has none, or none that can be run alone.
+        """
+        for site in ("mlp_in", "mlp_out"):
+            self.check(Point(layer, site))
+        run = self._bridge.mlp(layer)
+        return lambda x: run(x.to(self._bridge.dtype)[None])[0].float()
 
     @cached_property
     def _digest(self) -> str | None:

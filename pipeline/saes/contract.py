@@ -144,5 +144,10 @@ class Trainable(Predictor):
 
     def generator(self, purpose: str, step: int, device: torch.device | str = "cpu") -> torch.Generator:
         """The random numbers of one purpose at one step: on a kind of device, a function of these and the seed."""
-        name = hashlib.blake2b(f"{self.seed} {purpose} {step}".encode(), digest_size=4)
-        return torch.Generator(device).manual_seed(int.from_bytes(name.digest()))
+        return generator_of(self.seed, purpose, step, device)
+
+
+def generator_of(seed: int, purpose: str, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """The random numbers of one purpose at one step: a function of these, the seed and the kind of device alone."""
+    name = hashlib.blake2b(f"{seed} {purpose} {step}".encode(), digest_size=4)
+    return torch.Generator(device).manual_seed(int.from_bytes(name.digest()))

@@ -344,6 +344,7 @@ def test_a_preset_that_is_not_there() -> None:
 
 def stages() -> dict[str, type[BaseModel]]:
     """The settings of every stage."""
+    from sae.pipeline.decompose.config import LocalConfig
     from sae.pipeline.evaluate.stage import EvalConfig
     from sae.pipeline.harvest.sources.language_model import HarvestConfig
     from sae.pipeline.harvest.sources.synthetic import SyntheticConfig
@@ -354,6 +355,7 @@ def stages() -> dict[str, type[BaseModel]]:
 
     return {
         "tokenize": TokenizeConfig, "harvest": HarvestConfig, "synthesize": SyntheticConfig, "train": TrainConfig,
+        "decompose": LocalConfig,
         "eval": EvalConfig, "report": FeaturesConfig, "study": settings(),
     }  # fmt: skip
 

@@ -16,6 +16,7 @@ from sae.cache.runs import Run
 from sae.configs import SECTIONS, resolve
 from sae.configs.layers import inner_models, tag_of
 from sae.configs.reading import nested
+from sae.pipeline.decompose.config import LocalConfig
 from sae.pipeline.evaluate.stage import EvalConfig
 from sae.pipeline.harvest.sources.language_model import HarvestConfig
 from sae.pipeline.harvest.sources.synthetic import SyntheticConfig
@@ -28,6 +29,7 @@ from sae.pipeline.train.sweep import combinations
 
 STAGES: dict[str, type[BaseModel]] = {
     "tokenize": TokenizeConfig, "harvest": HarvestConfig, "synthesize": SyntheticConfig, "train": TrainConfig,
+    "decompose": LocalConfig,
     "eval": EvalConfig, "report": FeaturesConfig, "study": settings(),
 }  # fmt: skip
 
