@@ -26,7 +26,7 @@ def decompose(
     )],
     input_: Annotated[str | None, typer.Option("--input", metavar="STORE", autocompletion=complete_store, help="What the MLP read: a point as 6.mlp_in, or a store. Default: the only such point of the last harvest.")] = None,
     target: Annotated[str | None, typer.Option(metavar="STORE", autocompletion=complete_store, help="What it gave: a point as 6.mlp_out, or a store. Default: that beside what it read.")] = None,
-    tokens_from: Annotated[str | None, typer.Option(metavar="STORE", autocompletion=complete_store, help="With `--live`, token store: key, beginning of a key, or path. Default: the last one made.")] = None,
+    tokens_from: Annotated[str | None, typer.Option(metavar="STORE", autocompletion=complete_store, help="Token store: key, beginning of a key, or path. Default: the last one made.")] = None,
     model: Annotated[str | None, typer.Option(metavar="NAME", help="Language model: with `--live` a hub's name, a folder or tiny; else where it is now. Default: gpt2; where harvest found it.")] = None,
     name: Annotated[str | None, typer.Option(metavar="NAME", autocompletion=complete_run, help="Name of the run folder. Default: made from the settings.")] = None,
     resume: Annotated[bool, typer.Option("--resume", metavar="", help="Continue the run that `--name` says, or the one these settings made, from its last checkpoint; of a finished one, show its figures.")] = False,
@@ -135,9 +135,9 @@ def mlp_rows(here: Here, source: str | None, target: str | None) -> Rows:
             )
         source = found[0]
     if target is None:
-        reference = Rows.of(None, source, None, None, None, {}).stores(here.cache)[0][0]
-        of = points.point_of(reference)
-        if of is None or of[1] != "mlp_in":
+        inputs, _ = Rows.of(None, source, None, None, None, {}).stores(here.cache)[0]
+        of = points.point_of(inputs[0])
+        if of is None or of[1] != "mlp_in" or len(inputs) > 1:
             raise SaeError(f"--input {source}: is not what an MLP reads; give one as 6.mlp_in")
         target = f"{of[0]}.mlp_out"
     return Rows.of(None, source, target, None, None, {})

@@ -146,7 +146,7 @@ class LocalMLP(Subject):
         self._variance = float((sample.y - sample.y.mean(0)).square().sum(1).mean())
         seen: dict[str, Tensor] = {}
         with torch.no_grad(), multiplying(reading(seen, model.matrices), model.matrices):
-            off = float((self._mlp(sample.x) - sample.y).square().sum(1).mean())
+            off = float((self._mlp(sample.x).float() - sample.y).square().sum(1).mean())
         if not off <= UNLIKE * self._variance:
             raise SaeError(
                 f"{dataset.targets[0].key}: is not what the MLP of layer {self.layer} of {model.name} gives for its "
@@ -180,7 +180,7 @@ class LocalMLP(Subject):
     def predict(self, x: Tensor, products: Mapping[str, Product]) -> Tensor:
         """What the MLP makes of rows [n, d_in] with some products replaced, [n, d_out]."""
         with multiplying(products, self._there):
-            return self._mlp(x)
+            return self._mlp(x).float()
 
 
 class LiveModel(Subject):

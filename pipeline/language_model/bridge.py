@@ -159,15 +159,6 @@ class Bridge:
             logits: Tensor = self._run(ids).logits
         return logits.float()
 
-    def mlp(self, layer: int) -> Callable[[Tensor], Tensor]:
-        """What a layer's MLP makes of its input, [..., width]. Raises SaeError where it is no module of its own."""
-        module = getattr(self._bridge.blocks[layer], "mlp", None)
-        if module is None:
-            raise SaeError(
-                f"model = {self.name}: the MLP of layer {layer} is no module of its own, so it cannot be run alone"
-            )
-        return lambda x: _first(module(x))
-
     @contextmanager
     def blocks_skipped(self, until: int) -> Iterator[None]:
         """Blocks before `until` pass their input on (where blocks return more than a tensor, they all run instead)."""
@@ -234,10 +225,6 @@ class Bridge:
                 stack.callback(handle.remove)
             self._run(self._some_ids()[:1])
         return all(seen)
-
-
-def _first(made: Any) -> Tensor:
-    return made[0] if isinstance(made, tuple) else made
 
 
 def _instead(new: Tensor, _: Tensor) -> Tensor:

@@ -209,16 +209,6 @@ class LanguageModel:
         """float32 [B, T, n_vocab], with other products in the place of some matrices'; these keep their graph."""
         return self._bridge.multiplied(self._ids(tokens), products)
 
-    def mlp(self, layer: int) -> Callable[[Tensor], Tensor]:
-        """What a layer's MLP makes of rows: [n, width] at `mlp_in` -> at `mlp_out`, keeping their graph.
-
-        Raises SaeError where the model has none, or none that can be run alone.
-        """
-        for site in ("mlp_in", "mlp_out"):
-            self.check(Point(layer, site))
-        run = self._bridge.mlp(layer)
-        return lambda x: run(x.to(self._bridge.dtype)[None])[0].float()
-
     @cached_property
     def _digest(self) -> str | None:
         return self._loaded.weights() if self._loaded.weights is not None else None
