@@ -95,8 +95,8 @@ def test_everything_reads_the_same_everywhere() -> None:
     """An option means one thing: with one help, one variable and one default wherever it is, but for the listed."""
     own = {
         "tokens", "rows", "seed", "activations", "workers", "store", "stores", "model", "name", "source", "tokenizer",
-        "site", "layer", "features", "probability", "steps", "codec", "target", "out", "input_", "resume", "lr", "batch",
-            "hidden",
+        "site", "layer", "features", "probability", "steps", "codec", "target", "out", "input_", "resume", "lr",
+            "batch", "hidden",
     }  # fmt: skip
     seen: dict[str, set[tuple[Any, ...]]] = {}
     for command in COMMANDS.values():

@@ -24,6 +24,7 @@ from sae.pipeline.saes.contract import generator_of
 from sae.pipeline.worlds.superposition import Presence, Toy, samples
 
 UNLIKE = 0.1  # share of the variance that a model's MLP may miss of what a store says it gave: codecs round
+TRIED = 16  # rows that its matrices are found with
 SAMPLED = 8192  # rows that the variance of what an MLP gives is measured on
 
 
@@ -144,15 +145,14 @@ class LocalMLP(Subject):
         self._mlp = model.mlp(self.layer)
         sample = dataset.sample(min(SAMPLED, dataset.n_rows)).to(model.device)
         self._variance = float((sample.y - sample.y.mean(0)).square().sum(1).mean())
-        seen: dict[str, Tensor] = {}
-        with torch.no_grad(), multiplying(reading(seen, model.matrices), model.matrices):
+        with torch.no_grad():
             off = float((self._mlp(sample.x).float() - sample.y).square().sum(1).mean())
         if not off <= UNLIKE * self._variance:
             raise SaeError(
                 f"{dataset.targets[0].key}: is not what the MLP of layer {self.layer} of {model.name} gives for its "
                 f"input: squared error {off:.3g}, variance {self._variance:.3g}; harvest both again"
             )
-        inside = {name: model.matrices[name] for name in model.matrices if name in seen}
+        inside = {name: model.matrices[name] for name in _deciding(self._mlp, sample.x[:TRIED], model.matrices)}
         self._there = chosen(inside, config.matrices, f"the MLP of layer {self.layer} of {model.name}")
         self.matrices = weights(self._there)
 
@@ -169,7 +169,6 @@ class LocalMLP(Subject):
         read: dict[str, Tensor] = {}
         with torch.no_grad():
             self.predict(batch.x, reading(read, self._there))
-        read = {name: x.flatten(0, -2) for name, x in read.items()}
 
         def measured(products: Mapping[str, Product]) -> dict[str, Tensor]:
             error = (self.predict(batch.x, products) - batch.y).square().sum(1).mean()
@@ -179,7 +178,7 @@ class LocalMLP(Subject):
 
     def predict(self, x: Tensor, products: Mapping[str, Product]) -> Tensor:
         """What the MLP makes of rows [n, d_in] with some products replaced, [n, d_out]."""
-        with multiplying(products, self._there):
+        with multiplying({name: partial(_of_rows, product) for name, product in products.items()}, self._there):
             return self._mlp(x).float()
 
 
@@ -285,6 +284,27 @@ class ToyModels(Subject):
 def presence_of(config: ToyConfig) -> Presence:
     """Which features are in a toy's samples: each by itself, with the same chance."""
     return Presence(torch.full((config.instances, config.features), config.probability, dtype=torch.float64))
+
+
+def _of_rows(product: Product, x: Tensor) -> Tensor | None:
+    """A product of rows [n, d_in], where the model has them as contexts of one token [n, 1, d_in]."""
+    new = product(x.flatten(0, -2))
+    return None if new is None else new.view(*x.shape[:-1], -1)
+
+
+@torch.no_grad()
+def _deciding(run: Callable[[Tensor], Tensor], x: Tensor, there: Mapping[str, Matrix]) -> list[str]:
+    """The names of the matrices without which a function gives something else."""
+    used: dict[str, Tensor] = {}
+    with multiplying(reading(used, there), there):
+        whole = run(x)
+
+    def without(name: str) -> Tensor:
+        zeros = there[name].weight.new_zeros(len(there[name].weight))
+        with multiplying({name: lambda rows: zeros.expand(*rows.shape[:-1], -1)}, there):
+            return run(x)
+
+    return [name for name in used if not torch.equal(without(name), whole)]
 
 
 def weights(there: Mapping[str, Matrix]) -> dict[str, Tensor]:
