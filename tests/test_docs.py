@@ -19,6 +19,7 @@ from sae.pipeline.commands.app import app
 from sae.pipeline.commands.described import UNSAID, described
 from sae.pipeline.commands.registry_listing import every_setting
 from sae.pipeline.commands.voice import DECLARED
+from sae.pipeline.decompose import config as decompose
 from sae.pipeline.evaluate.stage import EvalConfig
 from sae.pipeline.harvest.sources.language_model import HarvestConfig
 from sae.pipeline.harvest.sources.series import SeriesConfig
@@ -36,8 +37,11 @@ STAGES: dict[str, type[BaseModel]] = {
     "tokenize": TokenizeConfig, "harvest": HarvestConfig, "train": TrainConfig, "eval": EvalConfig,
     "report": FeaturesConfig,
 }  # fmt: skip
-EVERY = {**STAGES, "synthesize": SyntheticConfig, "report": FeaturesConfig, "study": study_settings()}
-OTHERS = {"harvest": [TableConfig, SeriesConfig], "synthesize": [ToyConfig]}  # classes told apart by a tag
+EVERY = {**STAGES, "synthesize": SyntheticConfig, "decompose": decompose.LocalConfig, "study": study_settings()}
+OTHERS = {  # classes told apart by a tag
+    "harvest": [TableConfig, SeriesConfig], "synthesize": [ToyConfig],
+    "decompose": [decompose.LiveConfig, decompose.ToyConfig],
+}  # fmt: skip
 
 
 def commands(group: Any = None, prefix: str = "sae") -> Iterator[tuple[str, Any]]:

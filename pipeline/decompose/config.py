@@ -84,10 +84,10 @@ class LiveConfig(DecomposeConfig):
     """Matrices of a language model, by what its predictions become: tokens, and the model in every step."""
 
     kind: Literal["live"] = Field("live", description="what is decomposed")
-    matrices: tuple[str, ...] = Field((), description="names of matrices, or ends of names with * for anything")
+    matrices: tuple[str, ...] = Field((), description="names of matrices, or ends of names, with * for anything")
     model: str = Field("gpt2", description="model: a hub's name, a folder, or tiny")
     revision: str | None = Field(None, description="commit of a hub's model; null: the newest")
-    batch: int = Field(8, ge=1, le=MOST, description="contexts in a step")
+    batch: int = Field(8, ge=1, le=MOST, description="rows, contexts or samples in a step")
 
     @model_validator(mode="after")
     def _named(self) -> Self:
@@ -112,7 +112,7 @@ class ToyConfig(DecomposeConfig):
     delta: bool = Field(
         False, description="whether what the components leave of a matrix is masked at random like a component"
     )
-    batch: int = Field(2048, ge=1, le=MOST, description="samples in a step, of each instance")
+    batch: int = Field(2048, ge=1, le=MOST, description="rows, contexts or samples in a step")
 
 
 KINDS: tuple[type[DecomposeConfig], ...] = (LocalConfig, LiveConfig, ToyConfig)
