@@ -252,8 +252,8 @@ def test_numbers_in_a_file(tmp_path: Path) -> None:
         ("train.sae.kk=1", "train.sae.kk: unknown key; did you mean 'k'?"),
         ("train.rows.skip=1", "train.rows.skip: unknown key; did you mean 'skip_first'?"),
         ("trian.lr=1", "overrides = trian.lr=1: unknown section 'trian'; did you mean 'train'?"),
-        ("x.lr=1", "overrides = x.lr=1: unknown section 'x'; there are tokenize, harvest, synthesize, train, eval, "
-         "report, study"),
+        ("x.lr=1", "overrides = x.lr=1: unknown section 'x'; there are tokenize, harvest, synthesize, train, "
+         "decompose, eval, report, study"),
         ("train.sae.arch=l3", "train.sae.arch = l3: unknown architecture; did you mean 'l1'?"),
         ("train.sae.arch=xyz", "train.sae.arch = xyz: unknown architecture; there are topk, l1"),
         ("train.lr=-1", "train.lr = -1: input should be greater than 0"),
@@ -307,9 +307,9 @@ def test_a_key_of_the_other_architecture(preset: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"- a", "expected sections (tokenize, harvest, synthesize, train, eval, report, study) with settings inside"),
-        (b"3", "expected sections (tokenize, harvest, synthesize, train, eval, report, study) with settings inside"),
-        (b"lr: 3", "unknown section 'lr'; there are tokenize, harvest, synthesize, train, eval, report, study"),
+        (b"- a", f"expected sections ({', '.join(SECTIONS)}) with settings inside"),
+        (b"3", f"expected sections ({', '.join(SECTIONS)}) with settings inside"),
+        (b"lr: 3", f"unknown section 'lr'; there are {', '.join(SECTIONS)}"),
         (b"train: 3", "section train should hold settings, not 3"),
         (b"a: [", "is not YAML"),
         (b"train: {lr: 1}\ntrain: {lr: 2}", "is not YAML ('train' is there twice"),
