@@ -7,7 +7,6 @@ where one is being written.
 """
 
 import os
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,9 +27,6 @@ from sae.cache.upkeep.garbage import PATIENCE, Garbage
 EXPORT = "export"  # `export.<whose>.partial` in the cache holds the path of an export being written
 MOST_PATH = 4096
 OWN = {Path(name).name for name in (CONFIG, METRICS, STAGED, WEIGHTS, WEIGHTS_CONFIG, EVALUATION, LATENTS, FEATURES)}
-# with the names that zarr writes under
-ARRAY, HALF = "(?:rows|position|tokens)", r"\.[0-9a-f]{32}\.partial"
-PART = re.compile(rf"(?:{ARRAY}/)?zarr(?:\.json|{HALF})|{ARRAY}/c/\d+(?:/\d+)*(?:{HALF})?")
 
 
 @contextmanager
@@ -44,11 +40,6 @@ def noted(root: Path, half: Path) -> Iterator[None]:
     finally:
         with suppress(OSError):
             note.unlink(missing_ok=True)
-
-
-def is_of_an_export(name: str) -> bool:
-    """Return True if a file of an export, named relative to it, is one that its writing makes."""
-    return PART.fullmatch(name) is not None
 
 
 def survey(root: Path, runs: Path | None) -> Iterator[Garbage]:
@@ -117,15 +108,17 @@ def _remove_begun(folder: Path, size: int) -> int:
 
 def _export(note: Path) -> Iterator[Garbage]:
     """The half of an export that the note of a process that is gone tells of; or the note alone."""
+    from sae.cache.exports.base import is_made  # which takes the seconds of torch
+
     half = Path(os.fsdecode((read(note, MOST_PATH) or b"").replace(b"\0", b"")))
     there = half.is_absolute() and bool(left_behind(half.name)) and half.is_dir() and not half.is_symlink()
-    if there and removal.strangers(half, is_of_an_export):
+    if there and removal.strangers(half, is_made):
         return  # somebody has put something into it
     size = removal.size(half) if there else 0
 
     def remove() -> int:
         if there:
-            removal.delete(half, is_of_an_export)
+            removal.delete(half, is_made)
         note.unlink(missing_ok=True)
         return size
 
