@@ -24,6 +24,8 @@ from sae.cache.tokens import TokenStore
 from sae.configs.layers import leaves
 from sae.dictionaries import Named, load, runs_folder
 from sae.pipeline import formats
+from sae.pipeline.analyses.analysis import AnalyzeConfig
+from sae.pipeline.analyses.stage import analyze as analyze_run
 from sae.pipeline.decompose import folder as decomposed
 from sae.pipeline.decompose import opening
 from sae.pipeline.decompose.config import KINDS, LiveConfig, LocalConfig, ToyConfig
@@ -337,6 +339,18 @@ class Session(Workplace):
         base = _settings("train", TrainConfig, preset, settings)
         lab = Lab(self, EvalConfig(), cross_entropy)
         return study.run(Setup(base, self.dataset(rows), lab, seeds))
+
+    def analyze(self, run: Run | Named | None = None, *names: str, **settings: Any) -> dict[str, dict[str, Any]]:
+        """Look at a run's dictionary from the sides that are named (`sae list`: analyses), or all, as `sae analyze`.
+
+        For each its figures, everything else under `details`, and the paths of its `json` and `plot`. `settings` are
+        those of the section `analyze` (`rows`, `top`).
+        """
+        config = _settings("analyze", AnalyzeConfig, None, settings)
+        run = run if isinstance(run, Run) else self.run(run)
+        found = analyze_run(run, self.cache, self.progress, names, config=config, device=self.device)
+        files = {name: {"json": str(one.json), "plot": str(one.plot)} for name, one in found.items()}
+        return {name: {**one.finding.as_json(), **files[name]} for name, one in found.items()}
 
     def decompose(
         self, rows: Any = None, target: Any = None, /, *, kind: str = "local",

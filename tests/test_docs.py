@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from support.pages import PAGES, README, typed
 
 from sae import configs
+from sae.pipeline.analyses.analysis import AnalyzeConfig
 from sae.pipeline.commands import voice
 from sae.pipeline.commands.app import app
 from sae.pipeline.commands.described import UNSAID, described
@@ -37,7 +38,10 @@ STAGES: dict[str, type[BaseModel]] = {
     "tokenize": TokenizeConfig, "harvest": HarvestConfig, "train": TrainConfig, "eval": EvalConfig,
     "report": FeaturesConfig,
 }  # fmt: skip
-EVERY = {**STAGES, "synthesize": SyntheticConfig, "decompose": decompose.LocalConfig, "study": study_settings()}
+EVERY = {
+    **STAGES, "synthesize": SyntheticConfig, "decompose": decompose.LocalConfig, "analyze": AnalyzeConfig,
+    "study": study_settings(),
+}  # fmt: skip
 OTHERS = {  # classes told apart by a tag
     "harvest": [TableConfig, SeriesConfig], "synthesize": [ToyConfig],
     "decompose": [decompose.LiveConfig, decompose.ToyConfig],

@@ -1,4 +1,4 @@
-"""docs/extending.md holds: its five files are found in a copy of the package, and its commands and Python work."""
+"""docs/extending.md holds: its six files are found in a copy of the package, and its commands and Python work."""
 
 import csv
 import json
@@ -97,7 +97,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_there_is_a_whole_file_of_each_kind() -> None:
     assert [str(Path(name).parent) for name in FILES] == [
-        "pipeline/harvest/sources", "pipeline/saes", "pipeline/metrics", "pipeline/formats", "pipeline/studies",
+        "pipeline/harvest/sources", "pipeline/saes", "pipeline/metrics", "pipeline/formats", "pipeline/analyses",
+        "pipeline/studies",
     ]  # fmt: skip
     assert len([what for kind, what in steps() if kind == "sae"]) >= 7
 
@@ -109,6 +110,7 @@ def test_there_is_a_whole_file_of_each_kind() -> None:
         ("architectures", "capped", "ReLU whose values end at a cap, with an L1 penalty"),
         ("metrics", "worst_row", "The row that is reconstructed worst"),
         ("formats", "npz", "Folders with a dictionary.npz of W_enc [d, m], b_enc [m], W_dec [m, d] and b_dec [d]"),
+        ("analyses", "lengths", "How long decoder rows are"),
         ("studies", "widths", "The same dictionary with several numbers of latents"),
     ],
 )

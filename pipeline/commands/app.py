@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from sae.cache.disk.paths import outage
 from sae.cache.errors import SaeError
 from sae.pipeline.commands import cache, study, synthesize
+from sae.pipeline.commands.analyze import analyze
 from sae.pipeline.commands.compare import compare
 from sae.pipeline.commands.decompose import decompose
 from sae.pipeline.commands.demo import demo
@@ -76,6 +77,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "train": train,
     "decompose": decompose,
     "eval": evaluate,
+    "analyze": analyze,
     "report": report,
     "compare": compare,
     "import": import_,

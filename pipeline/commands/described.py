@@ -25,6 +25,7 @@ CLASSES = {  # room and names of the classes that hold the settings below a path
     "decompose": ("decompose", ["LocalConfig", "DecomposeConfig", "ToyConfig"]),
     "eval": ("evaluate", ["EvalConfig"]),
     "report": ("interpret", ["FeaturesConfig"]),
+    "analyze": ("analyses", ["AnalyzeConfig"]),
 }
 CHOICES = {  # options that choose the class of further settings: no single class describes them
     "train.sae.arch": "Architecture; `sae list` explains each. Default: topk.",

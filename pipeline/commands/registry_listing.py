@@ -16,7 +16,7 @@ from sae.pipeline.tokenize.sources import registered as text_sources
 
 
 def choices(runs: Sequence[Run]) -> dict[str, list[dict[str, str]]]:
-    """Name and one line of help for every run given, architecture, codec, format, site, metric, study, source, preset."""
+    """Name and one line of help for every run given, architecture, codec, format, site, metric, study, analysis, source, preset."""
     every = {
         "runs": {run.name: _state(run) for run in runs},
         "architectures": _summaries(registered("sae.pipeline.saes.base.ARCHITECTURES", "arch")),
@@ -25,6 +25,7 @@ def choices(runs: Sequence[Run]) -> dict[str, list[dict[str, str]]]:
         "sites": SITES,
         "metrics": {one.name: one.help for one in metrics()},
         "studies": _summaries(studies()),
+        "analyses": _summaries(registered("sae.pipeline.analyses.analysis.ANALYSES")),
         "sources": {source.name: source.help for source in text_sources()},
         "row_sources": _summaries(registered("sae.pipeline.harvest.sources.base.SOURCES")),
         "presets": {name: _first_comment(name) for name in configs.presets()},
@@ -38,6 +39,7 @@ def _summaries(classes: dict[str, Declared]) -> dict[str, str]:
 
 def every_setting() -> list[dict[str, str]]:
     """Name, default and meaning of every setting of every stage and study, from their classes: this imports torch."""
+    from sae.pipeline.analyses.analysis import AnalyzeConfig
     from sae.pipeline.decompose.config import KINDS
     from sae.pipeline.evaluate.stage import EvalConfig
     from sae.pipeline.harvest.sources import settings_of_sources
@@ -50,7 +52,7 @@ def every_setting() -> list[dict[str, str]]:
 
     classes: list[Sequence[type[BaseModel]]] = [
         [TokenizeConfig], settings_of_sources(), [SyntheticConfig, ToyConfig], [TrainConfig], KINDS, [EvalConfig],
-        [FeaturesConfig],
+        [FeaturesConfig], [AnalyzeConfig],
         [study_settings()],
     ]  # fmt: skip
     stages = dict(zip(configs.SECTIONS, classes, strict=True))

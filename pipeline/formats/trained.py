@@ -12,7 +12,7 @@ from sae.cache.errors import DamagedStore, SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import common_rows
 from sae.cache.outliers import Limits
-from sae.cache.runs import CONFIG, Run
+from sae.cache.runs import CHECKPOINT, CONFIG, Run
 from sae.pipeline.formats import saelens
 from sae.pipeline.saes import ARCHITECTURES, SAE, Config, Predictor, Trainable, TrainableConfig, parse, trainable
 from sae.pipeline.saes.dictionary import Dictionary, FixedDictionary, Metadata
@@ -92,6 +92,27 @@ def load_any(run: Run) -> Predictor:
     except (ValueError, RuntimeError) as error:
         raise DamagedStore(f"{run.path}: the weights do not fit the run's settings: {error}") from error
     return sae.eval().requires_grad_(False)
+
+
+def in_training(run: Run) -> SAE | None:
+    """The dictionary as training left it: in training's units, with what inference has no use for.
+
+    It is in the checkpoint; None where there is none, or what was trained is no dictionary. DamagedStore where it is of
+    other settings.
+    """
+    if run.imported is not None or not run.has_checkpoint:
+        return None
+    tensors, _ = run.load_checkpoint()
+    _, described = run.load_weights()
+    widths = whole(described, "d_in", 1), whole(described, "d_out", 1) if run.seen.targets else None
+    made = trainable(dictionary_of(run), *widths)
+    if not isinstance(made, SAE):
+        return None
+    try:
+        made.load_state_dict({name: tensors[f"sae.{name}"] for name in made.state_dict()})
+    except (KeyError, RuntimeError) as error:
+        raise DamagedStore(f"{run.path / CHECKPOINT}: is not of the run's settings: {error}") from error
+    return made.eval().requires_grad_(False)
 
 
 def dataset_of(run: Run, root: Path, activations: str | None = None) -> Dataset:

@@ -143,6 +143,10 @@ class Variational(Steered):
         """C of each row [B], or a bound from above; that of (z, 0) is exactly -log p(z), less m/2 log 2 pi."""
         return self.marginals(mean, variance).sum(1)
 
+    def prior_covariance(self, count: int) -> Tensor:
+        """The covariance of the first latents under the prior, float64 [count, count], on the CPU."""
+        return torch.eye(count, dtype=torch.float64)
+
     def _build(self, generator: torch.Generator) -> None:
         super()._build(generator)
         if self.config.variance == "learned":

@@ -109,6 +109,18 @@ class VSAEMix(Variational):
             found = found.slice_scatter(-torch.logsumexp(-torch.stack(costs), 0), 1, pairs.start, pairs.stop)
         return found
 
+    def prior_covariance(self, count: int) -> Tensor:
+        found = super().prior_covariance(max(count, 2 * self.config.pairs))
+        for pairs, components in self._priors():
+            weight, *at, std = (torch.tensor(column, dtype=torch.float64) for column in zip(*components, strict=True))
+            means = torch.stack(at)  # [2, components]
+            middle = means @ weight
+            spread = (weight * std.square()).sum() * torch.eye(2, dtype=torch.float64)
+            of_pair = spread + (weight * means) @ means.T - middle[:, None] * middle
+            for first in range(pairs.start, pairs.stop, 2):
+                found[first : first + 2, first : first + 2] = of_pair
+        return found[:count, :count]
+
     def _priors(self) -> list[tuple[slice, tuple[Component, ...]]]:
         """Which latents the pairs of each kind are, and their prior."""
         first, stop = 2 * self.config.correlated_pairs, 2 * self.config.pairs

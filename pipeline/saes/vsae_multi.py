@@ -113,6 +113,14 @@ class VSAEMulti(Variational):
         known = 0.5 * (quadratic + variance[:, :n] @ self.precision + self.logdet)
         return known + gaussian(mean[:, n:], variance[:, n:]).sum(1)
 
+    def prior_covariance(self, count: int) -> Tensor:
+        found = super().prior_covariance(count)
+        if self.config.covariance is None:
+            return found.masked_fill(found == 0, self.config.correlation)
+        given = self.config.shrunk(self.config.shrink)[:count, :count]
+        found[: len(given), : len(given)] = given
+        return found
+
     def marginals(self, mean: Tensor, variance: Tensor) -> Tensor:
         if self.config.covariance is None:
             return gaussian(mean, variance)

@@ -18,7 +18,8 @@ Curve = Sequence[tuple[float, float | None]]
 class Panel:
     """One pair of axes: named curves of (x, y), points without a y left out.
 
-    `dashed` curves are for reference; points that are `scattered` are not joined: the line that fits them is drawn.
+    `dashed` curves are for reference; points that are `scattered` are not joined: the line that fits them is drawn. Nor
+    are those that are not `joined`.
     """
 
     title: str
@@ -28,6 +29,7 @@ class Panel:
     log_x: bool = False
     marks: bool = True
     scattered: bool = False
+    joined: bool = True
     ticks: Sequence[float] | None = None
 
     @property
@@ -90,7 +92,8 @@ def _fill(axis: "Axes", panel: Panel) -> None:
 
     for index, (name, curve) in enumerate(panel.curves.items()):
         points = [(x, y) for x, y in curve if y is not None]
-        style = "." if panel.scattered else "--" if name in panel.dashed else "o-" if panel.marks else "-"
+        style = "--" if name in panel.dashed else "o-" if panel.marks else "-"
+        style = style if panel.joined and not panel.scattered else "."
         axis.plot([x for x, _ in points], [y for _, y in points], style, color=f"C{index % 10}", label=name)
         if panel.scattered and (ends := fitted(points)):
             axis.plot(*zip(*ends, strict=True), "-", color=f"C{index % 10}", linewidth=1)

@@ -253,7 +253,7 @@ def test_numbers_in_a_file(tmp_path: Path) -> None:
         ("train.rows.skip=1", "train.rows.skip: unknown key; did you mean 'skip_first'?"),
         ("trian.lr=1", "overrides = trian.lr=1: unknown section 'trian'; did you mean 'train'?"),
         ("x.lr=1", "overrides = x.lr=1: unknown section 'x'; there are tokenize, harvest, synthesize, train, "
-         "decompose, eval, report, study"),
+         "decompose, eval, report, analyze, study"),
         ("train.sae.arch=l3", "train.sae.arch = l3: unknown architecture; did you mean 'l1'?"),
         ("train.sae.arch=xyz", "train.sae.arch = xyz: unknown architecture; there are topk, l1"),
         ("train.lr=-1", "train.lr = -1: input should be greater than 0"),
@@ -344,6 +344,7 @@ def test_a_preset_that_is_not_there() -> None:
 
 def stages() -> dict[str, type[BaseModel]]:
     """The settings of every stage."""
+    from sae.pipeline.analyses.analysis import AnalyzeConfig
     from sae.pipeline.decompose.config import LocalConfig
     from sae.pipeline.evaluate.stage import EvalConfig
     from sae.pipeline.harvest.sources.language_model import HarvestConfig
@@ -356,7 +357,7 @@ def stages() -> dict[str, type[BaseModel]]:
     return {
         "tokenize": TokenizeConfig, "harvest": HarvestConfig, "synthesize": SyntheticConfig, "train": TrainConfig,
         "decompose": LocalConfig,
-        "eval": EvalConfig, "report": FeaturesConfig, "study": settings(),
+        "eval": EvalConfig, "report": FeaturesConfig, "analyze": AnalyzeConfig, "study": settings(),
     }  # fmt: skip
 
 

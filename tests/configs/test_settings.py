@@ -16,6 +16,7 @@ from sae.cache.runs import Run
 from sae.configs import SECTIONS, resolve
 from sae.configs.layers import inner_models, tag_of
 from sae.configs.reading import nested
+from sae.pipeline.analyses.analysis import AnalyzeConfig
 from sae.pipeline.decompose.config import LocalConfig
 from sae.pipeline.evaluate.stage import EvalConfig
 from sae.pipeline.harvest.sources.language_model import HarvestConfig
@@ -30,7 +31,7 @@ from sae.pipeline.train.sweep import combinations
 STAGES: dict[str, type[BaseModel]] = {
     "tokenize": TokenizeConfig, "harvest": HarvestConfig, "synthesize": SyntheticConfig, "train": TrainConfig,
     "decompose": LocalConfig,
-    "eval": EvalConfig, "report": FeaturesConfig, "study": settings(),
+    "eval": EvalConfig, "report": FeaturesConfig, "analyze": AnalyzeConfig, "study": settings(),
 }  # fmt: skip
 
 
