@@ -78,7 +78,11 @@ def measure(arch: str, active: float | None, args: argparse.Namespace) -> Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default=",".join(saes.ARCHITECTURES), help="architectures, comma-separated")
+    parser.add_argument(
+        "--arch",
+        default=",".join(tag for tag, one in saes.ARCHITECTURES.items() if issubclass(one, saes.SAE)),
+        help="architectures, comma-separated",
+    )
     for name, default in {"batch": 2048, "d-in": 768, "d-sae": 8192, "steps": 4}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", action="store_true", help="machine-readable rows on stdout")

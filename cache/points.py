@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from sae.cache import catalogue
@@ -27,6 +28,9 @@ HOOKS = {  # site -> what transformer_lens calls it, inside `blocks.<layer>.`
     "mlp_post": "mlp.hook_post",
     "mlp_out": "hook_mlp_out",
 }
+COMPUTED = ("resid_pre", "attn_z", "attn_out", "resid_mid", "mlp_in", "mlp_post", "mlp_out", "resid_post")
+"""The sites of a layer in the order in which a model computes them."""
+
 _MODULES = {"": "resid_post", ".mlp": "mlp_out", ".attn": "attn_out", ".self_attn": "attn_out"}
 
 
@@ -54,6 +58,23 @@ def point_of(store: ActivationStore) -> Where | None:
     """The layer and the site that a store is of; None where its rows come from no model."""
     source = provenance(store.recipe)
     return (source.layer, source.site) if isinstance(source, LanguageModelRows) else None
+
+
+def expect_in_order(stores: Sequence[ActivationStore]) -> None:
+    """Raise SaeError, naming both, where a model computes the point of a store no earlier than that of the next one."""
+    for store, following in pairwise(stores):
+        one, other = point_of(store), point_of(following)
+        if one is not None and other is not None and _time(one) >= _time(other):
+            raise SaeError(
+                f"{store.key}: {_text(one)} is computed no earlier than {_text(other)} ({following.key}), and has to "
+                "be; name layers from the first to the last, each reading what it does before it writes"
+            )
+
+
+def _time(point: Where) -> tuple[int, int]:
+    """When a model computes a point."""
+    layer, site = point
+    return layer, COMPUTED.index(site) if site in COMPUTED else len(COMPUTED)
 
 
 def beside(root: Path, reference: ActivationStore) -> dict[Where, ActivationStore]:

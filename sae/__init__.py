@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from sae.pipeline.language_model.model import LanguageModel
     from sae.pipeline.language_model.places import intervene
     from sae.pipeline.saes.batchtopk import BatchTopKConfig as BatchTopK
+    from sae.pipeline.saes.clt import CLTConfig as CLT
+    from sae.pipeline.saes.crosscoder import CrosscoderConfig as Crosscoder
     from sae.pipeline.saes.dictionary import Dictionary
     from sae.pipeline.saes.gated import GatedConfig as Gated
     from sae.pipeline.saes.hybrid import HybridConfig as Hybrid

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.saes_kit import one_thread
+from support.saes_kit import DICTIONARIES, one_thread
 from support.small_stores import shrunk
 
 from bench import step, subjects, train_drill, train_memory, train_shared
@@ -20,7 +20,6 @@ from sae.cache.loader.dataset import Dataset
 from sae.cache.metrics_log import METRICS
 from sae.cache.runs import CHECKPOINT, Run
 from sae.pipeline.runtime.progress import Silent
-from sae.pipeline.saes import ARCHITECTURES
 from sae.pipeline.train.sweep import open_all, sweep
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
@@ -37,11 +36,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActivationStore]
 
 class TestStep:
     def test_every_architecture_has_its_rows(self) -> None:
-        args = Namespace(**TINY, arch=",".join(ARCHITECTURES))
+        args = Namespace(**TINY, arch=",".join(DICTIONARIES))
         floor, *rows = step.measure(args, 1, (64, 64))
         assert floor.what == "encoder floor, batch 64, 8 -> 64, 1 thread"
-        assert {row.what.split()[0] for row in rows} == {*ARCHITECTURES}
-        assert len(rows) == len(ARCHITECTURES) + 2  # TopK with dead latents, L1 at its start
+        assert {row.what.split()[0] for row in rows} == {*DICTIONARIES}
+        assert len(rows) == len(DICTIONARIES) + 2  # TopK with dead latents, L1 at its start
         assert all(row.ratio > 0 for row in rows)
 
     def test_a_dictionary_is_as_sparse_as_was_asked(self, store: ActivationStore, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.saes_kit import D, settings
+from support.saes_kit import DICTIONARIES, D, settings
 
 import sae
 from sae.cache.disk.tensors import write_tensors
@@ -92,7 +92,7 @@ def x() -> torch.Tensor:
     return torch.randn(2, 3, D, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", DICTIONARIES)
 def test_a_run_is_loaded_by_its_name_its_folder_or_itself(
     arch: str, tmp_path: Path, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,16 +15,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from sae.cache.activations import norms_of
+from sae.cache.activations import ActivationStore
 from sae.cache.errors import SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import Batch
-from sae.cache.outliers import Limits
-from sae.cache.provenance import LanguageModelRows, Provenance, provenance
+from sae.cache.provenance import LanguageModelRows, provenance
 from sae.cache.tokens import TokenStore
 from sae.configs.base import Amount, Settings
-from sae.pipeline.language_model import LanguageModel, Point
-from sae.pipeline.language_model.interventions import predicting
+from sae.pipeline.evaluate.splicing import point_of, spliced
+from sae.pipeline.language_model import LanguageModel
 from sae.pipeline.language_model.token_mask import rule_of
 from sae.pipeline.metrics.coefficients import KEPT, most_rows
 from sae.pipeline.metrics.figures import OF_ROWS, Need, amounts, available
@@ -65,7 +64,7 @@ class Evaluation:
     details: dict[str, Any]
     latents: dict[str, Tensor]
     kept: "Evaluation | None" = None
-    limits: Limits | None = None
+    limits: dict[str, float | None] | None = None
 
     @classmethod
     def of(cls, metrics: Sequence[Metric]) -> "Evaluation":
@@ -88,8 +87,7 @@ class Evaluation:
         """The figures by name, and everything else under `details`. Undefined ones are null."""
         found: dict[str, Any] = {**self.figures}
         if self.kept is not None:
-            norms = zip(("largest_norm", "largest_norm_target"), self.limits or (), strict=False)
-            found["kept"] = {**dict(norms), **self.kept.as_json()}
+            found["kept"] = {**(self.limits or {}), **self.kept.as_json()}
         return {**found, "details": self.details}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -109,6 +107,7 @@ def judge(
     Where the datasets have limits everything that depends on rows is counted over those kept as well.
     """
     needs = needs_of(held_out, making, model=text is not None, truth=subject.truth is not None)
+    subject = subject._replace(stores=_names(training.written))
     if making is not None:
         subject = subject._replace(effect=making.effect, pairs=making.pairs)
     if text is not None and (layer := _layer_between(held_out)) is not None:
@@ -129,7 +128,22 @@ def judge(
     every, *kept = [Evaluation.of(side) for side in sides]
     # what has no codes or directions has no figures of them
     every.figures.update({one.key: None for one in figures_of(needs=needs) if one.key not in every.figures})
-    return replace(every, kept=kept[0], limits=held_out.limits) if kept else every
+    return replace(every, kept=kept[0], limits=_named_limits(held_out)) if kept else every
+
+
+def _named_limits(dataset: Dataset) -> dict[str, float | None]:
+    """The norms above which rows of each store are not kept, by the name that they have beside figures."""
+    names = ["largest_norm", "largest_norm_target"]
+    if len(dataset.inputs) > 1 or len(dataset.targets) > 1:
+        names = [f"largest_norm_{number}" for number in range(1, len(dataset.stores) + 1)]
+    return dict(zip(names, dataset.limits or (), strict=False))
+
+
+def _names(stores: Sequence[ActivationStore]) -> tuple[str, ...]:
+    """How figures of several stores are called: by points, or by keys where stores have none or several have one."""
+    of_model = all(isinstance(provenance(store.recipe), LanguageModelRows) for store in stores)
+    names = tuple(str(point_of(store)) if of_model else store.key for store in stores)
+    return names if len({*names}) == len(names) else tuple(store.key for store in stores)
 
 
 def needs_of(dataset: Dataset, making: Making | None, *, model: bool, truth: bool) -> frozenset[Need]:
@@ -140,13 +154,14 @@ def needs_of(dataset: Dataset, making: Making | None, *, model: bool, truth: boo
     pairs = making is not None and bool(making.pairs) and not dataset.targets
     known = making is not None and making.coefficients is not None
     mlp = model and _layer_between(dataset) is not None
-    return available(model=model, truth=truth, coefficients=known, pairs=pairs, mlp=mlp)
+    stores = len(dataset.written) > 1
+    return available(model=model, truth=truth, coefficients=known, pairs=pairs, mlp=mlp, stores=stores)
 
 
 def _layer_between(dataset: Dataset) -> int | None:
     """The layer whose MLP makes the targets of the inputs; None where that is not what they are."""
     stores = dataset.stores
-    points = [_site(one) for store in stores if isinstance(one := provenance(store.recipe), LanguageModelRows)]
+    points = [point_of(one) for one in stores if isinstance(provenance(one.recipe), LanguageModelRows)]
     if len(points) != 2 or len(dataset.targets) != 1 or points[0].layer != points[1].layer:
         return None
     return points[0].layer if [point.site for point in points] == ["mlp_in", "mlp_out"] else None
@@ -250,12 +265,11 @@ def judge_tokens(
     sae: Callable[[Tensor], Tensor], model: LanguageModel, tokens: TokenStore, dataset: Dataset, mean: Tensor,
     config: EvalConfig, progress: Progress, metrics: Sequence[Metric],
 ) -> None:  # fmt: skip
-    """Show metrics the cross-entropies with the targets' site replaced by a reconstruction, zero and `mean` [d_out].
+    """Show metrics the cross-entropies with the targets' sites replaced by a reconstruction, zero and `mean` [d_out].
 
-    The reconstruction is of what is read at the inputs' site. Where the dataset has limits, positions above them keep
-    their own activations, and what they predict does not count.
+    The reconstruction is of what is read at the inputs' sites (`splicing`). Where the dataset has limits, positions
+    above them keep their own activations, and what they predict does not count.
     """
-    reads, writes = (_site(origin) for origin in (dataset.provenance, dataset.target_provenance))
     rule = rule_of(dataset.inputs[0])
     begin = int(tokens.recipe["tokenizer"]["begin"])
     length = tokens.context_length
@@ -268,22 +282,17 @@ def judge_tokens(
         for start in range(0, contexts, step):
             stop = min(start + step, contexts)
             ids, lengths = tokens.contexts(start, stop), tokens.lengths(start, stop)
-            rows = _Replaced(torch.from_numpy(rule.mask(ids, lengths, begin)).to(model.device), dataset)
-            by: dict[str, Callable[[Tensor], Tensor]] = {
-                "sae": sae,
-                "zero": lambda x: x.new_zeros(len(x), len(mean)),
-                "mean": lambda x: mean.to(x.dtype).expand(len(x), -1),
-            }
-            found = model.compare(
-                torch.from_numpy(ids), {name: predicting(rows.by(new), reads, writes) for name, new in by.items()}
-            )
+            into = torch.from_numpy(ids)
+            rows = torch.from_numpy(rule.mask(ids, lengths, begin)).to(model.device)
+            interventions, replaced = spliced(sae, model, into, rows, dataset, mean)
+            found = model.compare(into, interventions)
             if not all(bool(each.ce.isfinite().all()) for each in found.spliced.values()):
                 raise SaeError(
                     f"{dataset.key}: with its rows' reconstruction or mean cross-entropy is not a number; they "
                     "are too large for the model"
                 )
             real = torch.from_numpy(np.arange(1, length) < lengths[:, None])
-            mask = rows.mask[:, :-1].cpu() & real
+            mask = replaced()[:, :-1].cpu() & real
             counted += int(mask.sum())
             for metric in metrics:
                 metric.splice(found.clean, found.spliced, mask)
@@ -292,33 +301,3 @@ def judge_tokens(
         progress.finish()
     if not counted:
         raise SaeError(f"tokens = {config.tokens}: none of their predictions counts; judge on more")
-
-
-def _site(origin: Provenance) -> Point:
-    assert isinstance(origin, LanguageModelRows), "only such rows come with tokens"
-    return Point(origin.layer, origin.site)
-
-
-@dataclass
-class _Replaced:
-    """The positions of a batch of contexts that are replaced: mask bool [B, T], without those above the limits.
-
-    Norms are seen when the first replacement is asked for; each of them is given the same activations.
-    """
-
-    mask: Tensor
-    dataset: Dataset
-
-    def by(self, new: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-        """Replace activations [B, T, d_out] at these positions by a function of those read there, row by row."""
-
-        def replace(written: Tensor, read: Tensor) -> Tensor:
-            each = (read, written) if self.dataset.targets else (read,)
-            for values, most in zip(each, self.dataset.limits or (), strict=False):
-                if most is not None:
-                    self.mask = self.mask & (norms_of(values) <= most)
-            out = written.clone()
-            out[self.mask] = new(read[self.mask].float()).to(written.dtype)
-            return out
-
-        return replace

@@ -58,10 +58,13 @@ def evaluate(
     source, target = training.provenance, (training.targets or training.inputs)[0]
     text: tuple[TokenStore, LanguageModel] | None = None
     if isinstance(source, LanguageModelRows):
-        expect_one_model(training.stores)
-        tokens = _tokens(root, training, held_out)
-        with said_if_slow(progress, f"loading {source.model}"):
-            text = tokens, language_model or hints.boot(target, model, device, offline)
+        if len(training.inputs) > 1 and not _of_one_model(training.stores):
+            progress.note(f"{training.key}: of two language models, so the dictionary is spliced into neither")
+        else:
+            expect_one_model(training.stores)
+            tokens = _tokens(root, training, held_out)
+            with said_if_slow(progress, f"loading {source.model}"):
+                text = tokens, language_model or hints.boot(target, model, device, offline)
     elif model is not None:
         raise SaeError(f"model = {model}: the rows of {training.key} come from no language model; leave it out")
     for line in _not_so_many(config, held_out, None if text is None else text[0]):
@@ -142,11 +145,15 @@ def expect_one_model(stores: Sequence[ActivationStore]) -> None:
     """Raise SaeError where aligned stores are of different language models: there is none to splice into."""
     first = stores[0]
     for other in stores[1:]:
-        if other.recipe.get("model") != first.recipe.get("model"):
+        if not _of_one_model([first, other]):
             raise SaeError(
                 f"{other.key}: is of another language model than {first.key}, so there is none to splice into; "
                 "harvest both sites with one model"
             )
+
+
+def _of_one_model(stores: Sequence[ActivationStore]) -> bool:
+    return all(store.recipe.get("model") == stores[0].recipe.get("model") for store in stores)
 
 
 def _not_so_many(config: EvalConfig, held_out: Dataset, tokens: TokenStore | None) -> Iterator[str]:

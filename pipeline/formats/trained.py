@@ -41,7 +41,8 @@ class Described(NamedTuple):
         """Describe the dictionary of a run. Raises DamagedStore where its config.json does not say."""
         if run.imported is None:
             config = dictionary_of(run)
-            return cls(config.arch, config.latents, getattr(config, "k", None))
+            k = None if "k" in config.idle else getattr(config, "k", None)
+            return cls(config.arch, config.latents_of(len(run.seen.inputs)), k)
         try:
             said = inner(run.imported, "sae")
             return cls(text(said, "arch"), whole(said, "d_sae", 1), whole(said, "k", 1) if "k" in said else None)

@@ -20,7 +20,7 @@ from torch import Tensor
 from sae.pipeline.metrics.figures import Figure
 from sae.pipeline.metrics.metric import Metric, Value, register
 
-ZERO, MEAN = "zero", "mean"
+ZERO, MEAN, AT = "zero", "mean", " at "
 MIN_COST = 1e-3  # nats a token: a baseline that costs less than this leaves nothing to recover
 CONFIDENCE = 0.95
 _CLEAN = ("clean", "ce")
@@ -62,7 +62,8 @@ class DownstreamScores:
 class Downstream(Metric):
     """What splicing reconstructions into the language model costs it. `count` accumulates contexts for `scores`.
 
-    Replacements named "zero" and "mean" are the baselines; the others are scored against them.
+    Replacements named "zero" and "mean" are the baselines; the others are scored against them. One named "sae at 3.mlp_out"
+    is at that point alone, and has the baselines of that point, "zero at 3.mlp_out", where those are there.
     """
 
     name = "downstream"
@@ -81,7 +82,7 @@ class Downstream(Metric):
 
     def __init__(self) -> None:
         self._sums: dict[tuple[str, str], list[np.ndarray]] = {}
-        self._found: DownstreamScores | None = None
+        self._found: dict[str, DownstreamScores] | None = None
 
     def splice(self, clean: Tensor, spliced: Mapping[str, tuple[Tensor, Tensor]], mask: Tensor) -> None:
         self.count(clean, spliced, mask)
@@ -97,11 +98,17 @@ class Downstream(Metric):
         return {key: None if each is None else each.value for key, each in found.items()} | {"tokens": down.tokens}
 
     def details(self) -> dict[str, Any]:
-        return {"downstream": asdict(self._of_reconstruction())}
+        found = {"downstream": asdict(self._of_reconstruction())}
+        if alone := {name.removeprefix(f"sae{AT}"): asdict(one) for name, one in self._scores().items() if AT in name}:
+            found["downstream_alone"] = alone
+        return found
 
     def _of_reconstruction(self) -> DownstreamScores:
+        return self._scores()["sae"]
+
+    def _scores(self) -> dict[str, DownstreamScores]:
         """The scores of what is spliced in, resampled once."""
-        self._found = self._found or self.scores()["sae"]
+        self._found = self._found or self.scores()
         return self._found
 
     def count(self, clean: Tensor, spliced: Mapping[str, tuple[Tensor, Tensor]], mask: Tensor | None = None) -> None:
@@ -150,7 +157,9 @@ def _resample(per_context: Sums, resamples: int, seed: int) -> Sums:
 
 def _scores(name: str, full: Sums, drawn: Sums, contexts: int, tokens: int) -> DownstreamScores:
     both = _Quantities(full), _Quantities(drawn)
-    zero, mean = ((baseline if (baseline, "ce") in full else None) for baseline in (ZERO, MEAN))
+    _, at, point = name.partition(AT)
+    named = (baseline + at + point for baseline in (ZERO, MEAN))
+    zero, mean = (baseline if (baseline, "ce") in full else None for baseline in named)
     return DownstreamScores(
         contexts=contexts,
         tokens=tokens,

@@ -5,10 +5,11 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from sae.pipeline.declared import registered
 
-Need = Literal["rows", "codes", "training", "model", "mlp", "directions", "truth", "coefficients", "pairs"]
+Need = Literal["rows", "codes", "training", "stores", "model", "mlp", "directions", "truth", "coefficients", "pairs"]
 """What a metric may ask for: held-out rows and their reconstructions; the codes of these; training rows to search as
-well; a language model to splice into; the layer of it that gives the targets for the inputs; a direction for every latent; the features that the rows were made of; how much
-of each is in a row; which of them come in pairs, together or never both."""
+well; that several stores are reconstructed; a language model to splice into; the layer of it that gives the targets for
+the inputs; a direction for every latent; the features that the rows were made of; how much of each is in a row; which of
+them come in pairs, together or never both."""
 Better = Literal["low", "high"] | None
 METRICS = "sae.pipeline.metrics.metric.METRICS"
 NEEDS: tuple[Need, ...] = get_args(Need)
@@ -17,11 +18,12 @@ WITHOUT_MODEL: frozenset[Need] = OF_ROWS | {"directions"}
 
 
 def available(
-    *, model: bool, truth: bool, coefficients: bool = False, pairs: bool = False, mlp: bool = False
-) -> frozenset[Need]:
+    *, model: bool, truth: bool, coefficients: bool = False, pairs: bool = False, mlp: bool = False,
+    stores: bool = False,
+) -> frozenset[Need]:  # fmt: skip
     """Return what there is to judge a dictionary by, with a language model, and with what is known of its rows."""
     more: tuple[tuple[Need, bool], ...] = (
-        ("model", model), ("mlp", mlp), ("truth", truth), ("coefficients", coefficients), ("pairs", pairs),
+        ("stores", stores), ("model", model), ("mlp", mlp), ("truth", truth), ("coefficients", coefficients), ("pairs", pairs),
     )  # fmt: skip
     return WITHOUT_MODEL | {need for need, is_there in more if is_there}
 
@@ -127,7 +129,7 @@ def completed(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 def largest_norms(kept: dict[str, Any]) -> list[float]:
     """The norms above which rows are not among the `kept` ones: of what is read, of what is reconstructed."""
-    return [kept[key] for key in ("largest_norm", "largest_norm_target") if kept.get(key) is not None]
+    return [norm for key, norm in kept.items() if key.startswith("largest_norm") and norm is not None]
 
 
 def lacking(evaluation: dict[str, Any], needs: Collection[Need]) -> list[str]:

@@ -61,6 +61,7 @@ class Subject(NamedTuple):
     effect: Tensor | None = None
     pairs: tuple[tuple[int, int], ...] = ()
     mlp: Callable[[Tensor], Tensor] | None = None
+    stores: tuple[str, ...] = ()
 
     @property
     def coder(self) -> Coder:

@@ -44,7 +44,7 @@ penalty on a latent's value is one on the sum of its decoders' norms.
 from __future__ import annotations
 
 import copy
-from typing import ClassVar, Self, TypeVar
+from typing import ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -54,14 +54,24 @@ from . import initial, sparse
 from .config import FINISHED, Clock, Config
 from .contract import Trainable
 from .dictionary import Dictionary, Weights
+from .encoder import Preactivations
 from .ghosts import ghost_loss
 from .inference import Formula
-from .latents import RowScaling, RowStats
+from .latents import Latents, RowScaling, RowStats
 from .losses import Losses, LossInputs, Observed, SparseLosses
-from .widths import Width, widths
+from .widths import Width, norms_by_store, widths
 
 RATE_MEMORY = 0.01
 """Weight of the newest batch in a latent's firing rate: about the last hundred batches count."""
+
+
+class Chosen(NamedTuple):
+    """What an encoder made of a batch: x as it was read, pre-activations, active latents, and the weights that act."""
+
+    x: Tensor
+    pre: Preactivations
+    latents: Latents
+    weights: Weights
 
 
 class SAE(Dictionary, Trainable):
@@ -239,31 +249,35 @@ class SAE(Dictionary, Trainable):
         """
         if not len(x):
             raise ValueError("a batch without rows has no loss")
-        rows, y = x, self._targets(x, target)
-        x, row_stats = self._scaled(x)
-        y = y * self.target_scale if self.is_transcoder else x
+        y = self._targets(x, target)
+        read = self.chosen(x, clock)
+        y = y * self.target_scale if self.is_transcoder else read.x
+        y_hat = self._reconstruct(read.latents, read.weights)
+        error = self.squared_error(y_hat, y)
+        terms = {"reconstruction": error} | self.terms(read, y, y_hat, error, clock)
+        return SparseLosses(terms, clock, read.latents, y_hat, self.target_scale, y)
+
+    def chosen(self, x: Tensor, clock: Clock) -> Chosen:
+        """What the encoder makes of a batch [B, d_in] at a step of training."""
+        scaled, row_stats = self._scaled(x)
         weights = self.weights()
-        pre = self._preactivations(x, weights)
-        active = self._beside(self._activate(pre, clock), rows, row_stats)
-        y_hat = self._reconstruct(active, weights)
-        terms = {"reconstruction": self.squared_error(y_hat, y)}
-        terms |= self._terms(LossInputs(x, y, pre, active, y_hat, weights.W_dec, clock))
+        pre = self._preactivations(scaled, weights)
+        return Chosen(scaled, pre, self._beside(self._activate(pre, clock), x, row_stats), weights)
+
+    def terms(self, read: Chosen, y: Tensor, y_hat: Tensor, error: Tensor, clock: Clock) -> dict[str, Tensor]:
+        """The loss terms beside an error, that of y and y_hat [B, d_out] in the space the loss is taken in."""
+        terms = self._terms(LossInputs(read.x, y, read.pre, read.latents, y_hat, read.weights.W_dec, clock))
         if self.config.ghost_grads:
-            ghosts = ghost_loss(pre, self.dead(clock), y, y_hat, weights.W_dec)
-            terms["ghosts"] = ghosts * terms["reconstruction"].detach()
-        return SparseLosses(terms, clock, active, y_hat, self.target_scale, y)
+            ghosts = ghost_loss(read.pre, self.dead(clock), y, y_hat, read.weights.W_dec)
+            terms = terms | {"ghosts": ghosts * error.detach()}
+        return terms
 
     def weights(self) -> Weights:
         own = super().weights()
         if self.config.decoder_norm != "free" or self._acts:  # folded ones were written down as they act
             return own
-        norms = self.norms(self.W_dec).sum(1, keepdim=True)
+        norms = norms_by_store(self.W_dec, self.widths_out).sum(1, keepdim=True)
         return Weights(own.W_enc_rows * norms, own.b_enc * norms.view(-1), own.W_dec / norms)
-
-    def norms(self, table: Tensor) -> Tensor:
-        """[m, stores]: the norms of the parts that each row of a table [m, d_out] has in the stores written to."""
-        parts = table.split([*self.widths_out], dim=1)
-        return torch.stack([torch.linalg.vector_norm(part, dim=1) for part in parts], dim=1)
 
     def _targets(self, x: Tensor, target: Tensor | None) -> Tensor:
         if target is None if self.is_transcoder else not (target is None or target is x):

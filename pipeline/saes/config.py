@@ -32,6 +32,15 @@ class TrainableConfig(Settings):
     def latents(self) -> int:
         """The number of codes to a row."""
 
+    def latents_of(self, stores: int) -> int:
+        """The number of codes to a row that is of so many stores."""
+        return self.latents
+
+    @property
+    def idle(self) -> frozenset[str]:
+        """The names of settings that count for nothing, as the others are."""
+        return frozenset()
+
     @property
     def usual_rate(self) -> float:
         """The learning rate where none is given."""

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import FINISHED, Clock, TrainableConfig
+from .latents import Latents
 from .losses import Losses, Observed, share, spread
 
 
@@ -80,6 +81,35 @@ class Coder(Predictor):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.decode(self.encode(x))
+
+
+class LatentCoder(Coder):
+    """A coder whose codes are latents [B, d_sae], most of them zero: what can be looked up one by one."""
+
+    d_sae: int
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Latents:
+        """The latents of rows."""
+
+    @abstractmethod
+    def decoder_norms(self) -> Tensor:
+        """[d_sae, stores]: the norm of each latent's decoder at each store that is written, in the data's units."""
+
+
+class LayerByLayer(Predictor):
+    """A predictor from a store of every layer to one of every layer that reads nothing later than what it writes.
+
+    y_hat is the constant and the sum over layers of what each writes: so it can be computed as a model goes.
+    """
+
+    @abstractmethod
+    def constant(self, rows: int) -> Tensor:
+        """[rows, d_out]: the part of y_hat that no input decides."""
+
+    @abstractmethod
+    def written_by(self, layer: int, x: Tensor) -> tuple[int, Tensor]:
+        """From which column of y_hat on a layer writes, and what it adds there, given its store's rows [B, width]."""
 
 
 class Trainable(Predictor):

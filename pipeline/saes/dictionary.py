@@ -23,11 +23,12 @@ from torch import Tensor
 
 from . import latents
 from .config import FINISHED, Clock
-from .contract import Coder
+from .contract import LatentCoder
 from .encoder import Preactivations
 from .inference import Formula, Rule
 from .latents import Latents, RowScaling, RowStats
 from .losses import in_data_units
+from .widths import norms_by_store
 
 
 class Metadata(NamedTuple):
@@ -60,7 +61,7 @@ class Weights(NamedTuple):
     W_dec: Tensor
 
 
-class Dictionary(Coder):
+class Dictionary(LatentCoder):
     """A sparse dictionary from x [B, d_in] to x itself (autoencoder) or to y [B, d_out] (transcoder)."""
 
     d_in: int
@@ -146,6 +147,9 @@ class Dictionary(Coder):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d_in] -> its reconstruction (or prediction of y) [..., d_out], in the data's units."""
         return self.decode(self.encode(x))
+
+    def decoder_norms(self) -> Tensor:
+        return norms_by_store(self.weights().W_dec / self.target_scale, self.widths_out)
 
     def extra_repr(self) -> str:
         """Describe it in one line: widths, and the numbers of its rule."""

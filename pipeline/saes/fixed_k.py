@@ -40,7 +40,7 @@ class FixedKConfig(Config):
     @model_validator(mode="after")
     def _k_fits(self) -> Self:
         for name, k in (("k", self.k), ("k_start", self.k_start or 1)):
-            if k > self.d_sae:
+            if k > self.d_sae and name not in self.idle:
                 raise ValueError(
                     f"{name}: {k} latents per input, but d_sae: {self.d_sae} in all; lower {name} or raise d_sae"
                 )

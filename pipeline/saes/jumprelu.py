@@ -20,10 +20,9 @@ from .losses import LossInputs, spread
 from .steering import Steered, SteeredConfig
 
 
-class JumpReLUConfig(SteeredConfig):
-    """JumpReLU; the defaults are for input_scale: rms, whose pre-activations have the same size at every width."""
+class JumpReLUSettings(SteeredConfig):
+    """Settings of thresholds; the defaults are for input_scale: rms, where pre-activations are alike at all widths."""
 
-    arch: Literal["jumprelu"] = Field("jumprelu", description="architecture")
     encoder_scale: float = Field(0.3, gt=0, description=Config.model_fields["encoder_scale"].description)
     penalty: Literal["l0", "tanh", "l0_target"] = Field(
         "l0",
@@ -64,12 +63,18 @@ class JumpReLUConfig(SteeredConfig):
 
     @model_validator(mode="after")
     def _thresholds_are_reached(self) -> Self:
-        if self.input_scale == "unit" and self.theta_init >= self.encoder_scale:
+        if "theta_init" not in self.idle and self.input_scale == "unit" and self.theta_init >= self.encoder_scale:
             raise ValueError(
                 f"theta_init: {self.theta_init} is out of reach under input_scale: unit, where pre-activations start "
                 f"below encoder_scale: {self.encoder_scale}; take 0.001 for theta_init and for bandwidth, or rms"
             )
         return self
+
+
+class JumpReLUConfig(JumpReLUSettings):
+    """JumpReLU."""
+
+    arch: Literal["jumprelu"] = Field("jumprelu", description="architecture")
 
 
 @final

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -113,6 +113,10 @@ class Latents:
         """int64 [B] or [...]: how many latents fired in each row."""
         return self.in_lead(_per_row(self, (self.values != 0).long()))
 
+    def led(self, lead: tuple[int, ...]) -> Latents:
+        """The latents of rows that came in the shape [*lead, d]."""
+        return replace(self, lead=lead)
+
     def in_lead(self, rows: Tensor) -> Tensor:
         """Something of each row, [B, ...], in the shape in which the rows came."""
         return rows if self.lead is None else rows.view((*self.lead, *rows.shape[1:]))
@@ -144,3 +148,40 @@ def decode(latents: Latents, table: Tensor) -> Tensor:
     if latents.entries is None:
         return torch.mm(latents.values, table)
     return sparse.decode(latents.values, latents.entries, table)
+
+
+def beside(parts: Sequence[Latents]) -> Latents:
+    """The latents that several dictionaries have of the same rows as those of one, the first dictionary's first."""
+    if all(part.entries is None for part in parts):
+        return Latents.of_dense(torch.cat([part.values for part in parts], dim=1))
+    found, before = [], 0
+    for part in parts:
+        if part.entries is None:
+            rows, which = part.values.nonzero(as_tuple=True)
+            values = part.values[rows, which]
+        else:
+            rows, which, values = part.entries.row_ids, part.entries.indices, part.values.reshape(-1)
+        found.append((rows, which + before, values))
+        before += part.d_sae
+    rows, which, values = (torch.cat(each) for each in zip(*found, strict=True))
+    order = rows.argsort(stable=True)
+    return _ragged(rows[order], which[order], values[order], parts[0].batch, before)
+
+
+def apart(latents: Latents, size: int) -> list[Latents]:
+    """The latents of each of several dictionaries, of `size` latents each: the other way."""
+    firsts = range(0, latents.d_sae, size)
+    if latents.entries is None:
+        return [Latents.of_dense(latents.values[:, first : first + size]) for first in firsts]
+    rows, which, values = latents.entries.row_ids, latents.entries.indices, latents.values.reshape(-1)
+    found = []
+    for first in firsts:
+        its = ((which >= first) & (which < first + size)).nonzero().view(-1)
+        found.append(_ragged(rows[its], which[its] - first, values[its], latents.batch, size))
+    return found
+
+
+def _ragged(rows: Tensor, which: Tensor, values: Tensor, batch: int, d_sae: int) -> Latents:
+    """Latents from entries [n] in the order of their rows."""
+    offsets = torch.searchsorted(rows, torch.arange(batch, device=rows.device))
+    return Latents(values, SparsePattern(which, offsets, d_sae), d_sae)

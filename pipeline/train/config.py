@@ -81,7 +81,7 @@ class TrainConfig(Schedule):
             raise ValueError(f"steps = {self.steps} and rows = {self.rows}: give one of them")
         if self.accumulate > self.batch:
             raise ValueError(f"accumulate = {self.accumulate} parts of a batch of {self.batch} rows; lower it")
-        if isinstance(self.revive, Reinitialise) and not hasattr(self.sae, "k"):
+        if isinstance(self.revive, Reinitialise) and (not hasattr(self.sae, "k") or "k" in self.sae.idle):
             raise ValueError(f"revive.kind = reinitialise needs an architecture with k; sae.arch = {self.sae.arch}")
         return self
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from sae.cache import catalogue
+from sae.cache import catalogue, points
 from sae.cache.activations import ActivationStore
 from sae.cache.disk.identity import digest, readable
 from sae.cache.disk.locks import reading
@@ -35,7 +35,8 @@ from sae.pipeline.parallel.ranks import Ranks, SingleRank
 from sae.pipeline.runtime import devices
 from sae.pipeline.runtime.interrupts import Interrupted, interruptible
 from sae.pipeline.runtime.progress import Progress
-from sae.pipeline.saes import Clock, Config
+from sae.pipeline.saes import ARCHITECTURES, Clock, Config
+from sae.pipeline.saes.contract import LayerByLayer
 from sae.pipeline.train.config import REVISION, STREAM, TrainConfig, expect_same_meaning, settings_of
 from sae.pipeline.train.coupled import CoupledTrainers, grouped
 from sae.pipeline.train.trainer import Diverged, Trainer
@@ -53,15 +54,15 @@ def run_name(config: TrainConfig, dataset: Dataset) -> str:
     """
     config = on_rows(config, dataset)
     inputs, targets = dataset.recipes
-    points = "-to-".join("+".join(map(_point, side)) for side in (dataset.inputs, dataset.targets) if side)
+    where = "-to-".join("+".join(map(_point, side)) for side in (dataset.inputs, dataset.targets) if side)
     sparsity = [
         f"{letter}{_short(getattr(config.sae, name))}"
         for letter, name in (("k", "k"), ("l", "target_l0"), ("c", "coefficient"), ("jl", "jl_coefficient"))
-        if getattr(config.sae, name, None) is not None
+        if getattr(config.sae, name, None) is not None and name not in config.sae.idle
     ]
     identity: dict[str, Any] = {"train": _named_by(config), "activations": inputs[0]}
     identity |= {name: recipes for name, recipes in (("beside", inputs[1:]), ("targets", targets)) if recipes}
-    parts = [config.sae.arch, str(config.sae.latents), *sparsity, f"lr{_short(config.rate)}", f"s{config.seed}", points]
+    parts = [config.sae.arch, str(config.sae.latents), *sparsity, f"lr{_short(config.rate)}", f"s{config.seed}", where]
     return "-".join([*parts, digest(identity)])
 
 
@@ -120,9 +121,12 @@ def open_run(config: TrainConfig, dataset: Dataset, root: Path, name: str | None
         return _continued(config, dataset, root, name)
     config = on_rows(config, dataset)
     try:
-        config.sae.expect_widths(dataset.d_in, dataset.d_out if dataset.targets else None)
+        config.sae.expect_widths(dataset.widths_in, dataset.widths_out if dataset.targets else None)
     except ValueError as error:
         raise SaeError(f"train.sae.{error}") from error
+    if issubclass(ARCHITECTURES[config.sae.arch], LayerByLayer):
+        for stores in (dataset.inputs, dataset.targets, *zip(dataset.inputs, dataset.targets, strict=False)):
+            points.expect_in_order(stores)
     rows = config.store_rows
     assert rows is not None
     if config.batch > rows:

@@ -24,6 +24,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "jumprelu": {"coefficient": 0.01, "theta_init": 0.05, "bandwidth": 0.1, "warmup": 0},
     "gated": {"coefficient": 0.2},
     "p_anneal": {"coefficient": 0.2},
+    "crosscoder": {"k": 4},
 }
 """What an architecture needs set to work at these sizes."""
 
@@ -53,10 +54,13 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "vsae_iso": [{"mean": "identity", "variance": "fixed", "decoder_norm": "free", "k": 6}],
     "vsae_mix": [{"prior": "shifted", "mean": "identity", "coefficient": 0.1, "input_scale": "per_token"}],
     "vsae_multi": [{"covariance": ((1.0, 0.5), (0.5, 2.0)), "k": 4}],
+    "crosscoder": [{"k": 32, "sparsity": "l1", "coefficient": 0.2, "target_l0": None}],
 }
 """Further settings to meet the contract with, beside an architecture's defaults."""
 
-CASES = [{"arch": tag} | variant for tag in saes.ARCHITECTURES for variant in ({}, *VARIANTS.get(tag, []))]
+DICTIONARIES = [tag for tag, kind in saes.ARCHITECTURES.items() if issubclass(kind, SAE)]
+
+CASES = [{"arch": tag} | variant for tag in DICTIONARIES for variant in ({}, *VARIANTS.get(tag, []))]
 
 Batches = Iterator[tuple[Tensor, Tensor | None]]
 

@@ -45,6 +45,7 @@ from sae.pipeline.language_model import LanguageModel
 from sae.pipeline.metrics.downstream import Downstream, DownstreamScores
 from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.saes import parse
+from sae.pipeline.saes.contract import LayerByLayer
 from sae.pipeline.train.stage import TrainConfig, open_run, train
 
 DIRECTIONS = {"orthogonality", "jl", "encoder_decoder_cosine"}  # what does not depend on rows
@@ -687,3 +688,118 @@ def test_sites_of_two_models_are_not_spliced() -> None:
     expect_one_model([one, same])
     with pytest.raises(SaeError, match=r"^c: is of another language model than a"):
         expect_one_model([one, same, other])
+
+
+# Several stores
+
+
+class Layered(LayerByLayer):
+    """A cross-layer transcoder of sorts, of two layers as wide as each other."""
+
+    d_in = d_out = 2 * WIDTH
+    widths_in = widths_out = (WIDTH, WIDTH)
+
+    def constant(self, rows: int) -> Tensor:
+        return torch.full((rows, 2 * WIDTH), 0.01)
+
+    def written_by(self, layer: int, x: Tensor) -> tuple[int, Tensor]:
+        return (WIDTH, 0.07 * x.abs()) if layer else (0, torch.cat([0.05 * x, -0.03 * x.abs()], 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.constant(len(x))
+        for layer, part in enumerate(x.split(WIDTH, 1)):
+            place, more = self.written_by(layer, part)
+            out[:, place:] += more
+        return out
+
+
+@torch.no_grad()
+def chances_with(world: World, mlps: dict[int, Callable[[Tensor], Tensor]]) -> Tensor:
+    """Log-probabilities of the plain model where an MLP's rows are a function of the stream that it reads."""
+    model = plain_model(world.model)
+    rows = torch.zeros(world.held_out.shape, dtype=torch.bool)
+    rows.view(-1)[row_places(world.held_out, world.lengths)] = True
+    read: dict[int, Tensor] = {}
+    for layer, new in mlps.items():
+        block = blocks(model)[layer]
+        block.ln_2.register_forward_pre_hook(lambda _, args, layer=layer: read.update({layer: args[0]}))
+
+        def replace(_module: Any, _args: Any, out: Tensor, layer: int = layer, new: Any = new) -> Tensor:
+            out = out.clone()
+            out[rows] = new(read[layer][rows])
+            return out
+
+        block.mlp.register_forward_hook(replace)
+    return model(torch.from_numpy(world.held_out)).logits.double().log_softmax(-1)
+
+
+def test_several_stores_are_spliced_at_once_and_alone_and_layers_as_they_come(gpt2: World) -> None:
+    """What a layer-by-layer predictor reads in the pass that it changes; any other, in the model as it is."""
+    reads, writes = ([gpt2.store(layer, site, "validation") for layer in (0, 1)] for site in ("resid_mid", "mlp_out"))
+    dataset, mean = Dataset.of(tuple(reads), tuple(writes)), torch.linspace(-1, 1, 2 * WIDTH)
+    layered = Layered()
+    places = counted(gpt2)
+
+    def ce(chances: Tensor) -> float:
+        return float(np.mean([-chances[c, p, gpt2.held_out[c, p + 1]] for c, p in places]))
+
+    def found(sae: Any, dataset: Dataset = dataset) -> dict[str, DownstreamScores]:
+        metric = Downstream()
+        judge_tokens(sae, gpt2.booted(), gpt2.tokens(), dataset, mean, CONFIG, Silent(), [metric])
+        assert {*metric.details()} == {"downstream", "downstream_alone"}
+        return metric.scores()
+
+    first = {}  # what the first layer wrote for the second one in the same pass
+
+    def from_first(x: Tensor) -> Tensor:
+        _, both = layered.written_by(0, x)
+        first["later"] = both[:, WIDTH:]
+        return both[:, :WIDTH] + 0.01
+
+    as_they_come = {0: from_first, 1: lambda x: first["later"] + layered.written_by(1, x)[1] + 0.01}
+    values = plain_values(gpt2.model, gpt2.held_out)
+    rows = row_places(gpt2.held_out, gpt2.lengths)
+    clean = torch.cat([values[layer, "resid_mid"][rows] for layer in (0, 1)], 1)
+    fixed = layered(clean).split(WIDTH, 1)
+    constants = (torch.zeros(WIDTH),) * 2, mean.split(WIDTH)
+    zero, at_mean = ({0: lambda _, m=m: m[0], 1: lambda _, m=m: m[1]} for m in constants)
+    scored = found(layered)
+    for name, mlps in (
+        ("sae", as_they_come), ("zero", zero), ("mean", at_mean),
+        ("sae at 0.mlp_out", {0: lambda _: fixed[0]}), ("sae at 1.mlp_out", {1: lambda _: fixed[1]}),
+    ):  # fmt: skip
+        assert scored[name].ce.value == pytest.approx(ce(chances_with(gpt2, mlps)), abs=2e-6), name
+    assert scored["sae"].ce_zero is not None and scored["sae at 0.mlp_out"].ce_zero is None
+    read_before = found(layered.forward)
+    assert read_before["sae"].ce.value == pytest.approx(
+        ce(chances_with(gpt2, {0: lambda _: fixed[0], 1: lambda _: fixed[1]})), abs=2e-6
+    )
+    assert read_before["sae"].ce.value != scored["sae"].ce.value
+    with pytest.raises(SaeError, match=r"0\.mlp_out is computed after 0\.resid_mid"):
+        found(layered, Dataset.of(tuple(writes), tuple(reads)))
+
+
+def test_a_run_on_several_stores_is_judged_store_by_store(gpt2: World, tmp_path: Path) -> None:
+    dataset = Dataset.of(tuple(gpt2.store(layer, "resid_post") for layer in (0, 1)))
+    config = TrainConfig(sae=parse({"arch": "crosscoder", "d_sae": D_SAE, "k": 4}), batch=64, steps=30, lr=1e-2)
+    run = open_run(config, dataset, tmp_path, "both", resume=False)
+    train([run], dataset, Silent(), device="cpu")
+    found = judged(gpt2, run)
+    sae = trained.load_run(run)
+    held_out = dataset.held_out()
+    rows = held_out.rows(0, held_out.n_rows)
+    with torch.no_grad():
+        wrong, right = (one.split(WIDTH, 1) for one in (rows.y - sae(rows.x), rows.y - rows.y.mean(0)))
+    fvus = [(a.square().sum() / b.square().sum()).item() for a, b in zip(wrong, right, strict=True)]
+    stores = found["details"]["stores"]
+    assert [*stores] == ["0.resid_post", "1.resid_post"]
+    assert [one["fvu"] for one in stores.values()] == pytest.approx(fvus, rel=1e-4)
+    assert found["fvu_stores"] == pytest.approx(sum(fvus) / 2, rel=1e-4)
+    living = int((sae.encode(rows.x).fired() > 0).sum())
+    assert all(sum(one["decoder_shares"]) == living for one in stores.values())
+    norms = torch.stack([part.norm(dim=1) for part in sae.W_dec.split(WIDTH, 1)], 1)
+    lengths = torch.stack([part.square().sum(1).mean().sqrt() for part in rows.y.split(WIDTH, 1)])
+    kept = run.load_latents()
+    assert kept is not None
+    torch.testing.assert_close(kept["decoder_norms"], norms / lengths, rtol=1e-4, atol=1e-6)
+    assert {*found["details"]["downstream_alone"]} == {"0.resid_post", "1.resid_post"}

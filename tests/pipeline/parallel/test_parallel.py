@@ -15,6 +15,7 @@ import pytest
 import torch
 from support import small_ranks
 from support.command_line import sae
+from support.saes_kit import DICTIONARIES
 from support.saes_kit import settings as sae_settings
 from support.small_runs import outcome
 from support.small_stores import write_activations
@@ -25,7 +26,6 @@ from sae.cache.errors import SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import Batches
 from sae.cache.runs import Run
-from sae.pipeline import saes
 from sae.pipeline.parallel.launcher import launch
 from sae.pipeline.parallel.ranks import SingleRank
 from sae.pipeline.parallel.torch_distributed import LostRank, ProcessInfo, assign_devices, together, torchrun_process
@@ -63,7 +63,7 @@ def configs(**changes: Any) -> dict[str, TrainConfig]:
         return TrainConfig(sae=sae_settings(case), **{**given, **changes, **more})
 
     eager = {"dead_after": 3 * BATCH}  # dead latents, and what is done about them, within a few steps
-    found = {f"arch-{arch}": config({"arch": arch, **eager}) for arch in saes.ARCHITECTURES}
+    found = {f"arch-{arch}": config({"arch": arch, **eager}) for arch in DICTIONARIES}
     found["plain"] = config({"arch": "topk"})  # whose rows do not touch each other
     found["ghosts"] = config({"arch": "l1", "ghost_grads": True, "decoder_norm": "none", **eager})
     found["halves"] = config({"arch": "batchtopk", "input_scale": "per_token"}, precision="bfloat16", clip=None)

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from support.killing import Killed, killed_after
+from support.saes_kit import DICTIONARIES
 from support.small_runs import (
     COST,
     D_SAE,
@@ -50,7 +51,7 @@ from sae.pipeline.formats import trained
 from sae.pipeline.runtime import cores
 from sae.pipeline.runtime.interrupts import Interrupted
 from sae.pipeline.runtime.progress import Silent
-from sae.pipeline.saes import ARCHITECTURES, SAE, create, parse
+from sae.pipeline.saes import SAE, create, parse
 from sae.pipeline.train.config import REVISION, settings_of
 from sae.pipeline.train.stage import TrainConfig, open_run, share, train
 from sae.pipeline.train.sweep import open_all
@@ -711,7 +712,7 @@ def test_a_batch_of_one_row(tmp_path: Path, store: ActivationStore) -> None:
 
 # How it may be trained
 
-SMALL = {"topk": {"k": 4}, "batchtopk": {"k": 4}, "matryoshka": {"k": 4, "prefixes": (8, 20)}}
+SMALL = {"topk": {"k": 4}, "batchtopk": {"k": 4}, "crosscoder": {"k": 4}, "matryoshka": {"k": 4, "prefixes": (8, 20)}}
 REVIVALS: list[dict[str, Any]] = [
     {"kind": "resample", "every": 10, "rows": 300},
     {"kind": "reinitialise", "every": 10, "threshold": 0.01},
@@ -722,7 +723,7 @@ def described(arch: str, **changes: Any) -> dict[str, Any]:
     return {"arch": arch, "d_sae": D_SAE, "dead_after": 800, **SMALL.get(arch, {}), **changes}
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", DICTIONARIES)
 def test_every_architecture_is_resumed_and_saved(tmp_path: Path, store: ActivationStore, arch: str) -> None:
     """Stopped and continued it equals a run beside another; what is saved is what was trained."""
     config = settings(described(arch), steps=16, checkpoint_every=100)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.command_line import sae
+from support.saes_kit import DICTIONARIES
 from support.small_stores import CHUNK, activation_recipe, extend, shrunk
 from torch import Tensor
 
@@ -24,14 +25,15 @@ from sae.cache.runs import CONFIG, Run
 from sae.cache.store.manifest import Windows
 from sae.pipeline.formats import saelens, trained
 from sae.pipeline.runtime.progress import Silent
-from sae.pipeline.saes import ARCHITECTURES, SAE, create, parse
+from sae.pipeline.saes import SAE, create, parse
 from sae.pipeline.train.stage import TrainConfig, open_run, run_name, train
 from sae.pipeline.train.sweep import open_each, sweep_each
 
 D, OUT, D_SAE, ROWS = 12, 9, 24, 1024
 COST = ("seconds", "seconds_per_step", "megabytes")
 SMALL: dict[str, dict[str, Any]] = {
-    "topk": {"k": 4}, "batchtopk": {"k": 4}, "matryoshka": {"k": 4}, "jumprelu": {"target_l0": 4.0, "coefficient": 0.1},
+    "topk": {"k": 4}, "batchtopk": {"k": 4}, "matryoshka": {"k": 4}, "crosscoder": {"k": 4},
+    "jumprelu": {"target_l0": 4.0, "coefficient": 0.1},
 }  # fmt: skip
 REVIVALS = [{"kind": "resample", "every": 5, "rows": 256}, {"kind": "reinitialise", "every": 5, "threshold": 0.01}]
 
@@ -107,7 +109,7 @@ def outcome(run: Run) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     return run.load_weights()[0] | run.load_checkpoint()[0], metrics
 
 
-@pytest.mark.parametrize(("arch", "skip"), [*((arch, False) for arch in ARCHITECTURES), ("topk", True)])
+@pytest.mark.parametrize(("arch", "skip"), [*((arch, False) for arch in DICTIONARIES), ("topk", True)])
 def test_every_architecture_learns_the_target_and_is_resumed_to_the_bit(
     tmp_path: Path, dataset: Dataset, arch: str, skip: bool
 ) -> None:
