@@ -79,8 +79,8 @@ def test_every_figure_is_told_once_and_by_the_metric_that_declares_it() -> None:
     codes = sae.encode(x)
     losses = {name: (torch.rand(4, 5) + i, torch.rand(4, 5)) for i, name in enumerate(("sae", "zero", "mean"), 3)}
     truth = torch.randn(9, 6)
-    needs = available(model=True, truth=True, coefficients=True, pairs=True, mlp=True)
-    metrics = metrics_of(Subject(sae, truth, 2 * truth, ((0, 1),), torch.tanh), needs)
+    needs = available(model=True, truth=True, coefficients=True, pairs=True, mlp=True, stores=True)
+    metrics = metrics_of(Subject(sae, truth, 2 * truth, ((0, 1),), torch.tanh, ("0.mlp_out",)), needs)
     assert [one.name for one in metrics] == [one.name for one in declared()]
     for metric in metrics:
         metric.update(Encoded(x, x, codes, sae.decode(codes)))
