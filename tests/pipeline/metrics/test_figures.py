@@ -93,7 +93,7 @@ def test_every_figure_is_told_once_and_by_the_metric_that_declares_it() -> None:
 def test_what_a_metric_needs_decides_whether_it_is_made() -> None:
     subject = Subject(create(parse({"arch": "topk", "d_sae": 8, "k": 2}), 4))
     told = {one.name for one in metrics_of(subject, available(model=False, truth=False))}
-    untold = {"downstream", "jacobian", "recovery", "coefficients", "detection", "pairs"}
+    untold = {"downstream", "jacobian", "recovery", "coefficients", "detection", "pairs", "stores"}
     assert told == {one.name for one in declared()} - untold
     assert [one.name for one in metrics_of(subject, ["rows"])] == ["reconstruction", "row_error"]
 
