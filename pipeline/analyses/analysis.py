@@ -174,10 +174,3 @@ def distribution(title: str, values: Tensor, name: str = "latents") -> Panel:
     width = (high - low) / BINS
     points = [(low + (i + 0.5) * width, count) for i, count in enumerate(counts)]
     return Panel(name, title, {"": points}, marks=False)
-
-
-def correlation(a: Tensor, b: Tensor) -> float | None:
-    """Pearson's r of two lists of numbers; None where one of them does not vary."""
-    a, b = a.double().flatten() - a.double().mean(), b.double().flatten() - b.double().mean()
-    scale = (a.norm() * b.norm()).item()
-    return (a @ b).item() / scale if scale > 1e-12 * len(a) else None

@@ -17,11 +17,11 @@ from sae.pipeline.analyses.analysis import (
     Analysis,
     Finding,
     Value,
-    correlation,
     distribution,
     numbers,
     register,
 )
+from sae.pipeline.metrics.similarity import correlation
 from sae.pipeline.saes.variational import Posterior, Variational
 from sae.pipeline.saes.vsae_mix import VSAEMix
 from sae.pipeline.studies.plots import Panel

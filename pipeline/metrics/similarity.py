@@ -82,3 +82,10 @@ def random_directions(m: int, d: int, *, seed: int = 1) -> Tensor:
 def _unit(rows: Tensor) -> Tensor:
     """Rows of length 1; rows of zeros stay."""
     return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+
+
+def correlation(a: Tensor, b: Tensor) -> float | None:
+    """Pearson's r of two tensors [n], or None where one of them does not vary."""
+    a, b = (one.double() - one.double().mean() for one in (a, b))
+    scale = (a.norm() * b.norm()).item()
+    return (a @ b).item() / scale if scale > 1e-12 * len(a) else None

@@ -18,7 +18,7 @@ from torch.nn.functional import cosine_similarity
 from sae.cache.runs import Run
 from sae.pipeline.formats import trained
 from sae.pipeline.metrics.figures import label
-from sae.pipeline.metrics.similarity import best, chance, mutual
+from sae.pipeline.metrics.similarity import best, chance, correlation, mutual
 from sae.pipeline.report.compare import Row
 from sae.pipeline.studies.lab import Trial
 from sae.pipeline.studies.plots import Panel
@@ -121,13 +121,6 @@ def compare(rows: Sequence[Row], runs: Path, truth: Tensor | None) -> list[dict[
 def nearest(a: Tensor, b: Tensor) -> Tensor:
     """Return, for each row of a [n, d], its largest cosine with a row of b [m, d]: float [n]."""
     return cosine_similarity(a, b[best(a, b)])
-
-
-def correlation(a: Tensor, b: Tensor) -> float | None:
-    """Return Pearson's r of two tensors [n], or None where one of them does not vary."""
-    a, b = a - a.mean(), b - b.mean()
-    scale = (a.norm() * b.norm()).item()
-    return (a @ b).item() / scale if scale else None
 
 
 def panels(rows: Sequence[Row], latents: Sequence[dict[str, Any]]) -> list[Panel]:

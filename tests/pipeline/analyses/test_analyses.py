@@ -13,9 +13,10 @@ from torch.distributions import Normal, kl_divergence
 
 import sae
 from sae.cache.errors import SaeError
-from sae.pipeline.analyses.analysis import analyses, correlation, distribution, quantiles
+from sae.pipeline.analyses.analysis import analyses, distribution, quantiles
 from sae.pipeline.analyses.similarity import nearest
 from sae.pipeline.formats import trained
+from sae.pipeline.metrics.similarity import correlation
 from sae.pipeline.saes.variational import Variational
 
 FIVE = ["activations", "latent_space", "reconstruction", "similarity", "sparsity"]
