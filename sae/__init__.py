@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sae.pipeline.saes.l1 import L1Config as L1
     from sae.pipeline.saes.latents import Latents
     from sae.pipeline.saes.matryoshka import MatryoshkaConfig as Matryoshka
+    from sae.pipeline.saes.molt import MOLTConfig as MOLT
     from sae.pipeline.saes.p_anneal import PAnnealConfig as PAnneal
     from sae.pipeline.saes.shifted_relu import ShiftedReLUConfig as ShiftedReLU
     from sae.pipeline.saes.topk import TopKConfig as TopK

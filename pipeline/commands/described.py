@@ -37,7 +37,7 @@ FLAGS = {"train.align.by": "align"}  # options that are not called as their sett
 UNSAID = {  # what holds without an option, where that is not the setting's default, or not that of every class
     "train.align.by": "nothing",
     "train.sae.k": "32; all for vsae_iso, vsae_mix and vsae_multi",
-    "train.sae.target_l0": "32; none for hybrid, shifted_relu, vsae_iso, vsae_mix and vsae_multi",
+    "train.sae.target_l0": "32, 4 for molt; none for hybrid, shifted_relu, vsae_iso, vsae_mix and vsae_multi",
     "decompose.matrices": "every one of the MLP",
     "decompose.components": "256; 20 of toys",
     "decompose.batch": "1024 rows, 8 contexts, 2048 samples of toys",

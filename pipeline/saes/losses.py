@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import reduce
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +42,16 @@ class Losses(ABC):
         return None
 
 
+class Counted(Protocol):
+    """Codes of a batch, as far as they are counted."""
+
+    def l0(self) -> Tensor:
+        """Return how many are active in each row, int64 [B]."""
+
+    def fired(self) -> Tensor:
+        """In how many rows each is active, int64 [width]."""
+
+
 @dataclass(frozen=True, eq=False)
 class PlainLosses(Losses):
     """The loss of what has no sparse codes: its terms, and y_hat [B, d_out] in the data's units."""
@@ -55,6 +65,16 @@ class PlainLosses(Losses):
     @property
     def x_hat(self) -> Tensor:
         return self.y_hat
+
+
+@dataclass(frozen=True, eq=False)
+class CodedLosses(PlainLosses):
+    """The loss of what has codes, some of which are not active: beside it, the codes of the batch."""
+
+    codes: Counted
+
+    def l0(self) -> Tensor:
+        return self.codes.l0()
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,6 +25,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "gated": {"coefficient": 0.2},
     "p_anneal": {"coefficient": 0.2},
     "crosscoder": {"k": 4},
+    "molt": {"ranks": (4, 2), "counts": (1, 4), "target_l0": 2.0},
 }
 """What an architecture needs set to work at these sizes."""
 
@@ -66,7 +67,17 @@ Batches = Iterator[tuple[Tensor, Tensor | None]]
 
 
 def settings(case: dict[str, Any]) -> saes.Config:
-    return saes.parse({"d_sae": M, "b_dec_init": "mean"} | SMALL.get(case["arch"], {}) | case)
+    """Small settings of a sparse dictionary."""
+    found = small(case)
+    assert isinstance(found, saes.Config)
+    return found
+
+
+def small(case: dict[str, Any], **common: Any) -> saes.TrainableConfig:
+    """Small settings of anything; those that are not everybody's where it has them."""
+    known = saes.ARCHITECTURES[case["arch"]].config_type.model_fields
+    common = {"d_sae": M, "b_dec_init": "mean"} | common
+    return saes.parse({k: v for k, v in common.items() if k in known} | SMALL.get(case["arch"], {}) | case)
 
 
 class Planted:

@@ -15,8 +15,7 @@ import pytest
 import torch
 from support import small_ranks
 from support.command_line import sae
-from support.saes_kit import DICTIONARIES
-from support.saes_kit import settings as sae_settings
+from support.saes_kit import DICTIONARIES, small
 from support.small_runs import outcome
 from support.small_stores import write_activations
 from torch import Tensor
@@ -58,12 +57,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
 def configs(**changes: Any) -> dict[str, TrainConfig]:
     """Everything that trains, by name; in parts of a batch, or as it is for several processes."""
 
-    def config(case: dict[str, Any], **more: Any) -> TrainConfig:
+    def config(case: dict[str, Any], common: dict[str, Any] | None = None, **more: Any) -> TrainConfig:
         given = {"lr": 3e-3, "batch": BATCH, "steps": 12, "log_every": 3, "checkpoint_every": 6, "initial_rows": 256}
-        return TrainConfig(sae=sae_settings(case), **{**given, **changes, **more})
+        return TrainConfig(sae=small(case, **(common or {})), **{**given, **changes, **more})
 
     eager = {"dead_after": 3 * BATCH}  # dead latents, and what is done about them, within a few steps
-    found = {f"arch-{arch}": config({"arch": arch, **eager}) for arch in DICTIONARIES}
+    found = {f"arch-{arch}": config({"arch": arch}, eager) for arch in (*DICTIONARIES, "molt")}
     found["plain"] = config({"arch": "topk"})  # whose rows do not touch each other
     found["ghosts"] = config({"arch": "l1", "ghost_grads": True, "decoder_norm": "none", **eager})
     found["halves"] = config({"arch": "batchtopk", "input_scale": "per_token"}, precision="bfloat16", clip=None)

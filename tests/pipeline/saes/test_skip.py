@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.saes_kit import SMALL, B, D, batches, made, one_thread, settings, train
+from support.saes_kit import DICTIONARIES, SMALL, B, D, batches, made, one_thread, settings, train
 from torch import Tensor
 
 from sae.cache.errors import SaeError
@@ -17,7 +17,6 @@ from sae.pipeline.saes import SAE, Clock
 
 single = pytest.fixture(autouse=True, scope="module")(one_thread)
 OUT = 7
-ARCHITECTURES = [tag for tag, kind in saes.ARCHITECTURES.items() if issubclass(kind, SAE)]
 
 
 def twins(arch: str, **changes: Any) -> tuple[SAE, SAE]:
@@ -29,7 +28,7 @@ def twins(arch: str, **changes: Any) -> tuple[SAE, SAE]:
     return without, with_skip
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", DICTIONARIES)
 def test_it_is_the_loss_of_what_the_linear_path_leaves_over(arch: str) -> None:
     without, with_skip = twins(arch)
     x, y = next(batches(OUT, 1))
@@ -62,7 +61,7 @@ def test_it_starts_at_nothing() -> None:
     assert with_skip.state_dict().keys() - without.state_dict().keys() == {"W_skip"}
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", DICTIONARIES)
 def test_a_folded_one_is_the_function_that_was_trained(arch: str) -> None:
     sae = made(settings({"arch": arch, "skip": True}), OUT)
     train(sae, batches(OUT, 5), lr=1e-2)
