@@ -222,7 +222,7 @@ class Variational(Steered):
 
     def _reconstruct(self, active: Latents, weights: Weights) -> Tensor:
         if isinstance(active, Drawn) and active.z is not None:
-            return active.z @ weights.W_dec + self.b_dec
+            return active.z @ weights.W_dec + self._past_latents(active)
         return super()._reconstruct(active, weights)
 
     def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
