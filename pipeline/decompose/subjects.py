@@ -166,15 +166,18 @@ class LocalMLP(Subject):
         return Loaded(data.batches(batch, seed=self.config.seed, device=self.model.device))
 
     def clean(self, batch: Batch) -> Clean:
-        read: dict[str, Tensor] = {}
-        with torch.no_grad():
-            self.predict(batch.x, reading(read, self._there))
-
         def measured(products: Mapping[str, Product]) -> dict[str, Tensor]:
             error = (self.predict(batch.x, products) - batch.y).square().sum(1).mean()
             return {"fvu": error / self._variance}
 
-        return Clean(read, None, measured)
+        return Clean(self.read(batch.x), None, measured)
+
+    @torch.no_grad()
+    def read(self, x: Tensor) -> dict[str, Tensor]:
+        """What each matrix reads, [n, ...], where the MLP reads rows [n, d_in]."""
+        found: dict[str, Tensor] = {}
+        self.predict(x, reading(found, self._there))
+        return found
 
     def predict(self, x: Tensor, products: Mapping[str, Product]) -> Tensor:
         """What the MLP makes of rows [n, d_in] with some products replaced, [n, d_out]."""

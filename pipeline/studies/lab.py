@@ -82,12 +82,13 @@ class Lab:
         if whole and (eval_config := missing(run, self.eval_config, dataset, held_out, place.cache)) is not None:
             evaluate(
                 eval_config, run, place.cache, place.progress, activations=str(dataset.inputs[0].path),
-                device=place.device, language_model=None if dataset.provenance.text is None else self._model(dataset),
+                device=place.device, language_model=None if dataset.provenance.text is None else self.model(dataset),
             )  # fmt: skip
         found = results.of_run(run, dataset, held_out, self.eval_config, place.progress, place.device)
         return {**found, **(results.judged(run) if whole else dict.fromkeys(results.of_more()))}
 
-    def _model(self, dataset: Dataset) -> LanguageModel:
+    def model(self, dataset: Dataset) -> LanguageModel:
+        """Return the language model that a dataset comes from, booted once."""
         store = (dataset.targets or dataset.inputs)[0]
         name = canonical(store.recipe["model"])
         if name not in self._models:
