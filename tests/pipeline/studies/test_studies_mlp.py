@@ -11,6 +11,7 @@ from support.small_studies import BASE, lab_in
 from sae.cache.activations import ActivationStore
 from sae.cache.loader.dataset import Dataset
 from sae.pipeline.harvest.sources.language_model import HarvestConfig
+from sae.pipeline.language_model import LanguageModel
 from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.studies.lab import Lab
 from sae.pipeline.studies.mlp import Mlp
@@ -20,11 +21,12 @@ from sae.pipeline.studies.study import Setup
 @pytest.mark.slow
 def test_each_method_has_its_place_on_the_same_axes(tmp_path: Path) -> None:
     root, d = tmp_path / "cache", WIDTH
-    with small_stages():
+    boot = LanguageModel.boot
+    with small_stages() as patch:
+        patch.setattr(LanguageModel, "boot", lambda name, **options: boot(name, **{**options, "device": "cpu"}))  # anew
         model = save_model("gpt2", tmp_path / "model")
-        tokens = [
-            token_store(root, made_up(n, seed=n), split=split) for split, n in (("train", 60), ("validation", 20))
-        ]
+        splits = {"train": 60, "validation": 20}
+        tokens = [token_store(root, made_up(n, seed=n), split=split) for split, n in splits.items()]
         config = HarvestConfig(model=str(model), layer=(1,), site=("mlp_in", "mlp_out"), codec="float32")
         stores = harvest(config, tokens, root, Silent()).stores["train"]
         lab = lab_in(root, tmp_path / "runs")
