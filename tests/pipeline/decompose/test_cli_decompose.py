@@ -87,7 +87,7 @@ def test_the_kinds_as_json(place: Place, run: Path, tmp_path: Path) -> None:
         "compare one",
         "export one --to saelens --out x",
         "train --resume --name one",
-    ],  # fmt: skip
+    ],
 )
 def test_what_reads_dictionaries_says_that_it_is_none(place: Place, run: Path, command: str) -> None:
     where = ["--runs", run.parent] + ([] if command.split()[0] in ("compare", "export") else ["--cache", place.cache])
