@@ -33,6 +33,7 @@ from sae.pipeline.decompose.losses import Decomposition
 from sae.pipeline.decompose.stage import decompose
 from sae.pipeline.evaluate.judging import EvalConfig, judge
 from sae.pipeline.evaluate.stage import evaluate as evaluate_run
+from sae.pipeline.formats.trained import load_latents
 from sae.pipeline.harvest.sources import SOURCES, RowSource, settings_of_sources
 from sae.pipeline.harvest.sources.language_model import HarvestConfig, LanguageModelSource
 from sae.pipeline.harvest.sources.memory import MemoryConfig, MemorySource
@@ -175,21 +176,22 @@ class Session(Workplace):
     ) -> Dataset:  # fmt: skip
         """Rows to train and evaluate on, with targets [n, d_out] for a transcoder.
 
-        Either a store of the cache, by its key or the beginning of it (default: what the last harvest made), and the
-        `first` so many of its rows; or rows in memory [n, d], of which a share `validation` is held out. Those are
-        written into the cache under `name`, so that training on them again takes up what is there. An iterator of parts
-        [n_i, d] is read once, never held in memory, and becomes the store that a file of its rows would.
+        Either a store of the cache, by its key or the beginning of it (default: what the last harvest made), or a list
+        of stores whose rows lie side by side, and the `first` so many of the rows; or rows in memory [n, d], of which a
+        share `validation` is held out. Those are written into the cache under `name`, so that training on them again
+        takes up what is there. An iterator of parts [n_i, d] is read once, never held in memory, and becomes the store
+        that a file of its rows would.
         """
         if isinstance(rows, Dataset):
             if target is not None:
                 raise SaeError("target: a dataset has its targets already; give the store of the inputs")
             return rows if first is None else rows.first(first)
-        if isinstance(rows, ActivationStore | str | None):
-            if not isinstance(target, ActivationStore | str | None):
+        if rows is None or _names_stores(rows):
+            if not (target is None or _names_stores(target)):
                 raise SaeError("target: is in memory, and the rows are of a store; give both in one of these ways")
-            x = self._store(rows, "rows")
-            return Dataset.of(x, () if target is None else self._store(target, "target"), rows=first)
-        if isinstance(target, ActivationStore | str):
+            x = self._stores(rows, "rows")
+            return Dataset.of(x, () if target is None else self._stores(target, "target"), rows=first)
+        if target is not None and _names_stores(target):
             raise SaeError("target: is a store, and the rows are in memory; give both in one of these ways")
         if isinstance(rows, Iterator):
             if target is not None:
@@ -273,7 +275,7 @@ class Session(Workplace):
 
     def export(self, run: Run | Named, folder: Named, format: str = "saelens") -> Path:
         """Write the dictionary of a run into a new folder as another tool opens it, as `sae export`; where it is."""
-        dictionary = self.load(run)
+        dictionary = load_latents(run if isinstance(run, Run) else self.run(run))
         formats.write(dictionary.cpu(), dictionary.metadata, os.fspath(folder), format)
         return Path(folder)
 
@@ -392,10 +394,13 @@ class Session(Workplace):
         run = run if isinstance(run, Run) else self.run(run)
         return write_report(run, self.cache, self.progress, config=config, device=self.device)
 
-    def _store(self, said: ActivationStore | str | None, what: str) -> ActivationStore:
-        if isinstance(said, ActivationStore):
-            return said
-        return catalogue.find(self.cache, ActivationStore, said, what)
+    def _stores(self, said: Any, what: str) -> tuple[ActivationStore, ...]:
+        """The stores of one side, which a list names where there are several."""
+        each = said if isinstance(said, list) else [said]
+        return tuple(
+            one if isinstance(one, ActivationStore) else catalogue.find(self.cache, ActivationStore, one, what)
+            for one in each
+        )
 
 
 def tokenize(**settings: Any) -> TokenStore:
@@ -429,6 +434,12 @@ def evaluate(what: Dictionary | Run | Named | None = None, rows: Any = None, /, 
 def _expect_folder_name(name: str) -> None:
     if name == ".." or Path(name).name != name:
         raise SaeError(f"name = {name!r}: is not the name of a folder; where the folder goes is said by `runs`")
+
+
+def _names_stores(said: Any) -> bool:
+    """Return True for a store or its name, and for a list of such."""
+    each = said if isinstance(said, list) and said else [said]
+    return all(isinstance(one, ActivationStore | str) for one in each)
 
 
 def _settings(section: str, kind: type[Kind], preset: str | None, settings: dict[str, Any]) -> Kind:

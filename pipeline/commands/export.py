@@ -54,7 +54,7 @@ def export(
     found = [run_or_folder(here.runs, name) for name in names]
     with here.loading_torch():
         from sae.pipeline import formats
-        from sae.pipeline.formats.trained import load_run
+        from sae.pipeline.formats.trained import load_latents
 
     name = "+".join(one.name for one in found)[:CHARACTERS]
     where = folder("--out", out or Path(f"{name}-{to}"))
@@ -73,7 +73,7 @@ def export(
         return
     parts = []
     for one in found:
-        dictionary = formats.read(one).dictionary if isinstance(one, Path) else load_run(one)
+        dictionary = formats.read(one).dictionary if isinstance(one, Path) else load_latents(one)
         metadata = dictionary.metadata
         if model_name is not None:
             metadata = metadata._replace(model=model_name)

@@ -15,6 +15,8 @@ from typing import ClassVar, NamedTuple, TypeVar
 
 from sae.cache.disk.durable import unreadable
 from sae.cache.errors import NotFound, SaeError
+from sae.pipeline.saes.clt import CLT
+from sae.pipeline.saes.contract import LatentCoder
 from sae.pipeline.saes.dictionary import Dictionary, FixedDictionary, Metadata
 from sae.pipeline.saes.inference import Formula
 
@@ -52,6 +54,10 @@ class Format(ABC):
         if len(parts) != 1:
             raise ValueError("a folder of it holds one dictionary; write each into a folder of its own")
         self.write(*parts[0], folder)
+
+    def write_layers(self, clt: CLT, folder: Path) -> None:
+        """Write a cross-layer transcoder. Raises ValueError where the tool has no words for it."""
+        raise ValueError("it has no cross-layer transcoders")
 
 
 FORMATS: dict[str, Format] = {}
@@ -98,12 +104,12 @@ def read(path: Path | str) -> Reading:
     return Reading(dictionary, metadata)
 
 
-def write(dictionary: Dictionary, metadata: Metadata, path: Path | str, format: str = "saelens") -> None:
+def write(dictionary: LatentCoder, metadata: Metadata, path: Path | str, format: str = "saelens") -> None:
     """Write a dictionary into a new or empty folder, as the format's tool opens it; errors as of `write_set`."""
     write_set([(dictionary, metadata)], path, format)
 
 
-def write_set(parts: Sequence[tuple[Dictionary, Metadata]], path: Path | str, format: str) -> None:
+def write_set(parts: Sequence[tuple[LatentCoder, Metadata]], path: Path | str, format: str) -> None:
     """Write dictionaries into a new or empty folder, several where the format keeps sets of them.
 
     Raises SaeError where the folder holds something, or the tool has no words for such dictionaries.
@@ -118,7 +124,18 @@ def write_set(parts: Sequence[tuple[Dictionary, Metadata]], path: Path | str, fo
     if not vacant:
         raise SaeError(f"{path}: is there already; name a folder that is not there or is empty")
     try:
-        formulas = [(dictionary.formula(), metadata) for dictionary, metadata in parts]
+        if any(isinstance(dictionary, CLT) for dictionary, _ in parts):
+            if len(parts) > 1:
+                raise ValueError("a cross-layer transcoder is of all layers; write it into a folder of its own")
+            ((clt, metadata),) = parts
+            assert isinstance(clt, CLT), "the only one"
+            clt.metadata = metadata
+            FORMATS[format].write_layers(clt, folder)
+            return
+        formulas = []
+        for one, metadata in parts:
+            assert isinstance(one, Dictionary), "all that have latents are one or the other"
+            formulas.append((one.formula(), metadata))
         if any(formula.of_several_stores for formula, _ in formulas):
             raise ValueError("it has none whose rows are of several stores")
         FORMATS[format].write_set(formulas, folder)

@@ -2,8 +2,12 @@
 
 W_enc is [m, d] there. A transcoder reads and writes the same points in every layer; all have as many latents, and
 choose them alike. Thresholds below 0 are written as 0: its JumpReLU has no ReLU. Its TopK has none either, so a latent
-that is negative and among the k largest would count there, and does not here. Source: circuit-tracer 4bb8c0e
-(`transcoder/single_layer_transcoder.py`, `utils/hf_utils.py`).
+that is negative and among the k largest would count there, and does not here.
+
+A cross-layer transcoder is a folder with `W_enc_N.safetensors` (W_enc [m, d], both biases, thresholds) and
+`W_dec_N.safetensors` ([m, layers - N, d]) for each layer N, all layers of the model from 0 on, with ReLU or thresholds.
+Source: circuit-tracer 4bb8c0e and b00048e (`transcoder/single_layer_transcoder.py`,
+`transcoder/cross_layer_transcoder.py`, `utils/hf_utils.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from torch import Tensor
 from sae.cache.disk.durable import write_in
 from sae.cache.disk.tensors import write_tensors
 from sae.cache.points import point_of_hook
+from sae.pipeline.saes.clt import CLT
 from sae.pipeline.saes.inference import Formula, ThresholdRule, TopKRule
 
 from . import files
@@ -29,7 +34,7 @@ Part = tuple[Formula, Metadata]
 
 @register
 class CircuitTracer(Format):
-    """Folders of circuit-tracer: a transcoder for each layer, from 0 on. Written alone, of several runs at once."""
+    """Folders of circuit-tracer: a transcoder for each layer, of several runs at once, or one of all. Written alone."""
 
     name = "circuit-tracer"
 
@@ -46,6 +51,48 @@ class CircuitTracer(Format):
         write_in(folder, CONFIG, data)
         for layer, its in enumerate(tensors):
             write_tensors(folder, WEIGHTS.format(layer), its)
+
+    def write_layers(self, clt: CLT, folder: Path) -> None:
+        formulas, metadata = clt.formulas(), clt.metadata
+        widths = {*clt.widths_in, *clt.widths_out}
+        if len(widths) > 1:
+            raise ValueError(f"its layers are all as wide, and these are {', '.join(map(str, sorted(widths)))}")
+        if (rule := formulas[0].rule).name not in ("relu", "threshold"):
+            raise ValueError(
+                f"it has no {rule.name} in cross-layer transcoders; train with train.sae.sparsity = batchtopk"
+            )
+        sides = (metadata.hook, *metadata.beside), (metadata.hook_out, *metadata.beside_out)
+        reads, writes = (_every_layer(side, len(formulas)) for side in sides)
+        if metadata.model is None:
+            raise ValueError("the name of the language model is not known")
+        config = {
+            "model_name": metadata.model, "model_kind": "cross_layer_transcoder", "feature_input_hook": reads,
+            "feature_output_hook": writes, "scan": folder.name,
+        }  # fmt: skip
+        write_in(folder, CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
+        biases = clt.constant(1)[0].split([*clt.widths_out])
+        for layer, (formula, bias) in enumerate(zip(formulas, biases, strict=True)):
+            files.expect_unscaled(formula)
+            own = {"W_enc": formula.W_enc.T, "b_enc": formula.b_enc, "b_dec": bias}
+            if isinstance(formula.rule, ThresholdRule):
+                own["threshold"] = formula.rule.threshold.clamp(min=0)
+            write_tensors(folder, f"W_enc_{layer}.safetensors", {f"{name}_{layer}": one for name, one in own.items()})
+            decoders = formula.W_dec.view(formula.d_sae, -1, clt.widths_out[layer])
+            write_tensors(folder, f"W_dec_{layer}.safetensors", {f"W_dec_{layer}": decoders})
+
+
+def _every_layer(hooks: Sequence[str | None], layers: int) -> str:
+    """A hook point without its layer, of hooks that are at it in every layer from 0 on."""
+    points = [None if hook is None else point_of_hook(hook) for hook in hooks]
+    if [None if point is None else point[0] for point in points] != [*range(layers)]:
+        named = ", ".join(map(str, hooks))
+        raise ValueError(f"it reads and writes every layer of the model from 0 on, and these are {named}")
+    inside = {str(_inside(hook)) for hook in hooks}
+    if len(inside) > 1:
+        raise ValueError(
+            f"it reads and writes one point in every layer, and these are several: {', '.join(sorted(inside))}"
+        )
+    return inside.pop()
 
 
 def _by_layer(parts: Sequence[Part]) -> list[Part]:

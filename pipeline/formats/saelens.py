@@ -92,7 +92,7 @@ def written(formula: Formula, metadata: Metadata) -> tuple[dict[str, Tensor], di
         "reshape_activations": "hook_z" if (metadata.hook or "").endswith(".hook_z") else "none",
         **({"d_out": formula.d_out} if formula.transcoder else {}),
         **{name: list(each) for name in WIDTHS if (each := getattr(formula, name))},
-        "metadata": _metadata(metadata),
+        "metadata": said_of(metadata),
     }
     return {names.get(name, name): tensor.detach().contiguous() for name, tensor in tensors.items()}, config
 
@@ -211,7 +211,7 @@ def _rule(kind: type[Rule], left: dict[str, Tensor], config: dict[str, Any], d_s
     })  # fmt: skip
 
 
-def _metadata(metadata: Metadata) -> dict[str, Any]:
+def said_of(metadata: Metadata) -> dict[str, Any]:
     """The keys by which SAELens and what is built on it find the model, the hook point and the text."""
     if metadata.model is None:  # rows of no language model
         return {"sae_lens_version": VERSION, "dataset_path": metadata.dataset}

@@ -15,6 +15,7 @@ from sae.cache.outliers import Limits
 from sae.cache.runs import CHECKPOINT, CONFIG, Run
 from sae.pipeline.formats import saelens
 from sae.pipeline.saes import ARCHITECTURES, SAE, Config, Predictor, Trainable, TrainableConfig, parse, trainable
+from sae.pipeline.saes.contract import LatentCoder
 from sae.pipeline.saes.dictionary import Dictionary, FixedDictionary, Metadata
 
 
@@ -55,7 +56,8 @@ def written(trained: Trainable, metadata: Metadata) -> tuple[dict[str, Tensor], 
     if isinstance(trained, SAE):
         return saelens.written(trained.formula(), metadata)
     tensors = {name: value.detach().contiguous() for name, value in trained.state_dict().items()}
-    return tensors, {"architecture": trained.config.arch, "d_in": trained.d_in, "d_out": trained.d_out}
+    described = {"architecture": trained.config.arch, "d_in": trained.d_in, "d_out": trained.d_out}
+    return tensors, described | ({"metadata": saelens.said_of(metadata)} if isinstance(trained, LatentCoder) else {})
 
 
 def load_run(run: Run) -> Dictionary:
@@ -68,6 +70,15 @@ def load_run(run: Run) -> Dictionary:
     if not isinstance(found, Dictionary):
         arch = dictionary_of(run).arch
         raise SaeError(f"{run.path}: trained a {arch}, not a sparse dictionary; only `evaluate()` reads it")
+    return found
+
+
+def load_latents(run: Run) -> LatentCoder:
+    """What a finished run trained, where its codes are latents that can be looked up; errors as in `load_run`."""
+    found = load_any(run)
+    if not isinstance(found, LatentCoder):
+        arch = dictionary_of(run).arch
+        raise SaeError(f"{run.path}: trained a {arch}, whose codes are no latents; only `evaluate()` reads it")
     return found
 
 
@@ -85,6 +96,8 @@ def load_any(run: Run) -> Predictor:
             inputs, targets = (tuple(recipe["d"] for recipe in side) for side in run.seen.recipes)
             made = trainable(config, inputs, targets or None)
             made.load_state_dict(tensors)
+            if isinstance(made, LatentCoder):
+                made.metadata = saelens.metadata_of(inner(described, "metadata"))
             return made.eval().requires_grad_(False)
         sae = kind.from_formula(config, saelens.formula_of(tensors, described))
         sae.metadata = saelens.metadata_of(inner(described, "metadata") if "metadata" in described else {})

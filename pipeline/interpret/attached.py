@@ -32,6 +32,8 @@ def attach(model: Any, dictionary: Dictionary, at: Said | None = None, *, writes
     `blocks.6.hook_mlp_out`, or the name of a module; default: where the dictionary says that it belongs. `writes`: of a
     transcoder, likewise. Raises SaeError where neither says it.
     """
+    if len(dictionary.widths_in) > 1 or len(dictionary.widths_out) > 1:
+        raise SaeError("the dictionary is of several places at once, and is attached at none; `evaluate()` splices it")
     reads = at or dictionary.metadata.hook
     to = writes or (dictionary.metadata.hook_out if dictionary.is_transcoder else reads)
     for name, place in (("at", reads), ("writes", to)):

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from sae.cache.activations import ActivationStore
 from sae.cache.errors import DamagedStore, SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.store.codecs import Encoded
@@ -245,7 +244,7 @@ def _values_around(
             for rows in np.split(index, np.flatnonzero(np.diff(index // store.chunk_rows)) + 1):
                 for at in range(0, len(rows), BATCH_ROWS):
                     part = rows[at : at + BATCH_ROWS]
-                    found = firings(sae, _gather(store, window.start + part).to(device))
+                    found = firings(sae, _gather(dataset, window.start + part).to(device))
                     keep = shown[found.latent]
                     place = position[part[found.row[keep]]]
                     keys = zip(found.latent[keep].tolist(), place.tolist(), strict=True)
@@ -256,8 +255,11 @@ def _values_around(
     return values, there
 
 
-def _gather(store: ActivationStore, rows: np.ndarray) -> torch.Tensor:
-    """Rows of one chunk, decoded: float32 [n, d]."""
+def _gather(dataset: Dataset, rows: np.ndarray) -> torch.Tensor:
+    """Rows of one chunk of the first store, decoded: float32 [n, d_in]."""
+    store, *others = dataset.inputs
+    if others:  # whose chunks may be of other sizes
+        return dataset.read(int(rows[0]), int(rows[-1]) + 1)[torch.from_numpy(rows - rows[0])]
     chunk = int(rows[0]) // store.chunk_rows
     encoded = store.encoded_chunk(chunk)
     inside = torch.from_numpy(rows - chunk * store.chunk_rows)

@@ -200,7 +200,7 @@ def survey(
         for start, position, document in _windows(store, tokens, rows):
             for first in range(start, start + len(position), store.chunk_rows):
                 stop = min(first + store.chunk_rows, start + len(position))
-                chunk, inside = store.rows(first, stop), np.arange(first - start, stop - start)
+                chunk, inside = dataset.read(first, stop), np.arange(first - start, stop - start)
                 if (kept := dataset.kept(first, stop)) is not None:
                     chunk, inside = chunk[kept], inside[kept]
                 for at in range(0, len(chunk), BATCH_ROWS):

@@ -45,6 +45,8 @@ def write(run: Run, folder: Path, model: str | None = None) -> list[Path]:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SaeError(f"{folder}: is there already; name a folder that is not there or is empty")
+    if len(run.seen.inputs) > 1:
+        raise SaeError(f"{run.name}: a page there is of one point, and its latents read {run.seen.key}")
     origin = provenance(run.seen.inputs[0].recipe)
     if not isinstance(origin, LanguageModelRows):
         raise SaeError(f"{run.name}: its pages show text, and the rows of {run.seen.key} come from none")

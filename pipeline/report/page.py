@@ -29,6 +29,7 @@ from sae.pipeline.report.charts import Series, framed, line_chart, number
 from sae.pipeline.report.contexts import LEVELS, features_html
 from sae.pipeline.report.escaping import escape
 from sae.pipeline.report.scores import density_html, scores_html, tree
+from sae.pipeline.report.stores import stores_html
 from sae.pipeline.report.toys import DrawnToy, drawn_toy, toy_html
 
 LEAST_SHARE = 1e-19  # of the rows of a store that a latent fires on, where it does at all
@@ -121,19 +122,22 @@ def page(found: Found) -> str:
 
 def _place(found: Found) -> str:
     """Say at which point of which model the dictionary is; for rows that come from no model, name the stores."""
-    sides = [provenance(recipe) for side in found.seen.recipes for recipe in side]
-    if not all(isinstance(side, LanguageModelRows) for side in sides):
+    sides = [[provenance(recipe) for recipe in side] for side in found.seen.recipes]
+    points = [[one for one in side if isinstance(one, LanguageModelRows)] for side in sides]
+    if points != sides:
         return found.seen.key
-    first, *others = [side for side in sides if isinstance(side, LanguageModelRows)]
-    place = f"{Path(first.model).name} · layer {first.layer} · {first.site}"
-    return " → ".join(
-        [place, *(one.site if one.layer == first.layer else f"layer {one.layer} · {one.site}" for one in others)]
-    )
+    first = points[0][0]
+    model, several = Path(first.model).name, len(points[0]) > 1 or len(points[1]) > 1
+    if several:
+        names = [" + ".join(f"{one.layer}.{one.site}" for one in side) for side in points if side]
+        return f"{model} · {' → '.join(names)}"
+    others = [one.site if one.layer == first.layer else f"layer {one.layer} · {one.site}" for one in points[1]]
+    return " → ".join([f"{model} · layer {first.layer} · {first.site}", *others])
 
 
 def _heading(found: Found) -> str:
     sae, recipe = found.sae, found.seen.inputs[0].recipe
-    k, width = sae.k, recipe["d"]
+    k, width = sae.k, sum(one.recipe["d"] for one in found.seen.inputs)
     chosen = f" with k = {k}" if k is not None else ""
     wider = f", {number(sae.d_sae / width, 3)} for each of the {width:,} dimensions it reads"
     text = f"A <b>{escape(sae.arch)}</b> dictionary of <b>{sae.d_sae:,} latents</b>{chosen}{wider}"
@@ -152,7 +156,7 @@ def _scores(found: Found) -> str:
         return _missing(f"This run has not been judged yet: sae eval {found.name}")
     text = provenance(found.seen.inputs[0].recipe).text
     vocabulary = None if text is None else text.n_vocab
-    return scores_html(found.evaluation, found.sae.d_sae, vocabulary)
+    return scores_html(found.evaluation, found.sae.d_sae, vocabulary) + stores_html(found.evaluation)
 
 
 def _density(found: Found) -> str:
@@ -244,7 +248,8 @@ def _settings(found: Found) -> str:
         asked, heading = found.config["imported"], "Imported"
     others = {k: v for k, v in asked.items() if k != "sae"}
     sides = {"Dictionary": asked["sae"], heading: others, "Activations": found.config["activations"]}
-    sides |= {"Targets": {str(i): one for i, one in enumerate(found.config.get("targets", []), 1)}}
+    for title, name in (("Beside them", "beside"), ("Targets", "targets")):
+        sides[title] = {str(i): one for i, one in enumerate(found.config.get(name, []), 1)}
     body = "".join(f"<div><h3>{title}</h3>{tree(values)}</div>" for title, values in sides.items() if values)
     raw = escape(json.dumps(found.config, indent=2, ensure_ascii=False))
     return (

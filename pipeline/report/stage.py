@@ -43,7 +43,7 @@ def report(
     tokens = catalogue.of_recipe(root, TokenStore, text.recipe)
     if tokens is None:
         raise NotFound(f"{root}: the tokens {dataset.key} was harvested from are gone; run `tokenize()` again")
-    sae = trained.load_run(run).to(where)
+    sae = trained.load_latents(run).to(where)
     trained.expect_fits(dataset, sae, run)
     features = find_features(sae, dataset, tokens, config or FeaturesConfig(), progress, device=where)
     run.write_json(FEATURES, features.model_dump(mode="json"))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .config import FINISHED, Clock, TrainableConfig
 from .latents import Latents
 from .losses import Losses, Observed, share, spread
+from .metadata import Metadata
 
 
 class Predictor(nn.Module, ABC):
@@ -87,6 +88,7 @@ class LatentCoder(Coder):
     """A coder whose codes are latents [B, d_sae], most of them zero: what can be looked up one by one."""
 
     d_sae: int
+    metadata = Metadata()
 
     @abstractmethod
     def encode(self, x: Tensor) -> Latents:

@@ -13,8 +13,10 @@ from support.saes_kit import D, M, batches, made, one_thread, settings, train
 from support.small_formats import D_OUT, numbers, rows
 
 from sae.cache.errors import SaeError
-from sae.pipeline import formats
+from sae.pipeline import formats, saes
 from sae.pipeline.formats import Metadata
+from sae.pipeline.saes import Clock
+from sae.pipeline.saes.clt import CLT
 from sae.pipeline.saes.dictionary import Dictionary, FixedDictionary
 from sae.pipeline.saes.inference import Formula, ReLURule, TopKRule
 
@@ -105,3 +107,80 @@ def test_ks_that_differ(tmp_path: Path) -> None:
 def test_several_in_one_folder_are_of_this_tool_alone(tmp_path: Path) -> None:
     with pytest.raises(SaeError, match="saelens cannot say these dictionaries: a folder of it holds one"):
         formats.write_set([part(0), part(1)], tmp_path / "x", "saelens")
+
+
+# Cross-layer transcoders
+
+
+def of_all_layers(case: dict[str, Any], into: int = D) -> CLT:
+    """A transcoder of three layers, after a few steps."""
+    config = saes.parse({"arch": "clt", "d_sae": M, "b_dec_init": "mean"} | case)
+    clt = saes.trainable(config, (D, D, D), (into, into, into))
+    assert isinstance(clt, CLT)
+    x, y = 3 * numbers(20, 3 * D), numbers(20, 3 * into, seed=1) ** 2
+    clt.initialise(x, y)
+    optimiser = torch.optim.Adam(clt.parameters(), lr=1e-2, fused=True)
+    for step in range(3):
+        losses = clt.loss(x, y, Clock(step, 3, len(x)))
+        optimiser.zero_grad()
+        losses.total.backward()
+        clt.before_step()
+        optimiser.step()
+        clt.after_step()
+        clt.track(clt.observe(losses))
+    hooks = [tuple(f"blocks.{layer}.{site}" for layer in range(3)) for site in ("mlp.hook_in", "hook_mlp_out")]
+    clt.metadata = Metadata("owner/model", hooks[0][0], hooks[1][0], beside=hooks[0][1:], beside_out=hooks[1][1:])
+    return clt.eval().requires_grad_(False)
+
+
+def read_by_them(folder: Path, x: torch.Tensor) -> torch.Tensor:
+    """What it gives for rows of all layers: the latents of layer i write W_dec_i[:, j - i] to layer j."""
+    encoders, decoders = (
+        [safetensors.torch.load_file(folder / f"{name}_{layer}.safetensors") for layer in range(3)]
+        for name in ("W_enc", "W_dec")
+    )
+    out = [encoders[j][f"b_dec_{j}"].expand(len(x), D) for j in range(3)]
+    for i, part in enumerate(x.split(D, 1)):
+        t = encoders[i]
+        assert t[f"W_enc_{i}"].shape == (M, D) and decoders[i][f"W_dec_{i}"].shape == (M, 3 - i, D)
+        p = part @ t[f"W_enc_{i}"].T + t[f"b_enc_{i}"]
+        f = p * (p > t[f"threshold_{i}"])
+        out = [y if j < i else y + f @ decoders[i][f"W_dec_{i}"][:, j - i] for j, y in enumerate(out)]
+    return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize(
+    "case", [{"sparsity": "jumprelu", "theta_init": 0.05}, {"sparsity": "batchtopk", "k": 4}], ids=str
+)
+def test_a_cross_layer_transcoder_is_a_folder_of_triangles(case: dict[str, Any], tmp_path: Path) -> None:
+    clt = of_all_layers(case)
+    formats.write(clt, clt.metadata, tmp_path / "clt", "circuit-tracer")
+    assert yaml.safe_load((tmp_path / "clt" / "config.yaml").read_text()) == {
+        "model_name": "owner/model", "model_kind": "cross_layer_transcoder", "feature_input_hook": "mlp.hook_in",
+        "feature_output_hook": "hook_mlp_out", "scan": "clt",
+    }  # fmt: skip
+    x = numbers(20, 3 * D, seed=2)
+    torch.testing.assert_close(read_by_them(tmp_path / "clt", x), clt(x), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(clt(x), clt.constant(len(x)))
+
+
+def test_what_is_no_cross_layer_transcoder_of_theirs_is_one_line(tmp_path: Path) -> None:
+    batch = {"sparsity": "batchtopk", "k": 4}
+    clt, said = of_all_layers(batch), of_all_layers(batch).metadata
+    for other, metadata, line in (
+        (of_all_layers({"k": 4}), said, "no topk in cross-layer transcoders"),
+        (of_all_layers(batch, into=D + 1), said, "its layers are all as wide"),
+        (clt, said._replace(beside=said.beside[:1] * 2), "reads and writes every layer of the model from 0 on"),
+        (clt, said._replace(model=None), "name of the language model is not known"),
+        (
+            clt,
+            said._replace(beside_out=("blocks.1.hook_mlp_out", "blocks.2.hook_resid_post")),
+            "one point in every layer",
+        ),
+    ):
+        with pytest.raises(SaeError, match=line):
+            formats.write(other, metadata, tmp_path / "out", "circuit-tracer")
+    for name in ("saelens", "sparsify", "openmoss", "dictionary_learning"):
+        with pytest.raises(SaeError, match="it has no cross-layer transcoders"):
+            formats.write(clt, said, tmp_path / "out", name)
+    assert not (tmp_path / "out").exists()

@@ -75,6 +75,18 @@ def outcome(run: Run) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     return run.load_weights()[0] | run.load_checkpoint()[0], metrics
 
 
+def stopping(step: int) -> Silent:
+    class Stopping(Silent):
+        left = step
+
+        def advance(self, n: int, **fields: object) -> None:
+            self.left -= n
+            if not self.left:
+                signal.raise_signal(signal.SIGINT)
+
+    return Stopping()
+
+
 def test_rows_of_several_stores_lie_side_by_side_in_one_order(stores: tuple[ActivationStore, ...]) -> None:
     dataset = Dataset.of(stores[:2], stores[1:])
     assert (dataset.widths_in, dataset.d_in, dataset.widths_out, dataset.d_out) == ((6, 9), 15, (9, 5), 14)
@@ -140,16 +152,8 @@ def test_a_run_on_several_stores_is_resumed_to_the_bit_and_opens_again(
     dataset = Dataset.of(stores)
     whole = go(settings(), dataset, tmp_path / "whole")
 
-    class Stopping(Silent):
-        left = 7
-
-        def advance(self, n: int, **fields: object) -> None:
-            self.left -= n
-            if not self.left:
-                signal.raise_signal(signal.SIGINT)
-
     with pytest.raises(Interrupted, match="checkpoint at step 7"):
-        go(settings(), dataset, tmp_path / "cut", progress=Stopping())
+        go(settings(), dataset, tmp_path / "cut", progress=stopping(7))
     cut = go(settings(), dataset, tmp_path / "cut", resume=True)
     (tensors, metrics), (others, logged) = outcome(whole), outcome(cut)
     assert metrics == logged and all(torch.equal(tensors[name], others[name]) for name in tensors)
@@ -161,6 +165,27 @@ def test_a_run_on_several_stores_is_resumed_to_the_bit_and_opens_again(
     assert trained.dataset_of(cut, root).key == dataset.key
     with pytest.raises(SaeError, match="saelens cannot say this dictionary: it has none whose rows are of several"):
         write(loaded, loaded.metadata, tmp_path / "out")
+
+
+def test_a_cross_layer_transcoder_is_resumed_to_the_bit_and_opens_again(
+    stores: tuple[ActivationStore, ...], tmp_path: Path
+) -> None:
+    dataset = Dataset.of(stores[:2], stores[1:])
+    config = settings(sae=parse({"arch": "clt", "k": 2, "d_sae": 12, "dead_after": 200}))
+    whole = go(config, dataset, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        go(config, dataset, tmp_path / "cut", progress=stopping(7))
+    cut = go(config, dataset, tmp_path / "cut", resume=True)
+    (tensors, metrics), (others, logged) = outcome(whole), outcome(cut)
+    assert metrics == logged and all(torch.equal(tensors[name], others[name]) for name in tensors)
+    assert metrics[-1]["fvu"] < 0.95 * metrics[0]["fvu"] and 0 <= metrics[-1]["dead"] < 1
+    found, rows = trained.load_latents(cut), dataset.rows(0, ROWS)
+    error = (found(rows.x) - rows.y).square().sum() / (rows.y - rows.y.mean(0)).square().sum()
+    assert error < 1.2 * metrics[-1]["fvu"] and found.metadata.beside_out == ("blocks.1.hook_resid_post",)
+    with pytest.raises(SaeError, match="trained a clt, not a sparse dictionary"):
+        trained.load_run(cut)
+    with pytest.raises(SaeError, match=r"1\.resid_post is computed no earlier than 0\.resid_post"):
+        open_run(config, Dataset.of(stores[1::-1], stores[1:]), tmp_path, "backwards", resume=False)
 
 
 def test_names_of_runs_tell_stores_and_their_order_apart(stores: tuple[ActivationStore, ...]) -> None:
