@@ -202,7 +202,7 @@ def _make(source: "RowSource", here: Here, wait: bool, json: bool) -> None:
 def _shown(value: Any) -> str:
     """Numbers as a person reads them: of many, the least and the largest."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_shown(one)}" for name, one in value.items())
+        return ", ".join(f"{name} {_shown(one)}" for name, one in value.items()) or "none"
     if isinstance(value, list) and len(value) > MOST_SHOWN:
         flat = [number for one in value for number in (one if isinstance(one, list) else [one])]
         return f"{_shown(min(flat))} to {_shown(max(flat))}"

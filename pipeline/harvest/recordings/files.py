@@ -31,11 +31,17 @@ def of_recordings() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Recording:
-    """A series of steps without a gap. rate: steps a second, as the file says; None where it does not."""
+    """A series of steps without a gap. rate: steps a second, as the file says; array: which one of an .npz."""
 
     path: Path
     table: Table
     rate: float | None = None
+    array: str | None = None
+
+    @property
+    def where(self) -> str:
+        """What messages call it."""
+        return str(self.path) if self.array is None else f"{self.path} ({self.array})"
 
     @property
     def steps(self) -> int:
@@ -67,12 +73,12 @@ def read(path: Path, array: str | None, columns: Choice) -> list[Recording]:
             found = [Recording(path, measured, measured.rate)]
         else:
             arrays = _arrays(path) if suffix == ".npz" and array is None else [array]
-            found = [Recording(path, opened(path, name, columns)) for name in arrays]
+            found = [Recording(path, opened(path, name, columns), array=name) for name in arrays]
     for one in found:
         if len(one.channels) > one.steps:
             raise SaeError(
-                f"recordings = {path}: has {one.steps:,} steps of {len(one.channels):,} channels; a series is [steps, "
-                "channels], so transpose it"
+                f"recordings = {one.where}: has {one.steps:,} steps of {len(one.channels):,} channels; a series is "
+                "[steps, channels], so transpose it"
             )
     return found
 

@@ -74,7 +74,7 @@ def looked_at(config: SeriesConfig, progress: Progress) -> Known:
         if one.channels != channels and (len(one.channels) != len(channels) or one.path.suffix != ".npz"):
             here, first = (", ".join(names[:20]) for names in (one.channels, channels))
             raise SaeError(
-                f"recordings = {one.path}: has the channels {here}, and {recordings[0].path.name} has {first}; choose "
+                f"recordings = {one.where}: has the channels {here}, and {recordings[0].path.name} has {first}; choose "
                 "the same of each with `harvest.columns = [a, b]`"
             )
     if config.window * len(channels) > MOST_WIDTH:
@@ -90,7 +90,9 @@ def looked_at(config: SeriesConfig, progress: Progress) -> Known:
     parts = _parts(config, recordings, digests)
     training = [(recordings[part.recording], part) for part in parts["train"]]
     count = sum(part.stop - part.start for part in parts["train"])
-    where = f"recordings = {recordings[0].path}" if len(recordings) == 1 else "recordings"
+    if not count:
+        raise SaeError(f"harvest.validation = {config.validation:g}: leaves no step to train on; lower it")
+    where = f"recordings = {recordings[0].where}" if len(recordings) == 1 else "recordings"
 
     def raw() -> Iterator[np.ndarray]:
         return chain.from_iterable(one.blocks(part.start, part.stop) for one, part in training)
@@ -172,8 +174,8 @@ def _digests(recordings: Sequence[Recording], progress: Progress) -> list[str]:
         progress.finish()
     for i, digest in enumerate(found):
         if digest in found[:i]:
-            twin = recordings[found.index(digest)].path.name
-            raise SaeError(f"recordings = {recordings[i].path}: has the same steps as {twin}; give each recording once")
+            twin = recordings[found.index(digest)].where
+            raise SaeError(f"recordings = {recordings[i].where}: has the same steps as {twin}; give each once")
     return found
 
 

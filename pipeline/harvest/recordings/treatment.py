@@ -79,8 +79,8 @@ def robust(blocks: Iterable[np.ndarray], steps: int, channels: Sequence[str], wh
     if (flat := np.flatnonzero(~(width > 0))).size:
         name = channels[int(flat[0])]
         raise SaeError(
-            f"{where}: channel {name} is {center[flat[0]]:g} in half of the training steps or more: it has no scale; "
-            f"leave it out with `harvest.without = {name}`"
+            f"{where}: channel {name} is {center[flat[0]]:g} in half of the training steps or more, in float32; it has "
+            f"no scale, so leave it out with `harvest.without = {name}`"
         )
     return Scale(center, width)
 

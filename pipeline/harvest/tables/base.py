@@ -35,6 +35,8 @@ class Choice(NamedTuple):
         names = list(there)
         if unknown := [name for name in (*self.wanted, *self.without) if name not in names]:
             raise SaeError(f"{where}: has no column {unknown[0]!r}; there is {listed(names)}")
+        if twice := [name for i, name in enumerate(self.wanted) if name in self.wanted[:i]]:
+            raise SaeError(f"harvest.columns = {list(self.wanted)}: {twice[0]} is there twice")
         left = [name for name in self.wanted or names if name not in self.without]
         if not left:
             raise SaeError(f"{where}: `harvest.without` leaves no column of {listed(names)}; name fewer")

@@ -247,7 +247,11 @@ BAD: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "nan.npy": (lambda p: npy(p, holed(walk(), np.nan)), {}, "row 7 has nan in column 1"),
     "inf.npy": (lambda p: npy(p, holed(walk(), np.inf)), {}, "row 7 has inf in column 1"),
     "empty.csv": (lambda p: p.write_text(""), {}, "so no rows"),
-    "flat.npy": (lambda p: npy(p, flat(walk(), 2)), {}, "channel 2 is 5 in half of the training steps or more"),
+    "flat.npy": (
+        lambda p: npy(p, flat(walk(), 2)),
+        {},
+        "channel 2 is 5 in half of the training steps",
+    ),
     "short.npy": (lambda p: npy(p, walk(9)), {"window": 10}, "harvest.window = 10: no training part of the series"),
     "one.npy": (lambda p: npy(p, walk(1, channels=1)), {}, "channel 0 is"),
     "wide.npy": (lambda p: npy(p, walk(2)), {}, "has 2 steps of 3 channels; a series is [steps, channels]"),
@@ -263,6 +267,9 @@ BAD: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "none.npy": (lambda p: npy(p, walk()), {"without": [0, 1, 2]}, "leaves no column"),
     "alone.npy": (lambda p: npy(p, walk()), {"split": "recording"}, "there is one recording; give several"),
     "tall.npy": (lambda p: npy(p, walk()), {"window": 1 << 22}, "rows would be too wide; lower it"),
+    "all.npy": (lambda p: npy(p, walk()), {"validation": 0.9999}, "validation = 0.9999: leaves no step to train on"),
+    "twice.npy": (lambda p: npy(p, walk()), {"columns": [0, 1, 0]}, "0 is there twice"),
+    "same.npz": (lambda p: np.savez(p, a=walk(), b=walk()), {}, "same.npz (b): has the same steps as "),
     "array.npy": (lambda p: npy(p, walk()), {"array": "a"}, "a .npy file has one table"),
 }
 
@@ -282,7 +289,7 @@ def test_recordings_that_do_not_go_together(tmp_path: Path) -> None:
     for paths, message in {
         (a, b): "b.npy: has the channels 0, 1, and a.npy has 0, 1, 2; choose the same of each",
         (a, a): "a.npy: is named twice",
-        (a, copy): "copy.npy: has the same steps as a.npy; give each recording once",
+        (a, copy): f"copy.npy: has the same steps as {a}; give each once",
     }.items():
         with pytest.raises(SaeError, match=re.escape(message)):
             opened(*paths)
