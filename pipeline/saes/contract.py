@@ -25,6 +25,9 @@ from .latents import Latents
 from .losses import Losses, Observed, share, spread
 from .metadata import Metadata
 
+NOISE_ROWS = 64
+"""Rows whose noise is drawn together."""
+
 
 class Predictor(nn.Module, ABC):
     """A function of rows, x [B, d_in] -> y_hat [B, d_out]."""
@@ -63,6 +66,9 @@ class Codes(Protocol):
     def fired(self) -> Tensor:
         """In how many rows each is not zero, int64 [width]."""
 
+    def edited(self, values: Tensor) -> Codes:
+        """Other values [B, width] of the same rows, for `decode` to put where these rows were."""
+
 
 class Coder(Predictor):
     """A predictor by way of codes."""
@@ -82,6 +88,19 @@ class Coder(Predictor):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.decode(self.encode(x))
+
+    @property
+    def codebooks(self) -> tuple[int, ...]:
+        """Sizes of the codebooks that a row has one code of each of, if that is what its codes are."""
+        return ()
+
+    def active_parameters(self, codes: Any) -> Tensor:
+        """[B]: how many parameters the codes of each row bring into play: all of them, where none is silent."""
+        return torch.full((codes.batch,), float(sum(parameter.numel() for parameter in self.parameters())))
+
+    def unit_means(self, x: Tensor) -> Tensor | None:
+        """[B, width]: means of Gaussian codes of rows, in their priors' units; None where codes have no such prior."""
+        return None
 
 
 class LatentCoder(Coder):
@@ -173,6 +192,23 @@ class Trainable(Predictor):
                 return total / y.numel()
             case "fvu":
                 return share(total, spread(y))
+
+    def noise(self, rows: int, width: int, clock: Clock, like: Tensor) -> Tensor:
+        """Standard normal numbers [rows, width], a function of the seed, the step, and the rows' numbers in the batch.
+
+        So it does not matter into which parts a batch is split.
+        """
+        first, stop = clock.first // NOISE_ROWS, -(-(clock.first + rows) // NOISE_ROWS)
+        drawn = [
+            torch.randn(
+                (NOISE_ROWS, width),
+                generator=self.generator(f"noise {block}", clock.step, like.device),
+                device=like.device,
+            )
+            for block in range(first, stop)
+        ]
+        begin = clock.first - first * NOISE_ROWS
+        return torch.cat(drawn)[begin : begin + rows].to(like.dtype)
 
     def generator(self, purpose: str, step: int, device: torch.device | str = "cpu") -> torch.Generator:
         """The random numbers of one purpose at one step: on a kind of device, a function of these and the seed."""

@@ -130,6 +130,10 @@ class Dictionary(LatentCoder):
     def decoder_norms(self) -> Tensor:
         return norms_by_store(self.weights().W_dec / self.target_scale, self.widths_out)
 
+    def active_parameters(self, codes: Latents) -> Tensor:
+        """[B]: those of the active latents' rows, in the encoder and in the decoder."""
+        return codes.l0().reshape(-1) * float(self.d_in + self.d_out)
+
     def extra_repr(self) -> str:
         """Describe it in one line: widths, and the numbers of its rule."""
         numbers = [f"{name}={value}" for name, value in self.rule.values().items() if not isinstance(value, Tensor)]

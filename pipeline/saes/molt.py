@@ -201,6 +201,11 @@ class MOLT(Steering, Coder):
         else:
             self.scale.fill_(initial.rms_scale(sample))
 
+    def active_parameters(self, codes: Gates) -> Tensor:
+        """[B]: those of the transforms that act, and of their gates."""
+        each = self.ranks * (self.d_in + self.d_out) + self.d_in
+        return (codes.values != 0).float() @ each.float()
+
     # The function
 
     def encode(self, x: Tensor) -> Gates:

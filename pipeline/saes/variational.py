@@ -42,9 +42,6 @@ from .steering import Steered, SteeredConfig
 LOGVAR = (-16.0, 6.0)
 """Bounds of log sigma^2: where an outlying row takes it, its exponential would be no number any more."""
 
-NOISE_ROWS = 64
-"""Rows whose noise is drawn together, so that it does not matter into which parts a batch is split."""
-
 
 class VariationalConfig(PenaltyConfig):
     """Settings of posteriors, of the KL's weight and of sparse heads."""
@@ -202,23 +199,9 @@ class Variational(Steered):
             return chosen
         posterior = self._posterior(pre, chosen)
         assert posterior.logvar is not None
-        spread = (0.5 * posterior.logvar).exp() * self._noise(len(posterior.mean), clock, posterior.mean)
+        spread = (0.5 * posterior.logvar).exp() * self.noise(len(posterior.mean), self.d_sae, clock, posterior.mean)
         z = posterior.mean + (spread if self.config.k is None else spread * (posterior.mean != 0))
         return Drawn(**{one.name: getattr(chosen, one.name) for one in fields(chosen)}, posterior=posterior, z=z)
-
-    def _noise(self, rows: int, clock: Clock, like: Tensor) -> Tensor:
-        """Standard normal numbers [rows, m], a function of the seed, the step, and the rows' numbers in the batch."""
-        first, stop = clock.first // NOISE_ROWS, -(-(clock.first + rows) // NOISE_ROWS)
-        drawn = [
-            torch.randn(
-                (NOISE_ROWS, self.d_sae),
-                generator=self.generator(f"noise {block}", clock.step, like.device),
-                device=like.device,
-            )
-            for block in range(first, stop)
-        ]
-        begin = clock.first - first * NOISE_ROWS
-        return torch.cat(drawn)[begin : begin + rows].to(like.dtype)
 
     def _reconstruct(self, active: Latents, weights: Weights) -> Tensor:
         if isinstance(active, Drawn) and active.z is not None:

@@ -34,7 +34,7 @@ class TrainConfig(Schedule):
         None,
         gt=0,
         description="learning rate of Adam, the encoder's where decoder says another for the decoder; unset: 7e-4 "
-        "times the root of 16,384 / d_sae, at most 4e-3",
+        "times the root of 16,384 / d_sae, at most 4e-3; of what is no sparse dictionary 3e-3 (molt) or 1e-3",
     )
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Adam's decay rates")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon")

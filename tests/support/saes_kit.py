@@ -26,6 +26,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "p_anneal": {"coefficient": 0.2},
     "crosscoder": {"k": 4},
     "molt": {"ranks": (4, 2), "counts": (1, 4), "target_l0": 2.0},
+    "fsq": {"levels": (5, 4), "groups": 3},
+    "vae": {"units": 4, "beta_warmup": 0},
+    "nvae": {"units": 3, "groups": 2, "hidden": 8, "beta_warmup": 0},
 }
 """What an architecture needs set to work at these sizes."""
 

@@ -55,6 +55,7 @@ PROMISED = {
     "fvu", "explained_variance", "mse", "l0", "sparsity", "dense_share", "rate_q25", "rate_median", "rate_q75",
     "dead_fraction", "ce_clean", "ce_spliced", "ce_degradation", "ce_zero", "ce_mean", "ce_recovered_zero",
     "ce_recovered_mean", "kl", "rows", "row_error", "dead_rows", "tokens", "details", *DIRECTIONS,
+    "bits", "active_parameters", "codebook_usage", "perplexity", "active_units",
 }  # fmt: skip
 D_SAE = 2 * WIDTH
 SITES = [(0, "resid_post"), (1, "mlp_out"), (1, "resid_mid"), (0, "mlp_post")]

@@ -29,6 +29,9 @@ from sae.pipeline.train.stage import TrainConfig, open_run, train
 single = pytest.fixture(autouse=True, scope="module")(one_thread)
 OTHERS = [tag for tag, kind in saes.ARCHITECTURES.items() if tag not in DICTIONARIES and not kind.several_stores]
 VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "fsq": [{"groups": 1, "hidden": 8, "reduction": "fvu"}],
+    "vae": [{"hidden": 8, "free_bits": 0.05, "sigma": "one", "reduction": "mean_d", "beta": 0.01}],
+    "nvae": [{"spectral": 0.01, "beta_warmup": 0.5}],
     "molt": [{"gate": "relu", "penalty": "l1", "standardise": False}, {"coefficient": 0.5, "aux_coefficient": 0.0}],
 }
 CASES = [{"arch": tag} | more for tag in OTHERS for more in ({}, *VARIANTS.get(tag, []))]
