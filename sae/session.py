@@ -20,6 +20,7 @@ from sae.cache.disk.paths import parse_path
 from sae.cache.errors import SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import CONFIG, Run
+from sae.cache.store.store import Store
 from sae.cache.tokens import TokenStore
 from sae.configs.layers import leaves
 from sae.dictionaries import Named, load, runs_folder
@@ -52,6 +53,8 @@ from sae.pipeline.runtime.progress import Progress, Silent
 from sae.pipeline.runtime.workplace import Workplace
 from sae.pipeline.saes import Config
 from sae.pipeline.saes.dictionary import Dictionary
+from sae.pipeline.sharing.pull import pull
+from sae.pipeline.sharing.push import push_run, push_store
 from sae.pipeline.studies.lab import Lab
 from sae.pipeline.studies.study import Setup, Study
 from sae.pipeline.studies.tables import Result
@@ -272,6 +275,18 @@ class Session(Workplace):
             offline=self.offline,
         )  # fmt: skip
         return TrainedRun(run.path)
+
+    def push(self, what: Run | Named | Store, repository: str, *, private: bool = False) -> str:
+        """Put a run (or its name) or a store into a repository of the hub, as `sae push`; the address it lies at."""
+        share = {"private": private, "offline": self.offline}
+        if isinstance(what, Store):
+            return push_store(what, repository, self.progress, **share).page
+        run = what if isinstance(what, Run) else catalogue.find_run(self.runs, os.fspath(what))
+        return push_run(run, repository, self.progress, **share).page
+
+    def pull(self, repository: str, what: str | None = None, *, name: str | None = None) -> Path:
+        """Fetch a run or a store that was pushed, as `sae pull`; its folder."""
+        return pull(repository, what, self.cache, self.runs, self.progress, name=name, offline=self.offline).path
 
     def export(self, run: Run | Named, folder: Named, format: str = "saelens") -> Path:
         """Write the dictionary of a run into a new folder as another tool opens it, as `sae export`; where it is."""

@@ -64,5 +64,5 @@ def named(names: Sequence[str]) -> dict[str, type[Analysis]]:
         if name not in known:
             near = get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-            raise SaeError(f"analyses = {given}: no such analysis; {hint}")
+            raise SaeError(f"{given}: no such analysis; {hint}")
     return {name: known[name] for name in dict.fromkeys(chosen)}

@@ -29,6 +29,8 @@ from sae.pipeline.commands.harvest import harvest
 from sae.pipeline.commands.import_ import import_
 from sae.pipeline.commands.list import list_
 from sae.pipeline.commands.options import expanded
+from sae.pipeline.commands.pull import pull
+from sae.pipeline.commands.push import push
 from sae.pipeline.commands.report import report
 from sae.pipeline.commands.tokenize import tokenize
 from sae.pipeline.commands.train import train
@@ -82,6 +84,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "compare": compare,
     "import": import_,
     "export": export,
+    "push": push,
+    "pull": pull,
     "demo": demo,
     "list": list_,
 }

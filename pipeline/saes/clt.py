@@ -64,7 +64,7 @@ class CLTConfig(WaysConfig, BatchThresholdConfig, JumpReLUSettings):
             written = "none" if d_out is None else len(widths(d_out))
             raise ValueError(
                 f"arch: clt reads a store of every layer that it writes, and these are {len(widths(d_in))} read and "
-                f"{written} written; name them in pairs, as --input 0.mlp_in,1.mlp_in --target 0.mlp_out,1.mlp_out"
+                f"{written} written; name them in pairs, as inputs 0.mlp_in, 1.mlp_in of targets 0.mlp_out, 1.mlp_out"
             )
 
 

@@ -1,7 +1,9 @@
 """A stand-in for the hub on 127.0.0.1: folders served as models, which can be told to misbehave."""
 
+import base64
 import hashlib
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -9,9 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+LFS = 2000  # bytes above which a file is sent as Git LFS
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -34,6 +38,10 @@ class Hub:
     models: dict[str, Path]
     faults: list[Fault] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
+    data_sets: set[str] = field(default_factory=set)  # which of `models` are data sets
+    root: Path | None = None  # where repositories are made that are asked for
+    large: dict[str, bytes] = field(default_factory=dict)  # what was sent as Git LFS, by its hash
+    stored: dict[str, dict[str, str]] = field(default_factory=dict)  # hashes of the files that are LFS, by repository
 
     def fault(self, path: str) -> Fault | None:
         """The fault that hits a request."""
@@ -46,13 +54,17 @@ class Hub:
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body, as the hub gives them."""
         name = next((name for name in self.models if f"/{name}/" in f"{path}/"), None)
-        if name is None:
+        of_data = path.startswith(("/api/datasets/", "/datasets/"))
+        if name is None or of_data != (name in self.data_sets):
             return 401, {"X-Error-Message": "Invalid username or password."}, b"{}"
         folder = self.models[name]
         files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
         if path.startswith("/api/") and "/tree/" in path:
+            large = self.stored.get(name, {})
             listing = [
-                {"type": "file", "path": file, "size": len(data), "oid": _name(data)} for file, data in files.items()
+                {"type": "file", "path": file, "size": len(data), "oid": _name(data)}
+                | ({"lfs": {"oid": large[file], "size": len(data), "pointerSize": 130}} if file in large else {})
+                for file, data in files.items()
             ]
             return 200, {"Content-Type": "application/json"}, json.dumps(listing).encode()
         if path.startswith("/api/"):
@@ -66,6 +78,48 @@ class Hub:
         if data is None:
             return 404, {"X-Error-Code": "EntryNotFound"}, b""
         return 200, {"ETag": f'"{_name(data)}"', "X-Repo-Commit": COMMIT}, data
+
+    def write(self, path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        """Take what is sent to make a repository, or to put files into one."""
+        answer: Any = {}
+        if path == "/api/repos/create":
+            said = json.loads(body)
+            name = f"{said['organization']}/{said['name']}" if said.get("organization") else said["name"]
+            assert self.root is not None
+            self.data_sets |= {name} if said.get("type") == "dataset" else set()
+            self.models.setdefault(name, self.root / name).mkdir(parents=True, exist_ok=True)
+            answer = {"url": f"{os.environ['HF_ENDPOINT']}/{name}", "id": name}
+        elif path.startswith("/lfs/"):
+            assert hashlib.sha256(body).hexdigest() == path.removeprefix("/lfs/")
+            self.large[path.removeprefix("/lfs/")] = body
+        elif path.endswith("/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            href = os.environ["HF_ENDPOINT"] + "/lfs/"
+            for one in objects:
+                if one["oid"] not in self.large:
+                    one["actions"] = {"upload": {"href": href + one["oid"]}}
+            answer = {"transfer": "basic", "objects": objects}
+        elif "/preupload/" in path:
+            files = [
+                {"path": one["path"], "uploadMode": "lfs" if one["size"] > LFS else "regular", "shouldIgnore": False}
+                for one in json.loads(body)["files"]
+            ]
+            answer = {"files": files}
+        elif "/commit/" in path:
+            name = next(name for name in self.models if f"/{name}/" in path)
+            for line in body.splitlines():
+                said = json.loads(line)
+                value = said["value"]
+                if said["key"] == "header":
+                    continue
+                data = self.large[value["oid"]] if said["key"] == "lfsFile" else base64.b64decode(value["content"])
+                file = self.models[name] / value["path"]
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(data)
+                if said["key"] == "lfsFile":
+                    self.stored.setdefault(name, {})[value["path"]] = value["oid"]
+            answer = {"commitUrl": f"{os.environ['HF_ENDPOINT']}/{name}/commit/{COMMIT}", "commitOid": COMMIT}
+        return 200, {"Content-Type": "application/json"}, json.dumps(answer).encode()
 
 
 def _name(data: bytes) -> str:
@@ -93,7 +147,10 @@ def hub(models: dict[str, Path], cache: Path) -> Iterator[Hub]:
                 time.sleep(fault.silent)
                 self.close_connection = True
                 return
-            status, headers, body = found.answer(self.path.partition("?")[0])
+            sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            path = self.path.partition("?")[0]
+            reads = self.command in ("GET", "HEAD") and not path.startswith("/lfs/")
+            status, headers, body = found.answer(path) if reads else found.write(path, sent)
             if fault is not None:
                 status, headers, body = fault.status, fault.headers, fault.body.encode()
             self.send_response(status)
@@ -103,7 +160,7 @@ def hub(models: dict[str, Path], cache: Path) -> Iterator[Hub]:
             if self.command != "HEAD":
                 self.wfile.write(body)
 
-        do_HEAD = do_GET
+        do_HEAD = do_POST = do_PUT = do_GET
 
         def log_message(self, *args: object) -> None: ...
 
@@ -122,6 +179,7 @@ def hub(models: dict[str, Path], cache: Path) -> Iterator[Hub]:
                 constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
             )
             patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+            patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
             patch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
             yield found
     finally:

@@ -88,7 +88,7 @@ def test_what_the_library_names_can_be_typed() -> None:
     marked = [(*place, part) for place in said for part in re.findall("`([a-z][^`]*)`", place[2])]
     marked = [place for place in marked if not place[3].startswith(OTHER_PROGRAMS)]
     assert len(heads) > 100 and len(marked) > 50
-    settings = {"outliers", "revision"}  # that have no option
+    settings = {"outliers", "recordings", "revision"}  # that have no option
     for place in heads:
         option = re.match(r"--[a-z0-9-]+", typed(place[2]))
         assert (option and option[0] in known) or place[2].partition(" ")[0] in settings, place
