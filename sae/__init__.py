@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sae.pipeline.saes.clt import CLTConfig as CLT
     from sae.pipeline.saes.crosscoder import CrosscoderConfig as Crosscoder
     from sae.pipeline.saes.dictionary import Dictionary
+    from sae.pipeline.saes.fsq import FSQConfig as FSQ
     from sae.pipeline.saes.gated import GatedConfig as Gated
     from sae.pipeline.saes.hybrid import HybridConfig as Hybrid
     from sae.pipeline.saes.jl import JLConfig as JL
@@ -32,9 +33,11 @@ if TYPE_CHECKING:
     from sae.pipeline.saes.latents import Latents
     from sae.pipeline.saes.matryoshka import MatryoshkaConfig as Matryoshka
     from sae.pipeline.saes.molt import MOLTConfig as MOLT
+    from sae.pipeline.saes.nvae import NVAEConfig as NVAE
     from sae.pipeline.saes.p_anneal import PAnnealConfig as PAnneal
     from sae.pipeline.saes.shifted_relu import ShiftedReLUConfig as ShiftedReLU
     from sae.pipeline.saes.topk import TopKConfig as TopK
+    from sae.pipeline.saes.vae import VAEConfig as VAE
     from sae.pipeline.saes.vsae_iso import VSAEIsoConfig as VSAEIso
     from sae.pipeline.saes.vsae_mix import VSAEMixConfig as VSAEMix
     from sae.pipeline.saes.vsae_multi import VSAEMultiConfig as VSAEMulti

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sae.cache.errors import DamagedStore, NotFound, SaeError
 from sae.pipeline.saes.inference import Formula
 
 MOST_WIDTH = 1 << 31
+MOST_SAID = 12  # words that a line lists; of more, those that are closest to what was said
 PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -166,7 +168,8 @@ def choice(of: dict[str, Any], name: str, *choices: str) -> str:
     if value is None:
         return choices[0]
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} is {shown(value)}; read are {', '.join(choices)}")
+        few = choices if len(choices) <= MOST_SAID else [*get_close_matches(str(value), choices, MOST_SAID, 0.3), "..."]
+        raise ValueError(f"{name} is {shown(value)}; read are {', '.join(few)}")
     return value
 
 

@@ -28,11 +28,9 @@ class Hierarchy(Settings):
     most: float = Field(0.4, gt=0, le=1, description="probability that the first feature is in a row")
     least: float = Field(5e-4, gt=0, le=1, description="probability that the last feature is in a row")
     exponent: float = Field(0.5, gt=0, description="how fast probabilities fall with the number of a feature (Zipf)")
-    roots: int = Field(
-        128, ge=0, description="trees: the first features are their roots, then come the roots' children"
-    )
+    roots: int = Field(4, ge=0, description="trees: the first features are their roots, then come the roots' children")
     branching: int = Field(4, ge=2, description="children of each feature that has any")
-    depth: int = Field(3, ge=0, description="levels of children below a root")
+    depth: int = Field(2, ge=0, description="levels of children below a root")
     exclusive: bool = Field(True, description="of the children of a feature at most one is in a row")
     rank: int = Field(25, ge=0, description="common causes, by which features are correlated; 0: none")
     correlation: float = Field(0.1, ge=0, description="standard deviation of a common cause's weight in a feature")

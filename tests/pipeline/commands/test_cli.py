@@ -201,7 +201,7 @@ WRONG = [
     # training
     ("train --arch topp", "--arch topp: unknown architecture; did you mean 'topk'?"),
     ("train --arch xyzzy", "--arch xyzzy: unknown architecture; there are "),
-    ("train --arch l1 --k 5", "--k 5: arch l1 has no k; it is of batchtopk, matryoshka, topk"),
+    ("train --arch l1 --k 5", "--k 5: arch l1 has no k; it is of batchtopk, topk, clt, crosscoder, matryoshka"),
     ("train --k 100 --d-sae 64", "k: 100 latents per input, but d_sae: 64 in all; lower k or raise d_sae"),
     ("train --k 0", "--k 0: input should be greater than or equal to 1"),
     ("train --align enc --seeds 2", "--align enc: input should be 'dec', 'hid' or 'x_hat'"),
@@ -377,10 +377,10 @@ def test_the_four_commands_and_what_they_say(world: Path) -> None:
     judged = done("eval --json")
     assert judged.err.splitlines()[0] == f"run: {world / 'runs' / 'one'}"
     figures = [
-        "fvu", "explained_variance", "mse", "row_error", "l0", "sparsity", "dense_share", "rate_q25", "rate_median",
-        "rate_q75", "dead_fraction", "ce_clean", "ce_spliced", "ce_degradation", "ce_zero", "ce_mean",
-        "ce_recovered_zero", "ce_recovered_mean", "kl", "orthogonality", "jl", "encoder_decoder_cosine", "rows",
-        "dead_rows", "tokens",
+        "fvu", "explained_variance", "mse", "row_error", "bits", "active_parameters", "codebook_usage", "perplexity",
+        "active_units", "l0", "sparsity", "dense_share", "rate_q25", "rate_median", "rate_q75", "dead_fraction",
+        "ce_clean", "ce_spliced", "ce_degradation", "ce_zero", "ce_mean", "ce_recovered_zero", "ce_recovered_mean",
+        "kl", "orthogonality", "jl", "encoder_decoder_cosine", "rows", "dead_rows", "tokens",
     ]  # fmt: skip
     assert [*judged.json] == [*figures, "details"]
     assert {*figures} == {one.key for one in figures_of(needs=available(model=True, truth=False))}
@@ -438,6 +438,7 @@ def test_lists(world: Path) -> None:
         "sites",
         "metrics",
         "studies",
+        "analyses",
         "sources",
         "row_sources",
         "presets",

@@ -346,8 +346,8 @@ def test_export(root: Path) -> None:
     store, tokens = write_activations(root, heavy_rows(N, 7)), write_tokens(root, N)
     answer = done(f"cache export {store.key} out.zarr --rows 100 --order token --with-tokens --json")
     assert answer.json == {
-        "path": "out.zarr", "store": store.key, "rows": 100, "dtype": "float32", "order": "token",
-        "bytes": catalogue.bytes_in(Path("out.zarr")),
+        "path": "out.zarr", "store": store.key, "rows": 100, "format": "zarr", "dtype": "float32",
+        "order": "token", "bytes": catalogue.bytes_in(Path("out.zarr")),
     }  # fmt: skip
     assert re.search(r"^export: 100 rows in ", answer.err, re.MULTILINE)
     group: Any = zarr.open_group("out.zarr", mode="r")

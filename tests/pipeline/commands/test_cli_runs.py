@@ -85,6 +85,7 @@ def judge(run: Path, rows: int) -> None:
     found = {
         "fvu": 0.25,
         "row_error": 0.2,
+        "bits": 9.0,
         "l0": 2.5,
         "dead_fraction": 0.0,
         "rows": rows,

@@ -148,7 +148,10 @@ def test_a_metric_of_a_file_of_its_own_is_seen_everywhere(home: Path, worst: Non
 def test_what_no_figure_is_cannot_be_drawn(home: Path) -> None:
     done(f"{TRAIN} --name one")
     for wrong in ("lustre", "train_fvu", "rows", "l0"):
-        assert f"--y {wrong}: the figures are fvu, row_error, dead_fraction," in sae(f"compare --y {wrong}").complaint
+        assert (
+            f"--y {wrong}: the figures are fvu, row_error, bits, dead_fraction,"
+            in sae(f"compare --y {wrong}").complaint
+        )
     assert "--y fvu,chance: no run has both L0 and chance or fvu" in sae("compare --y fvu,chance").complaint
     assert sae("compare --y fvu,fvu").complaint == "--y fvu,fvu: fvu is there twice"
 

@@ -213,9 +213,11 @@ def test_under_autocast_the_loss_and_gradients_stay_close_and_float32(config: sa
         losses = sae.loss(x)
     losses.total.backward()
     torch.testing.assert_close(losses.total, sae.loss(x).total, rtol=0.05, atol=0)
+    least = 0.005 * torch.cat([expected.flatten() for expected in full]).norm()  # parts that nearly cancel
     for parameter, expected in zip(sae.parameters(), full, strict=True):
         assert parameter.grad is not None and parameter.grad.dtype == torch.float32
-        assert F.cosine_similarity(parameter.grad.flatten(), expected.flatten(), dim=0) > 0.95
+        alike = F.cosine_similarity(parameter.grad.flatten(), expected.flatten(), dim=0) > 0.95
+        assert alike or (parameter.grad - expected).norm() < least
 
 
 def test_unit_rows_after_every_step_and_in_what_is_saved(config: saes.Config, d_out: int | None) -> None:

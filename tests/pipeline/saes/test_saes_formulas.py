@@ -225,7 +225,7 @@ def variational(kl: Any, sae: Any, y: Tensor) -> Terms:
     logvar = (y - sae.b_dec) @ sae.W_logvar.T + sae.b_logvar
     if sae.config.k is not None:
         logvar = logvar * (mu != 0)
-    noise = sae._noise(B, AT, y) * (1.0 if sae.config.k is None else (mu != 0))
+    noise = sae.noise(B, sae.d_sae, AT, y) * (1.0 if sae.config.k is None else (mu != 0))
     z = mu + (0.5 * logvar).exp() * noise
     terms = {"reconstruction": squared_error(y, z @ acting(sae).W_dec + sae.b_dec)}
     terms["kl"] = 0.1 * (kl(sae, mu, logvar.exp()) - 0.5 * (1 + logvar).sum(1)).mean()

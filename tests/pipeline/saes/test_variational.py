@@ -327,9 +327,9 @@ def test_a_batch_in_parts_draws_what_it_draws_whole() -> None:
     for cut in (lambda x: x.split(64), lambda x: x.split(37), lambda x: x.split(1)):
         torch.testing.assert_close(losses_in_parts(cut), whole)
     sae, like = dictionary(), torch.zeros(())
-    draws = [sae._noise(64, Clock(step, 9, 128, first), like) for step in (0, 1) for first in (0, 64)]
+    draws = [sae.noise(64, sae.d_sae, Clock(step, 9, 128, first), like) for step in (0, 1) for first in (0, 64)]
     sae.seed = 5
-    draws.append(sae._noise(64, Clock(0, 9, 128), like))
+    draws.append(sae.noise(64, sae.d_sae, Clock(0, 9, 128), like))
     assert torch.stack([one.view(-1) for one in draws]).corrcoef().fill_diagonal_(0).abs().max() < 0.15
 
 

@@ -218,7 +218,7 @@ class TestLab:
             "ce_degradation": 0.25, "ce_recovered_zero": 0.5, "ce_recovered_mean": None, "true_to_learned": None,
             "learned_to_true": None, "recovered": None, "hungarian": None, "duplicates": None, "chance": None,
             "coefficient_r": None, "detection_f1": None, "merged_pairs": None, "cross_talk": None,
-            "jacobian_cosine": None, "tokens": None,
+            "jacobian_cosine": None, "fvu_stores": None, "tokens": None,
         }  # fmt: skip
         (run.path / EVALUATION).unlink()
 

@@ -92,7 +92,7 @@ def test_features_are_turned_away_from_each_other() -> None:
 
 def test_the_figures_of_the_published_generator() -> None:
     """SAELens 6.54's SyntheticModel of these settings, 16,384 samples: rates and mean coefficients by level, and L0."""
-    world = SyntheticConfig(d=256, features=2048, presence=Hierarchy(roots=16))
+    world = SyntheticConfig(d=256, features=2048, presence=Hierarchy(roots=16, depth=3))
     made = dense(world)
     assert (made > 0).sum(1).mean() == pytest.approx(10.83, rel=0.03)
     levels = {
