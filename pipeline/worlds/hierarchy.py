@@ -28,7 +28,9 @@ class Hierarchy(Settings):
     most: float = Field(0.4, gt=0, le=1, description="probability that the first feature is in a row")
     least: float = Field(5e-4, gt=0, le=1, description="probability that the last feature is in a row")
     exponent: float = Field(0.5, gt=0, description="how fast probabilities fall with the number of a feature (Zipf)")
-    roots: int = Field(4, ge=0, description="trees: the first features are their roots, then come the roots' children")
+    roots: int = Field(
+        0, ge=0, description="trees (0: none): the first features are their roots, then come the roots' children"
+    )
     branching: int = Field(4, ge=2, description="children of each feature that has any")
     depth: int = Field(2, ge=0, description="levels of children below a root")
     exclusive: bool = Field(True, description="of the children of a feature at most one is in a row")
