@@ -321,8 +321,8 @@ def test_a_target_of_l0_is_reached_from_far_off(arch: str, start: float) -> None
     sae.initialise(rows(2048))
     optimiser = torch.optim.Adam(sae.parameters(), lr=1e-2, fused=True)
     l0s = []
-    for step in range(600):
-        losses = sae.loss(rows(256), clock=Clock(step, 600, 256))
+    for step in range(400):
+        losses = sae.loss(rows(64), clock=Clock(step, 400, 64))
         optimiser.zero_grad()
         losses.total.backward()
         sae.before_step()
