@@ -1,10 +1,9 @@
 """What looking around costs: commands that read no numbers import no torch, which alone takes seconds."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 HEAVY = ("torch", "transformers", "transformer_lens", "datasets", "matplotlib", "distributed")
 LOOKING = (
@@ -15,40 +14,65 @@ LOOKING = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("command", LOOKING)
-def test_looking_around_imports_nothing_heavy(command: str, tmp_path: Path) -> None:
-    program = (
-        "import sys; from sae.cli import main\n"
-        f"sys.argv = ['sae', *{command.split()!r}]\n"
-        "try: main()\n"
-        "except SystemExit: pass\n"
-        f"print('imported', [name for name in {HEAVY!r} if name in sys.modules])"
-    )
-    env = {"PATH": "", "PYTHONPATH": ":".join(sys.path), "SAE_CACHE": str(tmp_path), "SAE_RUNS": str(tmp_path)}
-    ran = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
-    assert ran.stdout.splitlines()[-1] == "imported []", ran.stdout + ran.stderr
+EACH = """
+import json, os, sys
+from sae.cli import main
+import sae.pipeline.commands.app  # which every command imports
+heavy, commands = json.loads(sys.argv[1])
+assert not {*heavy} & {*sys.modules}
+for command in commands:  # each in a process of its own
+    child = os.fork()
+    if child:
+        assert os.waitpid(child, 0)[1] == 0
+        continue
+    sys.argv = ["sae", *command.split()]
+    try:
+        main()
+    except SystemExit:
+        pass
+    print("imported", json.dumps([command, [name for name in heavy if name in sys.modules]]), flush=True)
+    os._exit(0)
+"""
 
-
-@pytest.mark.parametrize(
-    ("registry", "tag"),
-    [
-        ("sae.pipeline.saes.base.ARCHITECTURES", "arch"),
-        ("sae.pipeline.formats.base.FORMATS", "name"),
-        ("sae.pipeline.harvest.sources.base.SOURCES", "name"),
-    ],
+REGISTRIES = (
+    ("sae.pipeline.saes.base.ARCHITECTURES", "arch"),
+    ("sae.pipeline.formats.base.FORMATS", "name"),
+    ("sae.pipeline.harvest.sources.base.SOURCES", "name"),
 )
-def test_what_is_read_of_a_registry_is_what_importing_it_says(registry: str, tag: str) -> None:
-    """It is read from the files' text; importing them tells the same."""
+
+READ = """
+import json, sys
+from importlib import import_module
+from sae.pipeline.declared import imported, registered
+registries = json.loads(sys.argv[1])
+read = [registered(*one) for one in registries]
+assert "torch" not in sys.modules
+for (registry, tag), found in zip(registries, read):
     module, attribute = registry.rsplit(".", 1)
-    program = (
-        "import sys; from importlib import import_module\n"
-        "from sae.pipeline.declared import imported, registered\n"
-        f"read = registered({registry!r}, {tag!r}); assert 'torch' not in sys.modules\n"
-        f"import_module({module.rpartition('.')[0]!r})\n"
-        f"there = getattr(sys.modules[{module!r}], {attribute!r})\n"
-        "kinds = {name: one if isinstance(one, type) else type(one) for name, one in there.items()}\n"
-        "said = {name: imported(kind).summary for name, kind in sorted(kinds.items())}\n"
-        "assert {name: one.summary for name, one in read.items()} == said and all(said.values()), (read, said)\n"
-        f"assert registered({registry!r}, {tag!r}) == read"
-    )
-    subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": ":".join(sys.path)}, check=True)
+    import_module(module.rpartition(".")[0])
+    there = getattr(sys.modules[module], attribute)
+    kinds = {name: one if isinstance(one, type) else type(one) for name, one in there.items()}
+    said = {name: imported(kind).summary for name, kind in sorted(kinds.items())}
+    assert {name: one.summary for name, one in found.items()} == said and all(said.values()), (found, said)
+    assert registered(registry, tag) == found
+"""
+
+
+def run(program: str, about: object, **env: str) -> str:
+    """What a program prints in an interpreter that has imported nothing yet."""
+    env = {"PATH": "", "PYTHONPATH": ":".join(sys.path), **env}
+    words = [sys.executable, "-c", program, json.dumps(about)]
+    ran = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+def test_looking_around_imports_nothing_heavy(tmp_path: Path) -> None:
+    said = run(EACH, [HEAVY, LOOKING], SAE_CACHE=str(tmp_path), SAE_RUNS=str(tmp_path))
+    found = [json.loads(line.partition(" ")[2]) for line in said.splitlines() if line.startswith("imported ")]
+    assert found == [[command, []] for command in LOOKING]
+
+
+def test_what_is_read_of_a_registry_is_what_importing_it_says() -> None:
+    """It is read from the files' text; importing them tells the same."""
+    run(READ, REGISTRIES)
