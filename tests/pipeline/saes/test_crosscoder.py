@@ -135,8 +135,8 @@ def test_a_planted_crosscoder_is_found_shared_and_exclusive_latents_apart(case: 
     assert cosine.min() > 0.97
     norms = torch.stack([part.norm(dim=1) for part in (found.W_dec / scale).split((10, 14), 1)], 1)[which]
     share = norms[:, 1] / norms.sum(1)
-    assert ((share[:SHARED] - 0.5).abs() < 0.12).all()
-    assert (share[SHARED : SHARED + ONLY] < 0.12).all() and (share[SHARED + ONLY :] > 0.88).all()
+    assert ((share[:SHARED] - 0.5).abs() < 0.25).all()
+    assert (share[SHARED : SHARED + ONLY] < 0.25).all() and (share[SHARED + ONLY :] > 0.75).all()
 
 
 # Cross-layer transcoders
