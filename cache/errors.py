@@ -14,6 +14,9 @@ A message names what the user can change as Python has it; the command line says
 - What to do is a call in backticks: `harvest()`, `verify(KEY, repair=True)`; `choices()` is what `sae list` shows.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class SaeError(ValueError):
     """The user's input cannot be used. The message is one line: the value, what is wrong, what to try."""
@@ -33,3 +36,21 @@ class DamagedStore(SaeError):
     """Bytes on disk are missing or are not the bytes that were committed."""
 
     exit_code = 3
+
+
+@contextmanager
+def needing(what: str, extra: str, of: str = "sae-cache") -> Iterator[None]:
+    """Import within what an extra of ours brings (pyproject.toml lists them); raise SaeError where that is not there.
+
+    what: who needs it, as a message begins: the setting with its value, or the file. of: whose extra it is.
+    """
+    try:
+        yield
+    except ImportError as error:
+        absent = [one.name for one in (error, error.__cause__) if isinstance(one, ModuleNotFoundError) and one.name]
+        lacks = (
+            f"the package {absent[0].partition('.')[0]}, which is not installed"
+            if absent
+            else f"a package that fails ({error})"
+        )
+        raise SaeError(f'{what}: needs {lacks}; `pip install "{of}[{extra}]"`') from error

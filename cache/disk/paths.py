@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
-from sae.cache.errors import SaeError
+from sae.cache.errors import SaeError, needing
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z][A-Za-z0-9+.-]*)*://")
 S3 = ("s3", "s3a")
@@ -126,13 +126,11 @@ def _remote(text: str, options: dict[str, Any]) -> Any:
     """A UPath. Raises SaeError for a filesystem that is not known or not installed."""
     from upath import UPath
 
-    try:
-        remote = UPath(text, use_listings_cache=False, **options)
-        assert remote.fs is not None  # made here, so that a package that lacks is missed here
-        return remote
-    except ImportError as error:
-        kind = text.split("://")[0]
-        extra = "sae-cache[s3]" if kind in S3 else f"fsspec[{kind}]"
-        raise SaeError(f'{text}: needs a package that is not installed; `pip install "{extra}"`') from error
-    except ValueError as error:
-        raise SaeError(f"{text}: cannot be used ({reason(error)}); name a folder or s3://bucket/prefix") from error
+    kind = text.split("://")[0]
+    with needing(text, extra="s3") if kind in S3 else needing(text, extra=kind, of="fsspec"):
+        try:
+            remote = UPath(text, use_listings_cache=False, **options)
+            assert remote.fs is not None  # made here, so that a package that lacks is missed here
+            return remote
+        except ValueError as error:
+            raise SaeError(f"{text}: cannot be used ({reason(error)}); name a folder or s3://bucket/prefix") from error

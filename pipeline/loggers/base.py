@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from sae.cache.disk.parsing import as_written, whole
-from sae.cache.errors import SaeError
+from sae.cache.errors import SaeError, needing
 from sae.cache.runs import Run
 
 LOGGERS = "loggers.json"
@@ -62,8 +62,9 @@ def expect(asked: Iterable[str]) -> list[str]:
         if name not in names():
             raise SaeError(f"log = {name}: unknown logger; there are {', '.join(names())}")
         needs = _class(name).needs
-        if importlib.util.find_spec(needs) is None:
-            raise SaeError(f"log = {name}: needs the package {needs}; `pip install 'sae-cache[{name}]'`")
+        with needing(f"log = {name}", extra=name):
+            if importlib.util.find_spec(needs) is None:  # importing it takes seconds, which the training pays later
+                raise ModuleNotFoundError(name=needs)
         found.append(name)
     return found
 

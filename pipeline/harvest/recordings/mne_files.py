@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sae.cache.errors import SaeError
+from sae.cache.errors import SaeError, needing
 from sae.pipeline.harvest.tables.base import Choice, Table
 
 SUFFIXES = {".edf": "edf", ".bdf": "bdf", ".set": "eeglab"}  # and what MNE calls their readers
@@ -44,13 +44,8 @@ class Measured(Table):
             yield first, values
 
     def _opened(self) -> Any:
-        try:
+        with needing(self.where, extra="eeg"):
             import mne
-        except ImportError as error:
-            raise SaeError(
-                f"{self.where}: reading {self.path.suffix} takes MNE, which is not installed; `pip install "
-                "sae-cache[eeg]`"
-            ) from error
         reader = getattr(mne.io, f"read_raw_{SUFFIXES[self.path.suffix.lower()]}")
         with self._readable():
             return reader(self.path, preload=False, verbose="ERROR")

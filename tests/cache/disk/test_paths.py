@@ -372,7 +372,9 @@ def complaint(url: str) -> str:
 
 def test_what_cannot_be_used(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert complaint("nonsense://x/y").startswith("nonsense://x/y: cannot be used (Unsupported filesystem: 'nonsense')")
-    assert complaint("gs://x/y") == 'gs://x/y: needs a package that is not installed; `pip install "fsspec[gs]"`'
+    assert (
+        complaint("gs://x/y") == 'gs://x/y: needs the package gcsfs, which is not installed; `pip install "fsspec[gs]"`'
+    )
     assert complaint("s3://") == "--cache s3://: names no bucket or folder; write s3://bucket/prefix"
     missing = complaint("s3://no-such-bucket/x")
     assert complaint("s3://a*/x") == "s3://a*/x: *, ? and [ are patterns to remote filesystems; choose another name"
@@ -408,7 +410,7 @@ def test_without_the_extra(afresh: None, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3")  # as if not yet looked for
     assert complaint("s3://bucket/x") == (
-        's3://bucket/x: needs a package that is not installed; `pip install "sae-cache[s3]"`'
+        's3://bucket/x: needs the package s3fs, which is not installed; `pip install "sae-cache[s3]"`'
     )
 
 

@@ -334,7 +334,9 @@ def written_for_eeglab(path: Path, steps: np.ndarray) -> None:
 def test_without_mne_a_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "mne", None)
     (tmp_path / "x.edf").write_bytes(b"0")
-    with pytest.raises(SaeError, match=r"x.edf: reading .edf takes MNE, .*`pip install sae-cache\[eeg\]`"):
+    with pytest.raises(
+        SaeError, match=r"x.edf: needs the package mne, which is not installed; `pip install .sae-cache\[eeg\]"
+    ):
         opened(tmp_path / "x.edf")
 
 
