@@ -29,9 +29,11 @@ STEPS = 10**9  # of a training that is only just beginning
 DEAD_AFTER = 1_000_000  # rows: of so long a training no share would end
 
 
-def planted_store(root: Path, rows: int, width: int, codec: str = "int8") -> ActivationStore:
-    """A store of planted rows on disk."""
-    return write_activations(root, planted_rows(rows, width, 0), codec, ended=True)
+def planted_store(
+    root: Path, rows: int, width: int, codec: str = "int8", seed: int = 0, **recipe: Any
+) -> ActivationStore:
+    """A store of planted rows on disk. One of another site is aligned with it."""
+    return write_activations(root, planted_rows(rows, width, seed), codec, ended=True, **recipe)
 
 
 def settings(sae: dict[str, Any], **train: Any) -> TrainConfig:

@@ -1,13 +1,14 @@
 """kill -9 at random instants of real trainings: no checkpoint is lost or torn, and what comes out is always the same.
 
-    python bench/train_drill.py [--kills 60] [--seed 0] [--json]
+    python bench/train_drill.py [--kills 60] [--each N] [--only WORD,...] [--seed 0] [--json]
 
-Every command of `COMMANDS` is one `sae train` (or sweep) on a small store: several architectures, dead latents brought
-back, sparse AuxK, annealing, many dictionaries at once, some of them pulled together. A process that has everything
+Every command of `COMMANDS` is one `sae train` (or sweep) on small stores: several architectures, what is no sparse
+dictionary and what reads several stores, dead latents brought back, sparse AuxK, annealing, many dictionaries at once,
+some of them pulled together. A process that has everything
 loaded forks one child a training, and kills it: at a random time, or a random time after it began to write a
 checkpoint, or to read one back, or to write the finished weights. The next child resumes what it finds; finished
-folders are compared with those of a training that nobody interrupted, and the next command begins. After each kill,
-with nothing repaired:
+folders are compared with those of a training that nobody interrupted, and the next command begins (with `--each`, after
+so many kills at most). After each kill, with nothing repaired:
 
     unreadable   checkpoints, metrics or weights that a reader refuses, and locks that outlived their holder
     lost         checkpoints whose writing had returned in the child, but that are not there
@@ -29,6 +30,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,7 @@ from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import CONFIG, STAGED, WEIGHTS_CONFIG, Run
 from sae.cache.store.manifest import Windows
 from sae.pipeline.runtime.progress import Silent
+from sae.pipeline.saes import ARCHITECTURES
 from sae.pipeline.train.coupled import CoupledTrainers
 from sae.pipeline.train.stage import TrainConfig
 from sae.pipeline.train.sweep import open_all, sweep
@@ -75,8 +78,20 @@ COMMANDS: dict[str, list[dict[str, Any]]] = {
     "three seeds pulled together": [
         {"sae": TOPK, "seed": seed, "align": {"by": "dec", "every": 4, "warmup": 8}} for seed in range(3)
     ],
+    "crosscoder": [{"sae": {"arch": "crosscoder", "k": 4, "d_sae": 64, **FEW}}],
+    "clt": [{"sae": {"arch": "clt", "k": 4, "d_sae": 64, **FEW}}],
+    "molt": [{"sae": {"arch": "molt", "target_l0": 4, **FEW}}],
+    "fsq": [{"sae": {"arch": "fsq", "levels": [5, 5], "groups": 3}}],
+    "vae": [{"sae": {"arch": "vae", "units": 8}}],
+    "nvae": [{"sae": {"arch": "nvae", "units": 4, "hidden": 16}}],
 }  # fmt: skip
 """The trainings: for each the settings of its dictionaries."""
+
+SITES = ("resid_pre", "mlp_in", "mlp_out", "resid_post")
+READ: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "crosscoder": (SITES, ()), "clt": (SITES[:2], SITES[2:]), "molt": (("mlp_in",), ("mlp_out",)),
+}  # fmt: skip
+"""The stores that a training reads and writes, where that is not the store of `mlp_out` alone."""
 
 TIMES = ("seconds", "seconds_per_step")  # what metrics say of time
 PHASES = {
@@ -134,40 +149,45 @@ def told(run: Callable[[], object], say: Say) -> object:
 class Training:
     """One command: its settings, and how often its uninterrupted training says each word."""
 
-    def __init__(self, name: str, dictionaries: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, name: str, dictionaries: Sequence[dict[str, Any]], stores: Sequence[ActivationStore]) -> None:
+        """stores: those of `SITES`, of which it reads its own."""
         self.name = name
-        self.configs = [
-            TrainConfig.model_validate(COMMON | one | {"sae": {"d_sae": LATENTS} | one["sae"]}) for one in dictionaries
-        ]
+        each = dict(zip(SITES, stores, strict=True))
+        inputs, targets = READ.get(name, (("mlp_out",), ()))
+        self.dataset = Dataset.of(tuple(each[site] for site in inputs), tuple(each[site] for site in targets))
+        self.configs = [TrainConfig.model_validate(COMMON | one | {"sae": sized(one["sae"])}) for one in dictionaries]
         self.whole: dict[str, dict[str, Any]] = {}
         self.said: Counter[str] = Counter()
         self.seconds = 0.0
 
-    def child(self, store: ActivationStore, root: Path) -> Child:
+    def child(self, root: Path) -> Child:
         """Begin, or resume, the training in `root`."""
-        return Child(
-            lambda say: told(
-                lambda: sweep(open_all(self.configs, Dataset.of(store), root), Dataset.of(store), Silent()), say
-            )
-        )
+        data = self.dataset
+        return Child(lambda say: told(lambda: sweep(open_all(self.configs, data, root), data, Silent()), say))
 
-    def rehearse(self, store: ActivationStore, root: Path) -> None:
+    def rehearse(self, root: Path) -> None:
         """Train without a kill, for what comes out and for how long it takes."""
-        begun, child = time.monotonic(), self.child(store, root)
+        begun, child = time.monotonic(), self.child(root)
         assert not child.killed_after(600)
         self.seconds = time.monotonic() - begun
         self.said = Counter(line.split()[0] for line in child.said().decode().splitlines())
         child.close()
         self.whole = {run.name: outcome(run) for run in runs(root)}
 
-    def kill(self, store: ActivationStore, root: Path, chance: random.Random) -> tuple[Child, bool]:
+    def kill(self, root: Path, chance: random.Random) -> tuple[Child, bool]:
         """A child, and whether it was killed before it was done."""
-        child = self.child(store, root)
+        child = self.child(root)
         aim, share, soon = chance.choice(AIMED), chance.random(), 0.004 * chance.random() ** 4
         if aim == "anything" or (aim == "read" and not any(run.has_checkpoint for run in runs(root))):
             return child, child.killed_after(share * PATIENCE * self.seconds)
         times = max(1, round(share * PATIENCE * self.said[aim]))
         return child, child.killed_after(soon, lambda said: said.count(aim.encode() + b"\n") >= times)
+
+
+def sized(dictionary: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a dictionary with the usual number of latents, where it has latents and they do not say it."""
+    has = "d_sae" in ARCHITECTURES[dictionary["arch"]].config_type.model_fields
+    return ({"d_sae": LATENTS} if has else {}) | dictionary
 
 
 def runs(root: Path) -> list[Run]:
@@ -223,37 +243,41 @@ def compare(training: Training, root: Path, drill: Drill) -> None:
         drill.wrong += [f"{training.name}: {name}: {what} differs" for what in differ]
 
 
-def practise(kills: int, seed: int, home: Path, say: Callable[[str], None]) -> Drill:
-    """The whole drill, in an empty folder."""
+def practise(
+    kills: int, seed: int, home: Path, say: Callable[[str], None], each: int | None = None, only: Sequence[str] = ()
+) -> Drill:
+    """The whole drill, in an empty folder. each: most kills of a command; only: words in the names of commands."""
     torch.set_num_threads(1)
     activations.CHUNK_ROWS, activations.WINDOWS = 128, Windows(128, 512)
-    store = planted_store(home / "cache", ROWS, WIDTH)
-    trainings = [Training(name, dictionaries) for name, dictionaries in COMMANDS.items()]
-    warm = member(trainings[0].configs[0], store, home / "warm", "up")  # what is imported only now is in every child
-    take_step(warm, store.rows(0, 64))
+    stores = [planted_store(home / "cache", ROWS, WIDTH, seed=i, site=site) for i, site in enumerate(SITES)]
+    chosen = {name: its for name, its in COMMANDS.items() if not only or any(word in name for word in only)}
+    trainings = [Training(name, dictionaries, stores) for name, dictionaries in chosen.items()]
+    topk = TrainConfig.model_validate(COMMON | {"sae": sized(TOPK)})
+    warm = member(topk, stores[0], home / "warm", "up")  # what is imported only now is in every child
+    take_step(warm, stores[0].rows(0, 64))
     for training in trainings:
-        training.rehearse(store, home / "whole" / training.name)
+        training.rehearse(home / "whole" / training.name)
         say(f"{training.name}: {training.seconds:.1f} s, {training.said['write']} checkpoints")
-    chance, drill, root, turn = random.Random(seed), Drill(), home / "killed", 0
+    chance, drill, root, turn, its = random.Random(seed), Drill(), home / "killed", 0, 0
     begun = time.monotonic()
     while drill.kills < kills or root.exists():
         training = trainings[turn % len(trainings)]
-        if drill.kills < kills:
-            child, killed = training.kill(store, root, chance)
-        else:  # the last one is trained to its end
-            child = training.child(store, root)
+        if drill.kills < kills and (each is None or its < each):
+            child, killed = training.kill(root, chance)
+        else:  # the last one, and one that was killed often enough, is trained to its end
+            child = training.child(root)
             killed = child.killed_after(600)
         said = child.said()
         child.close()
         if killed:
-            drill.kills += 1
+            drill.kills, its = drill.kills + 1, its + 1
             inspect(root, said, drill)
             if drill.kills % 10 == 0:
                 say(f"{drill.kills} kills, {drill.finished} commands finished, {len(drill.wrong)} wrong")
         else:
             compare(training, root, drill)
             drill.finished += 1
-            turn += 1
+            turn, its = turn + 1, 0
             shutil.rmtree(root)
     drill.seconds = round(time.monotonic() - begun, 1)
     return drill
@@ -262,11 +286,14 @@ def practise(kills: int, seed: int, home: Path, say: Callable[[str], None]) -> D
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--each", type=int, help="most kills of a command. Default: no end.")
+    parser.add_argument("--only", default="", help="words, one of which is in the names of the commands. Default: all.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
-        drill = practise(given.kills, given.seed, Path(home), lambda line: print(line, file=sys.stderr))
+        only = [word for word in given.only.split(",") if word]
+        drill = practise(given.kills, given.seed, Path(home), partial(print, file=sys.stderr), given.each, only)
     if given.json:
         print(json.dumps(vars(drill)))
     else:

@@ -260,17 +260,17 @@ def trained_on(root: Path, seen: SeenStore, run: str, given: str | None) -> Acti
     return find(root, ActivationStore, name)
 
 
-def find_run(root: Path, name: str | None) -> Run:
+def find_run(root: Path, name: str | None, *, decompositions: bool = False) -> Run:
     """The dictionary's run that `name` means (a name under `root`, or a path); without one, the newest finished one.
 
-    Raises SaeError for a decomposition, which is none.
+    Raises SaeError for a decomposition, which is none, unless `decompositions` are wanted, too.
     """
     if name is not None:
         run = _named_run(root, name)
         if run is None:
             there = ", ".join(run.name for run in readable_runs(root)[0]) or "nothing yet; run `train()`"
             raise NotFound(f"{name}: no such run in {root}; there is {there}")
-        if run.decomposes:
+        if run.decomposes and not decompositions:
             raise SaeError(
                 f"{run.path}: is a decomposition of weights, no dictionary, so this cannot take it; its figures are "
                 f"shown by `decompose(resume=True, name={run.name})`"

@@ -50,6 +50,7 @@ WEIGHTS = "sae_weights.safetensors"
 WEIGHTS_CONFIG = "cfg.json"
 FAILURE = "failure.json"
 EVALUATION, LATENTS, FEATURES = "eval/eval.json", "eval/latents.safetensors", "eval/features.json"
+DECOMPOSITION = "eval/decomposition.json"
 
 
 class Run:

@@ -334,9 +334,12 @@ class Session(Workplace):
     def compare(self, runs: Sequence[Run | Named] | None = None) -> Table:
         """Runs side by side, a row each, as `sae compare`: the settings they differ in and their figures."""
         if runs is None:
-            chosen = [run for run in catalogue.readable_runs(self.runs)[0] if run.finished]
+            chosen = [run for run in catalogue.readable_runs(self.runs, decompositions=True)[0] if run.finished]
         else:
-            chosen = [run if isinstance(run, Run) else self.run(run) for run in runs]
+            chosen = [
+                run if isinstance(run, Run) else catalogue.find_run(self.runs, os.fspath(run), decompositions=True)
+                for run in runs
+            ]
         return Table(comparison.compare(chosen))
 
     def study(

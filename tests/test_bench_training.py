@@ -85,7 +85,7 @@ class TestDrill:
     def finished(self, store: ActivationStore, tmp_path: Path) -> tuple[train_drill.Training, Path]:
         """A training with what comes out of it, and its folders again."""
         dictionary: dict[str, Any] = {"sae": train_drill.TOPK | {"d_sae": 32}, "steps": 6, "log_every": 2}
-        training = train_drill.Training("topk", [dictionary])
+        training = train_drill.Training("topk", [dictionary], [store] * len(train_drill.SITES))
         run, *_ = open_all(training.configs, Dataset.of(store), tmp_path)
         sweep([run], Dataset.of(store), Silent(), device="cpu")
         training.whole = {run.name: train_drill.outcome(run)}
@@ -128,11 +128,16 @@ class TestDrill:
         assert (drill.lost, drill.unreadable) == (1, 1)
 
     @pytest.mark.slow
-    def test_five_kills(self) -> None:
-        command = [sys.executable, str(BENCH / "train_drill.py"), "--kills", "5", "--seed", "1", "--json"]
+    @pytest.mark.parametrize(
+        ("kills", "finished", "more"),
+        [(5, 1, []), (6, 6, ["--each", "1", "--only", "crosscoder,clt,molt,fsq,vae,nvae"])],
+        ids=["five of any", "one of each decomposition"],
+    )
+    def test_kills(self, kills: int, finished: int, more: list[str]) -> None:
+        command = [sys.executable, str(BENCH / "train_drill.py"), "--kills", str(kills), "--seed", "1", "--json", *more]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout)
-        assert (found["kills"], found["unreadable"], found["lost"], found["mismatches"]) == (5, 0, 0, 0)
-        assert found["finished"] > 0
-        assert sum(found["phases"].values()) == 5
+        assert (found["kills"], found["unreadable"], found["lost"], found["mismatches"]) == (kills, 0, 0, 0)
+        assert found["finished"] >= finished
+        assert sum(found["phases"].values()) == kills

@@ -12,14 +12,13 @@ from sae.cache import catalogue
 from sae.cache.disk.identity import digest
 from sae.cache.disk.parsing import as_written, inner, text, whole
 from sae.cache.errors import DamagedStore, NotFound, SaeError
-from sae.cache.runs import CONFIG, WEIGHTS, WEIGHTS_CONFIG, Run
+from sae.cache.runs import CONFIG, DECOMPOSITION, WEIGHTS, WEIGHTS_CONFIG, Run
 from sae.pipeline.decompose.components import Components
 from sae.pipeline.decompose.config import KINDS, DecomposeConfig
 from sae.pipeline.decompose.losses import Decomposition
 from sae.pipeline.decompose.reading import Reading
 
 ARCHITECTURE = "spd"
-READING = "eval/decomposition.json"
 
 About = dict[str, Any]
 """What config.json says of the subject beside the settings: stores and model, with their recipes."""
@@ -124,9 +123,9 @@ def keep(run: Run, reading: Reading) -> None:
     run.save_latents(
         {f"{name}.{key}": one for name, fired in reading.fired.items() for key, one in fired._asdict().items()}
     )
-    run.write_json(READING, reading.figures)
+    run.write_json(DECOMPOSITION, reading.figures)
 
 
 def figures(run: Run) -> dict[str, Any] | None:
     """The figures of a decomposition; None where it has not been judged yet."""
-    return run.read_json(READING) if (run.path / READING).exists() else None
+    return run.read_json(DECOMPOSITION) if (run.path / DECOMPOSITION).exists() else None

@@ -2,48 +2,48 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from sae.pipeline.decompose.components import Mask
 from sae.pipeline.decompose.losses import Decomposition
 from sae.pipeline.decompose.subjects import LocalMLP
-from sae.pipeline.saes import Predictor
+from sae.pipeline.saes import Coder
+from sae.pipeline.saes.molt import Gates
 
 
-class Active(NamedTuple):
-    """How many components are active in a row, and how many numbers those have, means over rows."""
-
-    l0: float
-    parameters: float
-
-
-class ActiveMLP(Predictor):
+class ActiveMLP(Coder):
     """x -> what the MLP gives with its active components fully on and all others off.
 
-    The model of the subject must not be the one it is spliced into: each row is a pass through a layer of it.
+    Its codes are 1 for a component that is active and 0 for another, those of one matrix after those of another. The
+    model of the subject must not be the one it is spliced into: each row is a pass through a layer of it.
     """
+
+    numbers: Tensor
 
     def __init__(self, decomposition: Decomposition, subject: LocalMLP, threshold: float) -> None:
         super().__init__()
         self.decomposition, self.subject, self.threshold = decomposition, subject, threshold
         self.d_in, self.d_out = subject.dataset.d_in, subject.dataset.d_out
-        self._rows = 0
-        self._active: dict[str, float] = dict.fromkeys(decomposition.parts, 0.0)
+        self._counts = {name: part.count for name, part in decomposition.parts.items()}
+        each = [torch.full((part.count,), float(sum(part.weight.shape))) for part in decomposition.parts.values()]
+        self.register_buffer("numbers", torch.cat(each), persistent=False)
+
+    @property
+    def width(self) -> int:
+        return len(self.numbers)
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor) -> Gates:
         importances = self.decomposition.importances(self.subject.read(x))
-        on = {name: (g > self.threshold).float() for name, g in importances.items()}
-        self._rows += len(x)
-        for name, one in on.items():
-            self._active[name] += one.sum().item()
-        return self.subject.predict(x, self.decomposition.products({name: Mask(one) for name, one in on.items()}))
+        return Gates(torch.cat([(importances[name] > self.threshold).float() for name in self._counts], dim=1), x)
 
-    def active(self) -> Active:
-        """What was active in the rows seen so far."""
-        counts = {name: count / max(1, self._rows) for name, count in self._active.items()}
-        numbers = {name: sum(part.weight.shape) for name, part in self.decomposition.parts.items()}
-        return Active(sum(counts.values()), sum(count * numbers[name] for name, count in counts.items()))
+    @torch.no_grad()
+    def decode(self, codes: Gates) -> Tensor:
+        masks = codes.values.split([*self._counts.values()], dim=1)
+        each = {name: Mask(mask) for name, mask in zip(self._counts, masks, strict=True)}
+        return self.subject.predict(codes.x, self.decomposition.products(each))
+
+    def active_parameters(self, codes: Gates) -> Tensor:
+        """[B]: the numbers of the components that are on, of what they read by and what they write with."""
+        return (codes.values != 0).float() @ self.numbers.to(codes.values.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -44,7 +45,7 @@ def read(decomposition: Decomposition, subject: Subject, config: DecomposeConfig
     rates: dict[str, list[Tensor]] = defaultdict(list)
     means: dict[str, list[Tensor]] = defaultdict(list)
     positive: dict[str, list[Tensor]] = defaultdict(list)
-    feed = subject.batches(held_out=True)
+    feed, seen = subject.batches(held_out=True), 0
     count = min(config.judged, subject.held_out_batches)
     progress.start("judge", count, "batches")
     try:
@@ -56,6 +57,7 @@ def read(decomposition: Decomposition, subject: Subject, config: DecomposeConfig
                 rates[name].append((rows > config.threshold).float().mean(-2))
                 positive[name].append((rows > 0).sum(-1).float().mean())
                 means[name].append(lower_leaky(rows).clamp(min=0).mean(-2))
+            seen += rows.shape[-2]
             for condition, masks in conditions(importances, config, number).items():
                 products = {} if masks is None else decomposition.products(masks)
                 for key, value in clean.measured(products).items():
@@ -68,6 +70,7 @@ def read(decomposition: Decomposition, subject: Subject, config: DecomposeConfig
     figures: dict[str, Any] = {
         "kind": config.kind,
         "batches": count,
+        "rows": seen,
         "components": config.components,
         "faithfulness": faithfulness(decomposition.parts.values()).item() / (subject.instances or 1),
         **{condition: dict(each) for condition, each in sums.items()},
@@ -106,11 +109,12 @@ def conditions(importances: Mapping[str, Tensor], config: DecomposeConfig, numbe
 def of_matrix(part: Components, fired: Fired) -> dict[str, Any]:
     """The figures of one matrix; with instances, means over them.
 
-    ci_l0: components active in a row. alive: components that are active in any.
+    ci_l0: components active in a row. alive: those active in any. bits: entropy of which are active, each by itself.
     """
     rate, importance = fired
     found: dict[str, Any] = {
         "ci_l0": rate.sum(-1).mean().item(),
+        "bits": (torch.special.entr(rate) + torch.special.entr(1 - rate)).sum(-1).mean().item() / math.log(2),
         "alive": (rate > 0).sum(-1).float().mean().item(),
         "faithfulness": (
             (part.weight - part.sum()).square().sum((-2, -1)) / part.weight.square().sum((-2, -1))

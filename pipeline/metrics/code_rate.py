@@ -37,7 +37,7 @@ class CodeRate(Metric):
     needs = ("rows", "codes")
     figures = (
         Figure("bits", "bits a row", "entropy of a row's codes, rounded until FVU is 5 % worse, each coded by itself", "low"),
-        Figure("active_parameters", "parameters in play", "parameters that the codes of a row bring into play", "low", "studies"),
+        Figure("active_parameters", "parameters in play", "parameters that the codes of a row bring into play", "low"),
         Figure("codebook_usage", "codebook used", "share of a codebook's codes that are used at all", "high", "studies", share=True),
         Figure("perplexity", "perplexity of codes", "exp of the entropy of a group's codes: as many, used evenly", "high", "studies"),
         Figure("active_units", "active units", "Gaussian codes whose means vary by more than 0.01 of the prior's variance", None, "studies"),

@@ -104,6 +104,11 @@ def label(key: str) -> str:
     return f"{figure.title}, held-out rows" if "rows" in metric.needs else figure.title
 
 
+def title(key: str) -> str:
+    """Return a few words for a figure."""
+    return _of(key)[1].title
+
+
 def judged_on(key: str) -> tuple[str, ...]:
     """The keys of the amounts that a figure was judged on."""
     return ("rows", "tokens") if "model" in _of(key)[0].needs else ("rows",)

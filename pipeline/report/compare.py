@@ -11,9 +11,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from sae.cache.disk.parsing import as_written, field, figure, inner, shown, text, whole
 from sae.cache.errors import NotFound, SaeError
 from sae.cache.printable import printable
-from sae.cache.runs import Run
+from sae.cache.runs import CONFIG, DECOMPOSITION, Run
 from sae.pipeline.metrics.figures import (
     OF_ROWS,
     Better,
@@ -39,11 +40,11 @@ def compare(runs: Sequence[Run]) -> list[Row]:
     """
     if not runs:
         raise NotFound("no runs; `train()` makes one, `train(sweep=...)` many")
-    settings = [_flat(run.settings) | {"activations": run.seen.key} for run in runs]
+    settings = [_settings(run) for run in runs]
     keys = list(dict.fromkeys(key for one in settings for key in one))
     # a setting that only some architectures have is told by the architecture, unless its values differ
     differing = [key for key in keys if len({repr(one[key]) for one in settings if key in one}) > 1]
-    transcoders = ["activations"] if any(run.seen.targets for run in runs) else []
+    transcoders = ["activations"] if any(run.decomposes or run.seen.targets for run in runs) else []
     imported = ["format"] if any(run.imported for run in runs) else []
     shown = list(dict.fromkeys(["sae.arch", *imported, *transcoders, *differing]))
     return [
@@ -105,6 +106,48 @@ def as_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
+def evaluation_of(run: Run) -> dict[str, Any]:
+    """What was found of a run on held-out data; of a decomposition, with its active components alone."""
+    found = run.evaluation() or {}
+    if not run.decomposes or not (run.path / DECOMPOSITION).exists():
+        return found
+    said = run.read_json(DECOMPOSITION)
+    with as_written(run.path / DECOMPOSITION):
+        return _of_decomposition(said, whole(run.settings, "batch", 1)) | found
+
+
+def _of_decomposition(said: dict[str, Any], batch: int) -> dict[str, Any]:
+    """The figures of a `decomposition.json` under the names that those of dictionaries have."""
+    active, itself, matrices = (inner(said, name) for name in ("rounded", "itself", "matrices"))
+    l0 = parameters = 0.0
+    bits: float | None = 0.0
+    for one in (inner(matrices, name) for name in matrices):
+        on, own, shape = figure(one, "ci_l0") or 0.0, figure(one, "bits"), field(one, "shape")
+        if not isinstance(shape, list) or any(type(width) is not int for width in shape):
+            raise ValueError(f"shape is {shown(shape)}, not two whole numbers")
+        l0, parameters = l0 + on, parameters + on * sum(shape)
+        bits = None if bits is None or own is None else bits + own  # one of before has none
+    # one of before says of batches alone how many there were
+    rows = whole(said, "rows") if "rows" in said else whole(said, "batches") * batch
+    clean = figure(itself, "ce")
+    return {
+        "l0": l0, "active_parameters": parameters, "bits": bits, "rows": rows,
+        "tokens": None if clean is None else rows, "ce_clean": clean, "ce_spliced": figure(active, "ce"),
+        **{name: figure(active, name) for name in ("fvu", "mse", "kl")},
+    }  # fmt: skip
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """The settings of a run in one level, with what it was trained on."""
+    if not run.decomposes:
+        return _flat(run.settings) | {"activations": run.seen.key}
+    own = {"sae.arch": "spd", **_flat(run.settings)}
+    with as_written(run.path / CONFIG):
+        if "activations" in run.config:
+            return own | {"activations": run.seen.key}
+        return own | ({"activations": text(inner(run.config, "tokens"), "key")} if "tokens" in run.config else {})
+
+
 def _flat(settings: dict[str, Any], inside: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in settings.items():
@@ -113,7 +156,7 @@ def _flat(settings: dict[str, Any], inside: str = "") -> dict[str, Any]:
 
 
 def _figures(run: Run) -> Row:
-    judged = completed(run.evaluation() or {})
+    judged = completed(evaluation_of(run))
     trained = next(reversed(run.metrics()), None)
     if trained is None and not judged and run.imported is None:
         raise SaeError(f"{run.path}: has no figures yet; train it first, or name the runs to compare")
@@ -151,7 +194,7 @@ def outdated(runs: Sequence[Run]) -> list[str]:
     """Return a line for each figure that is newer than some evaluations, with their runs."""
     without: dict[str, list[str]] = {}
     for run in runs:
-        if (found := run.evaluation()) is not None:
+        if not run.decomposes and (found := run.evaluation()) is not None:
             found = completed(found)
             for key in lacking(found, available(model="ce_clean" in found, truth="chance" in found)):
                 without.setdefault(key, []).append(run.name)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from sae.cache.disk.durable import write_atomic
 from sae.cache.errors import SaeError
 from sae.cache.printable import printable
-from sae.pipeline.metrics.figures import Better, better, compared, judged_on, label
+from sae.pipeline.metrics.figures import Better, better, compared, judged_on, label, title
 from sae.pipeline.report.compare import Row, front, named
 
 if TYPE_CHECKING:
@@ -19,20 +19,22 @@ ROOM = 15  # ratio of the ends of a logarithmic axis up to which the labels betw
 LEAST_RANGE = 0.1  # of a y axis, as a share of its values
 MOST_LETTERS, MOST_LINE = 40, 400  # of a label, of a line below
 FORMATS = (".png", ".svg", ".pdf")
-DRAWN = ("fvu", "ce_degradation")  # a panel each, over L0
+DRAWN = ("fvu", "ce_degradation")  # a panel each
+COSTS = ("l0", "active_parameters", "bits")  # what they are set against, of which less is better
 
 
 class PanelAxes(NamedTuple):
-    """Axes of a panel: y and x, the label of y, which amounts both were judged on, which end of y is better."""
+    """Axes of a panel: y and x, their labels, which amounts both were judged on, which end of y is better."""
 
     y: str
     x: str
     title: str
+    x_title: str
     amounts: tuple[str, ...]
     better: Better
 
 
-TRAINED = PanelAxes("train_fvu", "train_l0", "FVU, last training batch", (), "low")
+TRAINED = PanelAxes("train_fvu", "train_l0", "FVU, last training batch", "L0", (), "low")
 
 
 def expect_plot(path: Path) -> None:
@@ -41,15 +43,17 @@ def expect_plot(path: Path) -> None:
         raise SaeError(f"plot = {path}: the ending says the format; use {', '.join(FORMATS)}")
 
 
-def expect_drawn(keys: Sequence[str]) -> None:
-    """Raise SaeError for what is no figure of a comparison."""
-    known = [one.key for one in compared() if one.key != "l0"]  # which is what they are set against
+def expect_drawn(keys: Sequence[str], x: str = "l0") -> None:
+    """Raise SaeError for what is no figure of a comparison, or nothing that they are set against."""
+    if x not in COSTS:
+        raise SaeError(f"x = {x}: figures are set against {', '.join(COSTS)}")
+    known = [one.key for one in compared() if one.key not in ("l0", x)]
     if unknown := [key for key in keys if key not in known]:
         raise SaeError(f"y = {','.join(unknown)}: the figures are {', '.join(known)}")
 
 
-def pareto(rows: Sequence[Row], path: Path, drawn: Sequence[str] | None = None) -> None:
-    """L0 against FVU and the cross-entropy added, or against `drawn`; a colour an architecture, its best runs joined.
+def pareto(rows: Sequence[Row], path: Path, drawn: Sequence[str] | None = None, x: str = "l0") -> None:
+    """FVU and the cross-entropy added, or what is `drawn`, against a cost; a colour an architecture, its best joined.
 
     Joined are those judged on the most; what was judged on less is hollow, and the legend says on how much. Panels
     without two figures a run are left out; without held-out figures the last training batch's are shown. Runs without
@@ -57,13 +61,9 @@ def pareto(rows: Sequence[Row], path: Path, drawn: Sequence[str] | None = None) 
     nothing to plot, or none of what was asked for.
     """
     expect_plot(path)
-    panels = [axes for axes in map(axes_of, drawn or DRAWN) if any(_point(row, axes) for row in rows)]
-    if drawn and len(panels) < len(drawn):
-        lacks = {*drawn} - {panel.y for panel in panels}
-        raise SaeError(f"y = {','.join(drawn)}: no run has both L0 and {' or '.join(sorted(lacks))}; see `evaluate()`")
-    panels = panels or [TRAINED] * any(_point(row, TRAINED) for row in rows)
+    panels = panels_of(rows, drawn, x)
     if not panels:
-        raise SaeError(f"plot = {path}: no run has both L0 and a figure to set against it")
+        raise SaeError(f"plot = {path}: no run has both {axes_of('fvu', x).x_title} and a figure to set against it")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -77,9 +77,20 @@ def pareto(rows: Sequence[Row], path: Path, drawn: Sequence[str] | None = None) 
     save(figure, path)
 
 
-def axes_of(key: str) -> PanelAxes:
-    """The panel of a figure over L0."""
-    return PanelAxes(key, "l0", label(key), judged_on(key), better(key))
+def panels_of(rows: Sequence[Row], drawn: Sequence[str] | None = None, x: str = "l0") -> list[PanelAxes]:
+    """The panels that a plot of rows has. Raises SaeError where one that was asked for by name has no point."""
+    panels = [axes for axes in (axes_of(key, x) for key in drawn or DRAWN) if any(_point(row, axes) for row in rows)]
+    if drawn and len(panels) < len(drawn):
+        lacks, against = {*drawn} - {panel.y for panel in panels}, axes_of(drawn[0], x).x_title
+        raise SaeError(
+            f"y = {','.join(drawn)}: no run has both {against} and {' or '.join(sorted(lacks))}; see `evaluate()`"
+        )
+    return panels or [TRAINED] * (x == "l0" and any(_point(row, TRAINED) for row in rows))
+
+
+def axes_of(key: str, x: str = "l0") -> PanelAxes:
+    """The panel of a figure over a cost."""
+    return PanelAxes(key, x, label(key), title(x), judged_on(key), better(key))
 
 
 def save(figure: "Figure", path: Path) -> None:
@@ -106,7 +117,7 @@ def _fill(axis: "Axes", panel: PanelAxes, rows: Sequence[Row], kinds: list[str])
         )  # fmt: skip
         if full:
             axis.plot(*zip(*front(group, panel.better), strict=True), "-", color=colour, linewidth=1.2)
-    axis.set(xlabel="L0", ylabel=panel.title, xscale="log")
+    axis.set(xlabel=panel.x_title, ylabel=panel.title, xscale="log")
     calm(axis)
     plain_numbers(axis)
     axis.grid(alpha=0.25)
@@ -121,16 +132,22 @@ def plain_text(said: str, most: int = MOST_LETTERS) -> str:
 def absent(rows: Sequence[Row], panels: Sequence[PanelAxes]) -> str:
     """Say which runs have no point in a panel that is drawn, and why; empty where all have."""
     held_out = any(panel.amounts for panel in panels)
-    unjudged, silent = [], []
+    said: dict[str, list[str]] = {}
     for row in rows:
         if "run" not in row:  # a mean over several
             continue
-        if held_out and row["rows"] is None:
-            unjudged.append(str(row["run"]))
-        elif not any(_point(row, panel) for panel in panels):
-            silent.append(str(row["run"]))
-    said = [("not judged", unjudged), ("L0 of 0", silent)]
-    return "; ".join(f"{why}: {named(names)}" for why, names in said if names)
+        unjudged = held_out and row["rows"] is None
+        lacks = ["not judged"] if unjudged else [_lack(row, panel) for panel in panels if not _point(row, panel)]
+        for why in dict.fromkeys(lacks):
+            said.setdefault(why, []).append(str(row["run"]))
+    return "; ".join(f"{why}: {named(names)}" for why, names in said.items())
+
+
+def _lack(row: Row, panel: PanelAxes) -> str:
+    """Why a row has no point in a panel."""
+    if row[panel.x] is None:
+        return f"no {panel.x_title}"
+    return f"{panel.x_title} of 0" if row[panel.x] <= 0 else f"no {panel.title}"
 
 
 def calm(axis: "Axes") -> None:
@@ -154,6 +171,6 @@ def plain_numbers(axis: "Axes") -> None:
 
 
 def _point(row: Row, axes: PanelAxes) -> tuple[float, float] | None:
-    """(L0, figure) of a row, or None where one of them is missing or L0 has no place on a logarithmic axis."""
+    """(cost, figure) of a row, or None where one of them is missing or the cost has no place on a logarithmic axis."""
     x, y = row[axes.x], row[axes.y]
     return (x, y) if x is not None and y is not None and x > 0 else None

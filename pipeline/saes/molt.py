@@ -103,6 +103,10 @@ class MOLTConfig(CoefficientConfig):
         ranks = (max(1, round(rank * d_in)) if rank < 1 else int(rank) for rank in self.ranks)
         return list(zip(ranks, self.counts, strict=True))
 
+    def numbers(self, d_in: int, d_out: int) -> int:
+        """How many numbers the transforms have, their gates' directions included."""
+        return sum(count * (rank * (d_in + d_out) + d_in) for rank, count in self.groups(d_in))
+
     def expect_widths(self, d_in: Width, d_out: Width | None) -> None:
         most = min(sum(widths(d_in)), sum(widths(d_out or d_in)))
         if (rank := max(rank for rank, _ in self.groups(sum(widths(d_in))))) > most:
@@ -111,7 +115,7 @@ class MOLTConfig(CoefficientConfig):
 
 @dataclass(frozen=True, eq=False)
 class Gates:
-    """The gates of B rows [B, T], 0 where a transform does not act, and the rows x [B, d_in] that they are of.
+    """The gates of B rows [B, T], 0 where a part does not act, and the rows x [B, d_in] that they are of.
 
     near: bool [B, T], which gates have a gradient; None where nobody asks.
     """

@@ -1,6 +1,7 @@
 """Four ways to take one MLP apart, at equal parameters: what each costs, and what is left of the model.
 
     transcoder   sparse latents of what the MLP reads, which give what it gave
+    molt         a sparse mixture of linear transforms of it, steered to as many transforms a row as those have latents
     sae          sparse latents of what it gave, which give it again
     spd          its own matrices as sums of components, of which those alone are on that are active
 
@@ -11,7 +12,6 @@ are the one axis that all share: an L0 of components of three matrices is anothe
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -19,19 +19,21 @@ from sae.cache import catalogue, points
 from sae.cache.activations import ActivationStore
 from sae.cache.errors import SaeError
 from sae.cache.loader.dataset import Dataset
-from sae.cache.runs import CONFIG
+from sae.cache.runs import CONFIG, EVALUATION
 from sae.cache.tokens import TokenStore
 from sae.pipeline.decompose import folder, opening
 from sae.pipeline.decompose.config import LocalConfig
+from sae.pipeline.decompose.losses import Decomposition
 from sae.pipeline.decompose.predictor import ActiveMLP
 from sae.pipeline.decompose.stage import decompose
 from sae.pipeline.decompose.subjects import LocalMLP
-from sae.pipeline.evaluate.judging import judge
+from sae.pipeline.evaluate.judging import Evaluation, judge
 from sae.pipeline.language_model.hints import boot
 from sae.pipeline.metrics.figures import label
 from sae.pipeline.metrics.metric import Subject
 from sae.pipeline.report.compare import Row
 from sae.pipeline.runtime.progress import said_if_slow
+from sae.pipeline.saes.molt import MOLTConfig
 from sae.pipeline.studies.lab import Lab, Trial
 from sae.pipeline.studies.plots import Panel
 from sae.pipeline.studies.plots import draw as draw_panels
@@ -39,13 +41,14 @@ from sae.pipeline.studies.results import columns
 from sae.pipeline.studies.study import Setup, Study, of_equal_rows, register, variant
 from sae.pipeline.studies.tables import Result
 
-JUDGED = "eval/study-mlp.json"
 ACTIVE = "active_parameters"
 
 
 @register
 class Mlp(Study):
-    """One MLP taken apart by transcoders, autoencoders and decomposition of its weights, at equal parameters.
+    """One MLP taken apart by transcoders, mixtures of transforms, autoencoders, and decomposition of its weights.
+
+    All have equally many parameters.
 
     Examples:
 
@@ -57,18 +60,20 @@ class Mlp(Study):
     labels = ("method", "k", "importance")
     shown = ("fvu", "ce_degradation", "l0", ACTIVE, "parameters")
     decides = ("sae.arch", "sae.k", "sae.d_sae")
-    architectures = ("topk",)
+    architectures = ("topk", "molt")
     dictionary = ("d_sae",)
     any_store = True
 
-    ks: tuple[PositiveInt, ...] = Field((8, 16, 32, 64), description="active latents of transcoders and autoencoders")
+    ks: tuple[PositiveInt, ...] = Field(
+        (8, 16, 32, 64), description="active latents of transcoders and autoencoders, active transforms of mixtures"
+    )
     importances: tuple[NonNegativeFloat, ...] = Field(
         (1e-3, 3e-3, 1e-2), description="weights of importances of the decompositions"
     )
     spd_lr: PositiveFloat = Field(1e-3, description="learning rate of the decompositions")
 
     def trials(self, setup: Setup) -> list[Trial]:
-        """The dictionaries: of what the MLP reads and gives, and of what it gives."""
+        """The dictionaries: of what the MLP reads and gives, and of what it gives. The mixtures come last."""
         dataset, budget = setup.dataset, _budget(setup)
         both = (("transcoder", dataset), ("sae", Dataset.of(dataset.targets[0], rows=dataset.n_rows)))
         found = []
@@ -77,6 +82,10 @@ class Mlp(Study):
             for k in self.ks:
                 config = variant(setup.base, "topk", k=k, d_sae=budget // each)
                 found.append(Trial({"method": method, "k": k, "importance": None}, config, rows))
+        counts = transforms(budget, dataset.d_in, dataset.d_out)
+        for k in (k for k in self.ks if k < sum(counts)):
+            config = variant(setup.base, "molt", counts=counts, target_l0=k)
+            found.append(Trial({"method": "molt", "k": k, "importance": None}, config, dataset))
         return found
 
     def run(self, setup: Setup) -> Result:
@@ -85,11 +94,16 @@ class Mlp(Study):
         trials = self.trials(setup)
         rows = []
         for row, trial in zip(self.rows(setup, trials), _seeded(trials, setup), strict=True):
-            each = trial.dataset.d_in + trial.dataset.d_out
-            rows.append({**row, ACTIVE: (row["l0"] or 0.0) * each, "parameters": _budget(setup) // each * each})
+            d_in, d_out, sae = trial.dataset.d_in, trial.dataset.d_out, trial.config.sae
+            own = sae.numbers(d_in, d_out) if isinstance(sae, MOLTConfig) else sae.latents * (d_in + d_out)
+            rows.append({**row, "parameters": own})
         for seed in range(setup.base.seed, setup.base.seed + (setup.seeds or self.usual_seeds)):
             rows += [self._decomposed(setup, importance, seed) for importance in self.importances]
-        return Result(self.name, self.labels, columns(*self.shown), rows, self.draw)
+        most = sum(transforms(_budget(setup), dataset.d_in, dataset.d_out))
+        notes = [
+            f"molt: of {most} transforms {k} are no few, so there is none with k = {k}" for k in self.ks if k >= most
+        ]
+        return Result(self.name, self.labels, columns(*self.shown), rows, self.draw, notes)
 
     def _decomposed(self, setup: Setup, importance: float, seed: int) -> Row:
         """The row of a decomposition: as many components as come to the budget, gates included."""
@@ -110,12 +124,13 @@ class Mlp(Study):
         run = folder.open_run(config, opened.about, place.runs, name, resume=there)
         decompose(run, config, lambda _: LocalMLP(config, dataset, lab.model(dataset)), place.progress)
         labels = {"method": "spd", "k": None, "importance": importance}
-        judged = run.read_json(JUDGED) if (run.path / JUDGED).exists() else {}
-        asked = lab.eval_config
-        wanted = {"asked_rows": str(asked.rows), "asked_tokens": str(asked.tokens), "asked_ce": lab.cross_entropy}
-        if {key: judged.get(key) for key in wanted} != wanted:
-            judged = wanted | _judged(lab, dataset, folder.load(run), config)
-            run.write_json(JUDGED, judged)
+        judged, asked = run.evaluation() or {}, lab.eval_config
+        wanted = {"rows": str(asked.rows), "tokens": str(asked.tokens), "cross_entropy": lab.cross_entropy}
+        if (judged.get("details") or {}).get("asked") != wanted:
+            found = _judged(lab, dataset, folder.load(run), config)
+            found.details["asked"] = wanted
+            judged = found.as_json()
+            run.write_json(EVALUATION, judged)
         figures = {key: judged.get(key) for key in (*columns(*self.shown), "rows", "tokens")}
         return {"run": run.name, **labels, "seed": seed, **figures, "parameters": count * each}
 
@@ -139,6 +154,13 @@ def mlp_dataset(root: Path, reference: ActivationStore) -> Dataset:
     return Dataset.of(reads, writes)
 
 
+def transforms(budget: int, d_in: int, d_out: int) -> tuple[int, ...]:
+    """How many transforms of each of the usual ranks come to so many parameters at most: a multiple of the usual."""
+    usual = MOLTConfig()
+    times = max(1, budget // usual.numbers(d_in, d_out))
+    return tuple(times * count for count in usual.counts)
+
+
 def _budget(setup: Setup) -> int:
     """Parameters of each method: those of a transcoder with the width that was asked for."""
     wide = setup.sae.get("d_sae") or setup.base.sae.model_dump()["d_sae"]
@@ -150,8 +172,8 @@ def _seeded(trials: Sequence[Trial], setup: Setup) -> list[Trial]:
     return [one for trial in trials for one in trial.seeded(setup.seeds or Mlp.usual_seeds)]
 
 
-def _judged(lab: Lab, dataset: Dataset, decomposition: Any, config: LocalConfig) -> dict[str, Any]:
-    """The figures of a decomposed MLP with its active components alone, on rows and spliced into the model.
+def _judged(lab: Lab, dataset: Dataset, decomposition: Decomposition, config: LocalConfig) -> Evaluation:
+    """The evaluation of a decomposed MLP with its active components alone, on rows and spliced into the model.
 
     It runs in a copy of the model of its own, for it is asked for in the midst of the other's passes.
     """
@@ -165,9 +187,5 @@ def _judged(lab: Lab, dataset: Dataset, decomposition: Any, config: LocalConfig)
         own = boot(dataset.inputs[0], None, place.device, place.offline)
     subject = LocalMLP(config, dataset, own)
     predictor = ActiveMLP(decomposition.to(own.device), subject, config.threshold)
-    rows = held_out.first(min(held_out.n_rows, lab.eval_config.rows_of(held_out)))
-    for batch in rows.in_order(rows.n_rows):
-        predictor(batch.x.to(own.device))
-    active = predictor.active()
-    figures = judge(Subject(predictor), dataset, held_out, lab.eval_config, place.progress, text=text).figures
-    return {**figures, "l0": active.l0, ACTIVE: active.parameters}
+    asked = lab.eval_config.model_copy(update={"dead_rows": 0})  # each row is a pass through a layer
+    return judge(Subject(predictor), dataset, held_out, asked, place.progress, text=text)

@@ -189,8 +189,8 @@ def variant(base: TrainConfig, arch: str, **settings: Any) -> TrainConfig:
     """
     old, new = base.sae, ARCHITECTURES[arch].config_type
     common = type(old).model_fields if old.arch == arch else Config.model_fields
-    given = {name: getattr(old, name) for name in common if getattr(old, name) != type(old).model_fields[name].default}
-    given.pop("arch", None)
+    said = {name: getattr(old, name) for name in common if getattr(old, name) != type(old).model_fields[name].default}
+    given = {name: value for name, value in said.items() if name != "arch" and name in new.model_fields}
     try:
         sae = parse({**given, **settings, "arch": arch})
         # validated anew: what training asks of an architecture may not hold for this one

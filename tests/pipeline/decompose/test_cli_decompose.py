@@ -84,13 +84,12 @@ def test_the_kinds_as_json(place: Place, run: Path, tmp_path: Path) -> None:
         "eval one",
         "analyze one",
         "report one",
-        "compare one",
         "export one --to saelens --out x",
         "train --resume --name one",
     ],
 )
 def test_what_reads_dictionaries_says_that_it_is_none(place: Place, run: Path, command: str) -> None:
-    where = ["--runs", run.parent] + ([] if command.split()[0] in ("compare", "export") else ["--cache", place.cache])
+    where = ["--runs", run.parent] + ([] if command.split()[0] == "export" else ["--cache", place.cache])
     answer = sae(command, *where)
     assert answer.code == 2 and "is a decomposition of weights, no dictionary" in answer.complaint
 

@@ -15,9 +15,9 @@ from support.small_models import BEGIN, CONTEXT, made_up, plain_model, save_mode
 from support.small_runs import stop_at
 from torch import Tensor
 
-from sae.cache.errors import NotFound, SaeError
+from sae.cache.errors import SaeError
 from sae.cache.loader.dataset import Dataset
-from sae.cache.runs import WEIGHTS, Run
+from sae.cache.runs import DECOMPOSITION, WEIGHTS, Run
 from sae.cache.tokens import TokenStore
 from sae.pipeline.decompose import folder, opening, plots
 from sae.pipeline.decompose.config import LiveConfig, LocalConfig, ToyConfig
@@ -113,7 +113,7 @@ def whole(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
 def left(run: Run) -> dict[str, Any]:
     """All that a run leaves, bit for bit, but for the seconds it took."""
     found: dict[str, Any] = {
-        name: (run.path / name).read_bytes() for name in ("config.json", "cfg.json", WEIGHTS, folder.READING)
+        name: (run.path / name).read_bytes() for name in ("config.json", "cfg.json", WEIGHTS, DECOMPOSITION)
     }
     tensors, state = run.load_checkpoint()
     found |= {name: tensor.numpy().tobytes() for name, tensor in tensors.items()} | {"state": state}
@@ -183,16 +183,25 @@ def test_a_session_decomposes(world: World, tmp_path: Path, undrawn: None) -> No
         lab.evaluate(run.name)
     with pytest.raises(SaeError, match="decomposition of weights, no dictionary"):
         lab.load(run.name)
-    with pytest.raises(NotFound, match="no runs"):
-        lab.compare()
+    local, *_ = rows = lab.compare()
+    assert {row["sae.arch"] for row in rows} == {"spd"} and [row["kind"] for row in rows] == ["local", "live", "live"]
+    said = run.figures()
+    assert (local["fvu"], local["l0"]) == (
+        said["rounded"]["fvu"], pytest.approx(sum(one["ci_l0"] for one in said["matrices"].values())),
+    )  # fmt: skip
+    assert local["active_parameters"] <= sum(6 * sum(one["shape"]) for one in said["matrices"].values())
+    assert 0 <= local["bits"] <= 6 * len(said["matrices"]) and local["ce_degradation"] is None
+    assert rows[1]["ce_degradation"] == pytest.approx(
+        by_name.figures()["rounded"]["ce"] - by_name.figures()["itself"]["ce"]
+    )
 
 
 def test_a_figure_that_was_lost_is_found_again(world: World, tmp_path: Path) -> None:
     run = begun(world, "toy", tmp_path)
-    before = (run.path / folder.READING).read_bytes()
-    (run.path / folder.READING).unlink()
+    before = (run.path / DECOMPOSITION).read_bytes()
+    (run.path / DECOMPOSITION).unlink()
     begun(world, "toy", tmp_path, resume=True)
-    assert (run.path / folder.READING).read_bytes() == before
+    assert (run.path / DECOMPOSITION).read_bytes() == before
 
 
 def test_all_components_at_once_are_the_model_and_their_products_are_its_own(world: World) -> None:

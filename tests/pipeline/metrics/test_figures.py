@@ -149,10 +149,14 @@ def test_what_no_figure_is_cannot_be_drawn(home: Path) -> None:
     done(f"{TRAIN} --name one")
     for wrong in ("lustre", "train_fvu", "rows", "l0"):
         assert (
-            f"--y {wrong}: the figures are fvu, row_error, bits, dead_fraction,"
+            f"--y {wrong}: the figures are fvu, row_error, bits, active_parameters, dead_fraction,"
             in sae(f"compare --y {wrong}").complaint
         )
     assert "--y fvu,chance: no run has both L0 and chance or fvu" in sae("compare --y fvu,chance").complaint
+    assert "--y fvu: no run has both bits a row and fvu" in sae("compare --x bits --y fvu").complaint
+    assert "--y bits: the figures are fvu, row_error, active" in sae("compare --x bits --y bits").complaint
+    for wrong in ("fvu", "lo"):
+        assert sae(f"compare --x '{wrong}'").complaint.endswith("are set against l0, active_parameters, bits")
     assert sae("compare --y fvu,fvu").complaint == "--y fvu,fvu: fvu is there twice"
 
 

@@ -217,7 +217,11 @@ class TestCompare:
         assert "topk, on 64 rows" in texts[0] and "topk, on 1,000 rows" in texts[0]
         assert f"not judged: {runs[3].name}" in texts[0]
         assert "rows -->" not in texts[1].replace("held-out rows -->", "") and "not judged" not in texts[1]
-        assert absent([{**rows[0], "l0": 0.0}], [axes_of("fvu")]) == f"L0 of 0: {runs[0].name}"
+        zero, none = {**rows[0], "l0": 0.0}, {**rows[1], "ce_degradation": None}
+        panels = [axes_of("fvu"), axes_of("ce_degradation")]
+        said = f"L0 of 0: {runs[0].name}; no cross-entropy added, nats a token: {runs[1].name}"
+        assert absent([zero, none], panels) == said
+        assert absent([{**none, "bits": None}], [axes_of("fvu", "bits")]) == f"no bits a row: {runs[1].name}"
 
     def test_no_runs_is_said(self) -> None:
         with pytest.raises(NotFound, match="no runs"):
