@@ -14,7 +14,7 @@ import yaml
 
 from sae.cache.errors import SaeError
 
-SECTIONS = ("tokenize", "harvest", "synthesize", "train", "decompose", "eval", "report", "analyze", "study")
+SECTIONS = ("tokenize", "harvest", "synthesize", "train", "decompose", "eval", "report", "analyze", "probe", "study")
 
 CRC = "crc32c"  # in every config.json
 

@@ -7,7 +7,7 @@ again, and what was interrupted continues. Results are plain dicts and lists of 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -45,13 +45,16 @@ from sae.pipeline.interpret.features import FeaturesConfig
 from sae.pipeline.language_model import LanguageModel
 from sae.pipeline.loggers.base import expect
 from sae.pipeline.metrics.metric import Subject
+from sae.pipeline.probing.config import ProbeConfig
+from sae.pipeline.probing.labelled import Labelled, TextSet, in_memory, sets_of
+from sae.pipeline.probing.stage import probe as probe_runs
 from sae.pipeline.report import compare as comparison
 from sae.pipeline.report.stage import report as write_report
 from sae.pipeline.runtime import devices
 from sae.pipeline.runtime.origins import Origins
 from sae.pipeline.runtime.progress import Progress, Silent
 from sae.pipeline.runtime.workplace import Workplace
-from sae.pipeline.saes import Config
+from sae.pipeline.saes import TrainableConfig
 from sae.pipeline.saes.dictionary import Dictionary
 from sae.pipeline.sharing.pull import pull
 from sae.pipeline.sharing.push import push_run, push_store
@@ -212,14 +215,14 @@ class Session(Workplace):
 
     @overload
     def train(
-        self, dictionary: Config | None, rows: Any = None, /, *, name: str | None = None, **more: Any
+        self, dictionary: TrainableConfig | None, rows: Any = None, /, *, name: str | None = None, **more: Any
     ) -> TrainedRun: ...
     @overload
-    def train(self, dictionary: Sequence[Config], rows: Any = None, /, **more: Any) -> list[TrainedRun]: ...
+    def train(self, dictionary: Sequence[TrainableConfig], rows: Any = None, /, **more: Any) -> list[TrainedRun]: ...
 
     def train(
-        self, dictionary: Config | Sequence[Config] | None, rows: Any = None, /, *, name: str | None = None,
-        preset: str | None = None, log: Sequence[str] = (), **settings: Any,
+        self, dictionary: TrainableConfig | Sequence[TrainableConfig] | None, rows: Any = None, /, *,
+        name: str | None = None, preset: str | None = None, log: Sequence[str] = (), **settings: Any,
     ) -> TrainedRun | list[TrainedRun]:  # fmt: skip
         """Train a dictionary, as `sae train`; several on the same batches, in one pass over the rows.
 
@@ -233,9 +236,9 @@ class Session(Workplace):
         dataset = self.dataset(x, y)
         loggers = expect([log] if isinstance(log, str) else log)
         several = isinstance(dictionary, Sequence)
-        chosen: Sequence[Config | None] = dictionary if isinstance(dictionary, Sequence) else [dictionary]
+        chosen: Sequence[TrainableConfig | None] = dictionary if isinstance(dictionary, Sequence) else [dictionary]
         for one in chosen:
-            if not isinstance(one, Config | None):
+            if not isinstance(one, TrainableConfig | None):
                 raise SaeError(f"dictionary: {one!r} are not settings of one; give them as sae.TopK(k=32, d_sae=8192)")
         if not chosen:
             raise SaeError("dictionary: an empty list; give settings of at least one, as [sae.TopK(k=32)]")
@@ -372,6 +375,35 @@ class Session(Workplace):
         files = {name: {"json": str(one.json), "plot": str(one.plot)} for name, one in found.items()}
         return {name: {**one.finding.as_json(), **files[name]} for name, one in found.items()}
 
+    def probe(
+        self, runs: Sequence[Run | Named] | Run | Named | None = None, data: Any = None, *,
+        sae_probes: Named | None = None, sets: Sequence[str] | None = None, model: str | None = None,
+        tokenizer: str | None = None, **settings: Any,
+    ) -> Result:  # fmt: skip
+        """How well a few latents of runs tell labels of texts, as `sae probe`.
+
+        data: a file of labelled texts, several, or {name: (texts, labels)}. sae_probes: the wheel or a folder of that
+        package's sets, `sets` which of them. `settings` are those of the section `probe` (`ks`, `pool`, ...). The
+        result has `table` and `runs`, lists of dicts, and `write(folder)`.
+        """
+        config = _settings("probe", ProbeConfig, None, settings)
+        each = runs if isinstance(runs, Sequence) and not isinstance(runs, str) else [runs]
+        files: Sequence[Any] = () if data is None or isinstance(data, Mapping) else data
+        files = [files] if isinstance(files, str | os.PathLike) else files
+        texts: list[TextSet | Labelled] = [
+            in_memory(name, *pair) for name, pair in (data.items() if isinstance(data, Mapping) else ())
+        ]
+        texts += sets_of(
+            [Path(one).expanduser() for one in files], None if sae_probes is None else Path(sae_probes).expanduser(),
+            sets, (config.text_column, config.label_column),
+        )  # fmt: skip
+        if not texts:
+            raise SaeError("data: no labelled texts; give a file, {name: (texts, labels)}, or `sae_probes`")
+        return probe_runs(
+            config, [one if isinstance(one, Run) else self.run(one) for one in each], texts, self, model=model,
+            tokenizer=tokenizer, leave_out_numbers=sae_probes is not None and sets is None,
+        )  # fmt: skip
+
     def decompose(
         self, rows: Any = None, target: Any = None, /, *, kind: str = "local",
         tokens_from: TokenStore | str | None = None, model: LanguageModel | str | None = None, name: str | None = None,
@@ -432,13 +464,13 @@ def harvest(tokens_from: TokenStore | str | None = None, **settings: Any) -> dic
 
 
 @overload
-def train(dictionary: Config | None, rows: Any = None, /, **settings: Any) -> TrainedRun: ...
+def train(dictionary: TrainableConfig | None, rows: Any = None, /, **settings: Any) -> TrainedRun: ...
 @overload
-def train(dictionary: Sequence[Config], rows: Any = None, /, **settings: Any) -> list[TrainedRun]: ...
+def train(dictionary: Sequence[TrainableConfig], rows: Any = None, /, **settings: Any) -> list[TrainedRun]: ...
 
 
 def train(
-    dictionary: Config | Sequence[Config] | None, rows: Any = None, /, **settings: Any
+    dictionary: TrainableConfig | Sequence[TrainableConfig] | None, rows: Any = None, /, **settings: Any
 ) -> TrainedRun | list[TrainedRun]:
     """`Session.train` in the usual places."""
     return Session().train(dictionary, rows, **settings)

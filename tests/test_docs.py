@@ -28,6 +28,7 @@ from sae.pipeline.harvest.sources.synthetic import SyntheticConfig
 from sae.pipeline.harvest.sources.table import TableConfig
 from sae.pipeline.harvest.sources.toy import ToyConfig
 from sae.pipeline.interpret.features import FeaturesConfig
+from sae.pipeline.probing.config import ProbeConfig
 from sae.pipeline.saes import ARCHITECTURES
 from sae.pipeline.studies.study import settings as study_settings
 from sae.pipeline.tokenize.stage import TokenizeConfig
@@ -40,7 +41,7 @@ STAGES: dict[str, type[BaseModel]] = {
 }  # fmt: skip
 EVERY = {
     **STAGES, "synthesize": SyntheticConfig, "decompose": decompose.LocalConfig, "analyze": AnalyzeConfig,
-    "study": study_settings(),
+    "probe": ProbeConfig, "study": study_settings(),
 }  # fmt: skip
 OTHERS = {  # classes told apart by a tag
     "harvest": [TableConfig, SeriesConfig], "synthesize": [ToyConfig],

@@ -29,6 +29,7 @@ from sae.pipeline.commands.harvest import harvest
 from sae.pipeline.commands.import_ import import_
 from sae.pipeline.commands.list import list_
 from sae.pipeline.commands.options import expanded
+from sae.pipeline.commands.probe import probe
 from sae.pipeline.commands.pull import pull
 from sae.pipeline.commands.push import push
 from sae.pipeline.commands.report import report
@@ -80,6 +81,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "decompose": decompose,
     "eval": evaluate,
     "analyze": analyze,
+    "probe": probe,
     "report": report,
     "compare": compare,
     "import": import_,

@@ -26,6 +26,7 @@ CLASSES = {  # room and names of the classes that hold the settings below a path
     "eval": ("evaluate", ["EvalConfig"]),
     "report": ("interpret", ["FeaturesConfig"]),
     "analyze": ("analyses", ["AnalyzeConfig"]),
+    "probe": ("probing", ["ProbeConfig"]),
 }
 CHOICES = {  # options that choose the class of further settings: no single class describes them
     "train.sae.arch": "Architecture; `sae list` explains each. Default: topk.",

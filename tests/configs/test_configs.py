@@ -253,7 +253,7 @@ def test_numbers_in_a_file(tmp_path: Path) -> None:
         ("train.rows.skip=1", "train.rows.skip: unknown key; did you mean 'skip_first'?"),
         ("trian.lr=1", "overrides = trian.lr=1: unknown section 'trian'; did you mean 'train'?"),
         ("x.lr=1", "overrides = x.lr=1: unknown section 'x'; there are tokenize, harvest, synthesize, train, "
-         "decompose, eval, report, analyze, study"),
+         "decompose, eval, report, analyze, probe, study"),
         ("train.sae.arch=l3", "train.sae.arch = l3: unknown architecture; did you mean 'l1'?"),
         ("train.sae.arch=xyz", "train.sae.arch = xyz: unknown architecture; there are topk, l1"),
         ("train.lr=-1", "train.lr = -1: input should be greater than 0"),
@@ -350,6 +350,7 @@ def stages() -> dict[str, type[BaseModel]]:
     from sae.pipeline.harvest.sources.language_model import HarvestConfig
     from sae.pipeline.harvest.sources.synthetic import SyntheticConfig
     from sae.pipeline.interpret.features import FeaturesConfig
+    from sae.pipeline.probing.config import ProbeConfig
     from sae.pipeline.studies.study import settings
     from sae.pipeline.tokenize.stage import TokenizeConfig
     from sae.pipeline.train.stage import TrainConfig
@@ -357,7 +358,8 @@ def stages() -> dict[str, type[BaseModel]]:
     return {
         "tokenize": TokenizeConfig, "harvest": HarvestConfig, "synthesize": SyntheticConfig, "train": TrainConfig,
         "decompose": LocalConfig,
-        "eval": EvalConfig, "report": FeaturesConfig, "analyze": AnalyzeConfig, "study": settings(),
+        "eval": EvalConfig, "report": FeaturesConfig, "analyze": AnalyzeConfig, "probe": ProbeConfig,
+        "study": settings(),
     }  # fmt: skip
 
 

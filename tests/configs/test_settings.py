@@ -22,6 +22,7 @@ from sae.pipeline.evaluate.stage import EvalConfig
 from sae.pipeline.harvest.sources.language_model import HarvestConfig
 from sae.pipeline.harvest.sources.synthetic import SyntheticConfig
 from sae.pipeline.interpret.features import FeaturesConfig
+from sae.pipeline.probing.config import ProbeConfig
 from sae.pipeline.saes import Config
 from sae.pipeline.studies.study import settings
 from sae.pipeline.tokenize.stage import TokenizeConfig
@@ -31,7 +32,8 @@ from sae.pipeline.train.sweep import combinations
 STAGES: dict[str, type[BaseModel]] = {
     "tokenize": TokenizeConfig, "harvest": HarvestConfig, "synthesize": SyntheticConfig, "train": TrainConfig,
     "decompose": LocalConfig,
-    "eval": EvalConfig, "report": FeaturesConfig, "analyze": AnalyzeConfig, "study": settings(),
+    "eval": EvalConfig, "report": FeaturesConfig, "analyze": AnalyzeConfig, "probe": ProbeConfig,
+    "study": settings(),
 }  # fmt: skip
 
 

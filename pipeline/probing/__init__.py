@@ -1,0 +1,1 @@
+"""How much of what texts are labelled with a few latents tell: k-sparse probing."""
