@@ -7,7 +7,8 @@ failure.json              the step and the error, where the numbers were none an
 checkpoint.next...        the one that will replace it, once those of all dictionaries trained with it are written
 cfg.json                  \\ the dictionary, in the layout SAELens opens; written when training ends
 sae_weights.safetensors   /
-eval/                     what `sae eval` found (eval.json, latents.safetensors), and `sae report` (features.json)
+eval/                     what `sae eval` found (eval.json, latents.safetensors), and `sae report` (features.json:
+                          some latents; statistics.safetensors: all of them)
 
 The run of a decomposition of weights has the same files: settings and stores under other keys of its config.json,
 and its figures in eval/decomposition.json.
@@ -51,6 +52,7 @@ WEIGHTS_CONFIG = "cfg.json"
 FAILURE = "failure.json"
 EVALUATION, LATENTS, FEATURES = "eval/eval.json", "eval/latents.safetensors", "eval/features.json"
 DECOMPOSITION = "eval/decomposition.json"
+STATISTICS = "eval/statistics.safetensors"
 
 
 class Run:
@@ -299,11 +301,16 @@ class Run:
         path = self.path / LATENTS
         return read_tensors(path, sealed=self.sealed)[0] if path.exists() else None
 
+    def _statistics(self) -> None:
+        """Read what was gathered about latents. Raises DamagedStore when a byte differs."""
+        if (path := self.path / STATISTICS).exists():
+            read_tensors(path)
+
     def check(self) -> list[str]:
         """Return what is wrong with the files of the folder, read from the first byte to the last, a line each."""
         written = (self.path / "eval").glob("*.json")
         readings: list[Callable[[], object]] = [
-            self.metrics, self.evaluation, self.load_latents, lambda: self.failure,
+            self.metrics, self.evaluation, self.load_latents, self._statistics, lambda: self.failure,
             *(partial(self.read_json, path.relative_to(self.path).as_posix()) for path in sorted(written)),
             *([self.load_checkpoint] if self.has_checkpoint else []),
             *([self.load_weights] if self.finished else []),

@@ -42,6 +42,8 @@ from sae.pipeline.harvest.sources.table import TableConfig, TableSource
 from sae.pipeline.harvest.stage import harvest as harvest_rows
 from sae.pipeline.harvest.tables.spool import spooled
 from sae.pipeline.interpret.features import FeaturesConfig
+from sae.pipeline.interpret.stage import statistics_of
+from sae.pipeline.interpret.statistics import Statistics
 from sae.pipeline.language_model import LanguageModel
 from sae.pipeline.loggers.base import expect
 from sae.pipeline.metrics.metric import Subject
@@ -443,6 +445,15 @@ class Session(Workplace):
         config = _settings("report", FeaturesConfig, None, settings)
         run = run if isinstance(run, Run) else self.run(run)
         return write_report(run, self.cache, self.progress, config=config, device=self.device)
+
+    def statistics(self, run: Run | Named | None = None, **settings: Any) -> Statistics:
+        """What is known of a run's latents: what its folder holds, else gathered now, as for `sae report`.
+
+        `settings` are those of the section `report`; without any, whatever was gathered before will do.
+        """
+        config = _settings("report", FeaturesConfig, None, settings) if settings else None
+        run = run if isinstance(run, Run) else self.run(run)
+        return statistics_of(run, self.cache, self.progress, config=config, device=self.device)
 
     def _stores(self, said: Any, what: str) -> tuple[ActivationStore, ...]:
         """The stores of one side, which a list names where there are several."""

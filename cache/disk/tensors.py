@@ -79,6 +79,6 @@ def _checksum(tensors: dict[str, Tensor], header: dict[str, str], extra_file: by
     parts += [checksum(extra_file)] if extra_file else []
     for name in sorted(tensors):
         tensor = tensors[name]
-        data = checksum(tensor.flatten().view(torch.uint8).numpy().data)
-        parts.append(f"{name} {tensor.dtype} {list(tensor.shape)} {data}")
+        data = tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else b""  # strides of none may be 0
+        parts.append(f"{name} {tensor.dtype} {list(tensor.shape)} {checksum(data)}")
     return checksum("\n".join(parts).encode())

@@ -21,12 +21,23 @@ from sae.cache.disk.paths import is_remote, listing
 from sae.cache.disk.processes import final_name, left_behind, temporary
 from sae.cache.errors import SaeError
 from sae.cache.metrics_log import METRICS
-from sae.cache.runs import CONFIG, EVALUATION, FEATURES, LATENTS, STAGED, WEIGHTS, WEIGHTS_CONFIG, is_begun
+from sae.cache.runs import (
+    CONFIG,
+    EVALUATION,
+    FEATURES,
+    LATENTS,
+    STAGED,
+    STATISTICS,
+    WEIGHTS,
+    WEIGHTS_CONFIG,
+    is_begun,
+)
 from sae.cache.upkeep.garbage import PATIENCE, Garbage
 
 EXPORT = "export"  # `export.<whose>.partial` in the cache holds the path of an export being written
 MOST_PATH = 4096
-OWN = {Path(name).name for name in (CONFIG, METRICS, STAGED, WEIGHTS, WEIGHTS_CONFIG, EVALUATION, LATENTS, FEATURES)}
+WRITTEN = (CONFIG, METRICS, STAGED, WEIGHTS, WEIGHTS_CONFIG, EVALUATION, LATENTS, FEATURES, STATISTICS)
+OWN = {Path(name).name for name in WRITTEN}
 
 
 @contextmanager

@@ -24,7 +24,7 @@ CLASSES = {  # room and names of the classes that hold the settings below a path
     "train.align": ("train", ["AlignConfig"]),
     "decompose": ("decompose", ["LocalConfig", "DecomposeConfig", "ToyConfig"]),
     "eval": ("evaluate", ["EvalConfig"]),
-    "report": ("interpret", ["FeaturesConfig"]),
+    "report": ("interpret", ["FeaturesConfig", "StatisticsConfig"]),
     "analyze": ("analyses", ["AnalyzeConfig"]),
     "probe": ("probing", ["ProbeConfig"]),
 }

@@ -23,7 +23,8 @@ class Example(Record):
 
     The peak is the token whose row fired: `tokens[peak]`, at `position` (context * T + place) of the token store.
     `activations` holds the latent's value on every token, 0 where it is silent and None where the token has no row
-    in the cache (the harvest left it out), so that silence is never confused with not having looked.
+    in the cache (the harvest left it out), so that silence is never confused with not having looked. Of rows that come
+    from no text, both are empty, and `position` is the row's in its source.
     """
 
     position: int
@@ -35,7 +36,7 @@ class Example(Record):
 
     @model_validator(mode="after")
     def _aligned(self) -> Self:
-        if len(self.tokens) != len(self.activations) or not 0 <= self.peak < len(self.tokens):
+        if len(self.tokens) != len(self.activations) or not 0 <= self.peak < max(len(self.tokens), 1):
             raise ValueError(f"{len(self.tokens)} tokens, {len(self.activations)} activations, peak {self.peak}")
         return self
 
@@ -61,11 +62,39 @@ class TokenCount(Record):
     count: int
 
 
+class Partner(Record):
+    """A latent that fires with another: Jaccard index and phi (None: undefined) of their rows, `error` of the former.
+
+    The error is one standard deviation, 0 where no row was left out of the sample.
+    """
+
+    latent: int
+    jaccard: float
+    phi: float | None
+    error: float
+
+
+class Neighbour(Record):
+    """A latent whose decoder direction is near another's."""
+
+    latent: int
+    cosine: float
+
+
+class TokenWeight(Record):
+    """A token, and what a unit of a latent adds to its logit."""
+
+    token: int
+    weight: float
+
+
 class Feature(Record):
     """One latent: how often (`density`: share of rows), how strongly, and where it fires.
 
     `max` and `mean` are of magnitudes; values of examples have their sign. `frequent` counts the tokens under a uniform
-    random sample of `sampled` of its firings.
+    random sample of `sampled` of its firings. `rates` are its densities in equal parts of the rows. `promoted` and
+    `suppressed` are the tokens that its decoder direction makes likelier and less likely, read with the model's
+    unembedding. What was not found is empty.
     """
 
     latent: int
@@ -79,6 +108,11 @@ class Feature(Record):
     frequent: list[TokenCount]
     top: list[Example]
     bands: list[Band]
+    rates: list[float] = []
+    partners: list[Partner] = []
+    nearest: list[Neighbour] = []
+    promoted: list[TokenWeight] = []
+    suppressed: list[TokenWeight] = []
 
 
 class Features(Record):

@@ -2,16 +2,15 @@
 
 from pathlib import Path
 
-from sae.cache import catalogue
 from sae.cache.disk.durable import expect_no_link, expect_writable
-from sae.cache.errors import NotFound, SaeError
+from sae.cache.errors import SaeError
 from sae.cache.runs import FEATURES, Run
-from sae.cache.tokens import TokenStore
 from sae.pipeline.formats import trained
-from sae.pipeline.interpret.features import FeaturesConfig, find_features
+from sae.pipeline.interpret.features import FeaturesConfig, records
+from sae.pipeline.interpret.stage import statistics_of
+from sae.pipeline.interpret.statistics import expect_latents
 from sae.pipeline.report.page import write_report
 from sae.pipeline.report.toys import TOY, DrawnToy
-from sae.pipeline.runtime import devices
 from sae.pipeline.runtime.progress import Progress
 
 REPORT = "report.html"
@@ -28,7 +27,6 @@ def report(
     for name in (FEATURES, TOY, REPORT):
         expect_no_link(run.path, name)
         expect_writable(run.path / name)
-    where = devices.resolve_device(device)
     dataset = trained.dataset_of(run, root, activations)
     text = dataset.provenance.text
     toy = (dataset.targets or dataset.inputs)[0].toy
@@ -40,11 +38,8 @@ def report(
         raise SaeError(
             f"{run.name}: a report shows text, and the rows of {dataset.key} come from none; see `evaluate()`"
         )
-    tokens = catalogue.of_recipe(root, TokenStore, text.recipe)
-    if tokens is None:
-        raise NotFound(f"{root}: the tokens {dataset.key} was harvested from are gone; run `tokenize()` again")
-    sae = trained.load_latents(run).to(where)
-    trained.expect_fits(dataset, sae, run)
-    features = find_features(sae, dataset, tokens, config or FeaturesConfig(), progress, device=where)
-    run.write_json(FEATURES, features.model_dump(mode="json"))
+    config = config or FeaturesConfig()
+    expect_latents(config.latents or (), trained.Described.of(run).d_sae)
+    found = statistics_of(run, root, progress, config=config, activations=activations, device=device)
+    run.write_json(FEATURES, records(found, dataset, config).model_dump(mode="json"))
     return write_report(run, run.path / REPORT)

@@ -19,6 +19,7 @@ from sae.cache.runs import Run
 from sae.pipeline.commands.all_stages import all_stages
 from sae.pipeline.evaluate.stage import EvalConfig, evaluate
 from sae.pipeline.harvest.sources.language_model import HarvestConfig
+from sae.pipeline.interpret.statistics import Statistics
 from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.runtime.workplace import Workplace
 from sae.pipeline.saes import parse
@@ -69,6 +70,9 @@ def test_the_demo_goes_from_text_to_a_report(shown: tuple[Path, dict[str, Any]])
     assert run.finished and run.name == "demo"
     assert run.metrics()[-1]["fvu"] < run.metrics()[0]["fvu"]
     json.dumps(found, allow_nan=False)
+    latents = Statistics.read(run)
+    assert latents is not None and latents.d_sae == len(latents.table()["density"]) and latents.stability()
+    assert all(latents.tokens_of(j) and latents.nearest_to(j) for j in range(0, latents.d_sae, 50))  # by its own model
     (store,) = [s for s in catalogue.stores(folder / "cache") if isinstance(s, ActivationStore) and s.split == "train"]
     assert store.n_rows == 16_384
     assert catalogue.latest(folder / "cache")["activations"] == [store.key]
