@@ -33,7 +33,7 @@ from sae.pipeline.decompose.config import KINDS, LiveConfig, LocalConfig, ToyCon
 from sae.pipeline.decompose.losses import Decomposition
 from sae.pipeline.decompose.stage import decompose
 from sae.pipeline.evaluate.judging import EvalConfig, judge
-from sae.pipeline.evaluate.stage import evaluate as evaluate_run
+from sae.pipeline.evaluate.stage import evaluate_all, expect_evaluated
 from sae.pipeline.formats.trained import load_latents
 from sae.pipeline.harvest.sources import SOURCES, RowSource, settings_of_sources
 from sae.pipeline.harvest.sources.language_model import HarvestConfig, LanguageModelSource
@@ -299,25 +299,41 @@ class Session(Workplace):
         formats.write(dictionary.cpu(), dictionary.metadata, os.fspath(folder), format)
         return Path(folder)
 
+    @overload
     def evaluate(
         self, what: Dictionary | Run | Named | None = None, rows: Any = None, /, *,
-        model: LanguageModel | str | None = None, **settings: Any,
-    ) -> Figures:  # fmt: skip
+        model: LanguageModel | str | None = None, cross_entropy: bool = True, **settings: Any,
+    ) -> Figures: ...  # fmt: skip
+    @overload
+    def evaluate(
+        self, what: list[Run | Named], /, *, model: LanguageModel | str | None = None, cross_entropy: bool = True,
+        **settings: Any,
+    ) -> list[Figures]: ...  # fmt: skip
+
+    def evaluate(
+        self, what: Dictionary | Run | Named | list[Run | Named] | None = None, rows: Any = None, /, *,
+        model: LanguageModel | str | None = None, cross_entropy: bool = True, **settings: Any,
+    ) -> Figures | list[Figures]:  # fmt: skip
         """Judge a dictionary: figures by name, None where one is not defined; everything else under `details`.
 
-        A run is judged on held-out rows, and in its language model where it has one, and the figures are kept with it,
-        as `sae eval` does. A dictionary of any origin is judged on the rows given (whatever `dataset` takes).
-        `settings` are those of the section `eval` (`rows`, `tokens`, ...).
+        A run is judged on held-out rows, and in its language model where it has one (unless `cross_entropy` is False),
+        and the figures are kept with it, as `sae eval` does. Several runs, in a list, share the passes over rows and of
+        the model; where some cannot be judged, the others are, and the SaeError names those. A dictionary of any
+        origin is judged on the rows given (whatever `dataset` takes). `settings` are those of the section `eval`
+        (`rows`, `tokens`, ...).
         """
         config = _settings("eval", EvalConfig, None, settings)
         if not isinstance(what, Dictionary):
-            run = what if isinstance(what, Run) else self.run(what)
+            names = what if isinstance(what, list) else [what]
+            runs = [one if isinstance(one, Run) else self.run(one) for one in names]
             booted = model if isinstance(model, LanguageModel) else None
-            found = evaluate_run(
-                config, run, self.cache, self.progress, model=None if booted is model else str(model),
-                device=self.device, offline=self.offline, language_model=booted,
+            found = evaluate_all(
+                config, runs, self.cache, self.progress, model=None if booted is model else str(model),
+                device=self.device, offline=self.offline, language_model=booted, cross_entropy=cross_entropy,
             )  # fmt: skip
-            return Figures(found.as_json())
+            expect_evaluated(found)
+            figures = [Figures(one.evaluation.as_json()) for one in found if one.evaluation is not None]
+            return figures if isinstance(what, list) else figures[0]
         if model is not None:
             raise SaeError("model: a run is judged in its language model; to splice any dictionary into one, attach it")
         x, y = rows if isinstance(rows, tuple) else (rows, None)
@@ -332,9 +348,9 @@ class Session(Workplace):
         config = config.model_copy(update={"dead_rows": 0})
         making = making_of((dataset.targets or dataset.inputs)[0])
         subject = Subject(what.to(devices.resolve_device(self.device)), dataset.truth)
-        found = judge(subject, dataset, dataset, config, self.progress, making=making)
+        judged = judge(subject, dataset, dataset, config, self.progress, making=making)
         what.to(here)
-        return Figures(found.as_json())
+        return Figures(judged.as_json())
 
     def compare(self, runs: Sequence[Run | Named] | None = None) -> Table:
         """Runs side by side, a row each, as `sae compare`: the settings they differ in and their figures."""
@@ -487,7 +503,13 @@ def train(
     return Session().train(dictionary, rows, **settings)
 
 
-def evaluate(what: Dictionary | Run | Named | None = None, rows: Any = None, /, **settings: Any) -> Figures:
+@overload
+def evaluate(what: Dictionary | Run | Named | None = None, rows: Any = None, /, **settings: Any) -> Figures: ...
+@overload
+def evaluate(what: list[Run | Named], /, **settings: Any) -> list[Figures]: ...
+
+
+def evaluate(what: Any = None, rows: Any = None, /, **settings: Any) -> Figures | list[Figures]:
     """`Session.evaluate` in the usual places."""
     return Session().evaluate(what, rows, **settings)
 

@@ -105,7 +105,7 @@ def test_everything_reads_the_same_everywhere() -> None:
     own = {
         "tokens", "rows", "seed", "activations", "workers", "store", "stores", "model", "name", "source", "tokenizer",
         "site", "layer", "features", "probability", "steps", "codec", "target", "out", "input_", "resume", "lr",
-        "batch", "hidden", "components", "ks", "what", "repository",
+        "batch", "hidden", "components", "ks", "what", "repository", "names",
     }  # fmt: skip
     seen: dict[str, set[tuple[Any, ...]]] = {}
     for command in COMMANDS.values():

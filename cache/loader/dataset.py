@@ -217,11 +217,14 @@ class Dataset:
                 yield found
 
     def left_out(self, rows: int, batch: int) -> Iterator[Batch]:
-        """Those of the first rows that are not kept, in batches of up to `batch` rows."""
+        """Those of the first rows that are not kept, with their positions, in batches of up to `batch` rows."""
         for start in range(0, 0 if self.limits is None else rows, self._step):
-            far = self._chosen(start, min(start + self._step, rows), kept=False)
+            stop = min(start + self._step, rows)
+            far = self._chosen(start, stop, kept=False)
             if len(far.x):
-                yield from map(Batch, far.x.split(batch), far.y.split(batch))
+                mask = self.kept(start, stop)
+                positions = torch.from_numpy(self.inputs[0].positions(start, stop)[np.flatnonzero(~mask)])  # type: ignore[operator]
+                yield from map(Batch, far.x.split(batch), far.y.split(batch), positions.split(batch))
 
     def expect_kept(self, count: int, argument: str) -> None:
         """Raise SaeError, naming the argument that asked for `count` rows, where fewer are kept."""

@@ -1,11 +1,9 @@
 """How alike a dictionary's directions are to each other, to its encoder's, and to true ones."""
 
 import torch
-from torch import Tensor
-from torch.nn.functional import normalize
 
 from sae.pipeline.analyses.analysis import Analysed, Analysis, Finding, distribution, numbers, quantiles, register
-from sae.pipeline.metrics.geometry import BLOCK, encoder_decoder_cosine, mean_abs_cosine, random_cosine, welch_bound
+from sae.pipeline.metrics.geometry import encoder_decoder_cosine, pairs, random_cosine, welch_bound
 from sae.pipeline.metrics.recovery import Recovery
 
 
@@ -18,17 +16,19 @@ class DictionarySimilarity(Analysis):
     def find(self, subject: Analysed) -> Finding:
         sae = subject.sae
         table = sae.W_dec.detach().float().cpu()
-        cosines, partners = nearest(table)
+        mean_abs, cosines, partners = pairs(table)
         alike = encoder_decoder_cosine(sae.W_enc.T, sae.W_dec).cpu() if sae.d_in == sae.d_out else torch.empty(0)
         first = cosines.argsort(descending=True, stable=True).tolist()
-        pairs = {tuple(sorted((i, int(partners[i])))): cosines[i].item() for i in first}
-        named = [{"latents": [*pair], "cosine": cosine} for pair, cosine in [*pairs.items()][: subject.config.top]]
+        alike_first = {tuple(sorted((i, int(partners[i])))): cosines[i].item() for i in first}
+        named = [
+            {"latents": [*pair], "cosine": cosine} for pair, cosine in [*alike_first.items()][: subject.config.top]
+        ]
         truth = subject.truth
         found = None if truth is None else Recovery(table, truth.float().cpu()).result()
         panels = [distribution("largest cosine with another", cosines)] if len(table) > 1 else []
         return Finding(
             {
-                "mean_abs_cosine": mean_abs_cosine(table), "random_abs_cosine": random_cosine(sae.d_out),
+                "mean_abs_cosine": mean_abs, "random_abs_cosine": random_cosine(sae.d_out),
                 "largest_cosine": cosines.max().item() if len(table) > 1 else None,
                 "mean_largest_cosine": cosines.mean().item() if len(table) > 1 else None,
                 "welch_bound": welch_bound(len(table), sae.d_out),
@@ -42,16 +42,3 @@ class DictionarySimilarity(Analysis):
             },
             [*panels, distribution("cosine of encoder and decoder", alike)],
         )  # fmt: skip
-
-
-def nearest(table: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row of [m, d] its largest cosine with another, and which one: [m] and int64 [m]; nothing for one row."""
-    unit, m = normalize(table, dim=1), len(table)
-    if m < 2:
-        return unit.new_empty(0), torch.empty(0, dtype=torch.int64)
-    found = []
-    for rows in torch.arange(m).split(max(1, BLOCK // m)):
-        cosines = unit[rows] @ unit.T
-        cosines[torch.arange(len(rows)), rows] = -torch.inf
-        found.append(cosines.max(1))
-    return torch.cat([one.values for one in found]), torch.cat([one.indices for one in found])

@@ -72,6 +72,7 @@ Seeds = Annotated[int | None, typer.Option(metavar="N", min=1, max=10_000, help=
 RunName = typer.Argument(metavar="RUN", autocompletion=complete_run, show_default=False, help="Run folder or its name. Default: the newest finished run.")
 StoreName = Annotated[str, typer.Argument(metavar="STORE", autocompletion=complete_store, help="Key, the beginning of a key, or a path.")]
 TrainingStore = Annotated[str | None, typer.Option(metavar="STORE", autocompletion=complete_store, help="Activations it was trained on: key, beginning of a key, or path. Default: those the run names.")]
+NoCe = Annotated[bool, typer.Option("--no-ce", metavar="", help="Leave out cross-entropy: no language model is needed.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", metavar="", help="Remove without asking.")]
 # fmt: on
 

@@ -10,14 +10,13 @@ import typer
 from typer.core import TyperGroup
 
 from sae.pipeline.commands.described import studies
-from sae.pipeline.commands.options import Here, Json, Said, Seeds, complete_store, expanded, here_with, said_of
+from sae.pipeline.commands.options import Here, Json, NoCe, Said, Seeds, complete_store, expanded, here_with, said_of
 from sae.pipeline.commands.words import Command
 from sae.pipeline.declared import Declared
 
 # One option a line: this is the manual.
 # fmt: off
 Store = Annotated[str | None, typer.Option(metavar="STORE", autocompletion=complete_store, help="Activation store: key, beginning of a key, or path. Default: what the last harvest made.")]
-NoCe = Annotated[bool, typer.Option("--no-ce", metavar="", help="Leave out cross-entropy: no language model is needed.")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", show_default=False, help="Folder of table.csv, plot.png and results.json. Default: `studies/` and the study's name, here.")]
 # fmt: on
 

@@ -19,6 +19,7 @@ from sae.cache.loader.dataset import Dataset
 from sae.cache.provenance import LanguageModelRows, provenance
 from sae.pipeline.language_model import LanguageModel, Point
 from sae.pipeline.language_model.interventions import Change, Intervention, predicting
+from sae.pipeline.metrics.downstream import AT, MEAN, SAE, ZERO
 from sae.pipeline.saes.contract import LayerByLayer
 
 Rows = Callable[[Tensor], Tensor]
@@ -31,21 +32,28 @@ class Spliced(NamedTuple):
     interventions: Mapping[str, Intervention]
     replaced: Callable[[], Tensor]
 
+    def of(self, name: str) -> dict[str, str]:
+        """The interventions that one of several predictors is judged by: its own, called "sae", and the baselines."""
+        own = {SAE + other[len(name) :]: other for other in self.interventions if other.split(AT)[0] == name}
+        return {**own, ZERO: ZERO, MEAN: MEAN}
 
-def spliced(sae: Rows, model: LanguageModel, ids: Tensor, mask: Tensor, dataset: Dataset, mean: Tensor) -> Spliced:
-    """What replaces activations of tokens [B, T], where the mask [B, T] is True: a prediction ("sae"), zeros and
+
+def spliced(
+    saes: Mapping[str, Rows], model: LanguageModel, ids: Tensor, mask: Tensor, dataset: Dataset, mean: Tensor
+) -> Spliced:
+    """What replaces activations of tokens [B, T], where the mask [B, T] is True: predictions by name, zeros and
     a mean [d_out]. Positions with rows above the dataset's limits keep their own.
 
-    Of several stores also by the prediction at each point alone ("sae at 3.mlp_out").
+    Of several stores also by each prediction at each point alone ("sae at 3.mlp_out").
     """
     if len(dataset.inputs) > 1 or len(dataset.targets) > 1:
         several = _Several.of(model, ids, mask, dataset)
-        return Spliced(several.interventions(sae, mean), lambda: several.mask)
+        return Spliced(several.interventions(saes, mean), lambda: several.mask)
     rows = _Replaced(mask, dataset)
     by: dict[str, Rows] = {
-        "sae": sae,
-        "zero": lambda x: x.new_zeros(len(x), len(mean)),
-        "mean": lambda x: mean.to(x.dtype).expand(len(x), -1),
+        **saes,
+        ZERO: lambda x: x.new_zeros(len(x), len(mean)),
+        MEAN: lambda x: mean.to(x.dtype).expand(len(x), -1),
     }
     reads, writes = point_of(dataset.inputs[0]), point_of(dataset.written[0])
     return Spliced({name: predicting(rows.by(new), reads, writes) for name, new in by.items()}, lambda: rows.mask)
@@ -102,16 +110,16 @@ class _Several:
         x = torch.cat([found[point][mask].float() for point in reads], dim=1)
         return cls(mask, reads, writes, [*dataset.widths_out], x)
 
-    def interventions(self, sae: Rows, mean: Tensor) -> dict[str, Intervention]:
+    def interventions(self, saes: Mapping[str, Rows], mean: Tensor) -> dict[str, Intervention]:
         """What is done at which points, by name."""
-        y_hat, each = sae(self.x), mean.expand(len(self.x), -1)
-        alone = zip(self.writes, y_hat.split(self.widths, dim=1), strict=True)
-        return {
-            "sae": self._as_they_come(sae) if isinstance(sae, LayerByLayer) else self._at_once(y_hat),
-            "zero": self._at_once(torch.zeros_like(each)),
-            "mean": self._at_once(each),
-            **{f"sae at {point}": {point: self._putting(rows)} for point, rows in alone},
-        }
+        each = mean.expand(len(self.x), -1)
+        found = {ZERO: self._at_once(torch.zeros_like(each)), MEAN: self._at_once(each)}
+        for name, sae in saes.items():
+            y_hat = sae(self.x)
+            found[name] = self._as_they_come(sae) if isinstance(sae, LayerByLayer) else self._at_once(y_hat)
+            alone = zip(self.writes, y_hat.split(self.widths, dim=1), strict=True)
+            found |= {f"{name}{AT}{point}": {point: self._putting(rows)} for point, rows in alone}
+        return found
 
     def _at_once(self, rows: Tensor) -> Intervention:
         parts = rows.split(self.widths, dim=1)

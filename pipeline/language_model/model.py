@@ -177,27 +177,33 @@ class LanguageModel:
     def compare(self, tokens: Tensor, interventions: Mapping[str, Intervention]) -> Comparison:
         """Losses of a batch, clean (that is, as the open contexts of `intervene` have it) and with each intervention.
 
-        Layers before the points run once, and logits are held for a few rows at a time: memory does not grow with
-        [B, T, n_vocab].
+        Layers before an intervention's points run once, and logits are held for a few rows at a time: memory does not
+        grow with [B, T, n_vocab].
         """
         from sae.pipeline.language_model.bridge import Hooked
 
         ids = self._ids(tokens)
-        points = [point for changes in [*self._interventions, *interventions.values()] for point in changes]
-        for point in points:
+        around = [point for changes in self._interventions for point in changes]
+        for point in [*around, *(point for changes in interventions.values() for point in changes)]:
             self.check(point)
-        first = min((point.layer for point in points), default=0)
-        entry = self._bridge.point(first, "resid_pre")
-        start: list[Tensor] = []
+        first = {
+            name: min((point.layer for point in [*around, *changes]), default=0)
+            for name, changes in interventions.items()
+        }
+        entries = {layer: self._bridge.point(layer, "resid_pre") for layer in {*first.values()}}
+        starts: dict[int, Tensor] = {}
+
         # copies, so that a function which writes into its argument spoils its own pass only
-        enters = Hooked(entry, lambda value: start.append(value.clone()))
-        clean = self._bridge.final(ids, [enters, *self._hooks()] if interventions else self._hooks())
+        def keep(layer: int, value: Tensor) -> None:
+            starts[layer] = value.clone()
+
+        enters = [Hooked(at, partial(keep, layer)) for layer, at in entries.items()]
+        clean = self._bridge.final(ids, [*enters, *self._hooks()])
         finals = {}
-        with self._bridge.blocks_skipped(first):
-            for name, changes in interventions.items():
-                resumed = Hooked(entry, lambda _: start[0].clone())
-                with self.intervene(changes):
-                    finals[name] = self._bridge.final(ids, [resumed, *self._hooks()])
+        for name, changes in interventions.items():
+            resumed = Hooked(entries[first[name]], partial(lambda layer, _: starts[layer].clone(), first[name]))
+            with self._bridge.blocks_skipped(first[name]), self.intervene(changes):
+                finals[name] = self._bridge.final(ids, [resumed, *self._hooks()])
         return self._compare(ids, clean, finals)
 
     @property

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from sae.pipeline.metrics.figures import Figure
-from sae.pipeline.metrics.metric import Metric, Value, register
+from sae.pipeline.metrics.metric import Metric, Places, Value, register
 
-ZERO, MEAN, AT = "zero", "mean", " at "
+SAE, ZERO, MEAN, AT = "sae", "zero", "mean", " at "
 MIN_COST = 1e-3  # nats a token: a baseline that costs less than this leaves nothing to recover
 CONFIDENCE = 0.95
 _CLEAN = ("clean", "ce")
@@ -77,6 +77,7 @@ class Downstream(Metric):
         Figure("ce_recovered_zero", "CE recovered, of zero", "share of what zeros cost that the reconstruction recovers", "high", share=True),
         Figure("ce_recovered_mean", "CE recovered, of mean", "share of what the mean costs that the reconstruction recovers", "high", share=True),
         Figure("kl", "KL", "KL(clean || spliced), nats a token", "low", "evaluation"),
+        Figure("kl_score", "KL score, of zero", "1 - KL with the reconstruction / KL with zeros in place", "high", "evaluation", share=True),
         Figure("tokens", "held-out predictions", "held-out predictions judged", amount=True),
     )  # fmt: skip
 
@@ -84,7 +85,7 @@ class Downstream(Metric):
         self._sums: dict[tuple[str, str], list[np.ndarray]] = {}
         self._found: dict[str, DownstreamScores] | None = None
 
-    def splice(self, clean: Tensor, spliced: Mapping[str, tuple[Tensor, Tensor]], mask: Tensor) -> None:
+    def splice(self, clean: Tensor, spliced: Mapping[str, tuple[Tensor, Tensor]], mask: Tensor, places: Places) -> None:
         self.count(clean, spliced, mask)
         self._found = None
 
@@ -93,18 +94,20 @@ class Downstream(Metric):
         found = {
             "ce_clean": down.ce_clean, "ce_spliced": down.ce, "ce_degradation": down.degradation,
             "ce_zero": down.ce_zero, "ce_mean": down.ce_mean, "ce_recovered_zero": down.recovered_zero,
-            "ce_recovered_mean": down.recovered_mean, "kl": down.kl,
+            "ce_recovered_mean": down.recovered_mean, "kl": down.kl, "kl_score": down.kl_recovered_zero,
         }  # fmt: skip
         return {key: None if each is None else each.value for key, each in found.items()} | {"tokens": down.tokens}
 
     def details(self) -> dict[str, Any]:
         found = {"downstream": asdict(self._of_reconstruction())}
-        if alone := {name.removeprefix(f"sae{AT}"): asdict(one) for name, one in self._scores().items() if AT in name}:
+        if alone := {
+            name.removeprefix(f"{SAE}{AT}"): asdict(one) for name, one in self._scores().items() if AT in name
+        }:
             found["downstream_alone"] = alone
         return found
 
     def _of_reconstruction(self) -> DownstreamScores:
-        return self._scores()["sae"]
+        return self._scores()[SAE]
 
     def _scores(self) -> dict[str, DownstreamScores]:
         """The scores of what is spliced in, resampled once."""

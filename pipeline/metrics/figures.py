@@ -5,9 +5,11 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from sae.pipeline.declared import registered
 
-Need = Literal["rows", "codes", "training", "stores", "model", "mlp", "directions", "truth", "coefficients", "pairs"]
+Need = Literal[
+    "rows", "codes", "training", "stores", "text", "model", "mlp", "directions", "truth", "coefficients", "pairs"
+]
 """What a metric may ask for: held-out rows and their reconstructions; the codes of these; training rows to search as
-well; that several stores are reconstructed; a language model to splice into; the layer of it that gives the targets for
+well; that several stores are reconstructed; the text that rows are of; a language model to splice into; the layer of it that gives the targets for
 the inputs; a direction for every latent; the features that the rows were made of; how much of each is in a row; which of
 them come in pairs, together or never both."""
 Better = Literal["low", "high"] | None
@@ -19,11 +21,11 @@ WITHOUT_MODEL: frozenset[Need] = OF_ROWS | {"directions"}
 
 def available(
     *, model: bool, truth: bool, coefficients: bool = False, pairs: bool = False, mlp: bool = False,
-    stores: bool = False,
+    stores: bool = False, text: bool = False,
 ) -> frozenset[Need]:  # fmt: skip
-    """Return what there is to judge a dictionary by, with a language model, and with what is known of its rows."""
+    """Return what there is to judge a dictionary by, with a language model, the text, and with what is known of its rows."""
     more: tuple[tuple[Need, bool], ...] = (
-        ("stores", stores), ("model", model), ("mlp", mlp), ("truth", truth), ("coefficients", coefficients), ("pairs", pairs),
+        ("stores", stores), ("text", text), ("model", model), ("mlp", mlp), ("truth", truth), ("coefficients", coefficients), ("pairs", pairs),
     )  # fmt: skip
     return WITHOUT_MODEL | {need for need, is_there in more if is_there}
 

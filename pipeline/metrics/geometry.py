@@ -1,13 +1,15 @@
 """How a dictionary's directions lie: angles between its rows, and between each latent's encoder and decoder.
 
 Cosines of all pairs are computed a block of rows at a time, so memory is linear in the number of rows. Two numbers to
-read `mean_abs_cosine` against: `random_cosine`, what random directions score, and `welch_bound`, below which no m
+read `orthogonality` against: `random_cosine`, what random directions score, and `welch_bound`, below which no m
 directions in d dimensions can push their largest cosine.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +17,12 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from sae.pipeline.metrics.figures import Figure
 from sae.pipeline.metrics.metric import Metric, Subject, Value, register
+from sae.pipeline.metrics.similarity import chance
 from sae.pipeline.saes.coherence import jl
 from sae.pipeline.saes.dictionary import Dictionary
 
 BLOCK = 1 << 22  # cosines held at a time
+SAMPLED = 256  # random directions whose nearest is looked for
 
 
 @register
@@ -30,6 +34,11 @@ class Geometry(Metric):
     figures = (
         Figure("orthogonality", "mean |cosine| of directions", "mean |cosine| of two decoder rows", "low", "studies"),
         Figure("jl", "JL penalty", "Johnson-Lindenstrauss penalty of the decoder, coefficient 1", "low", "studies"),
+        Figure("largest_cosine", "largest cosine of directions", "largest cosine of two decoder rows", "low", "studies"),
+        Figure("mean_largest_cosine", "nearest direction", "mean over latents of the largest cosine with another's decoder row", "low", "studies"),
+        Figure("mean_largest_cosine_chance", "nearest direction by chance", "the same of as many random directions", None, "studies"),
+        Figure("orthogonality_chance", "mean |cosine| by chance", "mean |cosine| of random directions, sqrt(2 / (pi d))", None, "studies"),
+        Figure("welch_bound", "Welch bound", "what the largest |cosine| of so many directions cannot be below", None, "studies"),
         Figure("encoder_decoder_cosine", "cosine of encoder and decoder", "mean cosine of a latent's encoder and decoder rows", None, "studies"),
     )  # fmt: skip
 
@@ -40,29 +49,60 @@ class Geometry(Metric):
     def of(cls, subject: Subject) -> Geometry:
         return cls(subject.dictionary)
 
-    @torch.no_grad()
     def result(self) -> dict[str, Value]:
-        sae = self.sae
-        alike = encoder_decoder_cosine(sae.W_enc.T, sae.W_dec) if sae.d_in == sae.d_out else None
+        sae, pairs, alike = self.sae, self._pairs, self._alike
+        m, d = sae.d_sae, sae.d_out
+        several = m > 1
         return {
-            "orthogonality": mean_abs_cosine(sae.W_dec), "jl": jl(sae.W_dec).item(),
+            "orthogonality": pairs.mean_abs, "jl": jl(sae.W_dec.detach()).item(),
+            "largest_cosine": pairs.largest.max().item() if several else None,
+            "mean_largest_cosine": pairs.largest.mean().item() if several else None,
+            "mean_largest_cosine_chance": chance(min(m, SAMPLED), m - 1, d) if several else None,
+            "orthogonality_chance": random_cosine(d), "welch_bound": welch_bound(m, d),
             "encoder_decoder_cosine": None if alike is None else alike.mean().item(),
         }  # fmt: skip
 
+    def latents(self) -> dict[str, Tensor]:
+        found = {"largest_cosine": self._pairs.largest, "nearest": self._pairs.nearest} if self.sae.d_sae > 1 else {}
+        return found | ({} if self._alike is None else {"encoder_decoder_cosine": self._alike})
+
+    @cached_property
+    def _pairs(self) -> Pairs:
+        return pairs(self.sae.W_dec.detach())
+
+    @cached_property
+    def _alike(self) -> Tensor | None:
+        """float32 [d_sae]; None of what reconstructs another space than it reads."""
+        sae = self.sae
+        return encoder_decoder_cosine(sae.W_enc.T, sae.W_dec).float().cpu() if sae.d_in == sae.d_out else None
+
+
+class Pairs(NamedTuple):
+    """Of the rows of a table [m, d]: the mean |cosine| of two of them (None for a single row), each one's largest cosine
+    with another, float32 [m], and which that is, int64 [m] (both empty for a single row). On the CPU."""
+
+    mean_abs: float | None
+    largest: Tensor
+    nearest: Tensor
+
 
 @torch.no_grad()
-def mean_abs_cosine(table: Tensor) -> float | None:
-    """Mean size of the cosine of two different rows of [m, d], over all pairs; None for a single row.
-
-    A row of zeros is at right angles to every other.
-    """
+def pairs(table: Tensor) -> Pairs:
+    """Look at the cosines of all pairs of rows [m, d]. A row of zeros is at right angles to every other."""
     m = len(table)
     if m < 2:
-        return None
-    unit = normalize(table.float(), dim=1)
-    total = sum((part @ unit.T).abs().sum(dtype=torch.float64).item() for part in unit.split(max(1, BLOCK // m)))
-    itself = unit.square().sum(dtype=torch.float64).item()  # the diagonal: 1 for every row that is not zero
-    return max(0.0, total - itself) / (m * (m - 1))
+        return Pairs(None, torch.empty(0), torch.empty(0, dtype=torch.int64))
+    unit, total, largest, nearest = normalize(table.float(), dim=1), 0.0, [], []
+    for rows in torch.arange(m, device=table.device).split(max(1, BLOCK // m)):
+        cosines = unit[rows] @ unit.T
+        itself = torch.arange(len(rows), device=table.device), rows
+        cosines[itself] = 0
+        total += cosines.abs().sum(dtype=torch.float64).item()
+        cosines[itself] = -torch.inf
+        found = cosines.max(1)
+        largest.append(found.values.cpu())
+        nearest.append(found.indices.cpu())
+    return Pairs(total / (m * (m - 1)), torch.cat(largest), torch.cat(nearest))
 
 
 @torch.no_grad()
@@ -72,7 +112,7 @@ def encoder_decoder_cosine(encoder: Tensor, decoder: Tensor) -> Tensor:
 
 
 def random_cosine(d: int) -> float:
-    """Return about what `mean_abs_cosine` is for random directions in d dimensions: sqrt(2 / (pi d))."""
+    """Return about what the mean |cosine| is of random directions in d dimensions: sqrt(2 / (pi d))."""
     return math.sqrt(2 / (math.pi * d))
 
 

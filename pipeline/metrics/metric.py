@@ -39,6 +39,14 @@ Value = float | int | None
 METRICS: dict[str, type[Metric]] = {}
 
 
+class Places(NamedTuple):
+    """Where tokens stand, of any shape. position: int64, in its context. rarity: by how many of the shares
+    `breakdown.FREQUENCIES` each is rarer in the held-out text; -1 where that was not counted."""
+
+    position: Tensor
+    rarity: Tensor
+
+
 class Encoded(NamedTuple):
     """A batch of rows and what a dictionary makes of them."""
 
@@ -46,6 +54,7 @@ class Encoded(NamedTuple):
     y: Tensor  # [B, d_out], what was to be reconstructed: of an autoencoder x itself
     codes: Codes | None  # None of what has none
     y_hat: Tensor  # [B, d_out]
+    places: Places | None = None  # [B], of rows whose text is at hand
 
 
 class Subject(NamedTuple):
@@ -109,13 +118,14 @@ class Metric(ABC):
         """Count a batch of training rows, which are searched for latents that fire."""
 
     def splice(  # noqa: B027
-        self, clean: Tensor, spliced: Mapping[str, tuple[Tensor, Tensor]], mask: Tensor
+        self, clean: Tensor, spliced: Mapping[str, tuple[Tensor, Tensor]], mask: Tensor, places: Places
     ) -> None:
         """Count a batch of held-out contexts with P predictions each.
 
         clean: the model's cross-entropies [B, P]. spliced: its cross-entropies and its KLs from itself, both [B, P],
         with the activations replaced by their reconstruction ("sae"), by zeros ("zero") and by their mean ("mean").
-        mask: bool [B, P], the predictions that count.
+        mask: bool [B, P], the predictions that count. places [B, P]: of the tokens that predict, whose activations
+        are replaced.
         """
 
     @abstractmethod

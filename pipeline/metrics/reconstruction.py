@@ -8,6 +8,7 @@ standard deviations from zero, as in residual streams.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ class ReconstructionScores:
     rows: int
     fvu: float | None  # fraction of variance unexplained: sum ||x - x^||^2 / sum ||x - mean||^2
     explained_variance: float | None  # 1 - fvu
+    explained_variance_features: float | None  # mean over the features that vary of 1 - FVU of each
     mse: float  # mean over rows of ||x - x^||^2, summed over the d features
     mse_per_feature: float  # the same divided by d
     cosine: float | None  # mean cosine of x and x^ over rows with x != 0 (0 for a row with x^ = 0)
@@ -42,6 +44,11 @@ class Reconstruction(Metric):
     figures = (
         Figure("fvu", "FVU", "share of variance left unexplained, against the data set's mean", "low"),
         Figure("explained_variance", "explained variance", "1 - FVU", "high", "evaluation", share=True),
+        Figure("explained_variance_features", "explained variance of a feature", "mean over the values of a row of 1 - FVU of each by itself", "high", "evaluation", share=True),
+        Figure("cosine", "cosine", "mean cosine of a row and its reconstruction", "high", "evaluation"),
+        Figure("l2_ratio", "length of reconstructions", "mean over rows of the length of the reconstruction over the row's", None, "evaluation"),
+        Figure("relative_bias", "relative bias (gamma)", "E |reconstruction|^2 / E (row . reconstruction): below 1 it is too short (shrinkage)", None, "evaluation"),
+        Figure("normalised_mse", "normalised squared error", "mean over rows of squared error / squared norm", "low", "studies"),
         Figure("mse", "squared error", "squared error a feature, in the data's units", "low", "studies"),
         Figure("rows", "held-out rows", "held-out rows judged", amount=True),
     )  # fmt: skip
@@ -55,12 +62,14 @@ class Reconstruction(Metric):
     def result(self) -> dict[str, Value]:
         found = self.scores()
         return {
-            "fvu": found.fvu, "explained_variance": found.explained_variance, "mse": found.mse_per_feature,
-            "rows": found.rows,
+            "fvu": found.fvu, "explained_variance": found.explained_variance,
+            "explained_variance_features": found.explained_variance_features, "cosine": found.cosine,
+            "l2_ratio": found.l2_ratio, "relative_bias": found.relative_bias, "normalised_mse": found.normalised_mse,
+            "mse": found.mse_per_feature, "rows": found.rows,
         }  # fmt: skip
 
     def details(self) -> dict[str, Any]:
-        return {"reconstruction": asdict(self.scores())}
+        return {"reconstruction": asdict(self.scores()), "explained_variance_by_feature": self._by_feature()}
 
     def count(self, x: Tensor, x_hat: Tensor) -> None:
         """Count a batch of targets and reconstructions, both [B, d]."""
@@ -75,10 +84,12 @@ class Reconstruction(Metric):
         length_hat, dot, there, cosine, ratio, relative = totals.sums.tolist()
         error, variance = totals.errors.sum().item(), totals.deviations.sum().item()
         fvu = _ratio(error, variance)
+        by_feature = [one for one in self._by_feature() if one is not None]
         return ReconstructionScores(
             rows=totals.rows,
             fvu=fvu,
             explained_variance=None if fvu is None else 1 - fvu,
+            explained_variance_features=sum(by_feature) / len(by_feature) if by_feature else None,
             mse=error / totals.rows,
             mse_per_feature=error / totals.rows / len(totals.errors),
             cosine=_ratio(cosine, there),
@@ -91,6 +102,10 @@ class Reconstruction(Metric):
         """float64 [d]: 1 - FVU of each feature by itself; nan where the feature never varied."""
         totals = self._checked()
         return 1 - torch.where(totals.deviations > 0, totals.errors / totals.deviations, torch.nan)
+
+    def _by_feature(self) -> list[float | None]:
+        """The same as JSON has it."""
+        return [one if math.isfinite(one) else None for one in self.explained_variance_per_feature().tolist()]
 
     def _checked(self) -> _Totals:
         if self._totals is None:

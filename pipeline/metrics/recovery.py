@@ -26,6 +26,7 @@ class Recovery(Metric):
         Figure("hungarian", "one-to-one cosine", "mean cosine of the best one-to-one matching", "high"),
         Figure("duplicates", "duplicates", "learned features whose nearest true one is that of another, too", "low"),
         Figure("uniqueness", "unique features", "true features that are nearest to some learned one, over the number of learned ones", "high", "evaluation"),
+        Figure("length_ratio", "length of found features", "mean over the true features of the nearest learned one's length over theirs", None, "studies"),
         Figure("chance", "found by chance", "true_to_learned of random directions"),
         Figure("duplicates_chance", "duplicates by chance", "duplicates among random directions", None, "evaluation"),
     )  # fmt: skip
@@ -44,7 +45,8 @@ class Recovery(Metric):
         if not len(truth):
             return dict.fromkeys(one.key for one in self.figures)
         by_chance = random_directions(len(learned), truth.shape[1]).to(truth.dtype)
-        found, unique = cosine_similarity(truth, learned[best(truth, learned)]), len(best(learned, truth).unique())
+        nearest = learned[best(truth, learned)]
+        found, unique = cosine_similarity(truth, nearest), len(best(learned, truth).unique())
         return {
             "true_to_learned": found.mean().item(),
             "learned_to_true": mmcs(learned, truth).item(),
@@ -52,6 +54,7 @@ class Recovery(Metric):
             "hungarian": mean_cosine(learned, truth, hungarian(learned, truth)).item(),
             "duplicates": len(learned) - unique,
             "uniqueness": unique / len(learned),
+            "length_ratio": (nearest.norm(dim=1) / truth.norm(dim=1)).mean().item(),
             "chance": chance(len(truth), len(learned), truth.shape[1]),
             "duplicates_chance": len(learned) - len(best(by_chance, truth).unique()),
         }

@@ -19,7 +19,7 @@ from sae.pipeline.saes import Latents
 
 DENSE = 0.1  # a latent is dense when it fires in more than this share of rows
 RARE = 1e-6  # and ultra-low in density when in less than this one (but ever)
-TINY = 1e-8  # the threshold of `l0_above_tiny`
+TINY, SMALL = 1e-8, 1e-5  # the thresholds of `l0_above_tiny` and `l0_above_small`
 RELATIVE = 0.01  # `l0_relative` counts activations above this share of their row's largest
 
 
@@ -30,8 +30,10 @@ class SparsityScores:
     rows: int
     l0: float  # mean number of latents that fire in a row
     l0_above_tiny: float  # the same, counting |f| > 1e-8
+    l0_above_small: float  # the same, counting |f| > 1e-5
     l0_relative: float  # the same, counting |f| > 0.01 max |f| of the row
     l1: float  # mean over rows of sum |f|
+    hoyer: float | None  # mean of (sqrt m - L1 / L2) / (sqrt m - 1) over rows where anything fires
     zeros: float  # share of activations that are zero: 1 - l0 / d_sae
     dead: int  # latents that fired in none of the rows
     dead_share: float  # dead / d_sae
@@ -49,6 +51,9 @@ class Sparsity(Metric):
     figures = (
         Figure("l0", "L0", "latents that fire in a row"),
         Figure("sparsity", "sparsity", "share of activations that are zero: 1 - L0 / latents", None, "studies", share=True ),
+        Figure("l0_relative", "L0 above a hundredth", "latents above a hundredth of their row's largest", None, "studies"),
+        Figure("l1", "L1", "mean over rows of the sum of |latents|, in the data's units", None, "studies"),
+        Figure("hoyer", "Hoyer sparsity", "mean over rows of (sqrt m - L1 / L2) / (sqrt m - 1): 1 where one of m latents fires", None, "studies"),
         Figure("dense_share", "dense latents", "share of latents that fire in more than a tenth of the rows", "low", "studies", share=True),
         Figure("rate_q25", "lower quartile of firing rates", "firing rate that a quarter of the living latents stay below", None, "studies"),
         Figure("rate_median", "median firing rate", "half of them", None, "studies"),
@@ -59,7 +64,7 @@ class Sparsity(Metric):
         self.d_sae = d_sae
         self.rows = 0
         self._fired = torch.zeros(d_sae, dtype=torch.int64)
-        self._sums = torch.zeros(4, dtype=torch.float64)  # fired, above TINY, above RELATIVE, |f|
+        self._sums = torch.zeros(7, dtype=torch.float64)  # fired, above TINY, SMALL, RELATIVE, |f|, Hoyer, its rows
 
     @classmethod
     def of(cls, subject: Subject) -> Sparsity:
@@ -75,7 +80,8 @@ class Sparsity(Metric):
         living = density[density > 0].tolist()
         rates = statistics.quantiles(living, n=4, method="inclusive") if len(living) > 1 else [None, None, None]
         return {
-            "l0": found.l0, "sparsity": found.zeros, "dense_share": found.dense_share,
+            "l0": found.l0, "sparsity": found.zeros, "l0_relative": found.l0_relative, "l1": found.l1,
+            "hoyer": found.hoyer, "dense_share": found.dense_share,
             **dict(zip(("rate_q25", "rate_median", "rate_q75"), rates, strict=True)),
         }  # fmt: skip
 
@@ -96,10 +102,21 @@ class Sparsity(Metric):
             assert codes.entries is not None
             rows = codes.entries.row_ids
             largest = size.new_zeros(codes.batch).scatter_reduce(0, rows, size, "amax")[rows]
-        counts = [fires.sum(), (size > TINY).sum(), (fires & (size > RELATIVE * largest)).sum()]
-        self._sums += torch.stack([*counts, size.sum(dtype=torch.float64)]).double().cpu()
+        counts = [
+            fires.sum(), (size > TINY).sum(), (size > SMALL).sum(), (fires & (size > RELATIVE * largest)).sum(),
+            size.sum(dtype=torch.float64), *self._hoyer(codes),
+        ]  # fmt: skip
+        self._sums += torch.stack([one.double() for one in counts]).cpu()
         self._fired += codes.fired().cpu()
         self.rows += codes.batch
+
+    def _hoyer(self, codes: Latents) -> tuple[Tensor, Tensor]:
+        """The sum over rows that have it, and how many do."""
+        sizes = codes.detach().map(lambda values: values.abs().double())
+        l1, l2 = sizes.sum_per_row(), sizes.map(torch.square).sum_per_row().sqrt()
+        there, root = l2 > 0, self.d_sae**0.5
+        each = (root - l1[there] / l2[there]) / (root - 1) if self.d_sae > 1 else l1[there] * 0 + 1
+        return each.sum(), there.sum()
 
     def density(self) -> Tensor:
         """float64 [d_sae]: the share of rows each latent fired in."""
@@ -109,15 +126,18 @@ class Sparsity(Metric):
     def scores(self) -> SparsityScores:
         """The scores of all rows so far. Raises ValueError when there were none."""
         self._check()
-        l0, tiny, relative, l1 = (self._sums / self.rows).tolist()
+        l0, tiny, small, relative, l1 = (self._sums[:5] / self.rows).tolist()
+        hoyer, there = self._sums[5:].tolist()
         density = self.density()
         dead, dense = int((self._fired == 0).sum()), int((density > DENSE).sum())
         return SparsityScores(
             rows=self.rows,
             l0=l0,
             l0_above_tiny=tiny,
+            l0_above_small=small,
             l0_relative=relative,
             l1=l1,
+            hoyer=hoyer / there if there else None,
             zeros=1 - l0 / self.d_sae,
             dead=dead,
             dead_share=dead / self.d_sae,

@@ -178,14 +178,14 @@ def _judged(lab: Lab, dataset: Dataset, decomposition: Decomposition, config: Lo
     It runs in a copy of the model of its own, for it is asked for in the midst of the other's passes.
     """
     place, held_out = lab.place, dataset.held_out(lab.place.cache)
-    text = None
+    tokens = model = None
     if lab.cross_entropy and held_out.provenance.text is not None:
         tokens = catalogue.of_recipe(place.cache, TokenStore, held_out.provenance.text.recipe)
         assert tokens is not None, "as `Lab.train` has seen"
-        text = (tokens, lab.model(dataset))
+        model = lab.model(dataset)
     with said_if_slow(place.progress, "loading the language model once more"):
         own = boot(dataset.inputs[0], None, place.device, place.offline)
     subject = LocalMLP(config, dataset, own)
     predictor = ActiveMLP(decomposition.to(own.device), subject, config.threshold)
     asked = lab.eval_config.model_copy(update={"dead_rows": 0})  # each row is a pass through a layer
-    return judge(Subject(predictor), dataset, held_out, asked, place.progress, text=text)
+    return judge(Subject(predictor), dataset, held_out, asked, place.progress, tokens=tokens, model=model)

@@ -14,8 +14,8 @@ from torch.distributions import Normal, kl_divergence
 import sae
 from sae.cache.errors import SaeError
 from sae.pipeline.analyses.analysis import analyses, distribution, quantiles
-from sae.pipeline.analyses.similarity import nearest
 from sae.pipeline.formats import trained
+from sae.pipeline.metrics.geometry import pairs
 from sae.pipeline.metrics.similarity import correlation
 from sae.pipeline.saes.variational import Variational
 
@@ -110,7 +110,7 @@ def test_similarity_by_hand(runs: dict[str, Any], found: dict[str, Any]) -> None
     assert cosines[first["latents"][0], first["latents"][1]].item() == pytest.approx(first["cosine"], rel=1e-5)
     assert len({tuple(one["latents"]) for one in told["details"]["most_alike"]}) == 16
     assert "true_to_learned" not in told
-    assert nearest(torch.ones(1, 3))[0].shape == (0,)
+    assert pairs(torch.ones(1, 3)).largest.shape == (0,)
 
 
 def test_the_kl_of_the_rows_is_torchs(lab: sae.Session, runs: dict[str, Any], found: dict[str, Any]) -> None:

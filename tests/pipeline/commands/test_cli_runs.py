@@ -22,7 +22,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(activations, "CHUNK_ROWS", 64)
         patch.setattr(activations, "WINDOWS", Windows(64, 256))
         root = tmp_path_factory.mktemp("cache")
-        write_activations(root, torch.randn(512, 8, generator=torch.Generator().manual_seed(0)), ended=True)
+        rows = torch.randn(576, 8, generator=torch.Generator().manual_seed(0))
+        write_activations(root, rows[:512], ended=True)
+        write_activations(root, rows[512:], ended=True, split="validation")
         yield root
 
 
@@ -110,6 +112,28 @@ def test_what_was_judged_on_how_much_is_said(cache: Path, tmp_path: Path) -> Non
     judge(third, 1008)
     alike = done("compare", first.name, second.name, third.name, "--runs", tmp_path)
     assert "judged" not in alike.err and "dead_rows" not in alike.out
+
+
+def test_several_runs_are_judged_by_one_command(cache: Path, tmp_path: Path) -> None:
+    command, rest = typed(train(cache, tmp_path, "--sweep", "k=2,4", "--json"))
+    names = [row["run"] for row in done(command, *rest).json["runs"]]
+    places = ("--cache", cache, "--runs", tmp_path, "--no-ce")
+    found = done("eval", *names, names[0], *places, "--json").json
+    assert found["failed"] == [] and [Path(one.pop("run")).name for one in found["runs"]] == names
+    assert found["runs"] == [Run(tmp_path / name).evaluation() for name in names]
+    assert found["runs"][0] == done("eval", names[0], *places, "--json").json
+    table = done("eval", *names, *places).out
+    assert table.startswith("2 runs") and all(name in table for name in names) and "fvu" in table
+    (tmp_path / names[0] / "sae_weights.safetensors").write_bytes(b"nothing")
+    answer = sae("eval", *names, *places, "--json")
+    assert answer.code == 3 and answer.complaint.startswith(f"{names[0]}: ")
+    (failed,), (fine,) = answer.json["failed"], answer.json["runs"]
+    assert Path(failed["run"]).name == names[0] and Path(fine["run"]).name == names[1]
+    refused = sae("eval", names[1], *places, "--tokens", "500")
+    assert (
+        refused.code == 2
+        and refused.complaint == "--tokens 500: no tokens are judged with --no-ce; leave one of the two out"
+    )
 
 
 def test_verify_reads_runs_as_well(cache: Path, tmp_path: Path) -> None:

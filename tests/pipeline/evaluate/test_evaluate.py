@@ -30,15 +30,16 @@ from torch import Tensor
 
 from sae.cache import catalogue
 from sae.cache.activations import ActivationStore
-from sae.cache.errors import NotFound, SaeError
+from sae.cache.errors import DamagedStore, NotFound, SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.massive import beyond_usual
 from sae.cache.runs import EVALUATION, LATENTS, Run
 from sae.cache.store.notes import write_note
 from sae.cache.store.store import HINTS
 from sae.cache.tokens import TokenStore
-from sae.pipeline.evaluate.judging import judge_tokens
-from sae.pipeline.evaluate.stage import EvalConfig, evaluate, expect_one_model
+from sae.pipeline.evaluate.stage import EvalConfig, evaluate, evaluate_all, expect_evaluated, expect_one_model
+from sae.pipeline.evaluate.subjects import Site, Splice
+from sae.pipeline.evaluate.token_passes import judge_tokens
 from sae.pipeline.formats import trained
 from sae.pipeline.harvest.sources.language_model import HarvestConfig
 from sae.pipeline.language_model import LanguageModel
@@ -50,15 +51,19 @@ from sae.pipeline.saes import parse
 from sae.pipeline.saes.contract import LayerByLayer
 from sae.pipeline.train.stage import TrainConfig, open_run, train
 
-DIRECTIONS = {"orthogonality", "jl", "encoder_decoder_cosine"}  # what does not depend on rows
+DIRECTIONS = {
+    "orthogonality", "jl", "encoder_decoder_cosine", "largest_cosine", "mean_largest_cosine",
+    "mean_largest_cosine_chance", "orthogonality_chance", "welch_bound",
+}  # what does not depend on rows  # fmt: skip
 PROMISED = {
     "fvu", "explained_variance", "mse", "l0", "sparsity", "dense_share", "rate_q25", "rate_median", "rate_q75",
     "dead_fraction", "ce_clean", "ce_spliced", "ce_degradation", "ce_zero", "ce_mean", "ce_recovered_zero",
-    "ce_recovered_mean", "kl", "rows", "row_error", "dead_rows", "tokens", "details", *DIRECTIONS,
+    "ce_recovered_mean", "kl", "kl_score", "explained_variance_features", "cosine", "l2_ratio", "relative_bias",
+    "normalised_mse", "l0_relative", "l1", "hoyer", "rows", "row_error", "dead_rows", "tokens", "details", *DIRECTIONS,
     "bits", "active_parameters", "codebook_usage", "perplexity", "active_units",
 }  # fmt: skip
 OF_CODES = {"codebook_usage", "perplexity", "active_units"}  # which sparse dictionaries have none of
-D_SAE = 2 * WIDTH
+D_SAE, D_LATENTS = 2 * WIDTH, 64  # of dictionaries that are made, and of the one that is trained
 SITES = [(0, "resid_post"), (1, "mlp_out"), (1, "resid_mid"), (0, "mlp_post")]
 CONFIG = EvalConfig(tokens="all", dead_rows=64, batch_tokens=5 * CONTEXT)
 
@@ -171,6 +176,17 @@ def plain_logits(
     return model(torch.from_numpy(world.held_out)).logits.double().log_softmax(-1)
 
 
+def spliced_into(
+    world: World, sae: Callable[[Tensor], Tensor], dataset: Dataset, mean: Tensor, metric: Downstream,
+    config: EvalConfig = CONFIG, tokens: TokenStore | None = None,
+) -> None:  # fmt: skip
+    """Show a metric what a function of rows costs in the place of a dataset's."""
+    one = Splice(sae=sae, site=Site(dataset, mean), metrics=[metric])
+    judge_tokens([one], world.booted(), tokens or world.tokens(), config, Silent())
+    if one.error is not None:
+        raise one.error
+
+
 def scores(
     sae: Callable[[Tensor], Tensor], world: World, store: ActivationStore, mean: Tensor, config: EvalConfig = CONFIG,
     largest: float | None = None, tokens: TokenStore | None = None,
@@ -178,7 +194,7 @@ def scores(
     """What splicing costs, with everything in `details`."""
     metric = Downstream()
     dataset = Dataset.of(store).kept_up_to(None if largest is None else (largest,))
-    judge_tokens(sae, world.booted(), tokens or world.tokens(), dataset, mean, config, Silent(), [metric])
+    spliced_into(world, sae, dataset, mean, metric, config, tokens)
     return metric.scores()["sae"]
 
 
@@ -234,7 +250,7 @@ def test_a_transcoder_is_spliced_at_its_target(request: pytest.FixtureRequest, k
     mean = torch.linspace(-1, 1, WIDTH)
     metric = Downstream()
     dataset = Dataset.of(read, write)
-    judge_tokens(bent, world.booted(), world.tokens(), dataset, mean, CONFIG, Silent(), [metric])
+    spliced_into(world, bent, dataset, mean, metric)
     found, places = metric.scores()["sae"], counted(world)
 
     def ce(new: Callable[[Tensor], Tensor]) -> float:
@@ -251,7 +267,7 @@ def test_a_transcoder_is_spliced_at_its_target(request: pytest.FixtureRequest, k
     kept = np.logical_and(*(one <= most for one, most in zip(norms, limits, strict=True)))
     positions = {*read.positions(0, read.n_rows)[kept].tolist()}
     limited = Downstream()
-    judge_tokens(bent, world.booted(), world.tokens(), dataset.kept_up_to(limits), mean, CONFIG, Silent(), [limited])
+    spliced_into(world, bent, dataset.kept_up_to(limits), mean, limited)
     assert limited.scores()["sae"].tokens == sum(c * CONTEXT + p in positions for c, p in places) < len(places)
 
 
@@ -389,7 +405,7 @@ def test_a_dictionary_that_never_fires(tmp_path: Path, gpt2: World) -> None:
 @pytest.fixture(scope="module")
 def run(gpt2: World, tmp_path_factory: pytest.TempPathFactory) -> Run:
     store = gpt2.store(0, "resid_post")
-    sae = parse({"arch": "topk", "d_sae": 64, "k": 5})
+    sae = parse({"arch": "topk", "d_sae": D_LATENTS, "k": 5})
     config = TrainConfig(sae=sae, steps=60, batch=64, lr=1e-2)
     run = open_run(config, Dataset.of(store), tmp_path_factory.mktemp("runs"), "trained", resume=False)
     train([run], Dataset.of(store), Silent(), device="cpu")
@@ -425,12 +441,243 @@ def test_the_results_are_what_was_promised(gpt2: World, run: Run) -> None:
     assert run.read_json(EVALUATION) == found
     assert found["rows"] == len(row_places(gpt2.held_out, gpt2.lengths)) and found["tokens"] == len(counted(gpt2))
     assert all(isinstance(found[name], float | int) for name in PROMISED - OF_CODES - {"details"})
-    assert found["details"].keys() == {"dead_rows", "reconstruction", "sparsity", "code_rate", "downstream", "held_out"}
+    assert found["details"].keys() == {
+        "dead_rows", "dead_by_definition", "reconstruction", "explained_variance_by_feature", "sparsity", "code_rate",
+        "by_position", "by_frequency", "downstream", "held_out",
+    }  # fmt: skip
     down = found["details"]["downstream"]
     assert down.keys() == set(DownstreamScores.__dataclass_fields__)
     assert down["ce_clean"]["low"] <= found["ce_clean"] <= down["ce_clean"]["high"]
     assert 0 < found["ce_recovered_mean"] < 1 and found["ce_clean"] < found["ce_spliced"] < found["ce_mean"]
     assert judged(gpt2, run) == found
+
+
+def entropy(numbers: np.ndarray) -> float:
+    shares = np.unique(numbers, return_counts=True)[1] / len(numbers)
+    return float(-(shares * np.log2(shares)).sum())
+
+
+def twin(world: World, run: Run) -> dict[str, Any]:
+    """Every figure of a TopK run in NumPy's float64, one after the other, from the definitions and the files alone."""
+    weights, _ = run.load_weights()
+    W, b, V, c = (weights[name].double().numpy() for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
+    k, m, d = run.settings["sae"]["k"], len(b), len(c)
+
+    def encode(rows: np.ndarray) -> np.ndarray:
+        found = np.zeros((len(rows), m))
+        for row, pre in enumerate((rows - c) @ W + b):
+            top = np.argsort(-pre, kind="stable")[:k]
+            found[row, top] = np.maximum(pre[top], 0)
+        return found
+
+    store, training = world.store(0, "resid_post", "validation"), world.store(0, "resid_post")
+    x = store.rows(0, store.n_rows).double().numpy()
+    f = encode(x)
+    y = f @ V + c
+    searched = np.concatenate([f, encode(training.rows(0, CONFIG.dead_rows).double().numpy())])
+    error, spread = (x - y) ** 2, (x - x.mean(0)) ** 2
+    norm, its = np.linalg.norm(x, axis=1), np.linalg.norm(y, axis=1)
+    rates = (f != 0).mean(0)
+    living = np.sort(rates[rates > 0])
+    l1, l2 = np.abs(f).sum(1), np.sqrt((f**2).sum(1))
+    unit = V / np.linalg.norm(V, axis=1)[:, None]
+    cosines = unit @ unit.T
+    others = cosines[~np.eye(m, dtype=bool)].reshape(m, m - 1)
+    encoder = W / np.linalg.norm(W, axis=0)
+    relative = np.sort(error.sum(1) / norm**2)
+    found: dict[str, Any] = {
+        "fvu": error.sum() / spread.sum(), "explained_variance": 1 - error.sum() / spread.sum(),
+        "explained_variance_features": np.mean(1 - error.sum(0) / spread.sum(0)),
+        "cosine": np.mean((x * y).sum(1) / norm / its), "l2_ratio": np.mean(its / norm),
+        "relative_bias": (its**2).sum() / (x * y).sum(), "normalised_mse": relative.mean(), "mse": error.mean(),
+        "rows": len(x), "row_error": relative[(len(relative) - 1) // 2],
+        "l0": (f != 0).sum(1).mean(), "sparsity": (f == 0).mean(), "l1": l1.mean(),
+        "l0_relative": (f > 0.01 * f.max(1, keepdims=True)).sum(1).mean(),
+        "hoyer": np.mean((np.sqrt(m) - l1 / l2) / (np.sqrt(m) - 1)), "dense_share": (rates > 0.1).mean(),
+        "rate_q25": np.quantile(living, 0.25), "rate_median": np.median(living), "rate_q75": np.quantile(living, 0.75),
+        "dead_fraction": (searched == 0).all(0).mean(), "dead_rows": len(searched),
+        "orthogonality": np.abs(others).mean(), "jl": np.sqrt(d) / m**2 * np.arctanh(np.abs(others)).sum(),
+        "largest_cosine": others.max(), "mean_largest_cosine": others.max(1).mean(),
+        "orthogonality_chance": np.sqrt(2 / (np.pi * d)), "welch_bound": np.sqrt((m - d) / (d * (m - 1))),
+        "encoder_decoder_cosine": np.mean((encoder.T * unit).sum(1)),
+        "active_parameters": (f != 0).sum(1).mean() * 2 * d,
+    }  # fmt: skip
+    deviations = f.std(0)
+    for share in 2.0 ** -np.arange(-1.0, 11.0):
+        step = np.where(deviations > 0, deviations * share, 1)
+        if ((np.round(f / step) * step @ V + c - x) ** 2).sum() <= 1.05 * error.sum():
+            found["bits"] = sum(entropy(column) for column in np.round(f / step).T)
+            break
+    mean = training.rows(0, training.n_rows).double().mean(0).float()
+    sae = trained.load_run(run)
+    passes = {"clean": None, "sae": sae, "zero": torch.zeros_like, "mean": lambda rows: mean.expand_as(rows)}
+    chances = {name: plain_logits(world, 0, "resid_post", new).numpy() for name, new in passes.items()}
+    contexts, places = (np.array(each) for each in zip(*counted(world), strict=True))
+    told = world.held_out[contexts, places + 1]
+    by = {name: -each[contexts, places, told] for name, each in chances.items()}
+    clean = chances["clean"][contexts, places]
+    kl = {n: (np.exp(clean) * (clean - each[contexts, places])).sum(1) for n, each in chances.items()}
+    ce = {name: each.mean() for name, each in by.items()}
+    found |= {
+        "ce_clean": ce["clean"], "ce_spliced": ce["sae"], "ce_degradation": ce["sae"] - ce["clean"],
+        "ce_zero": ce["zero"], "ce_mean": ce["mean"], "kl": kl["sae"].mean(), "tokens": len(places),
+        "ce_recovered_zero": (ce["zero"] - ce["sae"]) / (ce["zero"] - ce["clean"]),
+        "ce_recovered_mean": (ce["mean"] - ce["sae"]) / (ce["mean"] - ce["clean"]),
+        "kl_score": 1 - kl["sae"].mean() / kl["zero"].mean(),
+    }  # fmt: skip
+    at = store.positions(0, store.n_rows)
+    real = np.arange(CONTEXT) < world.lengths[:, None]
+    shares = np.bincount(world.held_out[real], minlength=VOCAB) / real.sum()
+    kinds = {
+        "by_position": (at % CONTEXT, places, [(0, 0), (1, 1), (2, 3), (4, 7), (8, 15)]),
+        "by_frequency": (
+            shares[world.held_out.ravel()[at]], shares[world.held_out[contexts, places]],
+            [(0.01, 1), (1e-3, 0.01 - 1e-9), (1e-4, 1e-3 - 1e-9)],
+        ),
+    }  # fmt: skip
+    for kind, (of_rows, of_tokens, buckets) in kinds.items():
+        found[kind] = []
+        for low, high in buckets:
+            here, there = (of_rows >= low) & (of_rows <= high), (of_tokens >= low) & (of_tokens <= high)
+            if here.any():
+                costs = {name: by[name][there].mean() for name in by}
+                found[kind].append({
+                    "rows": here.sum(), "fvu": error[here].sum() / spread[here].sum(),
+                    "l0": (f[here] != 0).sum(1).mean(),
+                    "tokens": there.sum(), "ce_clean": costs["clean"], "ce_degradation": costs["sae"] - costs["clean"],
+                    "kl": kl["sae"][there].mean(),
+                    "ce_recovered_zero": (costs["zero"] - costs["sae"]) / (costs["zero"] - costs["clean"]),
+                })  # fmt: skip
+    return found
+
+
+def test_every_figure_is_that_of_a_slow_twin(gpt2: World, run: Run) -> None:
+    """Within 1e-4 of a plain float64 computation, relative to what is larger than 1."""
+    found, expected = judged(gpt2, run), twin(gpt2, run)
+    apart = {}
+    for key in PROMISED - OF_CODES - {"details", "mean_largest_cosine_chance"}:
+        apart[key] = abs(found[key] - expected[key]) / max(1, abs(expected[key]))
+    for kind in ("by_position", "by_frequency"):
+        assert len(found["details"][kind]) == len(expected[kind]) > 1
+        for line, its in zip(found["details"][kind], expected[kind], strict=True):
+            assert {*its} == {*line} - {"from", "to", "below"}
+            for key, value in its.items():
+                apart[f"{kind} {key}"] = max(apart.get(f"{kind} {key}", 0), abs(line[key] - value) / max(1, abs(value)))
+    assert {key: value for key, value in apart.items() if not value < 1e-4} == {}
+    by_position = found["details"]["by_position"]
+    assert sum(line["rows"] for line in by_position) == found["rows"]
+    assert sum(line["tokens"] for line in by_position) == found["tokens"]
+    unit = torch.nn.functional.normalize(trained.load_run(run).W_dec, dim=1)
+    random = torch.nn.functional.normalize(torch.randn(4000, WIDTH, generator=torch.Generator().manual_seed(5)), dim=1)
+    assert found["mean_largest_cosine_chance"] == pytest.approx(
+        (random[:2000] @ random[2000 : 2000 + len(unit)].T).amax(1).mean().item(), abs=0.05
+    )
+
+
+def test_dead_by_each_definition_over_its_window(gpt2: World, run: Run) -> None:
+    """In the order in which rows are read, which the loader's seed decides."""
+    config = EvalConfig(dead_rows=400, batch_tokens=32)
+    told = judged(gpt2, run, config, replace_larger=True)["details"]["dead_by_definition"]
+    training, sae = Dataset.of(gpt2.store(0, "resid_post")), trained.load_run(run)
+    held_out = training.held_out()
+    fires = []
+    for dataset, rows in ((held_out, held_out.n_rows), (training, 400)):
+        with dataset.first(rows).batches(32, epochs=1) as loader:
+            fires += [sae.encode(part.x).dense() != 0 for part in loader]
+    rows, upto = torch.cat(fires), [len(one) for one in fires]
+    of_held_out = (~rows[: held_out.n_rows].any(0)).sum().item()
+    assert told["no held-out row"] == {
+        "rows": held_out.n_rows,
+        "latents": of_held_out,
+        "share": of_held_out / D_LATENTS,
+    }
+    assert told["no row"]["latents"] == (~rows.any(0)).sum() and told["no row"]["rows"] == len(rows)
+    assert told["no row of 5 batches"]["rows"] == sum(upto[:5])
+    assert told["no row of 5 batches"]["latents"] == (~rows[: sum(upto[:5])].any(0)).sum() > of_held_out
+    assert told["no row of 400 batches"] is None and told["no row of 10,000,000"] is None
+    assert told["rate below 1e-06"] is None  # one firing would be more
+    assert told["rate above 0.1"]["latents"] == (rows.double().mean(0) > 0.1).sum()
+
+
+# Several runs at once
+
+
+class Counting(Silent):
+    """Counts what the passes go over."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, int] = {}
+
+    def start(self, title: str, total: int | None, unit: str, done: int = 0) -> None:
+        self.totals[title] = self.totals.get(title, 0) + (total or 0)
+
+
+@pytest.fixture(scope="module")
+def several(gpt2: World, run: Run, tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
+    """Runs of two sites, one of them read at another site than it writes, one without its massive rows."""
+    folder = tmp_path_factory.mktemp("several")
+    first = made(gpt2, folder / "made", 1, "mlp_out", W_dec=0.5 * torch.cat([torch.eye(WIDTH), -torch.eye(WIDTH)]))
+    config = TrainConfig(sae=parse({"arch": "topk", "d_sae": 32, "k": 3}), steps=10, batch=64)
+    pair = Dataset.of(gpt2.store(0, "resid_post"), gpt2.store(1, "mlp_out"))
+    transcoder = open_run(config, pair, folder, "transcoder", resume=False)
+    train([transcoder], pair, Silent(), device="cpu")
+    return [run, first, transcoder, left_out(gpt2, folder / "left_out", 1.1, b_dec=torch.ones(WIDTH))]
+
+
+def test_several_runs_are_judged_as_each_by_itself(gpt2: World, several: list[Run], monkeypatch: Any) -> None:
+    """To the bit, in their folders too, with one clean pass for all and one pass over the rows of each dataset."""
+    alone = [judged(gpt2, one, replace_larger=True) for one in several]
+    files = [[(one.path / name).read_bytes() for name in (EVALUATION, LATENTS)] for one in several]
+    for one in several:
+        shutil.rmtree(one.path / "eval")
+    passes = []
+    compare = LanguageModel.compare
+    monkeypatch.setattr(LanguageModel, "compare", lambda self, *given: passes.append(given) or compare(self, *given))
+    progress = Counting()
+    found = evaluate_all(CONFIG, several, gpt2.root, progress)
+    assert [one.error for one in found] == [None] * len(several)
+    assert [one.evaluation.as_json() for one in found if one.evaluation] == alone
+    assert [[(one.path / name).read_bytes() for name in (EVALUATION, LATENTS)] for one in several] == files
+    assert progress.totals["eval cross-entropy"] == gpt2.held_out.size
+    assert len(passes) == len(gpt2.held_out) / 5
+    # three sites of all rows and one of those kept, each with zeros and a mean; `run` and `left_out` share the first
+    assert len(passes[0][1]) == 4 * 2 + len(several) + 1
+
+
+def test_a_run_that_fails_leaves_the_others(gpt2: World, several: list[Run], tmp_path: Path) -> None:
+    """Before, in a pass over rows and in one of the model; it is named, and its evaluation of before stays."""
+    huge = made(gpt2, tmp_path / "huge", 0, "resid_post", W_dec=torch.full((D_SAE, WIDTH), 3e38))
+    config = TrainConfig(sae=parse({"arch": "topk", "d_sae": 64, "k": 5}), steps=60, batch=64)
+    unfinished = open_run(config, Dataset.of(gpt2.store(0, "resid_post")), tmp_path, "unfinished", resume=False)
+    damaged = Run(shutil.copytree(several[0].path, tmp_path / "damaged"))
+    weights = damaged.path / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9] + b"123456789")
+    runs = [unfinished, several[0], damaged, huge, several[1]]
+    expected = [judged(gpt2, one) for one in several[:2]]
+    found = evaluate_all(CONFIG, runs, gpt2.root, Silent())
+    assert [one.error is None for one in found] == [False, True, False, False, True]
+    assert [one.evaluation.as_json() for one in found if one.evaluation] == expected
+    says = [str(one.error) for one in found if one.error]
+    assert "has not finished" in says[0] and "damaged" in says[1] and "is not a number" in says[2], says
+    with pytest.raises(DamagedStore, match=r"^3 of 5 runs could not be judged: unfinished: .*; damaged: .*; made: "):
+        expect_evaluated(found)
+
+
+def test_without_cross_entropy_no_model_is_loaded(gpt2: World, run: Run, tmp_path: Path, monkeypatch: Any) -> None:
+    """What rows alone tell is the same; figures of before that were judged on tokens stay."""
+    whole = judged(gpt2, run, replace_larger=True)
+    monkeypatch.setattr(LanguageModel, "boot", None)
+    copy = Run(shutil.copytree(run.path, tmp_path / "copy"))
+    found = judged(gpt2, copy, cross_entropy=False)
+    of_model = {"ce_clean", "ce_spliced", "ce_degradation", "ce_zero", "ce_mean", "ce_recovered_zero",
+                "ce_recovered_mean", "kl", "kl_score", "tokens", "details"}  # fmt: skip
+    assert {key: whole[key] for key in PROMISED - of_model} == {key: found[key] for key in found if key != "details"}
+    assert copy.read_json(EVALUATION) == whole
+    (copy.path / EVALUATION).unlink()
+    assert judged(gpt2, copy, cross_entropy=False) == copy.read_json(EVALUATION) == found
+    assert {*found["details"]["by_position"][0]} == {"from", "to", "rows", "fvu", "l0"}
+    with pytest.raises(SaeError, match=r"^model = there: none is spliced into with `no_ce`"):
+        judged(gpt2, copy, cross_entropy=False, model="there")
 
 
 def test_judging_leaves_the_run_and_the_cache_as_they_are(gpt2: World, run: Run) -> None:
@@ -564,7 +811,9 @@ def test_both_are_shown_where_training_left_rows_out(tmp_path: Path, gpt2: World
     searched = training.norms(0, CONFIG.dead_rows) <= kept["largest_norm"]
     assert kept["details"]["dead_rows"] == len(rows) + int(searched.sum())
     tensors = safetensors.torch.load_file(run.path / LATENTS)
-    assert {*tensors} == {"density", "fired", "density_kept", "fired_kept"}
+    assert {*tensors} == {
+        "density", "fired", "density_kept", "fired_kept", "largest_cosine", "nearest", "encoder_decoder_cosine",
+    }  # fmt: skip
     assert float(tensors["density_kept"].sum()) == pytest.approx(kept["l0"], rel=1e-5)
 
 
@@ -749,7 +998,7 @@ def test_several_stores_are_spliced_at_once_and_alone_and_layers_as_they_come(gp
 
     def found(sae: Any, dataset: Dataset = dataset) -> dict[str, DownstreamScores]:
         metric = Downstream()
-        judge_tokens(sae, gpt2.booted(), gpt2.tokens(), dataset, mean, CONFIG, Silent(), [metric])
+        spliced_into(gpt2, sae, dataset, mean, metric)
         assert {*metric.details()} == {"downstream", "downstream_alone"}
         return metric.scores()
 

@@ -13,7 +13,7 @@ from support.command_line import done, sae
 from sae.cache.runs import EVALUATION, Run
 from sae.pipeline.evaluate.judging import Evaluation
 from sae.pipeline.metrics.figures import Figure, available, completed, declared, figures
-from sae.pipeline.metrics.metric import METRICS, Encoded, Metric, Subject, metrics_of, register
+from sae.pipeline.metrics.metric import METRICS, Encoded, Metric, Places, Subject, metrics_of, register
 from sae.pipeline.report.compare import compare, outdated
 from sae.pipeline.report.scores import scores_html
 from sae.pipeline.saes import create, parse
@@ -79,21 +79,22 @@ def test_every_figure_is_told_once_and_by_the_metric_that_declares_it() -> None:
     codes = sae.encode(x)
     losses = {name: (torch.rand(4, 5) + i, torch.rand(4, 5)) for i, name in enumerate(("sae", "zero", "mean"), 3)}
     truth = torch.randn(9, 6)
-    needs = available(model=True, truth=True, coefficients=True, pairs=True, mlp=True, stores=True)
+    places = Places(*torch.zeros(2, 4, 5, dtype=torch.int64))
+    needs = available(model=True, truth=True, coefficients=True, pairs=True, mlp=True, stores=True, text=True)
     metrics = metrics_of(Subject(sae, truth, 2 * truth, ((0, 1),), torch.tanh, ("0.mlp_out",)), needs)
     assert [one.name for one in metrics] == [one.name for one in declared()]
     for metric in metrics:
         metric.update(Encoded(x, x, codes, sae.decode(codes)))
         metric.compare(Encoded(x, x, codes, sae.decode(codes)), torch.rand(40, 9))
         metric.search(codes)
-        metric.splice(torch.rand(4, 5), losses, torch.ones(4, 5, dtype=torch.bool))
+        metric.splice(torch.rand(4, 5), losses, torch.ones(4, 5, dtype=torch.bool), places)
         assert [*metric.result()] == [one.key for one in metric.figures], metric.name
 
 
 def test_what_a_metric_needs_decides_whether_it_is_made() -> None:
     subject = Subject(create(parse({"arch": "topk", "d_sae": 8, "k": 2}), 4))
     told = {one.name for one in metrics_of(subject, available(model=False, truth=False))}
-    untold = {"downstream", "jacobian", "recovery", "coefficients", "detection", "pairs", "stores"}
+    untold = {"downstream", "jacobian", "recovery", "coefficients", "detection", "pairs", "stores", "breakdown"}
     assert told == {one.name for one in declared()} - untold
     assert [one.name for one in metrics_of(subject, ["rows"])] == ["reconstruction", "row_error"]
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.small_stores import few
 
 from sae.pipeline.metrics import geometry
-from sae.pipeline.metrics.geometry import encoder_decoder_cosine, mean_abs_cosine, random_cosine, welch_bound
+from sae.pipeline.metrics.geometry import encoder_decoder_cosine, pairs, random_cosine, welch_bound
 
 
 @few
@@ -25,23 +25,23 @@ def test_the_mean_cosine_is_that_of_every_pair(m: int, d: int, seed: int, block:
                 sizes.append(abs((table[i] @ table[j]).item()) / norms if norms else 0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(geometry, "BLOCK", block)
-        assert mean_abs_cosine(table) == pytest.approx(sum(sizes) / len(sizes), abs=1e-6)
+        assert pairs(table).mean_abs == pytest.approx(sum(sizes) / len(sizes), abs=1e-6)
 
 
 def test_the_ends_of_the_scale() -> None:
-    assert mean_abs_cosine(torch.eye(5) * 3) == 0
-    assert mean_abs_cosine(torch.ones(4, 3)) == pytest.approx(1)
-    assert mean_abs_cosine(torch.ones(1, 3)) is None
+    assert pairs(torch.eye(5) * 3).mean_abs == 0
+    assert pairs(torch.ones(4, 3)).mean_abs == pytest.approx(1)
+    assert pairs(torch.ones(1, 3)).mean_abs is None
 
 
 def test_random_directions_score_what_is_said() -> None:
     table = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
-    assert mean_abs_cosine(table) == pytest.approx(random_cosine(64), rel=0.01)
+    assert pairs(table).mean_abs == pytest.approx(random_cosine(64), rel=0.01)
 
 
 def test_welchs_bound_is_met_by_a_simplex() -> None:
     simplex = torch.eye(3) - 1 / 3  # three directions at 120 degrees, in a plane
-    assert mean_abs_cosine(simplex) == pytest.approx(welch_bound(3, 2)) == pytest.approx(0.5)
+    assert pairs(simplex).mean_abs == pytest.approx(welch_bound(3, 2)) == pytest.approx(0.5)
     assert welch_bound(4, 4) == 0 and welch_bound(8192, 768) == pytest.approx(math.sqrt(7424 / (768 * 8191)))
 
 

@@ -43,6 +43,9 @@ def slow_reconstruction(x: Tensor, x_hat: Tensor) -> dict[str, float]:
         "rows": len(rows),
         "fvu": fvu,
         "explained_variance": 1 - fvu,
+        "explained_variance_features": np.mean(
+            [1 - sum((a - b) ** 2) / sum((a - a.mean()) ** 2) for a, b in zip(rows.T, hats.T, strict=True)]
+        ),
         "mse": np.mean(errors),
         "mse_per_feature": np.mean((rows - hats) ** 2),
         "cosine": np.mean([a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) if any(b) else 0.0 for a, b in pairs]),
@@ -130,6 +133,13 @@ def varying(values: Tensor, indices: Tensor, counts: Tensor, d_sae: int) -> Late
     return Latents(values, SparsePattern(indices, counts.cumsum(0) - counts, d_sae), d_sae)
 
 
+def slow_hoyer(table: np.ndarray) -> float | None:
+    """1 for a single latent, the mean of what is there for more, None where nothing fires."""
+    root = np.sqrt(table.shape[1])
+    each = [(root - row.sum() / np.linalg.norm(row)) / (root - 1) if root > 1 else 1.0 for row in table if row.any()]
+    return float(np.mean(each)) if each else None
+
+
 @settings(deadline=None, max_examples=60)
 @given(sizes=SIZES, d_sae=st.integers(1, 30), k=st.integers(1, 30), seed=st.integers(0, 10**6))
 def test_sparsity_is_the_definition_in_every_form(sizes: list[int], d_sae: int, k: int, seed: int) -> None:
@@ -146,6 +156,8 @@ def test_sparsity_is_the_definition_in_every_form(sizes: list[int], d_sae: int, 
         "rows": len(table),
         "l0": np.mean([(row != 0).sum() for row in table]),
         "l0_above_tiny": np.mean([(row > 1e-8).sum() for row in dense.numpy()]),
+        "l0_above_small": np.mean([(row > 1e-5).sum() for row in dense.numpy()]),
+        "hoyer": slow_hoyer(table),
         "l0_relative": np.mean([((row != 0) & (row > 0.01 * row.max())).sum() for row in dense.numpy()]),
         "l1": np.mean([row.sum() for row in table]),
         "zeros": (table == 0).mean(),
