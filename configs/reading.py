@@ -14,7 +14,9 @@ import yaml
 
 from sae.cache.errors import SaeError
 
-SECTIONS = ("tokenize", "harvest", "synthesize", "train", "decompose", "eval", "report", "analyze", "probe", "study")
+SECTIONS = (
+    "tokenize", "harvest", "synthesize", "train", "decompose", "eval", "report", "analyze", "probe", "steer", "study",
+)  # fmt: skip
 
 CRC = "crc32c"  # in every config.json
 

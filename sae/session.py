@@ -60,6 +60,10 @@ from sae.pipeline.saes import TrainableConfig
 from sae.pipeline.saes.dictionary import Dictionary
 from sae.pipeline.sharing.pull import pull
 from sae.pipeline.sharing.push import push_run, push_store
+from sae.pipeline.steering.config import SteerConfig
+from sae.pipeline.steering.opened import Opened, opened
+from sae.pipeline.steering.stage import steer as steer_latent
+from sae.pipeline.steering.topics import ablate_topic
 from sae.pipeline.studies.lab import Lab
 from sae.pipeline.studies.study import Setup, Study
 from sae.pipeline.studies.tables import Result
@@ -455,6 +459,41 @@ class Session(Workplace):
         run = decomposed.open_run(opened.config, opened.about, self.runs, name, resume=there)
         decompose(run, opened.config, opened.opener, self.progress)
         return DecomposedRun(run.path)
+
+    def steer(
+        self, run: Run | Named | None, feature: int, prompt: str, strength: float | Sequence[float] | None = None, *,
+        target: str | None = None, model: LanguageModel | str | None = None, **settings: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        """What a run's language model makes of a prompt, as it is (`baseline`) and with a latent changed (`steered`).
+
+        As `sae steer`: `kl` between their next tokens, and the same of every strength under `doses`. target: a token
+        whose log-probability is watched. `settings` are those of the section `steer` (`mode`, `unit`, `positions`,
+        `length`, `temperature`, ...).
+        """
+        config = _settings("steer", SteerConfig, None, settings)
+        strengths = () if strength is None else (strength,) if isinstance(strength, int | float) else strength
+        place = self._opened(run, model)
+        return steer_latent(place, feature, prompt, strengths, self.progress, config=config, target=target).as_json()
+
+    def ablate_topic(
+        self, run: Run | Named | None, topic: Named, general: Named, *, model: LanguageModel | str | None = None,
+        **settings: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Zero the latents that tell a topic best: what that adds to the cross-entropy of its text, and of other.
+
+        topic, general: files of plain text. `settings` as for `steer` (`top`, `contexts`, ...).
+        """
+        config = _settings("steer", SteerConfig, None, settings)
+        return ablate_topic(self._opened(run, model), Path(topic), Path(general), self.progress, config=config)
+
+    def _opened(self, run: Run | Named | None, model: LanguageModel | str | None) -> Opened:
+        """A run in its language model."""
+        booted = model if isinstance(model, LanguageModel) else None
+        return opened(
+            run if isinstance(run, Run) else self.run(run), self.cache, self.progress,
+            model=None if model is booted else str(model), device=self.device, offline=self.offline,
+            language_model=booted,
+        )  # fmt: skip
 
     def report(self, run: Run | Named | None = None, **settings: Any) -> Path:
         """Write the page of a run, as `sae report`; where it is. `settings` are those of the section `report`."""

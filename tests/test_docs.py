@@ -30,6 +30,7 @@ from sae.pipeline.harvest.sources.toy import ToyConfig
 from sae.pipeline.interpret.features import FeaturesConfig
 from sae.pipeline.probing.config import ProbeConfig
 from sae.pipeline.saes import ARCHITECTURES
+from sae.pipeline.steering.config import SteerConfig
 from sae.pipeline.studies.study import settings as study_settings
 from sae.pipeline.tokenize.stage import TokenizeConfig
 from sae.pipeline.train.stage import TrainConfig
@@ -41,7 +42,8 @@ STAGES: dict[str, type[BaseModel]] = {
 }  # fmt: skip
 EVERY = {
     **STAGES, "synthesize": SyntheticConfig, "decompose": decompose.LocalConfig, "analyze": AnalyzeConfig,
-    "probe": ProbeConfig, "study": study_settings(),
+    "probe": ProbeConfig,
+    "steer": SteerConfig, "study": study_settings(),
 }  # fmt: skip
 OTHERS = {  # classes told apart by a tag
     "harvest": [TableConfig, SeriesConfig], "synthesize": [ToyConfig],
@@ -105,7 +107,7 @@ def test_everything_reads_the_same_everywhere() -> None:
     own = {
         "tokens", "rows", "seed", "activations", "workers", "store", "stores", "model", "name", "source", "tokenizer",
         "site", "layer", "features", "probability", "steps", "codec", "target", "out", "input_", "resume", "lr",
-        "batch", "hidden", "components", "ks", "what", "repository", "names",
+        "batch", "hidden", "components", "ks", "what", "repository", "names", "mode", "top",
     }  # fmt: skip
     seen: dict[str, set[tuple[Any, ...]]] = {}
     for command in COMMANDS.values():

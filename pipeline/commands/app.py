@@ -33,6 +33,7 @@ from sae.pipeline.commands.probe import probe
 from sae.pipeline.commands.pull import pull
 from sae.pipeline.commands.push import push
 from sae.pipeline.commands.report import report
+from sae.pipeline.commands.steer import steer
 from sae.pipeline.commands.tokenize import tokenize
 from sae.pipeline.commands.train import train
 from sae.pipeline.commands.words import Command
@@ -83,6 +84,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "analyze": analyze,
     "probe": probe,
     "report": report,
+    "steer": steer,
     "compare": compare,
     "import": import_,
     "export": export,

@@ -47,13 +47,14 @@ def every_setting() -> list[dict[str, str]]:
     from sae.pipeline.harvest.sources.toy import ToyConfig
     from sae.pipeline.interpret.features import FeaturesConfig
     from sae.pipeline.probing.config import ProbeConfig
+    from sae.pipeline.steering.config import SteerConfig
     from sae.pipeline.studies.study import settings as study_settings
     from sae.pipeline.tokenize.stage import TokenizeConfig
     from sae.pipeline.train.stage import TrainConfig
 
     classes: list[Sequence[type[BaseModel]]] = [
         [TokenizeConfig], settings_of_sources(), [SyntheticConfig, ToyConfig], [TrainConfig], KINDS, [EvalConfig],
-        [FeaturesConfig], [AnalyzeConfig], [ProbeConfig],
+        [FeaturesConfig], [AnalyzeConfig], [ProbeConfig], [SteerConfig],
         [study_settings()],
     ]  # fmt: skip
     stages = dict(zip(configs.SECTIONS, classes, strict=True))

@@ -118,6 +118,20 @@ def numbers(option: str, text: str | None) -> tuple[float, ...] | None:
     return tuple(sorted(found))
 
 
+def signed(option: str, text: str | None) -> tuple[float, ...]:
+    """Finite numbers in the order they stand in; none for none given. Raises SaeError for what is no such number."""
+    found = []
+    for item in several(option, text) or ():
+        try:
+            number = float(item) if item.isascii() else math.nan
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise SaeError(f"{option} {item}: is not a finite number; write one as 4 or -0.5, or several as 0,1,2")
+        found.append(number)
+    return tuple(found)
+
+
 def _distinct(option: str, text: str, items: list[Any]) -> list[Any]:
     if len(set(items)) < len(items):
         twice = next(item for item in items if items.count(item) > 1)

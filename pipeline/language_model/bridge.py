@@ -148,6 +148,16 @@ class Bridge:
         with self.blocks_skipped(self.n_layers), hooked([put], ids.shape):
             return self._run(ids).logits[:, 0].float()
 
+    @torch.no_grad()
+    def continued(self, ids: Tensor, before: Any, hooks: Sequence[Hooked] = ()) -> tuple[Tensor, Any]:
+        """Logits float32 [B, n_vocab] after the last token, and the keys and values of all tokens so far.
+
+        before: those of the tokens that come before these; None for none.
+        """
+        with hooked(hooks, ids.shape):
+            out = self._bridge.original_model(input_ids=ids, past_key_values=before, use_cache=True)
+        return out.logits[:, -1].float(), out.past_key_values
+
     @cached_property
     def matrices(self) -> dict[str, Matrix]:
         """The weight matrices that a pass multiplies by, by the names that they have in the Hugging Face model."""

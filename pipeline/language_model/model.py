@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -167,6 +167,18 @@ class LanguageModel:
         for site in ("mlp_in", "mlp_out"):
             self.check(Point(layer, site))
         return lambda rows: self._bridge.at("mlp_out", layer, ("mlp_in", rows))
+
+    def predictions(self, tokens: Tensor, first: int = 0) -> Tensor:
+        """Logits float32 [T - first, n_vocab] after each of the tokens [T] of a context, from position `first` on."""
+        return self._bridge.logits(self._bridge.final(self._ids(tokens[None]), self._hooks())[0, first:])
+
+    def continued(self, tokens: Tensor, before: Any = None) -> tuple[Tensor, Any]:
+        """Logits float32 [n_vocab] after the last of some tokens [T], and what the model keeps of all tokens so far.
+
+        before: what it kept of those before them, which is used up. Interventions see the tokens [1, T] alone.
+        """
+        logits, kept = self._bridge.continued(self._ids(tokens[None]), before, self._hooks())
+        return logits[0], kept
 
     @torch.no_grad()
     def losses(self, tokens: Tensor) -> Tensor:

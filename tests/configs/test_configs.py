@@ -351,6 +351,7 @@ def stages() -> dict[str, type[BaseModel]]:
     from sae.pipeline.harvest.sources.synthetic import SyntheticConfig
     from sae.pipeline.interpret.features import FeaturesConfig
     from sae.pipeline.probing.config import ProbeConfig
+    from sae.pipeline.steering.config import SteerConfig
     from sae.pipeline.studies.study import settings
     from sae.pipeline.tokenize.stage import TokenizeConfig
     from sae.pipeline.train.stage import TrainConfig
@@ -359,6 +360,7 @@ def stages() -> dict[str, type[BaseModel]]:
         "tokenize": TokenizeConfig, "harvest": HarvestConfig, "synthesize": SyntheticConfig, "train": TrainConfig,
         "decompose": LocalConfig,
         "eval": EvalConfig, "report": FeaturesConfig, "analyze": AnalyzeConfig, "probe": ProbeConfig,
+        "steer": SteerConfig,
         "study": settings(),
     }  # fmt: skip
 

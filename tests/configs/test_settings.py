@@ -24,6 +24,7 @@ from sae.pipeline.harvest.sources.synthetic import SyntheticConfig
 from sae.pipeline.interpret.features import FeaturesConfig
 from sae.pipeline.probing.config import ProbeConfig
 from sae.pipeline.saes import Config
+from sae.pipeline.steering.config import SteerConfig
 from sae.pipeline.studies.study import settings
 from sae.pipeline.tokenize.stage import TokenizeConfig
 from sae.pipeline.train.stage import TrainConfig
@@ -33,6 +34,7 @@ STAGES: dict[str, type[BaseModel]] = {
     "tokenize": TokenizeConfig, "harvest": HarvestConfig, "synthesize": SyntheticConfig, "train": TrainConfig,
     "decompose": LocalConfig,
     "eval": EvalConfig, "report": FeaturesConfig, "analyze": AnalyzeConfig, "probe": ProbeConfig,
+    "steer": SteerConfig,
     "study": settings(),
 }  # fmt: skip
 
