@@ -10,7 +10,7 @@ BIN    := $(VENV)/bin
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,--extra-index-url https://download.pytorch.org/whl/cpu --retries 1)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: demo test test-all lint interop bench clean
+.PHONY: demo test test-all lint docs wheel lock interop clean
 
 demo: $(VENV)/installed
 	$(BIN)/sae demo
@@ -25,6 +25,28 @@ lint: $(VENV)/tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The documentation, in site/: plain files, which open from a disk and load nothing from elsewhere.
+docs: $(VENV)/tested
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# The wheel in an environment of its own, without anything of the checkout: it must be able to run the demo (a small one).
+WHEEL := .wheel
+SMALL := tokenize.tokens=60000 tokenize.validation_tokens=4096 harvest.tokens=10000 harvest.validation_tokens=4096 \
+	train.sae.d_sae=256 train.steps=50 eval.tokens=2048 eval.dead_rows=0
+
+wheel: $(VENV)/tested
+	rm -rf dist $(WHEEL) && $(BIN)/python -m hatchling build -t wheel -d dist && $(PYTHON) -m venv $(WHEEL)
+	$(subst $(BIN),$(WHEEL)/bin,$(PIP)) --constraint constraints.txt $(TORCH_INDEX) torch
+	$(subst $(BIN),$(WHEEL)/bin,$(PIP)) --constraint constraints.txt dist/*.whl
+	cd "$$(mktemp -d)" && $(CURDIR)/$(WHEEL)/bin/sae demo $(addprefix --set ,$(SMALL))
+
+# The versions that every installation gets, of all extras, on Linux and macOS; those that still fit stay as they are.
+LOCK := .lock
+lock:
+	$(PYTHON) -m venv $(LOCK) && $(LOCK)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(LOCK)/bin/uv pip compile pyproject.toml --all-extras --universal --fork-strategy fewest --python-version 3.11 \
+		--no-annotate --custom-compile-command "make lock" --output-file constraints.txt $(UPGRADE)
 
 # Other tools' own code against ours: an environment for each, since none of them can be installed beside the others.
 INTEROP := .interop
@@ -57,4 +79,4 @@ $(VENV)/tested: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(INTEROP) demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(INTEROP) $(WHEEL) $(LOCK) dist site demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -28,14 +28,17 @@ from sae.pipeline.harvest.sources.synthetic import SyntheticConfig
 from sae.pipeline.harvest.sources.table import TableConfig
 from sae.pipeline.harvest.sources.toy import ToyConfig
 from sae.pipeline.interpret.features import FeaturesConfig
+from sae.pipeline.language_model import SITES
 from sae.pipeline.probing.config import ProbeConfig
 from sae.pipeline.saes import ARCHITECTURES
 from sae.pipeline.steering.config import SteerConfig
 from sae.pipeline.studies.study import settings as study_settings
 from sae.pipeline.tokenize.stage import TokenizeConfig
 from sae.pipeline.train.stage import TrainConfig
+from scripts import docs_reference
 
 ROOT = Path(__file__).resolve().parents[1]
+WRITTEN = {"README.md": README, **PAGES}
 STAGES: dict[str, type[BaseModel]] = {
     "tokenize": TokenizeConfig, "harvest": HarvestConfig, "train": TrainConfig, "eval": EvalConfig,
     "report": FeaturesConfig,
@@ -51,9 +54,12 @@ OTHERS = {  # classes told apart by a tag
 }  # fmt: skip
 
 
+TREE: Any = typer.main.get_command(app)
+
+
 def commands(group: Any = None, prefix: str = "sae") -> Iterator[tuple[str, Any]]:
     """Every command as it is typed, and what typer made of it."""
-    for name, command in (group or typer.main.get_command(app)).commands.items():
+    for name, command in (group or TREE).commands.items():
         if hasattr(command, "commands"):
             yield from commands(command, f"{prefix} {name}")
         else:
@@ -65,7 +71,7 @@ COMMANDS = dict(commands())
 
 def parsed(arguments: list[str]) -> dict[str, Any]:
     """The values a command line gives its command, without running it. Raises typer's error where it is wrong."""
-    command: Any = typer.main.get_command(app)
+    command: Any = TREE
     context = command.make_context("sae", arguments)
     while hasattr(command, "commands"):
         name, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
@@ -75,7 +81,7 @@ def parsed(arguments: list[str]) -> dict[str, Any]:
 
 def test_there_is_something_to_look_at() -> None:
     assert {"sae tokenize", "sae harvest", "sae train", "sae eval", "sae cache ls", "sae cache rm"} <= set(COMMANDS)
-    assert len(typed(README, "sae")) > 10
+    assert sum(len(typed(text, "sae")) for text in WRITTEN.values()) > 100
     page = (
         "```console\n$ A=1 sae x \\\n  --y 'a b' && sae z # c\nout\n```\n```python\nsae no\n```\n```bash\nsae w\n```\n"
     )
@@ -157,40 +163,53 @@ def test_the_gpt2_preset_has_every_key() -> None:
         assert set(re.findall(r"^  (\w+):", part, re.MULTILINE)) == set(kind.model_fields), section
 
 
-@pytest.mark.parametrize("arguments", typed(README, "sae"), ids=" ".join)
-def test_every_command_in_the_readme_is_right(arguments: list[str]) -> None:
-    parsed(arguments)
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_is_documented(name: str) -> None:
-    assert any(re.search(rf"\b{re.escape(name)}\b", text) for text in [README, *PAGES.values()])
-
-
-def test_the_settings_in_the_readme_exist() -> None:
-    for arguments in typed(README, "sae"):
+@pytest.mark.parametrize("page", sorted(set(WRITTEN) - {"docs/extending.md"}))  # it types what the page adds
+def test_every_command_on_a_page_is_right(page: str) -> None:
+    """It parses, its settings exist and its architecture does; what it does is another test's."""
+    for arguments in typed(WRITTEN[page], "sae"):
         values = parsed(arguments)
         if (overrides := values.get("set_")) and arguments[0] in STAGES:
             arch = {"sae": {"arch": values["arch"]}} if values.get("arch") else {}
             configs.resolve(arguments[0], STAGES[arguments[0]], overrides=list(overrides), flags=arch)
-        assert values.get("arch") in {None, *ARCHITECTURES}
+        assert values.get("arch") in {None, *ARCHITECTURES}, arguments
 
 
-def test_every_make_target_in_the_readme_exists() -> None:
+def test_the_settings_named_on_pages_exist() -> None:
+    listed = {entry["name"] for entry in every_setting()}
+    sections = "|".join(configs.SECTIONS)
+    for page in sorted(set(WRITTEN) - {"docs/extending.md"}):
+        for name in re.findall(rf"`((?:{sections})\.[a-z0-9_.]+)(?: = [^`]*)?`", WRITTEN[page]):
+            if not name.endswith((".py", ".json")):
+                assert name in listed or any(other.startswith(f"{name}.") for other in listed), f"{page}: {name}"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_documented(name: str) -> None:
+    assert any(re.search(rf"\b{re.escape(name)}\b", text) for text in WRITTEN.values())
+
+
+def test_the_readme_is_one_page_and_counts_right() -> None:
+    assert len(README.splitlines()) < 150
+    assert f"[{len(ARCHITECTURES)} architectures]" in README
+    assert f"{['seven', 'eight', 'nine', 'ten'][len(SITES) - 7]} sites" in README
+
+
+def test_every_make_target_on_a_page_exists() -> None:
     targets = re.findall(r"^([\w./$()-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     targets = [target.replace("$(VENV)", ".venv") for target in targets]
-    wanted = {word for words in typed(README, "make") for word in words[:1]} | set(
-        re.findall(r"`make ([\w-]+)`", README)
-    )
-    assert {"demo", "test"} <= wanted <= set(targets)
+    every = "\n".join(WRITTEN.values())
+    wanted = {words[0] for words in typed(every, "make")} | set(re.findall(r"`make ([\w-]+)", every))
+    assert {"demo", "test", "docs", "lock", "wheel"} <= wanted <= set(targets)
 
 
-@pytest.mark.parametrize("page", ["README.md", *PAGES])
+@pytest.mark.parametrize("page", WRITTEN)
 def test_links_lead_somewhere(page: str) -> None:
-    text = README if page == "README.md" else PAGES[page]
-    for target in re.findall(r"\]\(([^)#\s]+)", text):
+    """To a file, or to a page that is made when the site is built; mkdocs looks at anchors, in tests/test_site.py."""
+    for target in re.findall(r"\]\(([^)#\s]+)", WRITTEN[page]):
         if not re.match(r"\w+:", target):
-            assert ((ROOT / page).parent / target).exists(), target
+            path = (ROOT / page).parent.joinpath(target).resolve()
+            made = path in {ROOT / "docs" / name for name in docs_reference.PAGES}
+            assert path.exists() or made, target
 
 
 def test_the_changelog_is_kept() -> None:

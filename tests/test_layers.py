@@ -3,7 +3,9 @@
 import ast
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -171,3 +173,14 @@ def test_no_module_has_two_names() -> None:
     """Nothing imports `cache`, `pipeline`, `configs` or `cli` as a top-level name; a user's own would be taken."""
     for name in MODULES:
         assert not {imported.partition(".")[0] for imported in IMPORTS[name]} & {*TOPS, "cli", "console"}, name
+
+
+def test_every_package_that_is_imported_is_asked_for() -> None:
+    """By its own name, in the dependencies or an extra: what another package brings along may be gone with it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {name: listed for name, listed in project["optional-dependencies"].items() if name not in ("dev", "docs")}
+    asked = {re.split(r"[^\w-]", one)[0] for one in [*project["dependencies"], *chain(*extras.values())]}
+    names = {"yaml": "pyyaml", "upath": "universal-pathlib", "umap": "umap-learn", "sklearn": "scikit-learn"}
+    names["distributed"] = "dask"  # an extra of that package, which is asked for
+    imported = {package for name in MODULES for package in others(name)}
+    assert {names.get(package, package.replace("_", "-")) for package in imported} <= asked

@@ -1,14 +1,18 @@
 """What is installed: `sae` and nothing else at an environment's top level, whatever a user's own files are called."""
 
+import contextlib
 import os
 import subprocess
 import sys
 import tarfile
 import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import sae
 from sae import configs
@@ -74,6 +78,49 @@ def test_wheel_and_sdist_hold_the_same_package_and_nothing_else(tmp_path: Path) 
         ".gitignore",
     }  # fmt: skip
     assert contents(built(unpacked, "wheel")) == names
+
+
+def locked() -> dict[str, str]:
+    """The version of every package that the lock has for this Python and system."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {
+        canonicalize_name(one.name): str(one.specifier).removeprefix("==")
+        for one in found
+        if one.marker is None or one.marker.evaluate()
+    }
+
+
+def test_the_lock_has_what_every_extra_needs_and_what_these_need() -> None:
+    """Followed through what is installed: a package that is not (an extra's) has its name looked up alone."""
+    lock = locked()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
+    waiting = [Requirement(one) for one in asked]
+    seen: set[tuple[str, frozenset[str]]] = set()
+    while waiting:
+        one = waiting.pop()
+        name = canonicalize_name(one.name)
+        if name == "sae-cache" or (name, frozenset(one.extras)) in seen:
+            continue
+        seen.add((name, frozenset(one.extras)))
+        assert name in lock, f"{one}: run `make lock`"
+        assert one.specifier.contains(lock[name], prereleases=True), f"{one}: locked at {lock[name]}"
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            for text in metadata.requires(name) or ():
+                needed = Requirement(text)
+                extras = ["", *one.extras]
+                if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
+                    waiting.append(needed)
+    assert len(seen) > 100
+
+
+def test_the_version_stands_in_one_place() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert sae.__version__ == version
+    for name in packaged():
+        if name.endswith((".py", ".md", ".html")):
+            assert f'"{version}"' not in (ROOT / name).read_text(encoding="utf-8"), name
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""docs/python.md: its examples run, in order and as they are, and its list of names is the list of names."""
+"""docs/python.md: its examples run, in order and as they are, and its list of names is the list of names.
+
+So do those of the page about notebooks.
+"""
 
 import re
 from pathlib import Path
@@ -6,12 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from support.pages import PAGES
 from support.small_models import small_stages
 
 import sae
 
-PAGE = (Path(__file__).resolve().parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+PAGE = PAGES["docs/python.md"]
+
+
+def typed_into(page: str, names: dict[str, Any]) -> None:
+    """Run a page's examples, one after the other, on the same names."""
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGES[page], re.MULTILINE | re.DOTALL)
+    for number, block in enumerate(blocks, 1):
+        exec(compile(block, f"{page}, block {number}", "exec"), names)
 
 
 @pytest.mark.slow
@@ -20,8 +30,7 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     with small_stages():
-        for number, block in enumerate(BLOCKS, 1):
-            exec(compile(block, f"docs/python.md, block {number}", "exec"), names)
+        typed_into("docs/python.md", names)
     assert names["x_hat"].shape == names["x"].shape
     assert torch.equal(names["theirs"](names["x"]), names["coder"](names["x"]))
     assert names["figures"]["ce_recovered_zero"] is not None and names["figures"]["rows"] > 500
@@ -30,6 +39,15 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert names["steered"].shape[1] == names["inputs"]["input_ids"].shape[1] + 8
     said = capsys.readouterr().out.splitlines()
     assert said == re.findall(r"print\(error\) +# (.*)", PAGE)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    with small_stages():
+        typed_into("docs/howto/notebook.md", names)
+    assert len(names["runs"]) == 3 and {"step", "fvu"} <= set(names["curve"].columns) and names["page"].is_file()
 
 
 def test_every_name_is_on_the_page() -> None:

@@ -7,6 +7,7 @@ the steps of a training, the demo. Everything else, the network's absence includ
 
 import json
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -43,8 +44,20 @@ STEPS = 2  # of a training, at most
 CHARACTERS = 260_000
 ON_THE_HUB = ("fineweb", "org/dataset")
 FIRST = next(block for block in blocks(README) if typed(block, "sae"))  # GPT-2 on FineWeb, from text to report
-BLOCKS = [block for page in (README, PAGES["docs/upkeep.md"]) for block in blocks(page) if typed(block, "sae")]
-OWN_TESTS = ("--devices",)  # several processes: tests/pipeline/parallel/test_parallel.py starts them
+TYPED = (
+    README,
+    *(PAGES[f"docs/{name}.md"] for name in ("stages", "places", "upkeep", "howto/reproduce", "howto/coming-from")),
+)
+BLOCKS = [block for page in TYPED for block in blocks(page) if typed(block, "sae")]
+HOUR = PAGES["docs/first-hour.md"].partition("## On to a real model")[0]
+OWN_TESTS = (
+    "--devices",  # several processes: tests/pipeline/parallel/test_parallel.py starts them
+    "topk-k16",  # runs that no page makes
+    "s1.edf",  # needs MNE: tests/pipeline/harvest/recordings
+    "push", "pull",  # the hub: tests/pipeline/sharing has one
+    "probe",  # labelled texts: tests/pipeline/probing has some
+    "steer",  # tests/pipeline/steering
+)  # fmt: skip
 # What makes a command small: the demo at its full size is tests/pipeline/commands/test_demo.py's, a study trains many.
 SMALL = {
     "demo": "tokenize.tokens=60000 tokenize.validation_tokens=4096 harvest.tokens=10000 harvest.validation_tokens=4096 "
@@ -132,6 +145,24 @@ def run(arguments: list[str], folder: Path) -> None:
         assert answer.json
 
 
+def test_the_first_hour_from_beginning_to_end(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SAE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SAE_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setitem(SMALL, "tokenize", "tokenize.tokens=60000 tokenize.validation_tokens=4096")
+    monkeypatch.setitem(SMALL, "harvest", "harvest.tokens=10000 harvest.validation_tokens=4096")
+    monkeypatch.setitem(SMALL, "eval", "eval.tokens=2048 eval.dead_rows=0")
+    monkeypatch.setitem(SMALL, "report", "report.top=2")
+    for arguments in typed(HOUR, "sae"):
+        run(arguments, begun)
+    for written in ("runs/first/report.html", "runs/compare.png", "for-saelens/cfg.json"):
+        assert (tmp_path / written).is_file()
+    found: dict[str, Any] = {}
+    exec(re.findall(r"^```python\n(.*?)^```", HOUR, re.MULTILINE | re.DOTALL)[0], found)
+    assert found["coder"].W_dec.shape == (1024, 128) and found["latents"].l0().shape == (512,)
+    assert int(found["latents"].l0().max()) == 16
+
+
 def names(block: str) -> str:
     return typed(block, "sae")[0][0] + f" and {len(typed(block, 'sae')) - 1} more"
 
@@ -145,6 +176,9 @@ def test_the_commands_of_a_block_run_as_written(
     shutil.copy(begun / "mine.yaml", tmp_path)
     columns = {f"x{i}": np.random.default_rng(i).normal(size=4096).astype(np.float32) for i in range(8)}
     parquet.write_table(pyarrow.table(columns), tmp_path / "embeddings.parquet")
+    signal = np.random.default_rng(0).normal(size=(4096, 5)).cumsum(0).round(3)
+    lines = [",".join(map(str, row)) for row in signal]
+    (tmp_path / "eeg.csv").write_text("\n".join(["f3,f4,o1,o2,class", *lines]))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SAE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("SAE_RUNS", str(tmp_path / "runs"))

@@ -1,8 +1,11 @@
 """The content of `sae list`, gathered from the registries."""
 
 from collections.abc import Iterator, Sequence
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from sae import configs
 from sae.cache.printable import printable
@@ -38,7 +41,7 @@ def _summaries(classes: dict[str, Declared]) -> dict[str, str]:
 
 
 def every_setting() -> list[dict[str, str]]:
-    """Name, default and meaning of every setting of every stage and study, from their classes: this imports torch."""
+    """Name, type, default and meaning of every setting of every stage and study, from their classes: this imports torch."""
     from sae.pipeline.analyses.analysis import AnalyzeConfig
     from sae.pipeline.decompose.config import KINDS
     from sae.pipeline.evaluate.stage import EvalConfig
@@ -70,7 +73,7 @@ def _settings(prefix: str, models: Sequence[type[BaseModel]]) -> Iterator[dict[s
         name = f"{prefix}.{key}"
         if key == tag:
             tags = [str(one.model_fields[key].default) for one in models]
-            yield {"name": name, "default": "", "help": f"one of {', '.join(tags)}"}
+            yield {"name": name, "type": " or ".join(tags), "default": "", "help": f"one of {', '.join(tags)}"}
             continue
         of = [str(one.model_fields[tag].default) for one in having] if tag and len(having) < len(models) else []
         only = f" (of {', '.join(of)})" if of else ""
@@ -78,8 +81,38 @@ def _settings(prefix: str, models: Sequence[type[BaseModel]]) -> Iterator[dict[s
         if field.description or not inner:
             defaults = [shown(one.model_fields[key].get_default(call_default_factory=True)) for one in having]
             default = "" if inner else " or ".join(dict.fromkeys(defaults))
-            yield {"name": name, "default": default, "help": f"{field.description or ''}{only}"}
+            kinds = " or ".join(dict.fromkeys(filter(None, (kind_of(one.model_fields[key]) for one in having))))
+            yield {"name": name, "type": kinds, "default": default, "help": f"{field.description or ''}{only}"}
         yield from _settings(name, list(dict.fromkeys(inner))) if inner else ()
+
+
+def kind_of(field: FieldInfo) -> str:
+    """The type of a setting in words, with its limits: `int, at least 1`; nothing of a section."""
+    limits = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    said = [
+        f"{words} {shown(getattr(one, key))}"
+        for one in field.metadata
+        for key, words in limits.items()
+        if getattr(one, key, None) is not None
+    ]
+    kind = _words(field.annotation)
+    return ", ".join([kind, *said]) if kind else ""
+
+
+def _words(annotation: Any) -> str:
+    inner = get_args(annotation)
+    match get_origin(annotation):
+        case None:
+            return "" if issubclass(annotation, BaseModel) else str(annotation.__name__)
+        case origin if origin is Literal:
+            return " or ".join(map(str, inner))
+        case origin if origin is Annotated:
+            return _words(inner[0])
+        case origin if origin in (Union, UnionType):
+            kinds = [_words(one) for one in inner if one is not NoneType]
+            return " or ".join(dict.fromkeys(filter(None, kinds)))
+        case _:
+            return f"list of {_words(inner[0])}"
 
 
 def _state(run: Run) -> str:

@@ -1,6 +1,6 @@
 """What is said where an optional package is absent, or does not work."""
 
-import ast
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -42,15 +42,8 @@ def test_other_errors_are_left_as_they_are() -> None:
 
 def test_every_extra_that_is_named_exists() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    named = set()
-    for room in ("cache", "pipeline", "configs", "sae"):
-        for path in (ROOT / room).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "needing":
-                    if any(word.arg == "of" for word in node.keywords):
-                        continue  # the extra of another package
-                    found = [word.value for word in node.keywords if word.arg == "extra"] + node.args[1:2]
-                    named |= {one.value for one in found if isinstance(one, ast.Constant)}
+    texts = [path.read_text(encoding="utf-8") for room in ("cache", "pipeline") for path in (ROOT / room).rglob("*.py")]
+    named = {name for text in texts for name in re.findall(r"needing\([^\n]*?(?:, |extra=)\"(\w+)\"\)", text)}
     assert {"s3", "eeg"} <= named <= set(extras)
     loggers = {path.stem for path in (ROOT / "pipeline" / "loggers").glob("*.py")} - {"__init__", "base"}
     assert loggers <= set(extras)
