@@ -9,6 +9,9 @@ cfg.json                  \\ the dictionary, in the layout SAELens opens; writte
 sae_weights.safetensors   /
 eval/                     what `sae eval` found (eval.json, latents.safetensors), and `sae report` (features.json:
                           some latents; statistics.safetensors: all of them)
+eval/                     what `sae eval` found (eval.json, latents.safetensors), `sae report` (features.json) and
+                          `sae explain` (explanations.json)
+explain/                  what language models answered to `sae explain`, a file a request
 
 The run of a decomposition of weights has the same files: settings and stores under other keys of its config.json,
 and its figures in eval/decomposition.json.
@@ -53,6 +56,7 @@ FAILURE = "failure.json"
 EVALUATION, LATENTS, FEATURES = "eval/eval.json", "eval/latents.safetensors", "eval/features.json"
 DECOMPOSITION = "eval/decomposition.json"
 STATISTICS = "eval/statistics.safetensors"
+EXPLANATIONS = "eval/explanations.json"
 
 
 class Run:

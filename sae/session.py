@@ -34,6 +34,9 @@ from sae.pipeline.decompose.losses import Decomposition
 from sae.pipeline.decompose.stage import decompose
 from sae.pipeline.evaluate.judging import EvalConfig, judge
 from sae.pipeline.evaluate.stage import evaluate_all, expect_evaluated
+from sae.pipeline.explain.config import ExplainConfig
+from sae.pipeline.explain.stage import explain as explain_run
+from sae.pipeline.explain.stage import summary
 from sae.pipeline.formats.trained import load_latents
 from sae.pipeline.harvest.sources import SOURCES, RowSource, settings_of_sources
 from sae.pipeline.harvest.sources.language_model import HarvestConfig, LanguageModelSource
@@ -425,6 +428,22 @@ class Session(Workplace):
             config, [one if isinstance(one, Run) else self.run(one) for one in each], texts, self, model=model,
             tokenizer=tokenizer, leave_out_numbers=sae_probes is not None and sets is None,
         )  # fmt: skip
+
+    def explain(
+        self, run: Run | Named | None = None, *, estimate_only: bool = False, **settings: Any
+    ) -> dict[str, Any]:  # fmt: skip
+        """Say in words what a run's latents fire on, and judge the words, as `sae explain`; kept in the run folder.
+
+        `features`: for each latent its `explanation`, `score`, `control` and more; `summary`; `made`: how. `settings`
+        are those of the section `explain` (`latents`, `backend`, `model`, `scoring`, ...). estimate_only: the cost is
+        told to the session's progress, and nothing is asked.
+        """
+        config = _settings("explain", ExplainConfig, None, settings)
+        run = run if isinstance(run, Run) else self.run(run)
+        found = explain_run(run, self, config, estimate_only=estimate_only)
+        if found is None:
+            return {"features": []}
+        return {**found.model_dump(mode="json"), "summary": summary(found)}
 
     def decompose(
         self, rows: Any = None, target: Any = None, /, *, kind: str = "local",

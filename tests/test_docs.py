@@ -22,6 +22,7 @@ from sae.pipeline.commands.registry_listing import every_setting
 from sae.pipeline.commands.voice import DECLARED
 from sae.pipeline.decompose import config as decompose
 from sae.pipeline.evaluate.stage import EvalConfig
+from sae.pipeline.explain.config import ExplainConfig
 from sae.pipeline.harvest.sources.language_model import HarvestConfig
 from sae.pipeline.harvest.sources.series import SeriesConfig
 from sae.pipeline.harvest.sources.synthetic import SyntheticConfig
@@ -46,7 +47,7 @@ STAGES: dict[str, type[BaseModel]] = {
 EVERY = {
     **STAGES, "synthesize": SyntheticConfig, "decompose": decompose.LocalConfig, "analyze": AnalyzeConfig,
     "probe": ProbeConfig,
-    "steer": SteerConfig, "study": study_settings(),
+    "steer": SteerConfig, "explain": ExplainConfig, "study": study_settings(),
 }  # fmt: skip
 OTHERS = {  # classes told apart by a tag
     "harvest": [TableConfig, SeriesConfig], "synthesize": [ToyConfig],
@@ -113,7 +114,7 @@ def test_everything_reads_the_same_everywhere() -> None:
     own = {
         "tokens", "rows", "seed", "activations", "workers", "store", "stores", "model", "name", "source", "tokenizer",
         "site", "layer", "features", "probability", "steps", "codec", "target", "out", "input_", "resume", "lr",
-        "batch", "hidden", "components", "ks", "what", "repository", "names", "mode", "top",
+        "batch", "hidden", "components", "ks", "what", "repository", "names", "mode", "top", "latents",
     }  # fmt: skip
     seen: dict[str, set[tuple[Any, ...]]] = {}
     for command in COMMANDS.values():

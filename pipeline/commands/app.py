@@ -24,6 +24,7 @@ from sae.pipeline.commands.decompose import decompose
 from sae.pipeline.commands.demo import demo
 from sae.pipeline.commands.described import studies
 from sae.pipeline.commands.evaluate import evaluate
+from sae.pipeline.commands.explain import explain
 from sae.pipeline.commands.export import export
 from sae.pipeline.commands.harvest import harvest
 from sae.pipeline.commands.import_ import import_
@@ -85,6 +86,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "probe": probe,
     "report": report,
     "steer": steer,
+    "explain": explain,
     "compare": compare,
     "import": import_,
     "export": export,

@@ -28,6 +28,7 @@ CLASSES = {  # room and names of the classes that hold the settings below a path
     "analyze": ("analyses", ["AnalyzeConfig"]),
     "probe": ("probing", ["ProbeConfig"]),
     "steer": ("steering", ["SteerConfig"]),
+    "explain": ("explain", ["ExplainConfig"]),
 }
 CHOICES = {  # options that choose the class of further settings: no single class describes them
     "train.sae.arch": "Architecture; `sae list` explains each. Default: topk.",

@@ -45,6 +45,7 @@ def every_setting() -> list[dict[str, str]]:
     from sae.pipeline.analyses.analysis import AnalyzeConfig
     from sae.pipeline.decompose.config import KINDS
     from sae.pipeline.evaluate.stage import EvalConfig
+    from sae.pipeline.explain.config import ExplainConfig
     from sae.pipeline.harvest.sources import settings_of_sources
     from sae.pipeline.harvest.sources.synthetic import SyntheticConfig
     from sae.pipeline.harvest.sources.toy import ToyConfig
@@ -57,7 +58,7 @@ def every_setting() -> list[dict[str, str]]:
 
     classes: list[Sequence[type[BaseModel]]] = [
         [TokenizeConfig], settings_of_sources(), [SyntheticConfig, ToyConfig], [TrainConfig], KINDS, [EvalConfig],
-        [FeaturesConfig], [AnalyzeConfig], [ProbeConfig], [SteerConfig],
+        [FeaturesConfig], [AnalyzeConfig], [ProbeConfig], [SteerConfig], [ExplainConfig],
         [study_settings()],
     ]  # fmt: skip
     stages = dict(zip(configs.SECTIONS, classes, strict=True))

@@ -253,7 +253,7 @@ def test_numbers_in_a_file(tmp_path: Path) -> None:
         ("train.rows.skip=1", "train.rows.skip: unknown key; did you mean 'skip_first'?"),
         ("trian.lr=1", "overrides = trian.lr=1: unknown section 'trian'; did you mean 'train'?"),
         ("x.lr=1", "overrides = x.lr=1: unknown section 'x'; there are tokenize, harvest, synthesize, train, "
-         "decompose, eval, report, analyze, probe, steer, study"),
+         "decompose, eval, report, analyze, probe, steer, explain, study"),
         ("train.sae.arch=l3", "train.sae.arch = l3: unknown architecture; did you mean 'l1'?"),
         ("train.sae.arch=xyz", "train.sae.arch = xyz: unknown architecture; there are topk, l1"),
         ("train.lr=-1", "train.lr = -1: input should be greater than 0"),
@@ -347,6 +347,7 @@ def stages() -> dict[str, type[BaseModel]]:
     from sae.pipeline.analyses.analysis import AnalyzeConfig
     from sae.pipeline.decompose.config import LocalConfig
     from sae.pipeline.evaluate.stage import EvalConfig
+    from sae.pipeline.explain.config import ExplainConfig
     from sae.pipeline.harvest.sources.language_model import HarvestConfig
     from sae.pipeline.harvest.sources.synthetic import SyntheticConfig
     from sae.pipeline.interpret.features import FeaturesConfig
@@ -361,6 +362,7 @@ def stages() -> dict[str, type[BaseModel]]:
         "decompose": LocalConfig,
         "eval": EvalConfig, "report": FeaturesConfig, "analyze": AnalyzeConfig, "probe": ProbeConfig,
         "steer": SteerConfig,
+        "explain": ExplainConfig,
         "study": settings(),
     }  # fmt: skip
 

@@ -19,6 +19,7 @@ from sae.configs.reading import nested
 from sae.pipeline.analyses.analysis import AnalyzeConfig
 from sae.pipeline.decompose.config import LocalConfig
 from sae.pipeline.evaluate.stage import EvalConfig
+from sae.pipeline.explain.config import ExplainConfig
 from sae.pipeline.harvest.sources.language_model import HarvestConfig
 from sae.pipeline.harvest.sources.synthetic import SyntheticConfig
 from sae.pipeline.interpret.features import FeaturesConfig
@@ -35,6 +36,7 @@ STAGES: dict[str, type[BaseModel]] = {
     "decompose": LocalConfig,
     "eval": EvalConfig, "report": FeaturesConfig, "analyze": AnalyzeConfig, "probe": ProbeConfig,
     "steer": SteerConfig,
+    "explain": ExplainConfig,
     "study": settings(),
 }  # fmt: skip
 

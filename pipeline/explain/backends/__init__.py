@@ -1,0 +1,1 @@
+"""One file a backend: who explains latents, and says by an explanation where one fires."""
