@@ -15,8 +15,8 @@ import yaml
 from sae.cache.errors import SaeError
 
 SECTIONS = (
-    "tokenize", "harvest", "synthesize", "train", "decompose", "eval", "report", "analyze", "probe", "steer", "explain",
-    "study",
+    "tokenize", "harvest", "synthesize", "train", "decompose", "eval", "report", "analyze", "probe", "match", "steer",
+    "explain", "study",
 )  # fmt: skip
 
 CRC = "crc32c"  # in every config.json

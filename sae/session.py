@@ -49,6 +49,8 @@ from sae.pipeline.interpret.stage import statistics_of
 from sae.pipeline.interpret.statistics import Statistics
 from sae.pipeline.language_model import LanguageModel
 from sae.pipeline.loggers.base import expect
+from sae.pipeline.matching.config import MatchConfig
+from sae.pipeline.matching.stage import match as match_runs
 from sae.pipeline.metrics.metric import Subject
 from sae.pipeline.probing.config import ProbeConfig
 from sae.pipeline.probing.labelled import Labelled, TextSet, in_memory, sets_of
@@ -444,6 +446,17 @@ class Session(Workplace):
         if found is None:
             return {"features": []}
         return {**found.model_dump(mode="json"), "summary": summary(found)}
+
+    def match(self, runs: Sequence[Run | Named], **settings: Any) -> Result:
+        """How alike the dictionaries of runs are, each with each, as `sae match`.
+
+        `settings` are those of the section `match` (`correlate`, `living`, `rows`, ...). The result has `table`, a dict
+        a pair, and under `extra` the means `mmcs` and `hungarian`, the `matrix`, which latents all have found
+        (`stability`) and, of two runs, the `pairs`; `write(folder)` keeps it.
+        """
+        config = _settings("match", MatchConfig, None, settings)
+        each = [runs] if isinstance(runs, Run | str | os.PathLike) else runs
+        return match_runs(config, [one if isinstance(one, Run) else self.run(one) for one in each], self)
 
     def decompose(
         self, rows: Any = None, target: Any = None, /, *, kind: str = "local",

@@ -30,6 +30,7 @@ from sae.pipeline.harvest.sources.table import TableConfig
 from sae.pipeline.harvest.sources.toy import ToyConfig
 from sae.pipeline.interpret.features import FeaturesConfig
 from sae.pipeline.language_model import SITES
+from sae.pipeline.matching.config import MatchConfig
 from sae.pipeline.probing.config import ProbeConfig
 from sae.pipeline.saes import ARCHITECTURES
 from sae.pipeline.steering.config import SteerConfig
@@ -47,7 +48,7 @@ STAGES: dict[str, type[BaseModel]] = {
 EVERY = {
     **STAGES, "synthesize": SyntheticConfig, "decompose": decompose.LocalConfig, "analyze": AnalyzeConfig,
     "probe": ProbeConfig,
-    "steer": SteerConfig, "explain": ExplainConfig, "study": study_settings(),
+    "match": MatchConfig, "steer": SteerConfig, "explain": ExplainConfig, "study": study_settings(),
 }  # fmt: skip
 OTHERS = {  # classes told apart by a tag
     "harvest": [TableConfig, SeriesConfig], "synthesize": [ToyConfig],

@@ -29,6 +29,7 @@ from sae.pipeline.commands.export import export
 from sae.pipeline.commands.harvest import harvest
 from sae.pipeline.commands.import_ import import_
 from sae.pipeline.commands.list import list_
+from sae.pipeline.commands.match import match
 from sae.pipeline.commands.options import expanded
 from sae.pipeline.commands.probe import probe
 from sae.pipeline.commands.pull import pull
@@ -84,6 +85,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "analyze": analyze,
     "probe": probe,
+    "match": match,
     "report": report,
     "steer": steer,
     "explain": explain,

@@ -27,6 +27,7 @@ CLASSES = {  # room and names of the classes that hold the settings below a path
     "report": ("interpret", ["FeaturesConfig", "StatisticsConfig"]),
     "analyze": ("analyses", ["AnalyzeConfig"]),
     "probe": ("probing", ["ProbeConfig"]),
+    "match": ("matching", ["MatchConfig"]),
     "steer": ("steering", ["SteerConfig"]),
     "explain": ("explain", ["ExplainConfig"]),
 }

@@ -37,7 +37,7 @@ def probe(
     from sae.cache import catalogue
     from sae.cache.errors import SaeError
     from sae.pipeline.commands import console
-    from sae.pipeline.commands.study_lab import results_folder, spread
+    from sae.pipeline.commands.study_lab import results_folder
 
     found = [catalogue.find_run(here.runs, name) for name in probed or (None,)]
     if sets is not None and sae_probes is None:
@@ -71,7 +71,13 @@ def probe(
     for dictionary in dict.fromkeys(row["dictionary"] for row in rows):
         its = [row for row in rows if row["dictionary"] == dictionary]
         on = f"mean over {its[0]['sets']} sets" if several_sets else f"{its[0]['texts']:,} texts of {its[0]['set']}"
-        cells = [[row["probe"], row["k"], *(spread(row, name) for name in FIGURES)] for row in its]
+        cells = [
+            [row["probe"], row["k"], *(_shown(row[name], row.get(f"{name}_sd")) for name in FIGURES)] for row in its
+        ]
         console.table(f"{dictionary}: {on}", ["probe", "k", *FIGURES], cells)
     for what, path in files.items():
         console.say(f"{what}: {path}")
+
+
+def _shown(mean: float, deviation: float | None) -> str:
+    return f"{mean:.3f}" if deviation is None else f"{mean:.3f} ± {deviation:.3f}"

@@ -50,6 +50,7 @@ def every_setting() -> list[dict[str, str]]:
     from sae.pipeline.harvest.sources.synthetic import SyntheticConfig
     from sae.pipeline.harvest.sources.toy import ToyConfig
     from sae.pipeline.interpret.features import FeaturesConfig
+    from sae.pipeline.matching.config import MatchConfig
     from sae.pipeline.probing.config import ProbeConfig
     from sae.pipeline.steering.config import SteerConfig
     from sae.pipeline.studies.study import settings as study_settings
@@ -58,8 +59,8 @@ def every_setting() -> list[dict[str, str]]:
 
     classes: list[Sequence[type[BaseModel]]] = [
         [TokenizeConfig], settings_of_sources(), [SyntheticConfig, ToyConfig], [TrainConfig], KINDS, [EvalConfig],
-        [FeaturesConfig], [AnalyzeConfig], [ProbeConfig], [SteerConfig], [ExplainConfig],
-        [study_settings()],
+        [FeaturesConfig], [AnalyzeConfig], [ProbeConfig], [MatchConfig], [SteerConfig],
+        [ExplainConfig], [study_settings()],
     ]  # fmt: skip
     stages = dict(zip(configs.SECTIONS, classes, strict=True))
     return [entry for stage, kinds in stages.items() for entry in _settings(stage, kinds)]

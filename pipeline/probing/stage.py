@@ -23,7 +23,7 @@ from sae.pipeline.formats import trained
 from sae.pipeline.language_model import Point
 from sae.pipeline.probing.config import ProbeConfig
 from sae.pipeline.probing.labelled import Labelled, TextSet
-from sae.pipeline.probing.pooling import Points, Reader
+from sae.pipeline.probing.pooling import Points, Read, Reader
 from sae.pipeline.probing.probes import (
     Fitting,
     Scores,
@@ -202,40 +202,40 @@ def _rows(scores: dict[tuple[str, int | str], Scores], common: Row) -> list[Row]
     return [{"probe": name, "k": k, **common, **one} for (name, k), one in scores.items()]
 
 
-def _drawn(config: ProbeConfig, reader: Reader, texts: Labelled) -> tuple[list[Any], np.ndarray, list[str]]:
+def _drawn(config: ProbeConfig, reader: Reader, texts: Labelled) -> tuple[list[Read], np.ndarray, list[str]]:
     """The texts that are read, the number of each one's class, and what to know of them."""
-    notes = []
-    read, cut = reader.read(texts.texts, config.max_tokens, config.pool)
-    names = texts.classes
-    number = {name: i for i, name in enumerate(names)}
-    seen: set[bytes] = set()
-    kept, empty, twice = [], 0, 0
-    for i, one in enumerate(read):
-        empty += (nothing := not one.kept.any())
-        twice += (again := not nothing and one.ids.tobytes() in seen)
-        if not nothing and not again:
-            seen.add(one.ids.tobytes())
-            kept.append(i)
-    if config.texts != "all" and len(kept) > config.texts:
-        notes.append(f"{texts.name}: {config.texts:,} of {len(kept):,} texts are read, drawn at random")
-        kept = sorted(np.random.default_rng(0).choice(kept, config.texts, replace=False).tolist())
-    end = "first" if config.pool == "mean" else "last"
+    total, most = len(texts.texts), len(texts.texts) if config.texts == "all" else config.texts
+    order = np.random.default_rng(0).permutation(total) if total > most else np.arange(total)
+    seen: dict[bytes, int] = {}
+    read: dict[int, Read] = {}
+    looked = cut = empty = 0
+    while looked < total and len(read) < most:
+        part = order[looked : looked + most - len(read)].tolist()
+        found, longer = reader.read([texts.texts[i] for i in part], config.max_tokens, config.pool)
+        for i, one in zip(part, found, strict=True):
+            empty += not one.kept.any()
+            if one.kept.any() and seen.setdefault(one.ids.tobytes(), i) == i:
+                read[i] = one
+        looked, cut = looked + len(part), cut + longer
+    kept = sorted(read)
+    twice = looked - empty - len(kept)
+    notes = [f"{texts.name}: {len(kept):,} of {total:,} texts are read, drawn at random"] if looked < total else []
     if cut:
-        notes.append(f"{texts.name}: of {cut:,} texts longer than that only the {end} {len_of(read):,} tokens are read")
+        end, length = (
+            "first" if config.pool == "mean" else "last",
+            max((len(one.ids) for one in read.values()), default=0),
+        )
+        notes.append(f"{texts.name}: of {cut:,} texts longer than that only the {end} {length:,} tokens are read")
     if empty:
         notes.append(f"{texts.name}: {empty:,} texts have no token that becomes a row, and are left out")
     if twice:
         notes.append(f"{texts.name}: {twice:,} texts are the same tokens as an earlier one, and are left out")
     left = Labelled(texts.name, texts.where, [texts.texts[i] for i in kept], [texts.labels[i] for i in kept])
-    if gone := [name for name in names if name not in left.labels]:
+    number = {name: i for i, name in enumerate(texts.classes)}
+    if gone := [name for name in number if name not in left.labels]:
         raise SaeError(f"{texts.where}: no text of the class {gone[0]!r} is left that can be read; {'; '.join(notes)}")
     left.expect_classes(config.classes)
     return [read[i] for i in kept], np.array([number[label] for label in left.labels]), notes
-
-
-def len_of(read: Sequence[Any]) -> int:
-    """Tokens of the longest text."""
-    return max(len(one.ids) for one in read)
 
 
 def of_latents(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from sae.pipeline.probing.config import ProbeConfig
@@ -24,23 +24,28 @@ TITLES = {"auroc": "AUROC", "balanced_accuracy": "balanced accuracy"}
 def result_of(rows: list[Row], config: ProbeConfig, chosen: dict[str, Any], notes: list[str]) -> Result:
     """What was found, as studies give it. rows: one for every dictionary, set, probe, k and split."""
     extra: dict[str, Any] = {"settings": config.model_dump(mode="json"), "chosen": chosen}
-    result = Result("probing", LABELS, FIGURES, rows, lambda table, path: draw(means(table), path), notes, extra)
-    extra["means"] = means(result.table)
+    result = Result("probing", LABELS, FIGURES, rows, lambda _, path: draw(means(rows), path), notes, extra)
+    extra["means"] = means(rows)
     return result
 
 
-def means(table: Sequence[Row]) -> list[Row]:
-    """The mean over sets of every figure, which is over splits already: a row a dictionary, probe and k."""
+def means(rows: Sequence[Row]) -> list[Row]:
+    """The mean over sets of every figure, and its deviation over splits: a row a dictionary, probe and k.
+
+    rows: one for every set and split.
+    """
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in table:
+    for row in rows:
         groups.setdefault((row["dictionary"], row["probe"], row["k"]), []).append(row)
-    return [
-        {
-            "dictionary": dictionary, "probe": probe, "k": k, "sets": len(group),
-            **{name: fmean(row[name] for row in group) for name in FIGURES},
-        }
-        for (dictionary, probe, k), group in groups.items()
-    ]  # fmt: skip
+    told = []
+    for (dictionary, probe, k), group in groups.items():
+        one: Row = {"dictionary": dictionary, "probe": probe, "k": k, "sets": len({row["set"] for row in group})}
+        seeds = sorted({row["seed"] for row in group})
+        for name in FIGURES:
+            each = [fmean(row[name] for row in group if row["seed"] == seed) for seed in seeds]
+            one |= {name: fmean(each), f"{name}_sd": stdev(each) if len(each) > 1 else None}
+        told.append(one)
+    return told
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

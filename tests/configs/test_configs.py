@@ -253,7 +253,7 @@ def test_numbers_in_a_file(tmp_path: Path) -> None:
         ("train.rows.skip=1", "train.rows.skip: unknown key; did you mean 'skip_first'?"),
         ("trian.lr=1", "overrides = trian.lr=1: unknown section 'trian'; did you mean 'train'?"),
         ("x.lr=1", "overrides = x.lr=1: unknown section 'x'; there are tokenize, harvest, synthesize, train, "
-         "decompose, eval, report, analyze, probe, steer, explain, study"),
+         "decompose, eval, report, analyze, probe, match, steer, explain, study"),
         ("train.sae.arch=l3", "train.sae.arch = l3: unknown architecture; did you mean 'l1'?"),
         ("train.sae.arch=xyz", "train.sae.arch = xyz: unknown architecture; there are topk, l1"),
         ("train.lr=-1", "train.lr = -1: input should be greater than 0"),
@@ -351,6 +351,7 @@ def stages() -> dict[str, type[BaseModel]]:
     from sae.pipeline.harvest.sources.language_model import HarvestConfig
     from sae.pipeline.harvest.sources.synthetic import SyntheticConfig
     from sae.pipeline.interpret.features import FeaturesConfig
+    from sae.pipeline.matching.config import MatchConfig
     from sae.pipeline.probing.config import ProbeConfig
     from sae.pipeline.steering.config import SteerConfig
     from sae.pipeline.studies.study import settings
@@ -361,7 +362,7 @@ def stages() -> dict[str, type[BaseModel]]:
         "tokenize": TokenizeConfig, "harvest": HarvestConfig, "synthesize": SyntheticConfig, "train": TrainConfig,
         "decompose": LocalConfig,
         "eval": EvalConfig, "report": FeaturesConfig, "analyze": AnalyzeConfig, "probe": ProbeConfig,
-        "steer": SteerConfig,
+        "match": MatchConfig, "steer": SteerConfig,
         "explain": ExplainConfig,
         "study": settings(),
     }  # fmt: skip

@@ -23,6 +23,7 @@ from sae.pipeline.explain.config import ExplainConfig
 from sae.pipeline.harvest.sources.language_model import HarvestConfig
 from sae.pipeline.harvest.sources.synthetic import SyntheticConfig
 from sae.pipeline.interpret.features import FeaturesConfig
+from sae.pipeline.matching.config import MatchConfig
 from sae.pipeline.probing.config import ProbeConfig
 from sae.pipeline.saes import Config
 from sae.pipeline.steering.config import SteerConfig
@@ -35,7 +36,7 @@ STAGES: dict[str, type[BaseModel]] = {
     "tokenize": TokenizeConfig, "harvest": HarvestConfig, "synthesize": SyntheticConfig, "train": TrainConfig,
     "decompose": LocalConfig,
     "eval": EvalConfig, "report": FeaturesConfig, "analyze": AnalyzeConfig, "probe": ProbeConfig,
-    "steer": SteerConfig,
+    "match": MatchConfig, "steer": SteerConfig,
     "explain": ExplainConfig,
     "study": settings(),
 }  # fmt: skip

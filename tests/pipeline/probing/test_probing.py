@@ -161,6 +161,7 @@ def test_what_cannot_be_probed_is_said(
         lab.probe("one", data)
 
 
+@pytest.mark.slow
 def test_at_the_command_line(
     lab: sae.Session, runs: dict[str, Any], labelled: tuple[list[str], list[str]], tmp_path: Path
 ) -> None:
