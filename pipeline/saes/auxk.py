@@ -7,12 +7,16 @@ import math
 import torch
 from torch import Tensor
 
-from . import latents
+from . import latents, sparse
+from .config import Clock
 from .encoder import Preactivations
 from .latents import Latents
 
 DENSE_UP_TO = 8
 """With at most this many times k_aux dead latents, products over all of them are cheaper than k_aux entries a row."""
+
+AHEAD_UP_TO = 4
+"""As many times k_aux dead latents are looked at in a step on a device that runs ahead, others in the next steps."""
 
 
 def default_k(d: int) -> int:
@@ -37,3 +41,20 @@ def explained(pre: Preactivations, who: Tensor, k_aux: int, table: Tensor) -> Te
     assert chosen.entries is not None
     values = pre.gather(chosen.entries, top.values.reshape(-1)).relu()
     return latents.decode(Latents(values, chosen.entries, pre.d_sae), table)
+
+
+def explained_ahead(pre: Preactivations, dead: Tensor, k_aux: int, table: Tensor, clock: Clock) -> Tensor:
+    """The same e_hat for dead (bool [m]) latents that nobody has counted, at a cost that does not depend on them.
+
+    Where more than AHEAD_UP_TO times k_aux are dead, a row's k_aux are chosen among so many of them: those that follow
+    a place which moves on from step to step, so that all have their turn. k_aux is at most m.
+    """
+    m, count = pre.d_sae, min(pre.d_sae, AHEAD_UP_TO * k_aux)
+    turn = (torch.arange(m, device=dead.device) - clock.step * count % m) % m
+    who = torch.where(dead, m - turn, 0).topk(count).indices
+    there = dead.index_select(0, who)
+    weight, bias = (one.index_select(0, who) for one in (pre.weight, pre.bias))  # its gradient is one row's of each
+    p = sparse.centred_linear(pre.x, pre.centre, weight, bias)
+    top = p.detach().masked_fill(~there, -torch.inf).topk(k_aux, dim=1, sorted=False)
+    keep = torch.zeros_like(p).scatter_(1, top.indices, 1.0) * there
+    return (p.relu() * keep) @ table.index_select(0, who)

@@ -52,7 +52,7 @@ class BatchThreshold(SAE):
 
     def _activate(self, pre: Preactivations, clock: Clock) -> Latents:
         if not self.training:
-            chosen = pre.above_threshold(self.threshold.item())
+            chosen = pre.above_threshold(self.threshold)
             return chosen.map(lambda p: p * (p > self.threshold))
         k = self.config.k_at(clock)
         return pre.batch_topk(k * pre.x.shape[0]).map(Tensor.relu)

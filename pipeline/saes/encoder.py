@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import sparse
+from . import placement, sparse
 from .latents import Latents
 from .sparse import SparsePattern
 
@@ -85,7 +85,7 @@ class Preactivations:
     def _product(self) -> Callable[[slice], Tensor]:
         """Some rows -> their p, in the precision autocast asks for."""
         x, weight, bias = self.centred, self.weight.detach(), self.bias.detach()
-        if x.device.type != "cpu":  # a GPU's allocator already reuses memory
+        if placement.runs_ahead(x):  # a GPU's allocator already reuses memory
 
             def elsewhere(rows: slice) -> Tensor:
                 with torch.no_grad():
@@ -121,8 +121,11 @@ class Preactivations:
         """The `count` largest of the whole batch among the positive ones, exactly so many whatever the ties.
 
         A bound guessed from a sample, a little low, leaves few candidates to choose from. Where it was too high after
-        all, the scan is repeated without one.
+        all, the scan is repeated without one. On a device that runs ahead there are always so many: where fewer are
+        positive, the largest of the others are among them.
         """
+        if placement.runs_ahead(self.x):
+            return self._ragged(*self._largest(count))
         bound: float | None = None
         while True:
             found = []
@@ -139,11 +142,26 @@ class Preactivations:
             flat, values = flat[keep], values[keep]
         return self._ragged(flat, values)
 
+    def _largest(self, count: int) -> tuple[Tensor, Tensor]:
+        """Ascending places in the flattened p of its `count` largest, int64 [count], and their values."""
+        found = []
+        for rows, p in self.blocks():
+            flat, values = _batch_topk(p, min(count, p.numel()))
+            found.append((flat + rows.start * self.d_sae, values))
+        flat, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+        if len(flat) > count:
+            keep = values.topk(count, sorted=False).indices.sort().values
+            flat, values = flat[keep], values[keep]
+        return flat, values
+
     def above_threshold(self, bound: Tensor | float) -> Latents:
         """p where it exceeds a bound (of each latent, [m], or of all): entry by entry where few do, else all of p.
 
-        Dense or not, what is not above the bound is for the caller's function to zero. Decided on a few rows.
+        Dense or not, what is not above the bound is for the caller's function to zero. Decided on a few rows; on a
+        device that runs ahead, where nobody can tell how many there will be, it is all of p.
         """
+        if placement.runs_ahead(self.x):
+            return Latents.of_dense(self.dense())
         found = []
         for rows, p in self.blocks(first=PROBED_ROWS):
             flat = _where(p, bound)
@@ -176,7 +194,7 @@ def _row_topk(p: Tensor, k: int) -> tuple[Tensor, Tensor]:
     comparing whole stretches of memory.)
     """
     (b, m), groups = p.shape, GROUPS * 2 ** math.ceil(math.log2(k))
-    if not b or p.device.type != "cpu" or m % groups or m < 8 * groups:
+    if not b or placement.runs_ahead(p) or m % groups or m < 8 * groups:
         return _plain_topk(p, k)
     bound = p.view(b, -1, groups).amax(1).kthvalue(groups - k + 1, dim=1, keepdim=True).values
     flat = _where(p, bound, or_equal=True)
@@ -196,15 +214,19 @@ def _plain_topk(p: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return top.values, top.indices
 
 
-def _where(p: Tensor, bound: Tensor | float, *, or_equal: bool = False) -> Tensor:
-    """int64 [n]: where p [b, m] exceeds (or equals) a bound that broadcasts to it: places in the flattened p.
+def _batch_topk(p: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Ascending places in the flattened p of its `count` largest, and their values."""
+    flat = p.view(-1).topk(count, sorted=False).indices.sort().values
+    return flat, p.view(-1)[flat]
 
-    On the CPU NumPy finds the few true ones among many 4 times as fast as torch. bfloat16 is compared as what its bits
+
+def _where(p: Tensor, bound: Tensor | float, *, or_equal: bool = False) -> Tensor:
+    """int64 [n]: where p [b, m] exceeds (or equals) a bound that broadcasts to it, on the CPU: places in the flat p.
+
+    NumPy finds the few true ones among many 4 times as fast as torch. bfloat16 is compared as what its bits
     are as integers, in half the time: above a bound that is not negative the order is the same.
     """
     compare = torch.ge if or_equal else torch.gt
-    if p.device.type != "cpu":
-        return compare(p, bound).view(-1).nonzero().view(-1)
     limit = torch.as_tensor(bound, dtype=p.dtype)
     if p.dtype == torch.bfloat16 and bool((limit > 0 if or_equal else limit >= 0).all()):
         p, limit = p.view(torch.int16), limit.abs().view(torch.int16)

@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from .auxk import default_k, explained
+from . import auxk, placement
 from .base import SAE
 from .config import Clock, Config, ramp
 from .losses import LossInputs, share, spread
@@ -58,12 +58,17 @@ def auxk_term(sae: SAE, batch: LossInputs) -> dict[str, Tensor]:
     assert isinstance(config, FixedKConfig)
     if config.aux_coefficient == 0:
         return {}
-    dead = sae.dead(batch.clock).nonzero().view(-1)
-    k_aux = min(config.aux_k or default_k(sae.d_out), len(dead))
-    if k_aux == 0:
-        return {"auxk": batch.y.new_zeros(())}
+    k_aux, dead = config.aux_k or auxk.default_k(sae.d_out), sae.dead(batch.clock)
+    ahead = placement.runs_ahead(dead)
+    if ahead:
+        e_hat = auxk.explained_ahead(batch.pre, dead, min(k_aux, sae.d_sae), batch.W_dec, batch.clock)
+    else:
+        who = dead.nonzero().view(-1)
+        if not len(who):
+            return {"auxk": batch.y.new_zeros(())}
+        e_hat = auxk.explained(batch.pre, who, min(k_aux, len(who)), batch.W_dec)
     residual = (batch.y - batch.y_hat).detach()
-    error = (residual - explained(batch.pre, dead, k_aux, batch.W_dec)).square().sum()
+    error = (residual - e_hat).square().sum()
     match config.aux_share:
         case "error":
             term = sae.reduced(error, batch.y)
@@ -71,4 +76,5 @@ def auxk_term(sae: SAE, batch: LossInputs) -> dict[str, Tensor]:
             term = sae.reduced(spread(batch.y), batch.y) * share(error, spread(residual))
         case "none":
             term = share(error, spread(residual))
-    return {"auxk": config.aux_coefficient * term}
+    term = config.aux_coefficient * term
+    return {"auxk": term.masked_fill(~dead.any(), 0) if ahead else term}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import placement
 from .encoder import Preactivations
 
 LARGEST = 20.0
@@ -22,13 +23,17 @@ def ghost_loss(pre: Preactivations, dead: Tensor, y: Tensor, y_hat: Tensor, tabl
     their rows of the table (W_dec [m, d_out]) and is scaled, row by row and as a constant, to half the residual's norm.
     The term is ||g - e||^2 over its own value.
     """
-    who = dead.nonzero().view(-1)
-    if who.numel() == 0:
-        return y.new_zeros(())
     residual = (y - y_hat).detach()
-    ghosts = pre.columns(who).clamp_max(LARGEST).exp() @ table[who]
+    if placement.runs_ahead(y):
+        ghosts = pre.dense().clamp_max(LARGEST).exp().masked_fill(~dead, 0) @ table
+    else:
+        who = dead.nonzero().view(-1)
+        if who.numel() == 0:
+            return y.new_zeros(())
+        ghosts = pre.columns(who).clamp_max(LARGEST).exp() @ table[who]
     norms = torch.linalg.vector_norm(ghosts.detach(), dim=1, keepdim=True)
     wanted = torch.linalg.vector_norm(residual, dim=1, keepdim=True)
     error = (ghosts * (wanted / (2 * norms + 1e-6)) - residual).square().sum()
     value = error.detach()
-    return error / torch.where(value > 0, value, 1)
+    loss = error / torch.where(value > 0, value, 1)
+    return loss.masked_fill(~dead.any(), 0) if placement.runs_ahead(y) else loss

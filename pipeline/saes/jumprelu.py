@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from . import placement
 from .base import register
 from .config import Clock, Config
 from .encoder import Preactivations
@@ -116,10 +117,18 @@ class JumpReLU(Steered):
         else:
             terms = {config.penalty: weight * self._l0(batch)}
         if config.pre_act_coefficient > 0:
-            who = self.dead(batch.clock).nonzero().view(-1)
-            below = (self.threshold[who] - batch.pre.columns(who)).relu()
-            terms["pre_act"] = config.pre_act_coefficient * (below * norms[who]).sum(1).mean()
+            terms["pre_act"] = config.pre_act_coefficient * self._below(batch, norms).mean()
         return terms
+
+    def _below(self, batch: LossInputs, norms: Tensor) -> Tensor:
+        """[B]: how far dead latents are below their thresholds, each times the norm of its decoder row, [m]."""
+        dead = self.dead(batch.clock)
+        if placement.runs_ahead(dead):
+            p = batch.latents.preactivations
+            assert p is not None and batch.latents.entries is None, "as `above_threshold` says"
+            return (self.threshold - p).relu() @ (norms * dead)
+        who = dead.nonzero().view(-1)
+        return ((self.threshold[who] - batch.pre.columns(who)).relu() * norms[who]).sum(1)
 
     def _jump(self, p: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         return jump(p, theta, self.config.bandwidth, to_p=self.config.straight_through == "both")

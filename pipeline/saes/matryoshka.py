@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from . import sparse
+from . import placement, sparse
 from .base import register
 from .batch_threshold import BatchThreshold, BatchThresholdConfig
 from .fixed_k import auxk_term
@@ -65,6 +65,6 @@ class Matryoshka(BatchThreshold):
         entries, groups = active.entries, len(bounds)
         places = entries.row_ids * self.d_sae + entries.indices
         rows = torch.arange(entries.batch, device=places.device)[:, None] * self.d_sae
-        starts = torch.searchsorted(places, (rows + torch.tensor(bounds, device=places.device)).view(-1))
+        starts = torch.searchsorted(places, (rows + placement.numbers(bounds, rows)).view(-1))
         sums = sparse.decode(active.values, entries.regrouped(starts), batch.W_dec)
         return list(sums.view(entries.batch, groups, -1)[:, :-1].cumsum(1).unbind(1))

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from . import initial, sparse
+from . import initial, placement, sparse
 from .base import register
 from .config import FINISHED, Clock, Config
 from .contract import Coder
@@ -232,10 +232,11 @@ class MOLT(Steering, Coder):
 
     def _mixed(self, codes: Gates) -> Tensor:
         """[B, d_out]: what the transforms that act add up to."""
-        near = codes.values != 0 if codes.near is None else codes.near
-        acting = near.float().mean(0) @ self.ranks.float() / len(self.V)
-        if codes.x.device.type == "cpu" and acting < SPARSE_BELOW:
-            return self._one_by_one(codes, near)
+        if not placement.runs_ahead(codes.x):
+            near = codes.values != 0 if codes.near is None else codes.near
+            acting = near.float().mean(0) @ self.ranks.float() / len(self.V)
+            if acting < SPARSE_BELOW:
+                return self._one_by_one(codes, near)
         return (
             F.linear(codes.x, self.V) * codes.values.repeat_interleave(self.ranks, dim=1, output_size=len(self.V))
         ) @ self.U
@@ -282,13 +283,17 @@ class MOLT(Steering, Coder):
 
     def _explained_by_dead(self, x: Tensor, y: Tensor, y_hat: Tensor, clock: Clock) -> Tensor:
         """The squared error of dead transforms, with gates that are never shut, against the residual as it is."""
-        dead = self.dead(clock)
+        dead, residual = self.dead(clock), (y - y_hat).detach()
+        if placement.runs_ahead(x):
+            gates = F.softplus(F.linear(x, self.gates, self.b_gate)) * dead
+            e_hat = self._mixed(Gates(gates, x))
+            return self.squared_error(e_hat, residual).masked_fill(~dead.any(), 0)
         if not bool(dead.any()):
             return y.new_zeros(())
         rows = dead.repeat_interleave(self.ranks)
         gates = F.softplus(F.linear(x, self.gates[dead], self.b_gate[dead]))
         inner = F.linear(x, self.V[rows]) * gates.repeat_interleave(self.ranks[dead], dim=1)
-        return self.squared_error(inner @ self.U[rows], (y - y_hat).detach())
+        return self.squared_error(inner @ self.U[rows], residual)
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -325,6 +330,10 @@ class MOLT(Steering, Coder):
 
     def _per_transform(self, of_rows: Tensor) -> Tensor:
         """[T]: the sums over a transform's rows of something that each row of V and U has."""
+        if placement.runs_ahead(of_rows):  # in an order that is always the same
+            parts = of_rows.split([rank * count for rank, count in self.groups])
+            sums = [one.view(-1, rank).sum(1) for (rank, _), one in zip(self.groups, parts, strict=True)]
+            return torch.cat(sums)
         owners = torch.arange(self.width, device=of_rows.device).repeat_interleave(self.ranks)
         return of_rows.new_zeros(self.width).index_add_(0, owners, of_rows)
 
@@ -334,7 +343,8 @@ class MOLT(Steering, Coder):
         sides = [self._per_transform(sparse.row_dots(table, table)).sqrt() for table in (self.V, self.U)]
         by = (self.d_out**0.5 / self.norms()).sqrt()
         for table, own, other in zip((self.V, self.U), sides, sides[::-1], strict=True):
-            table.mul_((by * (other / own).sqrt()).repeat_interleave(self.ranks)[:, None])
+            each = (by * (other / own).sqrt()).repeat_interleave(self.ranks, output_size=len(table))
+            table.mul_(each[:, None])
 
 
 def _xavier(rank: int, width: int, count: int, generator: torch.Generator) -> Tensor:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from . import placement
 from .base import register
 from .config import FINISHED, Clock
 from .latents import Latents
@@ -153,7 +154,7 @@ class NVAE(Gaussians):
 
     @torch.no_grad()
     def track(self, *parts: Observed) -> None:
-        rows = torch.tensor([part.rows for part in parts], device=self.spoken.device, dtype=self.spoken.dtype)
+        rows = placement.numbers([part.rows for part in parts], self.spoken)
         said = torch.stack([part.numbers for part in parts])
         self.spoken.lerp_((rows @ said) / rows.sum(), MEMORY)
 

@@ -50,7 +50,7 @@ class ShiftedReLU(Steered):
         return ReLURule()
 
     def _activate(self, pre: Preactivations, clock: Clock) -> Latents:
-        return pre.above_threshold(self.shift.item()).map(lambda p: (p - self.shift).relu())
+        return pre.above_threshold(self.shift).map(lambda p: (p - self.shift).relu())
 
     def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
         if self.config.coefficient == 0:

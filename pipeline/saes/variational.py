@@ -230,5 +230,5 @@ class Variational(Steered):
 
 def gaussian(mean: Tensor, variance: Tensor, at: Tensor | float = 0.0, std: Tensor | float = 1.0) -> Tensor:
     """C of N(mean, variance) and N(at, std^2) elementwise: 1/2 (log std^2 + (variance + (mean - at)^2) / std^2)."""
-    std = torch.as_tensor(std, dtype=mean.dtype, device=mean.device)
+    std = std if isinstance(std, Tensor) else mean.new_full((), std)
     return std.log() + 0.5 * (variance + (mean - at).square()) / std.square()

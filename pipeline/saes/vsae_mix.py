@@ -20,6 +20,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from . import placement
 from .base import register
 from .variational import Variational, VariationalConfig, gaussian
 
@@ -92,7 +93,7 @@ class VSAEMix(Variational):
         for pairs, components in self._priors():
             mu, var = mean[:, pairs].unflatten(1, (-1, 2)), variance[:, pairs].unflatten(1, (-1, 2))
             costs = [
-                gaussian(mu, var, mu.new_tensor((one, other)), std).sum(2) - math.log(weight)
+                gaussian(mu, var, placement.numbers((one, other), mu), std).sum(2) - math.log(weight)
                 for weight, one, other, std in components
             ]
             total = total - torch.logsumexp(-torch.stack(costs), 0).sum(1)
@@ -103,7 +104,7 @@ class VSAEMix(Variational):
         for pairs, components in self._priors():
             mu, var = mean[:, pairs], variance[:, pairs]
             costs = [
-                gaussian(mu, var, mu.new_tensor((one, other)).repeat(mu.shape[1] // 2), std) - math.log(weight)
+                gaussian(mu, var, placement.numbers((one, other), mu).repeat(mu.shape[1] // 2), std) - math.log(weight)
                 for weight, one, other, std in components
             ]
             found = found.slice_scatter(-torch.logsumexp(-torch.stack(costs), 0), 1, pairs.start, pairs.stop)

@@ -1,0 +1,34 @@
+"""A whole training step, optimiser and bookkeeping included, on a device that runs ahead."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.saes_kit import Planted
+from support.small_stores import write_activations
+from support.watching import watched
+
+from sae.cache.loader.dataset import Dataset
+from sae.cache.loader.loader import Batch
+from sae.pipeline.parallel.ranks import SingleRank
+from sae.pipeline.saes import Clock, placement
+from sae.pipeline.train.coupled import CoupledTrainers
+from sae.pipeline.train.stage import TrainConfig, open_run
+from sae.pipeline.train.trainer import Trainer
+
+SETTINGS = {"sae": {"arch": "topk", "k": 2, "d_sae": 16}, "batch": 32, "steps": 100, "log_every": 3}
+
+
+def test_a_step_waits_where_metrics_are_logged_and_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "HOSTS", set())
+    dataset, config = Dataset.of(write_activations(tmp_path, Planted()(64))), TrainConfig.model_validate(SETTINGS)
+    device = torch.device("cpu")
+    member = Trainer.begin(open_run(config, dataset, tmp_path, "it", resume=False), config, dataset, device)
+    group, x = CoupledTrainers([member], None), Planted()(32)
+
+    def step() -> None:
+        group.step(Batch(x, x), Clock(member.done, 100, 32), SingleRank())
+
+    assert [bool(watched(step).waited) for _ in range(6)] == [True, False, True, False, False, True]
