@@ -68,6 +68,7 @@ from sae.pipeline.sharing.push import push_run, push_store
 from sae.pipeline.steering.config import SteerConfig
 from sae.pipeline.steering.opened import Opened, opened
 from sae.pipeline.steering.stage import steer as steer_latent
+from sae.pipeline.steering.texts import fired_on
 from sae.pipeline.steering.topics import ablate_topic
 from sae.pipeline.studies.lab import Lab
 from sae.pipeline.studies.study import Setup, Study
@@ -491,6 +492,12 @@ class Session(Workplace):
         run = decomposed.open_run(opened.config, opened.about, self.runs, name, resume=there)
         decompose(run, opened.config, opened.opener, self.progress)
         return DecomposedRun(run.path)
+
+    def latents_of(
+        self, run: Run | Named | None, text: str, *, top: int = 5, model: LanguageModel | str | None = None
+    ) -> Table:
+        """A row a token of a text, as `sae show --text`: the latents that fire on it, the `top` strongest first."""
+        return Table(fired_on(self._opened(run, model), text, top))
 
     def steer(
         self, run: Run | Named | None, feature: int, prompt: str, strength: float | Sequence[float] | None = None, *,

@@ -35,6 +35,7 @@ from sae.pipeline.commands.probe import probe
 from sae.pipeline.commands.pull import pull
 from sae.pipeline.commands.push import push
 from sae.pipeline.commands.report import report
+from sae.pipeline.commands.show import show
 from sae.pipeline.commands.steer import steer
 from sae.pipeline.commands.tokenize import tokenize
 from sae.pipeline.commands.train import train
@@ -87,6 +88,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "probe": probe,
     "match": match,
     "report": report,
+    "show": show,
     "steer": steer,
     "explain": explain,
     "compare": compare,
@@ -162,6 +164,7 @@ def run() -> int:
     """Do what the command line says; every error becomes one line. Returns the exit code; Interrupted passes through."""
     from sae.pipeline.commands import console
 
+    console.spell_what_has_no_letter()
     try:
         code = tree()(standalone_mode=False, prog_name="sae")
         if isinstance(code, Interrupted):

@@ -1,17 +1,25 @@
-"""Progress of a command, on stderr: a live bar on a terminal, a line now and then elsewhere."""
+"""Progress of a command, on stderr: a live bar on a terminal, a line now and then elsewhere.
 
+Where values come with the progress (loss, FVU, L0 of a training), their courses are drawn below the bar, a line each.
+"""
+
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from rich.console import RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
 from sae.cache.printable import printable
 from sae.pipeline.commands import console
 from sae.pipeline.commands.console import BYTES, note, quantity, short, size
+from sae.pipeline.runtime.sparks import sparkline, thinned
 
 TITLE = 24  # letters of a bar's title
 REST_OF_BAR = 38  # columns of everything in a bar but its title, amount, unit and the values beside it
+COURSE, LEAST_COURSE = 60, 8  # letters of a course of values, and those below which none is drawn
+KEPT = 1024  # values of a course that are kept
 QUIET_SECONDS = 15.0  # between two progress lines where there is no terminal to draw a bar on
 
 
@@ -26,6 +34,38 @@ class Told(ProgressColumn):
         return Text(self._says(), style=self._style)
 
 
+class Course:
+    """A value over time: evenly spaced samples of all that were told, and the last one."""
+
+    def __init__(self) -> None:
+        self.last: float = 0.0
+        self._samples: list[float] = []
+        self._every, self._told = 1, 0
+
+    def tell(self, value: float) -> None:
+        self.last = value
+        if self._told % self._every == 0:
+            self._samples.append(value)
+            if len(self._samples) == KEPT:
+                self._samples, self._every = self._samples[::2], 2 * self._every
+        self._told += 1
+
+    def drawn(self, width: int, *, plain: bool) -> str:
+        """The course in at most `width` letters. plain: in ASCII."""
+        return sparkline(thinned([*self._samples, self.last], width), plain=plain)
+
+
+class Live(Progress):
+    """A bar, with lines below it."""
+
+    below: Callable[[], str] = staticmethod(lambda: "")
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if text := self.below():
+            yield Text(text, style="dim", no_wrap=True)
+
+
 class Bars:
     """A `pipeline.runtime.progress.Progress` on stderr: a live bar on a terminal, a line now and then elsewhere.
 
@@ -34,24 +74,25 @@ class Bars:
     """
 
     def __init__(self) -> None:
-        self._bar: Progress | None = None
+        self._bar: Live | None = None
         self._task: TaskID | None = None
         self._title, self._unit = "", ""
         self._total: int | None = None
         self._done = self._begun_at = 0
         self._begun = self._counted = self._said = 0.0
         self._beside: dict[str, str] = {}
+        self._courses: dict[str, Course] = {}
         self.worked = False
 
     def start(self, title: str, total: int | None, unit: str, done: int = 0) -> None:
         self._title, self._unit, self._total = printable(title), unit, total
         self._done = self._begun_at = done
         self._begun = self._counted = self._said = time.monotonic()
-        self._beside = {}
+        self._beside, self._courses = {}, {}
         if not console.err.is_terminal:
             return
-        self._bar = Progress(
-            SpinnerColumn(),
+        self._bar = Live(
+            SpinnerColumn("line" if console.err.options.ascii_only else "dots"),
             TextColumn("{task.description}", markup=False),
             BarColumn(12),
             TextColumn("{task.fields[amount]}", markup=False),
@@ -63,6 +104,7 @@ class Bars:
         )
         name = self._title if len(self._title) <= TITLE else f"{self._title[: TITLE - 1]}…"
         self._task = self._bar.add_task(name, total=total, completed=done, unit=unit, amount="", extra="")
+        self._bar.below = self._drawn
         self._bar.start()
 
     def advance(self, n: int, **fields: float | int | str) -> None:
@@ -70,8 +112,11 @@ class Bars:
         self._counted = time.monotonic()
         self.worked = self.worked or n > 0
         self._beside |= {name: printable(f"{name} {short(value)}") for name, value in fields.items()}
-        extra = list(self._beside.values())
         if self._bar is not None and self._task is not None:
+            for name, value in fields.items():
+                if isinstance(value, float) and math.isfinite(value):
+                    self._courses.setdefault(name, Course()).tell(value)
+            extra = [text for name, text in self._beside.items() if name not in self._courses or not self._room]
             figure = size if self._unit == BYTES else short
             amount = figure(self._done) + (f"/{figure(self._total)}" if self._total else "")
             taken = len(self._bar.tasks[0].description) + len(amount) + len(self._unit) + REST_OF_BAR
@@ -79,8 +124,26 @@ class Bars:
         elif self._counted - self._said > QUIET_SECONDS:
             self._said = self._counted
             left = [] if self._left is None else [f"{self._left:,.0f} s left"]
-            shown = ["  ".join(extra)] if extra else []
+            shown = ["  ".join(self._beside.values())] if self._beside else []
             self.note(f"{self._title}: {', '.join([self._amount(), f'{self._rate()}/s', *left, *shown])}")
+
+    @property
+    def _room(self) -> int:
+        """Letters that a course may take below the bar; 0 where the terminal is too narrow for any."""
+        columns = [(len(printable(name)), len(short(one.last))) for name, one in self._courses.items()]
+        room = console.err.width - sum(max(column) for column in zip(*columns, strict=True)) - 5
+        return min(COURSE, room) if room >= LEAST_COURSE else 0
+
+    def _drawn(self) -> str:
+        """A line for each value: its name, what it is now, and its course."""
+        if not self._courses or not (room := self._room):
+            return ""
+        told = [(printable(name), short(one.last), one) for name, one in self._courses.items()]
+        name_width, value_width = max(len(name) for name, _, _ in told), max(len(value) for _, value, _ in told)
+        plain = console.err.options.ascii_only
+        return "\n".join(
+            f"  {name:<{name_width}} {value:>{value_width}} {one.drawn(room, plain=plain)}" for name, value, one in told
+        )
 
     def finish(self) -> None:
         if self._bar is not None:

@@ -1,5 +1,6 @@
 """The terminal: tables and JSON on stdout, notes and errors on stderr; `bars` has the bars."""
 
+import io
 import json
 import math
 import sys
@@ -153,6 +154,13 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def spell_what_has_no_letter() -> None:
+    """Write what the terminal's encoding has no letter for as \\u2019, where it would be an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def say(line: str) -> None:

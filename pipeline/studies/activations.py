@@ -18,6 +18,7 @@ from sae.cache.runs import Run
 from sae.pipeline.metrics.figures import label
 from sae.pipeline.metrics.geometry import random_cosine
 from sae.pipeline.report.compare import Row
+from sae.pipeline.runtime.sparks import sparkline, thinned
 from sae.pipeline.saes.fixed_k import FixedKConfig
 from sae.pipeline.studies.lab import Trial
 from sae.pipeline.studies.plots import Panel
@@ -42,8 +43,6 @@ KINDS = {
     "batchtopk": Kind("batchtopk", None),
 }
 APART = 1.2  # ratio of L0s from which on they are said to differ
-SPARKS = "▁▂▃▄▅▆▇█"
-PLAIN_SPARKS = "_.-=+*%#"
 LENGTH = 24  # letters of a sparkline
 
 
@@ -132,19 +131,7 @@ def apart(rows: Sequence[Row], *, matched: bool = False) -> list[str]:
 
 def losses(run: Run) -> list[float]:
     """Return the logged losses of a run, thinned to the length of a sparkline; the last one is kept."""
-    every = [entry["loss"] for entry in run.metrics() if entry.get("loss") is not None]
-    if len(every) <= LENGTH:
-        return every
-    return [every[round((i + 1) * len(every) / LENGTH) - 1] for i in range(LENGTH)]
-
-
-def sparkline(values: Sequence[float], *, plain: bool = False) -> str:
-    """Draw values as letters, whose heights are those between the smallest and the largest."""
-    if not values:
-        return ""
-    sparks, low, high = PLAIN_SPARKS if plain else SPARKS, min(values), max(values)
-    scale = (len(sparks) - 1) / (high - low) if high > low else 0.0
-    return "".join(sparks[round((value - low) * scale)] for value in values)
+    return thinned([entry["loss"] for entry in run.metrics() if entry.get("loss") is not None], LENGTH)
 
 
 def box(result: Result, *, plain: bool = False) -> list[str]:

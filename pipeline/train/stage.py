@@ -245,8 +245,11 @@ def train(
         stopping = stack.enter_context(interruptible())
         progress.start("train", state.total, "steps", done=state.step)
         stack.callback(progress.finish)
+        first, began = state.step, time.monotonic()
         for batch in state.loader if state.step < state.total else ():
             shown = _step(state, batch, ranks)
+            if shown:
+                shown["rows/s"] = (state.step - first) * state.batch / max(time.monotonic() - began, 1e-9)
             progress.advance(1, **shown)
             if not state.groups:
                 break

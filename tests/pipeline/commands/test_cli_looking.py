@@ -1,4 +1,4 @@
-"""`sae steer` as it is typed, on a run in the embedded model."""
+"""`sae show` and `sae steer` as they are typed, on runs in the embedded model."""
 
 import json
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from support.small_models import small_stages
 
 import sae as package
 from sae.pipeline.commands import bars
+from sae.pipeline.commands.passages import passage, spelled
 
 PROMPT = "def read(self, path):"
 
@@ -99,3 +100,56 @@ def test_what_cannot_be_steered_is_one_line(home: Path, words: str, says: str) -
 
 def test_an_empty_prompt_is_none(home: Path) -> None:
     assert "--prompt is empty" in sae("steer coder --feature 1 --strength 1 --prompt ''").complaint
+
+
+def test_a_latent_in_the_terminal(home: Path) -> None:
+    told = done("show coder --feature 3 --json").json
+    assert told["latent"] == 3 and told["rows"] > 0 and told["fired"] == sum(b["count"] for b in told["histogram"])
+    mentioned = {str(token) for example in told["top"] for token in example["tokens"]}
+    assert mentioned and mentioned <= {*told["vocabulary"]}
+    shown = done("show coder --feature 3").out
+    for part in ("latent 3 of coder", "strongest, one a document:", "fires on: ", "makes likelier: ", "nearest: "):
+        assert part in shown
+    assert "[[" in shown and all(line.isprintable() for line in shown.splitlines())
+    assert "32: coder has latents 0 to 31" in sae("show coder --feature 32").complaint
+    assert "-1: coder has latents 0 to 31" in sae("show coder --feature -1").complaint
+    assert "latent 0 of of-nothing" in done("show of-nothing --feature 0").out, "rows without text have latents, too"
+
+
+@pytest.mark.parametrize("run", ["coder", "transcoder"])
+def test_the_latents_of_a_text(home: Path, run: str) -> None:
+    text = "import os\n\x1b[31m\u202e\u05d0"
+    told = done(f"show {run} --top 2 --offline --json --text", text).json
+    assert "".join(one["token"] for one in told["tokens"][1:] if "\ufffd" not in one["token"]).startswith("import os\n")
+    assert not told["tokens"][0]["learned"] and all(one["learned"] for one in told["tokens"][1:])
+    for one in told["tokens"]:
+        sizes = [abs(latent["value"]) for latent in one["latents"]]
+        assert sizes == sorted(sizes, reverse=True) and len(sizes) <= 2 and one["fired"] <= 4
+    shown = done(f"show {run} --top 2 --offline --text", text).out
+    assert all(line.isprintable() and "\u202e" not in line for line in shown.splitlines())
+    assert "\\x1b" in shown and "\\n" in shown and "not learned of tokens such as those at 0" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("coder", "--feature: is not given; say --feature 123, or --text"),
+        ("coder --feature 1 --text x", "--text: is of all latents, --feature of one"),
+        ("coder --text ''", "--text is empty"),
+        ("coder --top 0 --text x", "--top 0: "),
+        (f"coder --text '{'word ' * 300}'", "tokens; tiny reads at most 256"),
+        ("of-nothing --text x", "of-nothing: its rows come from no language model"),
+        ("vae --feature 1", "trained a vae, whose codes are no latents"),
+        ("none --feature 1", "none: no such run"),
+    ],
+)
+def test_what_cannot_be_shown_is_one_line(home: Path, words: str, says: str) -> None:
+    answer = sae(f"show --offline {words}")
+    assert answer.code == 2 and says in answer.complaint
+
+
+def test_tokens_are_spelled_and_marked() -> None:
+    tokens = [b"\xd7", b"\x90", b"\x1b[2J", b"\n", b"\xff", "\u202e".encode(), b" dog"]
+    assert spelled(tokens) == ["\\xd7", "\u05d0", "\\x1b[2J", "\\n", "\\xff", "\\u202e", " dog"]
+    line = passage(tokens[3:], [0.5, None, 0.0, 2.0], 3, 2.0)
+    assert line.plain == "[\\n]\\xff\\u202e[[ dog]]"

@@ -229,6 +229,54 @@ def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch, width: int, title: 
     assert last.startswith(f"{title}: 50,000,000 of 200,000,000 tokens in")
 
 
+@pytest.mark.parametrize(("width", "encoding"), [(100, "utf-8"), (100, "ascii"), (40, "utf-8"), (21, "utf-8")])
+def test_the_courses_of_values_are_drawn_below_the_bar(
+    monkeypatch: pytest.MonkeyPatch, width: int, encoding: str
+) -> None:
+    """A line each, within the terminal and in its letters; beside the bar where there is no room for them below."""
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(console, "err", Console(file=file, force_terminal=True, width=width, highlight=False))
+    bars = Bars()
+    bars.start("train", 3000, "steps")
+    for step in range(3000):
+        bars.advance(1, **({} if step % 2 else {"loss": 2.0 - step / 2000, "dead": float("nan"), "note": "a"}))
+    assert bars._bar is not None
+    file.seek(0)
+    file.truncate()
+    bars._bar.refresh()
+    file.seek(0)
+    lines = plain(file.read()).splitlines()
+    drawn = [line.rstrip() for line in lines if line.startswith("  loss 0.501 ")]
+    sparks = {"utf-8": "█▇▆▅▄▃▂▁", "ascii": "#%*+=-._"}[encoding]
+    bars._bar.stop()
+    if width == 21:
+        assert not drawn
+        return
+    (line,) = drawn
+    course = line.removeprefix("  loss 0.501 ")
+    assert len(line) <= width and len(course) == min(60, width - 14)
+    assert [*dict.fromkeys(course)] == [*sparks], "it falls evenly, and all of it is there"
+    assert not any("dead" in one and sparks[0] in one for one in lines)
+
+
+def test_a_course_keeps_a_bounded_number_of_values_and_the_last() -> None:
+    course = bars_module.Course()
+    for value in range(10_000):
+        course.tell(float(value))
+    assert len(course._samples) < bars_module.KEPT
+    assert course.drawn(8, plain=True) == "_.-=+*%#" and course.last == 9999
+
+
+def test_what_a_terminal_has_no_letter_for_is_spelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", file)
+    monkeypatch.setattr(console, "out", Console(highlight=False))
+    console.spell_what_has_no_letter()
+    console.say("café")
+    file.seek(0)
+    assert file.read() == "caf\\xe9\n"
+
+
 def test_the_table_of_an_evaluation_over_two_sets_of_rows(capsys: pytest.CaptureFixture[str]) -> None:
     kept = {"fvu": 0.125, "largest_norm": 321.5}
     console.evaluation({"fvu": 0.5, "duplicates": 3, "kept": kept}, "run x")

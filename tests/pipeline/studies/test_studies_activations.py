@@ -9,7 +9,7 @@ from support.small_studies import BASE, LONGER
 from sae.cache.activations import ActivationStore
 from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import Run
-from sae.pipeline.studies.activations import KINDS, Activations, apart, box, losses, sparkline
+from sae.pipeline.studies.activations import KINDS, Activations, apart, box, losses
 from sae.pipeline.studies.lab import Lab
 from sae.pipeline.studies.study import Setup
 from sae.pipeline.studies.tables import Result
@@ -91,11 +91,6 @@ def test_the_box_to_the_letter() -> None:
     ]
     assert box(result, plain=True)[0].strip("+-") == ""
     assert box(result, plain=True)[2].endswith("%  #+_                |")
-
-
-def test_a_sparkline_goes_from_the_largest_to_the_smallest() -> None:
-    assert sparkline([8, 7, 6, 5, 4, 3, 2, 1]) == "█▇▆▅▄▃▂▁"
-    assert sparkline([2.0, 2.0], plain=True) == "__" and sparkline([]) == ""
 
 
 def test_a_long_history_is_thinned_and_ends_with_the_end() -> None:
