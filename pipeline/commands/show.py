@@ -57,7 +57,8 @@ def show(
 
     here.progress.note(f"run: {found.path}")
     if feature is not None:
-        if not 0 <= feature < (width := load_latents(found).d_sae):
+        width = load_latents(found).d_sae
+        if not 0 <= feature < width:
             raise SaeError(f"--feature {feature}: {found.name} has latents 0 to {width - 1}; give one of these")
         known = statistics_of(found, here.cache, here.progress, activations=activations, device=here.device)
         one = known.feature(feature)
