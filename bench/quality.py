@@ -102,7 +102,7 @@ def ours(rows: Tensor, held: Tensor, job: Job, settings: dict[str, Any]) -> dict
     config = TrainConfig(sae=saes.parse(sae_settings), lr=job.lr, warmup=WARMUP, decay=DECAY, **own)
     sae = saes.create(config.sae, rows.shape[1], seed=job.seed)
     sae.initialise(rows[: config.initial_rows])
-    groups = [{"params": parameters} for parameters in sae.parameter_groups().values()]
+    groups = [{"params": one.parameters, "side": one.side, "times": one.times} for one in sae.parameter_groups()]
     optimiser = torch.optim.Adam(groups, lr=job.lr, betas=config.betas, eps=config.eps, fused=True)
     for step, x in enumerate(batches(rows, job)):
         losses = sae.loss(x, clock=saes.Clock(step, job.steps, job.batch))
@@ -112,8 +112,9 @@ def ours(rows: Tensor, held: Tensor, job: Job, settings: dict[str, Any]) -> dict
         sae.before_step()
         if config.clip is not None:
             torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip)
-        for group, rate in zip(optimiser.param_groups, config.rates_at(step, job.steps), strict=True):
-            group["lr"] = rate
+        rates = dict(zip(("encoder", "decoder"), config.rates_at(step, job.steps), strict=True))
+        for group in optimiser.param_groups:
+            group["lr"] = rates[group["side"]] * group["times"]
         optimiser.step()
         sae.after_step()
     sae.eval()

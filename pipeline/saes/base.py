@@ -52,7 +52,7 @@ from torch import Tensor, nn
 
 from . import initial, sparse
 from .config import FINISHED, Clock, Config
-from .contract import Trainable
+from .contract import ParameterGroup, Trainable
 from .dictionary import Dictionary, Weights
 from .encoder import Preactivations
 from .ghosts import ghost_loss
@@ -339,14 +339,10 @@ class SAE(Dictionary, Trainable):
         """
         return self._learned("W_enc_rows", "b_enc", "W_dec")
 
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Every parameter once, by what decides its learning rate: the decoder's own, or the encoder's.
-
-        Checkpoints number the optimiser's state in this order.
-        """
+    def parameter_groups(self) -> list[ParameterGroup]:
         decoder = self._learned("W_dec", "b_dec")
         encoder = [parameter for name, parameter in self.named_parameters() if name not in decoder]
-        return {"encoder": encoder, "decoder": [*decoder.values()]}
+        return [ParameterGroup(encoder), ParameterGroup([*decoder.values()], "decoder")]
 
     def _learned(self, *names: str) -> dict[str, nn.Parameter]:
         """Those of these tensors that are parameters; a bias that is not learned is a buffer."""

@@ -24,7 +24,7 @@ from .base import SAE, register
 from .batch_threshold import BatchThresholdConfig
 from .batchtopk import BatchTopK, BatchTopKConfig
 from .config import FINISHED, Clock, Config
-from .contract import LatentCoder, LayerByLayer, Trainable
+from .contract import LatentCoder, LayerByLayer, ParameterGroup, Trainable
 from .inference import Formula
 from .jumprelu import JumpReLU, JumpReLUConfig, JumpReLUSettings
 from .latents import Latents
@@ -214,13 +214,10 @@ class CLT(LayerByLayer, LatentCoder, Trainable):
             parts.append(SparseLosses(own, clock, its.latents, hat, sae.target_scale, aim))
         return LayerLosses(terms, clock, tuple(parts), y_hat / self.target_scale)
 
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        groups = [sae.parameter_groups() for sae in self.saes]
+    def parameter_groups(self) -> list[ParameterGroup]:
+        groups = [group for sae in self.saes for group in sae.parameter_groups()]
         bias = [self.b_dec] if isinstance(self.b_dec, nn.Parameter) else []
-        return {
-            "encoder": [one for group in groups for one in group["encoder"]],
-            "decoder": [*(one for group in groups for one in group["decoder"]), *bias],
-        }
+        return [*sorted(groups, key=lambda group: group.side == "decoder"), ParameterGroup(bias, "decoder")]
 
     def before_step(self) -> None:
         for sae in self.saes:

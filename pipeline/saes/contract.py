@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,14 @@ from .metadata import Metadata
 
 NOISE_ROWS = 64
 """Rows whose noise is drawn together."""
+
+
+class ParameterGroup(NamedTuple):
+    """Parameters that learn at one rate: the encoder's or the decoder's of a step, times a number."""
+
+    parameters: list[nn.Parameter]
+    side: Literal["encoder", "decoder"] = "encoder"
+    times: float = 1.0
 
 
 class Predictor(nn.Module, ABC):
@@ -158,9 +166,12 @@ class Trainable(Predictor):
     def loss(self, x: Tensor, target: Tensor | None = None, clock: Clock = FINISHED) -> Losses:
         """The loss of a batch: named scalars that add up to it, and the prediction."""
 
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Every parameter once, by what decides its learning rate: the decoder's own, or the encoder's."""
-        return {"encoder": [*self.parameters()], "decoder": []}
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Every parameter once, with what decides its learning rate.
+
+        Checkpoints number the optimiser's state in this order.
+        """
+        return [ParameterGroup([*self.parameters()])]
 
     def before_step(self) -> None:
         """Between the gradients and the optimiser."""

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from . import placement
 from .base import register
 from .config import Clock, Config
+from .contract import ParameterGroup
 from .encoder import Preactivations
 from .inference import ThresholdRule
 from .latents import Latents
@@ -34,7 +35,7 @@ class JumpReLUSettings(SteeredConfig):
     coefficient: float = Field(1.0, ge=0, description=SteeredConfig.model_fields["coefficient"].description)
     tanh_scale: float = Field(4.0, gt=0, description="the constant in the tanh penalty")
     pre_act_coefficient: float = Field(
-        0.0,
+        0.01,
         ge=0,
         description="weight of a term that pulls dead latents' pre-activations up to their thresholds; 0: off",
     )
@@ -46,6 +47,12 @@ class JumpReLUSettings(SteeredConfig):
         "unit",
     )
 
+    threshold_rate: float = Field(
+        3.0,
+        gt=0,
+        description="learning rate of the thresholds, as a multiple of the encoder's: a step moves a pre-activation by "
+        "a rate's worth of every column, and a threshold by one",
+    )
     straight_through: Literal["threshold", "both"] = Field(
         "threshold",
         description="what the kernel's gradient goes to: the threshold alone, or the pre-activation as well, the other "
@@ -142,6 +149,12 @@ class JumpReLU(Steered):
         if self.config.penalty == "l0" or self.config.target_l0 is None:
             return l0
         return (l0 / self.config.target_l0 - 1).square() * self.reduced(spread(batch.y), batch.y)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        encoder, *rest = super().parameter_groups()
+        *others, threshold = encoder.parameters  # the last that was made
+        assert threshold is self.threshold
+        return [ParameterGroup(others), ParameterGroup([threshold], times=self.config.threshold_rate), *rest]
 
     def latent_parameters(self) -> dict[str, nn.Parameter]:
         return super().latent_parameters() | self._learned("threshold")

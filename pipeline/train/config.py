@@ -16,8 +16,9 @@ from sae.pipeline.train.schedules import DecoderRate, Schedule
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Revival = Annotated[NoRevival | Resample | Reinitialise, Field(discriminator="kind")]
 Outliers = Annotated[OutlierRule, BeforeValidator(lambda said: _outlier_rule(said))]
-REVISION = 2
-"""Of what settings mean. Before 2 AuxK's coefficient was a weight by itself, and there was no word for that."""
+REVISION = 3
+"""Of what settings mean. Before 3 thresholds learned at the encoder's rate, and before 2 AuxK's coefficient was a
+weight by itself; there was no word for either."""
 LEAST_STEPS, MOST_PASSES = 1000, 20  # of a training that nobody says the length of
 STREAM = ("batch", "steps", "rows", "data_seed", "outliers")  # what dictionaries trained together must agree on
 
@@ -134,22 +135,26 @@ def _outlier_rule(said: Any) -> Any:
     raise ValueError("input should be auto, none or a number above 1, as 10")
 
 
-def _of_before(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of before `REVISION`, said as they are now.
+def _as_now(settings: dict[str, Any], revision: int) -> dict[str, Any]:
+    """Settings of a revision, said as they are now.
 
     The first runs left out no rows and did not say so; without steps and rows there was one pass.
     """
-    settings, sae = {"outliers": None} | settings, settings.get("sae")
-    if settings.get("steps") is None and settings.get("rows") is None:
-        settings |= {"rows": "all"}
-    if isinstance(sae, dict) and "aux_coefficient" in sae:
-        settings |= {"sae": {"aux_share": "none"} | sae}
-    return settings
+    sae = settings.get("sae")
+    assumed: dict[str, Any] = {}
+    if revision < 2:
+        settings = {"outliers": None} | settings
+        if settings.get("steps") is None and settings.get("rows") is None:
+            settings |= {"rows": "all"}
+        assumed |= {"aux_share": "none"} if isinstance(sae, dict) and "aux_coefficient" in sae else {}
+    if revision < 3 and isinstance(sae, dict) and sae.get("arch") in ("jumprelu", "clt"):
+        assumed |= {"threshold_rate": 1.0}
+    return settings | {"sae": assumed | sae} if assumed and isinstance(sae, dict) else settings
 
 
 def expect_same_meaning(run: Run, config: TrainConfig) -> None:
-    """Raise SaeError for a run of before `REVISION` whose training would go on as another one than it began."""
-    if run.revision >= REVISION:
+    """Raise SaeError for a run of before revision 2 whose training would go on as another one than it began."""
+    if run.revision >= 2:
         return
     free = getattr(config.sae, "decoder_norm", None) == "free"
     meant = {
@@ -175,7 +180,7 @@ def settings_of(run: Run) -> TrainConfig:
             f"{run.path}: was trained by another tool, and is only judged here; train one under another `name`"
         )
     try:
-        return TrainConfig.model_validate(_of_before(run.settings) if run.revision < REVISION else run.settings)
+        return TrainConfig.model_validate(_as_now(run.settings, run.revision))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(["train", *map(str, first["loc"])])

@@ -69,7 +69,7 @@ class Trainer:
             sae.initialise(sample.x, sample.y)
         except ValueError as error:
             raise SaeError(f"{dataset.key}: {error}") from error
-        groups = [{"params": parameters, "name": name} for name, parameters in sae.parameter_groups().items()]
+        groups = [{"params": one.parameters, "side": one.side, "times": one.times} for one in sae.parameter_groups()]
         optimiser = torch.optim.Adam(groups, lr=config.rate, betas=config.betas, eps=config.eps, fused=True)
         truth = dataset.truth
         return cls(run, config, sae, optimiser, dataset, device, None if truth is None else truth.to(device))
@@ -92,7 +92,7 @@ class Trainer:
             torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.config.clip)
         rates = dict(zip(("encoder", "decoder"), self.config.rates_at(step, total), strict=True))
         for group in self.optimiser.param_groups:
-            group["lr"] = rates[group["name"]]
+            group["lr"] = rates[group["side"]] * group["times"]
         self.optimiser.step()
         self.sae.after_step()
         self.sae.track(*ranks.all_gather([self.sae.observe(part) for part in parts]))

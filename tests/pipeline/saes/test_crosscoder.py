@@ -213,7 +213,7 @@ def test_layers_keep_rows_of_unit_norm_and_count_their_own_dead() -> None:
     for sae in clt.saes:
         torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(M))
     assert torch.equal(clt.dead(Clock(3, 3, B)), ~fired) and 0 < fired.sum() < 2 * M
-    grouped = [one for group in clt.parameter_groups().values() for one in group]
+    grouped = [one for group in clt.parameter_groups() for one in group.parameters]
     assert {id(one) for one in grouped} == {id(one) for one in clt.parameters()} and len(grouped) == len(
         {*map(id, grouped)}
     )

@@ -142,11 +142,10 @@ def test_an_architecture_says_what_is_per_latent_and_what_learns_at_which_rate(
     assert all(value is named[name] for name, value in said.items())
     assert said.keys() == {name for name, value in named.items() if value.shape[:1] == (M,)}
     groups = sae.parameter_groups()
-    assert list(groups) == ["encoder", "decoder"]
-    grouped = [id(one) for group in groups.values() for one in group]
-    assert sorted(grouped) == sorted(map(id, named.values()))
-    before = [[value for name, value in named.items() if (name in ("W_dec", "b_dec")) == inside] for inside in (0, 1)]
-    assert [[id(one) for one in group] for group in groups.values()] == [[id(one) for one in group] for group in before]
+    for inside, side in enumerate(("encoder", "decoder")):  # in the order in which checkpoints number them
+        own = [id(one) for group in groups if group.side == side for one in group.parameters]
+        assert own == [id(value) for name, value in named.items() if (name in ("W_dec", "b_dec")) == inside]
+    assert [group.side for group in groups] == sorted((group.side for group in groups), reverse=True)
 
 
 def test_gradients_reach_every_parameter(config: saes.Config, d_out: int | None) -> None:

@@ -83,7 +83,7 @@ def test_shapes_and_terms(case: dict[str, Any], d_out: int | None) -> None:
     assert torch.equal(it.loss(x, y, Clock(3, 10, B)).total, losses.total)
     losses.total.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in it.parameters())
-    assert {id(p) for each in it.parameter_groups().values() for p in each} == {id(p) for p in it.parameters()}
+    assert {id(p) for group in it.parameter_groups() for p in group.parameters} == {id(p) for p in it.parameters()}
     if isinstance(it, Coder):
         codes = it.encode(x)
         assert codes.batch == B and codes.dense().shape == (B, it.width)

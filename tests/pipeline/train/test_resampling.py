@@ -102,7 +102,7 @@ def test_a_parameter_that_is_not_per_latent_keeps_what_the_optimiser_knows_of_it
     sae = Sharpened(settings({"arch": "topk", "dead_after": 1000}), D)
     sae.initialise(Planted()(512))
     groups = sae.parameter_groups()
-    optimiser = torch.optim.Adam([{"params": group} for group in groups.values()], lr=1e-2, fused=True)
+    optimiser = torch.optim.Adam([{"params": group.parameters} for group in groups], lr=1e-2, fused=True)
     train(sae, batches(None, 5), optimizer=optimiser)
     sae.rows_since_fired[:DEAD] = 1000
     means = moments(sae, optimiser)

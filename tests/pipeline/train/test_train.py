@@ -1106,3 +1106,20 @@ def test_a_run_of_before_keeps_what_its_settings_meant(tmp_path: Path, store: Ac
     run.write_json("config.json", described)
     meant = settings_of(Run(run.path))
     assert getattr(meant.sae, "aux_share") == "none" and meant.total_steps(ROWS) == ROWS // 128  # noqa: B009
+
+
+def test_thresholds_learn_faster_and_those_of_before_as_before(tmp_path: Path, store: ActivationStore) -> None:
+    """Adam's first step is one learning rate, whatever the gradient."""
+    sae = {"arch": "jumprelu", "d_sae": D_SAE, "target_l0": 4.0}
+    moved = {}
+    for name, revision in (("now", REVISION), ("before", 2)):
+        config = settings(sae, steps=1, lr=0.01, warmup=0.0, decay=0.0, clip=None)
+        run = open_run(config, Dataset.of(store), tmp_path, name, resume=False)
+        described = run.read_json("config.json") | {"revision": revision}
+        if revision < REVISION:
+            del described["train"]["sae"]["threshold_rate"]
+        run.write_json("config.json", described)
+        train([Run(run.path)], Dataset.of(store), Silent(), device="cpu")
+        tensors, _ = Run(run.path).load_checkpoint()
+        moved[name] = (tensors["sae.threshold"] - 0.5).abs().max().item()
+    assert moved == {"now": pytest.approx(0.03, rel=1e-3), "before": pytest.approx(0.01, rel=1e-3)}
