@@ -68,7 +68,8 @@ class Labelled:
         for name in names:
             if (there := self.labels.count(name)) < LEAST:
                 raise SaeError(
-                    f"{self.where}: has {there} texts of the class {name!r}; a probe takes {LEAST}, so leave them out"
+                    f"{self.where}: has {there} text{'s' * (there != 1)} of the class {name!r}; a probe takes {LEAST}, "
+                    "so leave it out"
                 )
 
 

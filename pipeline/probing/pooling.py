@@ -17,12 +17,10 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from sae.cache import catalogue
 from sae.cache.activations import ActivationStore
 from sae.cache.disk.identity import canonical
 from sae.cache.errors import SaeError
 from sae.cache.provenance import LanguageModelRows, provenance
-from sae.cache.tokens import TokenStore
 from sae.pipeline.interpret.survey import firings, judging
 from sae.pipeline.language_model import LanguageModel, Point, hints
 from sae.pipeline.language_model.token_mask import rule_of
@@ -30,9 +28,8 @@ from sae.pipeline.probing.config import Pool
 from sae.pipeline.runtime.progress import Progress, said_if_slow
 from sae.pipeline.saes.contract import LatentCoder
 from sae.pipeline.tokenize.encoding import encoded
-from sae.pipeline.tokenizers.former import judge
-from sae.pipeline.tokenizers.matching import model_tokenizer
-from sae.pipeline.tokenizers.tokenizer import Tokenizer, tokenizer
+from sae.pipeline.tokenizers.located import tokenizer_of
+from sae.pipeline.tokenizers.tokenizer import Tokenizer
 
 ELEMENTS = 1 << 26  # latents of rows that are held at a time
 Points = tuple[Point, ...]
@@ -87,25 +84,8 @@ class Reader:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        recipe = self.source.text.recipe
-        tokens = catalogue.of_recipe(self.root, TokenStore, recipe)
-        said = self.tokenizer_at
-        if said is None and tokens is not None:
-            said = hints.tokenizer_of(tokens, None)
-        found = (
-            model_tokenizer(hints.model_of(self.store, self.model_at, self.offline), offline=self.offline)
-            if said is None
-            else tokenizer(said, offline=self.offline)
-        )
-        name = recipe["tokenizer"]["name"]
-        if found is None:
-            raise SaeError(f"{self.store.key}: its tokenizer {name!r} is not to be found; say where with `tokenizer`")
-        if judge(found, recipe["tokenizer"]) != "same":
-            raise SaeError(
-                f"tokenizer = {said or found.slug}: is another one than {name!r}, which {self.store.key} was made "
-                "with; name that"
-            )
-        return found
+        place = {"given": self.tokenizer_at, "model": self.model_at}
+        return tokenizer_of(self.root, self.source.text, self.store, offline=self.offline, **place)
 
     def read(self, texts: Sequence[str], most: int, pool: Pool) -> tuple[list[Read], int]:
         """The tokens of each text, at most so many of them, and how many texts were cut."""

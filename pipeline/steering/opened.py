@@ -10,24 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.cache import catalogue
-from sae.cache.activations import ActivationStore
 from sae.cache.errors import SaeError
 from sae.cache.loader.dataset import Dataset
-from sae.cache.provenance import LanguageModelRows, Text
+from sae.cache.provenance import LanguageModelRows
 from sae.cache.runs import Run
-from sae.cache.tokens import TokenStore
 from sae.pipeline.evaluate.splicing import point_of
 from sae.pipeline.evaluate.stage import expect_one_model
 from sae.pipeline.formats import trained
 from sae.pipeline.interpret.attached import Attached, attach
 from sae.pipeline.language_model import LanguageModel, Point, hints
-from sae.pipeline.language_model.files import RANDOM
 from sae.pipeline.runtime.progress import Progress, said_if_slow
 from sae.pipeline.saes.dictionary import Dictionary
-from sae.pipeline.tokenizers.former import judge
-from sae.pipeline.tokenizers.matching import difference, model_tokenizer
-from sae.pipeline.tokenizers.tokenizer import Tokenizer, tokenizer
+from sae.pipeline.tokenizers.located import tokenizer_of
+from sae.pipeline.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -130,32 +125,6 @@ def opened(
     store = dataset.written[0]
     with said_if_slow(progress, f"loading {rows.model}"):
         booted = language_model or hints.boot(store, model, device, offline)
-    tok = _tokenizer(root, rows.text, store, model, offline)
+    tok = tokenizer_of(root, rows.text, store, model=model, offline=offline)
     dictionary.to(booted.device)
     return Opened(run, dictionary, booted, tok, dataset, point_of(dataset.inputs[0]), point_of(store), rows)
-
-
-def _tokenizer(root: Path, text: Text, store: ActivationStore, model: str | None, offline: bool) -> Tokenizer:
-    """The tokenizer of the text that rows came from: as its store says where that is, or else the model's own.
-
-    Raises SaeError where neither is to be had, or is the same.
-    """
-    tokens = catalogue.of_recipe(root, TokenStore, text.recipe)
-    failed: SaeError | None = None
-    if tokens is not None:
-        try:
-            found = tokenizer(hints.tokenizer_of(tokens, None), offline=offline)
-            if judge(found, text.recipe["tokenizer"]) == "same":
-                return found
-        except SaeError as error:
-            failed = error
-    name = hints.followed(store, "model", store.recipe["model"]["model"]) if model is None else model
-    own = model_tokenizer(name.removeprefix(RANDOM), revision=store.recipe["model"]["revision"], offline=offline)
-    if own is not None and judge(own, text.recipe["tokenizer"]) == "same":
-        return own
-    if own is not None and tokens is not None and difference(tokens, own) is None:
-        return own
-    raise failed or SaeError(
-        f"{text.recipe['tokenizer']['name']}: the tokenizer of this run's text is not to be had; put its token store "
-        "back into the cache (`tokenize()`), or give the model's folder with its tokenizer (`model`)"
-    )

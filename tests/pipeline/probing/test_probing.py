@@ -14,7 +14,7 @@ from support.command_line import sae as typed
 from support.small_models import small_stages
 
 import sae
-from sae.cache.errors import SaeError
+from sae.cache.errors import DamagedStore, SaeError
 from sae.pipeline.language_model import Point
 from sae.pipeline.probing import stage
 from sae.pipeline.probing.config import ProbeConfig
@@ -116,6 +116,10 @@ def test_several_runs_share_a_pass_and_what_is_done_is_kept(
     files = first.write(tmp_path / "out")
     assert json.loads(Path(files["results"]).read_text())["means"][0]["sets"] == 1
     assert Path(files["plot"]).read_bytes().startswith(b"\x89PNG")
+    for kept in (runs["one"].path / "probing").iterdir():
+        kept.write_bytes(kept.read_bytes().replace(b"auroc", b"aurox", 1))
+    with pytest.raises(DamagedStore):
+        lab.probe("one", data, ks=(1, 3), splits=2)
 
 
 def test_texts_that_are_the_same_tokens_are_on_one_side(lab: sae.Session, runs: dict[str, Any]) -> None:
