@@ -534,11 +534,15 @@ class Session(Workplace):
             language_model=booted,
         )  # fmt: skip
 
-    def report(self, run: Run | Named | None = None, **settings: Any) -> Path:
-        """Write the page of a run, as `sae report`; where it is. `settings` are those of the section `report`."""
+    def report(self, run: Run | Named | Sequence[Run | Named] | None = None, **settings: Any) -> Path:
+        """Write the page of a run or of several, as `sae report`; where it is.
+
+        `settings` are those of the section `report`.
+        """
         config = _settings("report", FeaturesConfig, None, settings)
-        run = run if isinstance(run, Run) else self.run(run)
-        return write_report(run, self.cache, self.progress, config=config, device=self.device)
+        named = run if isinstance(run, Sequence) and not isinstance(run, str) else [run]
+        runs = [one if isinstance(one, Run) else self.run(one) for one in named]
+        return write_report(runs, self.cache, self.progress, config=config, device=self.device)
 
     def statistics(self, run: Run | Named | None = None, **settings: Any) -> Statistics:
         """What is known of a run's latents: what its folder holds, else gathered now, as for `sae report`.

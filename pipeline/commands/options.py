@@ -70,6 +70,7 @@ Offline = Annotated[bool, typer.Option("--offline", metavar="", envvar="SAE_OFFL
 Scheduler = Annotated[str | None, typer.Option("--scheduler", metavar="ADDRESS", rich_help_panel=PLACES, help="Give the work to the workers of a dask scheduler, as tcp://host:8786, which all reach the cache.")]
 Seeds = Annotated[int | None, typer.Option(metavar="N", min=1, max=10_000, help="Train each with N seeds.")]
 RunName = typer.Argument(metavar="RUN", autocompletion=complete_run, show_default=False, help="Run folder or its name. Default: the newest finished run.")
+RunNames = typer.Argument(metavar="RUN", autocompletion=complete_run, show_default=False, help="Run folders or their names. Default: the newest finished run.")
 StoreName = Annotated[str, typer.Argument(metavar="STORE", autocompletion=complete_store, help="Key, the beginning of a key, or a path.")]
 TrainingStore = Annotated[str | None, typer.Option(metavar="STORE", autocompletion=complete_store, help="Activations it was trained on: key, beginning of a key, or path. Default: those the run names.")]
 NoCe = Annotated[bool, typer.Option("--no-ce", metavar="", help="Leave out cross-entropy: no language model is needed.")]

@@ -12,6 +12,7 @@ from pydantic import Field
 from sae.cache.loader.dataset import Dataset
 from sae.cache.tokens import TokenStore
 from sae.configs.base import Distinct
+from sae.pipeline.interpret.best import rank_in_run
 from sae.pipeline.interpret.examples import Features, Group
 from sae.pipeline.interpret.gather import StatisticsConfig, gather
 from sae.pipeline.interpret.statistics import Statistics, expect_latents
@@ -95,3 +96,24 @@ def _unlike(found: Statistics, ranked: np.ndarray, count: int) -> list[int]:
         tokens.add(token)
         near |= {one.latent for one in found.nearest_to(latent) if one.cosine >= LOOKS_ALIKE}
     return taken
+
+
+def varied(found: Statistics) -> np.ndarray:
+    """All latents in an order whose beginning is diverse, int64 [d_sae]: those that never fired come last.
+
+    Latents take turns: first the one that fires most selectively of each most frequent token, then the next of each. A
+    latent that has a near double of higher rank waits for the turn after.
+    """
+    strength = np.where(found.fired > 0, found.max / np.maximum(found.mean, 1e-30), -1)
+    usual = np.abs(np.log10(np.maximum(found.density, 1e-12)) + 2.5)  # decades from 0.3 % of rows
+    rank = np.lexsort((np.arange(found.d_sae), -strength, usual.round()))
+    place = np.empty(found.d_sae, np.int64)
+    place[rank] = np.arange(found.d_sae)
+    token = np.where(found.frequent.times[:, 0] > 0, found.frequent.token[:, 0].astype(np.int64), -1 - place)
+    by_token = np.lexsort((place, token))
+    turn = np.empty(found.d_sae, np.int64)
+    turn[by_token] = rank_in_run(token[by_token])
+    if found.nearest is not None:
+        near, cosine = found.nearest
+        turn += ((cosine >= LOOKS_ALIKE) & (near >= 0) & (place[near] < place[:, None])).any(1)
+    return np.lexsort((place, turn, found.fired == 0))

@@ -238,7 +238,7 @@ class Statistics:
             arrays |= {f"{name}.{key}": value for key, value in columns.items() if isinstance(value, np.ndarray)}
         lengths = np.array([len(token) for token in self.vocabulary], np.int64)
         arrays |= {"vocabulary.end": lengths.cumsum(), "vocabulary.bytes": np.array([*b"".join(self.vocabulary)], "u1")}
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
         write_tensors(run.path, STATISTICS, tensors, {HEADER: json.dumps(self.of | {"sampled": sampled})})
 
     @classmethod

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from sae.cache.disk.durable import write_in
-from sae.cache.errors import NotFound, SaeError
+from sae.cache.errors import DamagedStore, NotFound, SaeError
 from sae.cache.provenance import LanguageModelRows, provenance
-from sae.cache.runs import Run
+from sae.cache.runs import FEATURES, Run
 from sae.pipeline.formats.trained import load_run
 from sae.pipeline.interpret.examples import Example, Feature, Features
-from sae.pipeline.report.page import found_features
 
 BATCH = 128  # latents in a file
 NEURONS = 3  # shown of those that a latent writes to most
@@ -70,6 +70,16 @@ def write(run: Run, folder: Path, model: str | None = None) -> list[Path]:
         data = json.dumps({**head, "features": pages}, allow_nan=False).encode()
         files.append(write_in(folder, f"batch-{number}.json", data))
     return files
+
+
+def found_features(run: Run) -> Features | None:
+    """Read the latents that `report` chose; None where it has not looked."""
+    if not (run.path / FEATURES).exists():
+        return None
+    try:
+        return Features.model_validate(run.read_json(FEATURES))
+    except ValidationError as error:
+        raise DamagedStore(f"{run.path / FEATURES}: is not what was written; find the features again") from error
 
 
 def _page(feature: Feature, features: Features, direction: Tensor) -> dict[str, Any]:

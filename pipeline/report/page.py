@@ -1,14 +1,14 @@
-"""A run folder -> one HTML file: what was trained, how well it does, and what its latents fire on.
+"""Run folders -> one HTML file: what was trained, how well it does, and what its latents fire on.
 
-The page needs nothing but itself: styles, charts and the little script are inside, and its content policy forbids any
-request. It is a function of the run folder alone, so the same folder gives the same bytes. Parts that are not there yet
-(a run that was not judged) are said to be missing, with the command that makes them.
+The page needs nothing but itself: styles, data and scripts are inside, and its content policy forbids any request. It
+is a function of the run folders alone, so the same folders give the same bytes. Parts that are not there yet (a run
+that was not judged) are said to be missing, with the command that makes them.
 """
 
 import base64
 import hashlib
 import json
-import math
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -16,22 +16,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 
 from sae.cache.disk.durable import expect_no_link, write_atomic
 from sae.cache.errors import DamagedStore
 from sae.cache.provenance import LanguageModelRows, provenance
-from sae.cache.runs import CONFIG, FEATURES, LATENTS, Run
+from sae.cache.runs import CONFIG, LATENTS, Run
 from sae.cache.seen import Seen
 from sae.pipeline.formats.trained import Described
-from sae.pipeline.interpret.examples import Features
-from sae.pipeline.report.charts import Series, framed, line_chart, number
-from sae.pipeline.report.contexts import LEVELS, features_html
+from sae.pipeline.interpret.statistics import Statistics
+from sae.pipeline.report.browser import Explained, browser_html
+from sae.pipeline.report.compare import Row, compare
+from sae.pipeline.report.curves import curves, curves_of_several, geometry_html, runs_html
 from sae.pipeline.report.escaping import escape
+from sae.pipeline.report.numbers import number
 from sae.pipeline.report.scores import density_html, scores_html, tree
 from sae.pipeline.report.stores import stores_html
 from sae.pipeline.report.toys import DrawnToy, drawn_toy, toy_html
 
+UPLOT = "1.6.32"  # the version in web/uplot, which is that of its npm package, unchanged
 LEAST_SHARE = 1e-19  # of the rows of a store that a latent fires on, where it does at all
 
 
@@ -46,14 +48,19 @@ class Found(NamedTuple):
     evaluation: dict[str, Any] | None
     density: np.ndarray | None  # float64 [d_sae]: share of held-out rows a latent fires on
     fired: np.ndarray | None  # bool [d_sae]: whether it fires anywhere, training rows included
-    features: Features | None
+    statistics: Statistics | None = None
+    explained: Explained | None = None
     toy: DrawnToy | None = None
 
 
-def write_report(run: Run, out: Path) -> Path:
-    """Write the report of a run to `out`. Raises DamagedStore where a file of the run is not what was written."""
+def write_report(runs: Run | Sequence[Run], out: Path, *, first: Sequence[int] = ()) -> Path:
+    """Write the report of a run, or of several side by side, to `out`; `first` are latents to show before others.
+
+    Raises DamagedStore where a file of a run is not what was written.
+    """
+    runs = [runs] if isinstance(runs, Run) else runs
     expect_no_link(out.parent)
-    write_atomic(out, page(read(run)).encode())
+    write_atomic(out, page([read(run) for run in runs], compare(runs) if len(runs) > 1 else (), first).encode())
     return out
 
 
@@ -61,18 +68,8 @@ def read(run: Run) -> Found:
     """Read everything that the report shows."""
     sae = Described.of(run)
     density, fired = _densities(run, sae.d_sae)
-    features, toy = found_features(run), drawn_toy(run)
-    return Found(run.name, run.config, run.seen, sae, run.metrics(), run.evaluation(), density, fired, features, toy)
-
-
-def found_features(run: Run) -> Features | None:
-    """Read what `report` found of latents; None where it has not looked."""
-    if not (run.path / FEATURES).exists():
-        return None
-    try:
-        return Features.model_validate(run.read_json(FEATURES))
-    except ValidationError as error:
-        raise DamagedStore(f"{run.path / FEATURES}: is not what was written; find the features again") from error
+    found = Found(run.name, run.config, run.seen, sae, run.metrics(), run.evaluation(), density, fired)
+    return found._replace(statistics=Statistics.read(run), toy=drawn_toy(run))
 
 
 def _densities(run: Run, d_sae: int) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -93,31 +90,71 @@ def _densities(run: Run, d_sae: int) -> tuple[np.ndarray | None, np.ndarray | No
     return density, None if fired is None else fired.numpy()
 
 
-def page(found: Found) -> str:
-    """The whole page."""
+def page(found: Sequence[Found], rows: Sequence[Row] = (), first: Sequence[int] = ()) -> str:
+    """The whole page; `rows` are those of a comparison of several runs."""
+    one = found[0]
+    toys = [(f"The toy model{_of(found, each)}", toy_html(each.toy)) for each in found if each.toy is not None]
     parts = [
-        ("numbers", "How good it is", _scores(found)),
-        ("training", "Training", _training(found)),
-        ("density", "How often latents fire", _density(found)),
-        ("latents", "What latents fire on", _latents(found))
-        if found.toy is None
-        else ("toy", "The toy model", toy_html(found.toy)),
-        ("settings", "Settings", _settings(found)),
+        *([("runs", "The runs", runs_html(rows))] if len(found) > 1 else []),
+        ("numbers", "How good it is", _each(found, _scores)),
+        ("training", "Training", _training(one) if len(found) == 1 else curves_of_several(found)),
+        ("density", "How often latents fire", _each(found, _density)),
+        ("geometry", "Decoder directions", geometry_html(found)),
+        *([("toy", *toys[0])] if toys else [("latents", "What latents fire on", _latents(found, first))]),
+        ("settings", "Settings", _each(found, _settings)),
     ]
-    links = "".join(f'<a href="#{name}">{title}</a>' for name, title, _ in parts)
-    body = f"<header>{_heading(found)}<nav>{links}</nav></header><main>"
-    body += "".join(f'<section class="part" id="{name}"><h2>{t}</h2>{html}</section>' for name, t, html in parts)
-    body += f"</main><footer>Run <code>{escape(found.name)}</code>. Made by <code>sae report</code>.</footer>"
-    resources = files("sae.pipeline.report")
-    script = resources.joinpath("page.js").read_text("utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return Template(resources.joinpath("page.html").read_text("utf-8")).substitute(
-        title=escape(f"{_place(found)} · {found.name}"),
-        style=resources.joinpath("page.css").read_text("utf-8"),
-        script=script,
-        script_hash=f"sha256-{digest}",
+    parts = [part for part in parts if part[2]]
+    links = "".join(f'<a href="#{name}">{escape(title)}</a>' for name, title, _ in parts)
+    body = f"<header>{_heading(one) if len(found) == 1 else _headings(found)}<nav>{links}</nav></header><main>"
+    body += "".join(f'<section class="part" id="{name}"><h2>{escape(t)}</h2>{h}</section>' for name, t, h in parts)
+    named = ", ".join(f"<code>{escape(each.name)}</code>" for each in found)
+    body += f"</main><footer>Run{'s' * (len(found) > 1)} {named}. Made by <code>sae report</code>. "
+    licence = escape(_web("uplot/LICENSE"))
+    body += f"<details><summary>Charts: uPlot {UPLOT}</summary><pre>{licence}</pre></details></footer>"
+    place = _place(one) if len(found) == 1 else f"{len(found)} runs"
+    return whole(f"{place} · {', '.join(each.name for each in found)}", body)
+
+
+def whole(title: str, body: str) -> str:
+    """A page around a body: styles, scripts, and a policy that allows nothing else."""
+    scripts = [_web("uplot/uPlot.iife.min.js"), "\n".join(map(_web, ("charts.js", "text.js", "browser.js")))]
+    return Template(_web("page.html")).substitute(
+        title=escape(title),
+        style=_web("uplot/uPlot.min.css") + _web("page.css"),
+        scripts="".join(f"<script>{script}</script>\n" for script in scripts),
+        script_hashes=" ".join(f"'{_digest(script)}'" for script in scripts),
         body=body,
     )
+
+
+def _web(name: str) -> str:
+    """A file that goes into the page."""
+    return files("sae.pipeline.report").joinpath("web", *name.split("/")).read_text("utf-8")
+
+
+def _digest(script: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
+def _each(found: Sequence[Found], part: Callable[[Found], str]) -> str:
+    """A part of every run: the first in sight, the others to unfold."""
+    if len(found) == 1:
+        return part(found[0])
+    return "".join(
+        f'<details class="run"{" open" * (i == 0)}><summary>{escape(one.name)}</summary>{part(one)}</details>'
+        for i, one in enumerate(found)
+    )
+
+
+def _of(found: Sequence[Found], one: Found) -> str:
+    return f" of {one.name}" if len(found) > 1 else ""
+
+
+def _headings(found: Sequence[Found]) -> str:
+    places = list(dict.fromkeys(map(_place, found)))
+    title = places[0] if len(places) == 1 else f"{len(places)} places"
+    about = f"<b>{len(found)} dictionaries</b> side by side: {', '.join(escape(one.name) for one in found)}."
+    return f'<p class="eyebrow">Sparse dictionary report</p><h1>{escape(title)}</h1><p class="lede">{about}</p>'
 
 
 def _place(found: Found) -> str:
@@ -170,32 +207,7 @@ def _training(found: Found) -> str:
         return _missing("It was trained by another tool.")
     if not found.metrics:
         return _missing("No step has been logged yet.")
-    series = {key: points for key in found.metrics[-1] if (points := _points(found.metrics, key))}
-    terms = {k.removeprefix("loss_"): v for k, v in series.items() if k.startswith("loss_")}
-    if list(terms.values()) != [series.get("loss")]:  # one term alone is the loss itself
-        terms = {"total": series.get("loss", []), **terms}
-    charts = _lines("Loss", {name: points for name, points in terms.items() if points}, "wide")
-    charts += _lines("FVU of the training batch", {"FVU": series.get("fvu", [])}, "wide")
-    charts += _lines("L0, active latents per token", {"L0": series.get("l0", [])})
-    charts += _lines("Share of latents that are dead", {"dead": series.get("dead", [])})
-    rates = {"lr": series.get("lr", []), "decoder's": series.get("lr_decoder", [])}
-    charts += _lines("Learning rate", {name: points for name, points in rates.items() if points})
-    known = {
-        "step",
-        "rows",
-        "loss",
-        "fvu",
-        "l0",
-        "dead",
-        "lr",
-        "lr_decoder",
-        "seconds",
-        "seconds_per_step",
-        "megabytes",
-    }
-    for key in [k for k in series if k not in known and not k.startswith("loss_")]:
-        charts += _lines(key, {key: series[key]})
-    return f'<p>{_spent(found.metrics[-1])}</p><div class="charts">{charts}</div>'
+    return f"<p>{_spent(found.metrics[-1])}</p>{curves(found.metrics)}"
 
 
 def _spent(last: dict[str, Any]) -> str:
@@ -205,41 +217,20 @@ def _spent(last: dict[str, Any]) -> str:
     return f"{text}."
 
 
-def _points(metrics: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(step, value) of a metric, where it is a finite number."""
-    pairs = [(line["step"], line.get(key)) for line in metrics]
-    return [(float(step), float(v)) for step, v in pairs if isinstance(v, int | float) and math.isfinite(v)]
-
-
-def _lines(title: str, lines: dict[str, list[tuple[float, float]]], size: str = "") -> str:
-    series = [Series(name, points) for name, points in lines.items() if points]
-    if not series:
-        return ""
-    keys = "".join(f'<span class="key s{i}">{escape(s.name)}</span>' for i, s in enumerate(series))
-    width = 540 if size else 360
-    drawn = line_chart(series, label=title, x_label="step", ratios=bool(size), width=width, height=240 if size else 200)
-    return framed(title, drawn, size, keys if len(series) > 1 else "")
-
-
-def _latents(found: Found) -> str:
-    features = found.features
-    if features is None:
-        return _missing("Not looked up yet.")
-    shades = "".join(f'<i class="a{level}"></i>' for level in range(1, LEVELS + 1))
+def _latents(found: Sequence[Found], first: Sequence[int]) -> str:
+    known = [(one.name, one.statistics, one.explained or {}, first) for one in found if one.statistics is not None]
+    if not known:
+        return _missing(f"Not looked up yet: sae report {found[0].name}")
+    what = known[0][1]
+    store = ", ".join(what.of.get("stores", []))
     about = (
-        f'<p class="about">{len(features.features)} of the {features.live:,} latents that fire on {features.rows:,} '
-        f"{escape(features.split)} rows of <code>{escape(features.store)}</code>: the strongest, and a random draw "
-        "across densities. Each line is a place in the text; the underlined token is the one that fired. Below a "
-        "latent’s largest activations, one a document, are random ones from each quarter of its activation values: "
-        "the best examples alone flatter a latent.</p>"
+        f'<p class="about">{len(what.live):,} of {what.d_sae:,} latents fire on {what.rows:,} '
+        f"{escape(str(what.of.get('split', '')))} rows of <code>{escape(store)}</code>. Each line of a latent is a "
+        "place in the text; the underlined token is the one that fired. Below the largest activations, one a document, "
+        "are random ones from each quarter of its values: the best examples alone flatter a latent. "
+        '<span class="keys">Keys: j and k, the arrows in the list, / to search.</span></p>'
     )
-    tools = (
-        '<div class="tools"><label hidden>Filter <input type="search" id="search" placeholder="text or latent number">'
-        '</label><label><input type="checkbox" id="wrap"> wrap contexts</label>'
-        f'<span class="shades"><span>weak</span>{shades}<span>the latent’s maximum</span></span></div>'
-        '<p class="missing" id="nothing" role="status" hidden></p>'
-    )
-    return about + tools + features_html(features)
+    return about + browser_html(known)
 
 
 def _settings(found: Found) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from sae.pipeline.metrics.figures import completed, evaluation_table, figures, largest_norms
-from sae.pipeline.report.charts import framed, histogram, ladder, number, percent
+from sae.pipeline.report.charts import bars, histogram
 from sae.pipeline.report.escaping import escape
+from sae.pipeline.report.numbers import number, percent
 
 BINS_PER_DECADE = 6
 MOST_ITEMS = 24  # of a list in the details; the JSON file has them all
@@ -95,10 +96,17 @@ def _losses(values: dict[str, Any], vocabulary: int | None) -> str:
     if "ce_clean" not in there:
         return ""
     clean = values["ce_clean"]
-    rungs = [(name, values[k], "" if k == "ce_clean" else _signed(values[k] - clean)) for k, name in there.items()]
-    reference = ("guessing uniformly", math.log(vocabulary)) if vocabulary else None
-    chart = ladder(rungs, label="Cross-entropy in nats", reference=reference)
-    return f'<div class="charts">{framed("Cross-entropy of the next token, nats", chart, "full")}</div><br>'
+    told = [
+        f"{values[k]:.3f}" + ("" if k == "ce_clean" else f" ({_signed(values[k] - clean).removesuffix(' nats')})")
+        for k in there
+    ]
+    reference = [("guessing uniformly", math.log(vocabulary), "y")] if vocabulary else []
+    title = "Cross-entropy of the next token, nats"
+    chart = bars(
+        title, [*there.values()], [values[k] for k in there], size="wide", ticks=[*enumerate(there.values())],
+        told=told, references=reference,
+    )  # fmt: skip
+    return f'<div class="charts">{chart}</div><br>'
 
 
 def density_html(density: np.ndarray, fired: np.ndarray | None) -> str:
@@ -112,17 +120,21 @@ def density_html(density: np.ndarray, fired: np.ndarray | None) -> str:
         about += f" ({elsewhere:,} of them do on training rows)"
     about += f"; {int((density > 0.1).sum()):,} fire on more than 10 %"
     about += f"; the median live latent on {percent(float(np.median(live)))}.</p>" if len(live) else ".</p>"
-    bins: list[tuple[float, float, int]] = []
+    counts, edges = np.zeros(0, int), np.array([0.1, 1.0])
     if len(live):
         decades = max(1, math.ceil(-math.log10(live.min())))
         edges = 10.0 ** (np.arange(decades * BINS_PER_DECADE + 1) / BINS_PER_DECADE - decades)
         counts = np.histogram(live.clip(edges[0]), edges)[0]  # whose rounding may exceed the least
-        bins = [(float(a), float(b), int(n)) for a, b, n in zip(edges, edges[1:], counts, strict=False)]
-        filled = [i for i, n in enumerate(counts) if n]
-        bins = bins[filled[0] : filled[-1] + 1]  # an axis of what there is
-    drawn = histogram(bins, label="Latents by density", apart=("never", len(density) - len(live)))
-    title = "Latents by share of rows they fire on"
-    return f'{about}<div class="charts">{framed(title, drawn, "full")}</div>'
+        filled = np.flatnonzero(counts)
+        counts, edges = (
+            counts[filled[0] : filled[-1] + 1],
+            edges[filled[0] : filled[-1] + 2],
+        )  # an axis of what there is
+    drawn = histogram(
+        "Latents by share of rows they fire on", counts.tolist(), edges.tolist(), size="full",
+        never=len(density) - len(live),
+    )  # fmt: skip
+    return f'{about}<div class="charts">{drawn}</div>'
 
 
 def tree(value: Any) -> str:

@@ -1,10 +1,11 @@
-"""Run folder + cache -> `eval/features.json` (of a toy's rows `eval/toy.json`) and `report.html`."""
+"""Run folders + cache -> `eval/features.json` (of a toy's rows `eval/toy.json`) and a page, `report.html`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from sae.cache.disk.durable import expect_no_link, expect_writable
 from sae.cache.errors import SaeError
-from sae.cache.runs import FEATURES, Run
+from sae.cache.runs import FEATURES, STATISTICS, Run
 from sae.pipeline.formats import trained
 from sae.pipeline.interpret.features import FeaturesConfig, records
 from sae.pipeline.interpret.stage import statistics_of
@@ -17,29 +18,41 @@ REPORT = "report.html"
 
 
 def report(
-    run: Run, root: Path, progress: Progress, *,
+    runs: Run | Sequence[Run], root: Path, progress: Progress, *,
     config: FeaturesConfig | None = None, activations: str | None = None, device: str = "auto",
 ) -> Path:  # fmt: skip
-    """Find what a finished run's latents fire on and write its report. Needs no language model.
+    """Find what the latents of finished runs fire on, and write their report: in the folder of one, beside several.
 
-    Rows of a toy model have no text: the report shows the toy.
+    Needs no language model. Rows of a toy model have no text: the report shows the toy.
     """
-    for name in (FEATURES, TOY, REPORT):
-        expect_no_link(run.path, name)
-        expect_writable(run.path / name)
+    runs = [runs] if isinstance(runs, Run) else runs
+    out = runs[0].path / REPORT if len(runs) == 1 else runs[0].path.parent / REPORT
+    expect_no_link(out.parent)
+    expect_writable(out)
+    for run in runs:
+        for name in (FEATURES, TOY, STATISTICS):
+            expect_no_link(run.path, name)
+            expect_writable(run.path / name)
+    config = config or FeaturesConfig()
+    for run in runs:
+        _look_up(run, root, progress, config, activations, device)
+    return write_report(runs, out, first=config.latents or ())
+
+
+def _look_up(
+    run: Run, root: Path, progress: Progress, config: FeaturesConfig, activations: str | None, device: str
+) -> None:
+    """Put what the report of a run needs into its folder."""
     dataset = trained.dataset_of(run, root, activations)
-    text = dataset.provenance.text
     toy = (dataset.targets or dataset.inputs)[0].toy
     if toy is not None:
         drawn = DrawnToy.of(toy[0], trained.load_run(run).W_dec.detach().cpu())
         run.write_json(TOY, drawn.model_dump(mode="json"))
-        return write_report(run, run.path / REPORT)
-    if text is None:
+        return
+    if dataset.provenance.text is None:
         raise SaeError(
             f"{run.name}: a report shows text, and the rows of {dataset.key} come from none; see `evaluate()`"
         )
-    config = config or FeaturesConfig()
     expect_latents(config.latents or (), trained.Described.of(run).d_sae)
     found = statistics_of(run, root, progress, config=config, activations=activations, device=device)
     run.write_json(FEATURES, records(found, dataset, config).model_dump(mode="json"))
-    return write_report(run, run.path / REPORT)

@@ -3,8 +3,9 @@
 import math
 from typing import Any
 
-from sae.pipeline.report.charts import number, sparkline
+from sae.pipeline.report.charts import histogram
 from sae.pipeline.report.escaping import escape
+from sae.pipeline.report.numbers import number
 
 
 def stores_html(evaluation: dict[str, Any]) -> str:
@@ -14,14 +15,16 @@ def stores_html(evaluation: dict[str, Any]) -> str:
     if not isinstance(stores, dict) or not all(isinstance(one, dict) for one in stores.values()):
         return ""
     alone = details.get("downstream_alone")
-    head = "<th>store</th><th>FVU</th><th>CE added, alone</th><th>KL, alone</th><th>decoder norm there, 0 to 1</th>"
+    head = "<th>store</th><th>FVU</th><th>CE added, alone</th><th>KL, alone</th><th></th>"
     rows = "".join(_row(name, one, _of(alone, name)) for name, one in stores.items())
     about = (
         "<p>Each store by itself: how well it is reconstructed, what that costs the model where no other is replaced, "
         "and what share of a latent\u2019s decoder norms, in units of each store\u2019s rows, is there: at the left "
         "latents that write nothing to it, at the right those that write to no other.</p>"
     )
-    return f"<h3>By store</h3>{about}<table><tr>{head}</tr>{rows}</table>{_triangle(details, [*stores])}"
+    drawn = "".join(_shares(name, one.get("decoder_shares")) for name, one in stores.items())
+    shares = f'<div class="charts">{drawn}</div>' if drawn else ""
+    return f"<h3>By store</h3>{about}<table><tr>{head}</tr>{rows}</table>{shares}{_triangle(details, [*stores])}"
 
 
 def _of(said: Any, key: str) -> Any:
@@ -31,11 +34,16 @@ def _of(said: Any, key: str) -> Any:
 
 def _row(name: str, one: dict[str, Any], alone: Any) -> str:
     costs = [_of(_of(alone, key), "value") for key in ("degradation", "kl")]
-    counts = one.get("decoder_shares")
-    whole = isinstance(counts, list) and all(type(count) is int and count >= 0 for count in counts)
-    drawn = sparkline(counts, f"latents by their share at {name}", width=300) if whole and counts else ""
     cells = "".join(f'<td class="n">{_shown(value)}</td>' for value in (one.get("fvu"), *costs))
-    return f'<tr><th scope="row">{escape(name)}</th>{cells}<td>{drawn}</td></tr>'
+    return f'<tr><th scope="row">{escape(name)}</th>{cells}<td></td></tr>'
+
+
+def _shares(name: str, counts: Any) -> str:
+    whole = isinstance(counts, list) and all(type(count) is int and count >= 0 for count in counts)
+    if not (whole and counts):
+        return ""
+    edges = [i / len(counts) for i in range(len(counts) + 1)]
+    return histogram(f"Latents by share of decoder norm at {name}", counts, edges, log=False)
 
 
 def _triangle(details: dict[str, Any], names: list[str]) -> str:

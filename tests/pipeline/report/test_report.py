@@ -1,6 +1,7 @@
 """The report of a run: whole, well-formed, self-contained, and safe whatever the text says."""
 
-import html
+import base64
+import gzip
 import itertools
 import json
 import re
@@ -11,22 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.known_latents import LEVELS, NASTY, known
 from support.small_stores import activation_recipe
 
 from sae.cache.errors import DamagedStore
 from sae.cache.printable import printable
 from sae.cache.runs import Run
-from sae.pipeline.interpret.examples import Band, Bin, Example, Feature, Features, TokenCount
+from sae.pipeline.report import browser
 from sae.pipeline.report import page as report
-from sae.pipeline.report.charts import MOST_POINTS, Scale, Series, histogram, ladder, line_chart, number, steady
-from sae.pipeline.report.contexts import LEVELS, context_html, pieces
+from sae.pipeline.report.charts import MOST_POINTS, Series, bars, histogram, line_chart, scatter
+from sae.pipeline.report.numbers import number, steady
 from sae.pipeline.report.page import write_report
 from sae.pipeline.report.scores import density_html
 
 VOID = {"meta", "br", "input", "link", "img", "hr", "base"}
-NASTY = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</style><b>", "&amp;", "$body ${style}"]
-VOCABULARY = [*NASTY, " the", "\n", "\t", "      ", "é", "plain", "\u202e", "<|endoftext|>"]
-BEGIN = len(VOCABULARY) - 1
 
 
 class Page(HTMLParser):
@@ -63,29 +62,9 @@ class Page(HTMLParser):
         ]  # fmt: skip
 
 
-def example(value: float, peak: int, tokens: list[int]) -> Example:
-    around: list[float | None] = [None, *([0.0] * (len(tokens) - 1))]
-    around[peak] = value
-    return Example(position=128 + peak, document=7, value=value, peak=peak, tokens=tokens, activations=around)
-
-
-def feature(latent: int, group: Any, density: float) -> Feature:
-    top = [example(4.0, 2, [BEGIN, 0, 1, 2]), example(2.0, 0, [5, 6, 7, 8, 9])]
-    return Feature(
-        latent=latent, group=group, fired=12, density=density, max=4.0, mean=1.5,
-        histogram=[Bin(low=1, high=2, count=9), Bin(low=2, high=4.1, count=3)],
-        sampled=12, frequent=[TokenCount(token=1, count=9), TokenCount(token=6, count=3)],
-        top=top, bands=[Band(low=0.25, high=0.5, examples=[example(0.4, 1, [3, 4, 11])])],
-    )  # fmt: skip
-
-
-def features() -> Features:
-    made = [feature(3, "strongest", 0.2), feature(1000, "sampled", 0.02), feature(5, "sampled", 0.00002)]
-    vocabulary = {i: text.encode().decode("latin-1") for i, text in enumerate(VOCABULARY)}
-    return Features(
-        store="gpt2-6.mlp_out-ab12", split="train", rows=4096, d_sae=64, live=50, begin=BEGIN, vocabulary=vocabulary,
-        features=made,
-    )  # fmt: skip
+def charts(page: Page) -> list[dict[str, Any]]:
+    """What every chart of a page says is on it."""
+    return [json.loads(str(a["data-chart"])) for a, _ in page.all("figure") if "data-chart" in a]
 
 
 EVALUATION: dict[str, Any] = {
@@ -116,7 +95,7 @@ def make(folder: Path, *, steps: int = 40, judged: bool = True, recipe: dict[str
         )  # fmt: skip
     if judged:
         run.write_json("eval/eval.json", EVALUATION)
-        run.write_json("eval/features.json", features().model_dump(mode="json"))
+        known().write(run)
         density = np.geomspace(1e-5, 0.5, 64).astype(np.float32)
         density[:16] = 0
         fired = density > 0
@@ -141,16 +120,18 @@ def test_structure(page: Page) -> None:
     ids = [a["id"] for _, a in page.elements if "id" in a]
     assert len(ids) == len(set(ids))
     links = [a["href"] for a, _ in page.all("a")]
-    assert {f"#{name}" for name in ("numbers", "training", "density", "latents", "settings")} <= set(links)
+    assert {f"#{name}" for name in ("numbers", "training", "density", "geometry", "latents", "settings")} <= set(links)
     assert {str(link)[1:] for link in links} <= set(ids)
     assert [text for _, text in page.all("h1")] == ["gpt2 · layer 6 · mlp_out"]
-    assert len(page.all("section", "part")) == 5 and len(page.all("div", "card")) == 4
-    assert len(page.all("svg")) == 1 + 6 + 1 + 3  # cross-entropies, curves, density, one for each latent
-    assert all(a["role"] == "img" and a["aria-label"] for a, _ in page.all("svg"))
-    assert [text for _, text in page.all("h3") if "%" in text] == [
-        "1 to 10 % of rows 1", "Less than 0.1 % of rows 1"
-    ]  # fmt: skip
-    assert [a["id"] for a, _ in page.all("article", "feature")] == ["latent-3", "latent-1000", "latent-5"]
+    assert len(page.all("section", "part")) == 6 and len(page.all("div", "card")) == 4
+    assert [one["kind"] for one in charts(page)] == [
+        "bars",
+        *["lines"] * 6,
+        "bars",
+        "bars",
+    ]  # CE, curves, density, cosines
+    plots = page.all("div", "plot")
+    assert len(plots) == 9 and all(a["role"] == "img" and a["aria-label"] for a, _ in plots)
 
 
 def test_numbers(page: Page) -> None:
@@ -178,56 +159,62 @@ def test_numbers(page: Page) -> None:
 def test_where_the_text_came_from(tmp_path: Path, source: dict[str, Any], said: str) -> None:
     recipe = activation_recipe(16)
     recipe["tokens"] = {**recipe["tokens"], "source": source}
-    shown = Page(report.page(report.read(make(tmp_path, recipe=recipe))))
+    shown = Page(report.page([report.read(make(tmp_path, recipe=recipe))]))
     assert shown.all("p", "lede")[0][1].endswith(f", from the text of {said}.")
 
 
 def test_figures_say_on_how_much_and_over_which_rows(tmp_path: Path) -> None:
     run = make(tmp_path)
-    plain = Page(report.page(report.read(run)))
+    plain = Page(report.page([report.read(run)]))
     assert plain.all("section", "part")[0][1].startswith(
         "How good it isJudged on 4,096 rows and 65,536 predictions of docu"
     )
     run.write_json("eval/eval.json", {**EVALUATION, "kept": {**EVALUATION, "fvu": 0.0456, "largest_norm": 512.5}})
-    both = Page(report.page(report.read(run)))
+    both = Page(report.page([report.read(run)]))
     assert "Rows of a norm above 512.5 lie far out" in both.all("section", "part")[0][1]
     assert "FVU 0.1234; 0.0456 without rows that lie far out" in both.all("section", "part")[0][1]
     rows = [text for _, text in both.all("tr")]
     assert "all rowskept" in rows[0] and any(row.startswith("FVU") and "0.12340.0456" in row for row in rows)
 
 
-def test_the_marked_token_is_the_one_that_fired(page: Page) -> None:
-    found = features()
-    shown = [e for f in found.features for e in [*f.top, *f.bands[0].examples]]
-    marks = page.all("mark", "peak")
-    lines = page.all("p")
-    contexts = [text for (a, text) in lines if not a][-len(shown) :]
-    assert len(marks) == len(shown) == len(contexts)
-    for (attributes, marked), line, one in zip(marks, contexts, shown, strict=True):
-        texts = [html.unescape(re.sub("<[^>]*>", "", piece)) for piece in pieces(
-            [found.bytes_of(token) for token in one.tokens]
-        )]  # fmt: skip
-        assert marked == texts[one.peak] and line == "".join(texts)
-        assert attributes["title"] == number(one.value)
-        assert attributes["class"] == f"a{ {4.0: 8, 2.0: 4, 0.4: 1}[one.value] } peak"
-    assert [text for _, text in page.all("i", "begin")] == ["<|endoftext|>"] * 3
-    assert {text for _, text in page.all("i", "unseen")} == {VOCABULARY[3]}
+def unpacked(page: Page, name: str) -> Any:
+    """A part of the browser's data."""
+    (data,) = [text for a, text in page.all("script") if a.get("id") == name]
+    return json.loads(gzip.decompress(base64.b64decode(data, validate=True)))
 
 
-def test_a_negative_activation_is_shaded_as_strongly_and_underlined() -> None:
-    shown = Page(context_html(example(-2.0, 2, [3, 5, 6]), 4.0, features()))
-    ((attributes, _),) = [mark for mark in shown.all("mark") if "peak" in mark[0]["class"]]
-    assert (attributes["class"], attributes["title"]) == ("a4 minus peak", "-2")
-    assert "mark.minus" in (Path(report.__file__).parent / "page.css").read_text("utf-8")
+def test_what_the_browser_is_given(page: Page) -> None:
+    """Every latent in the list once, those in full in parts; a latent's record says what the statistics say."""
+    found = known()
+    index = unpacked(page, "index-0")
+    assert sorted(index["order"]) == list(range(64)) and index["order"][-1] not in found.live
+    words = dict(zip(index["ids"], index["words"], strict=True))
+    assert all(words[token].encode("latin-1") == found.text(token) for token in words)
+    part = unpacked(page, "part-0-0")
+    assert len(part) == 64
+    for latent in (3, 5, 9):
+        feature, told = found.feature(latent), part[latent]
+        assert (told["f"], index["density"][latent], index["max"][latent]) == (
+            feature.fired, feature.density, feature.max
+        )  # fmt: skip
+        shown = [*feature.top, *(e for band in feature.bands for e in band.examples)]
+        for one, (band, value, peak, position, document, tokens, values) in zip(shown, told["t"], strict=True):
+            assert (value, peak, position, document, tokens) == (
+                one.value, one.peak, one.position, one.document, one.tokens
+            )  # fmt: skip
+            assert values == one.activations and (band == 0) == (one in feature.top)
+        assert [token for token, _ in told["u"]] == [one.token for one in feature.promoted]
 
 
 def test_untrusted_text_stays_text(text: str, page: Page) -> None:
-    assert [tag for tag, _ in page.elements].count("script") == 1
+    scripts = page.all("script")
+    assert [a for a, _ in scripts][-2:] == [{}, {}] and all(a["type"] == "text/plain" for a, _ in scripts[:-2])
+    assert all(re.fullmatch("[A-Za-z0-9+/=]+", data) for _, data in scripts[:-2])
     assert not {tag for tag, _ in page.elements} & {"img", "iframe", "object", "embed", "link", "u", "base", "form"}
     assert not [name for _, a in page.elements for name in a if name.startswith("on") or name == "style"]
-    assert all(nasty in "".join(t for _, t in page.all("article")) for nasty in NASTY)
+    assert not any(nasty in text for nasty in NASTY if nasty != "&amp;")
     assert "<fineweb>" in page.all("p", "lede")[0][1] and page.all("title")[0][1].endswith("topk<&>")
-    assert "\u202e" not in text and "U+202E" in text
+    assert "\u202e" not in text
 
 
 FOREIGN = "</script><!--<script>\"'onerror=x\x1b[2J\x00\x9b\u2028\u202e&lt;${body}"
@@ -247,7 +234,7 @@ def test_every_text_of_a_run_stays_text(tmp_path: Path) -> None:
     found = report.read(make(tmp_path))
     (source,) = found.seen.inputs
     recipe = source.recipe
-    assert found.evaluation is not None and found.features is not None
+    assert found.evaluation is not None and found.statistics is not None
     found = found._replace(
         name=FOREIGN,
         config={"train": foreign(found.config["train"]), "activations": foreign(recipe)} | {"more": foreign(recipe)},
@@ -262,24 +249,27 @@ def test_every_text_of_a_run_stays_text(tmp_path: Path) -> None:
         ),
         metrics=[{**line, FOREIGN: 0.5, f"loss_{FOREIGN}": 0.25} for line in found.metrics],
         evaluation={**found.evaluation, "details": foreign(found.evaluation["details"])},
-        features=found.features.model_copy(update={"store": FOREIGN, "split": FOREIGN}),
+        statistics=found.statistics.said_of({"stores": [FOREIGN], "split": FOREIGN}),
     )
     found.config["train"]["sae"] = found.config["train"].pop(f"sae{FOREIGN}")
-    text = report.page(found)
+    text = report.page([found])
     page = Page(text)
-    assert text.count("<script") == text.count("</script") == 1 and "<!--" not in text
+    assert text.count("<script") == text.count("</script") == len(page.all("script")) and "<!--" not in text
     assert not [name for _, a in page.elements for name in a if name.startswith("on")]
     assert not {c for c in text if not c.isprintable()} - {"\n"}
     shown = printable(FOREIGN)
     assert shown in page.all("title")[0][1] and shown in page.all("footer")[0][1]
     assert all(shown in text for _, text in [*page.all("figcaption")[1:2], *page.all("dl", "tree")])
-    hover = [json.loads(str(a["data-hover"])) for a, _ in page.all("svg") if "data-hover" in a]
-    assert any(FOREIGN in label for points in hover for _, label in points)
+    assert any(FOREIGN in one["name"] for chart in charts(page) for one in chart["series"])
 
 
 def test_nothing_is_requested(text: str, page: Page) -> None:
     """No address of anything outside, and a content policy that would refuse one."""
-    assert not re.search(r"https?:|//\w|@import|url\(", text)
+    library = page.all("script")[-2][1]
+    assert library.startswith("/*! https://github.com/leeoniya/uPlot (v1.6.32) */\n") and report.UPLOT == "1.6.32"
+    own = text.replace(library, "").replace(page.all("pre")[-1][1], "")
+    assert not re.search(r"https?:|(?<!\w)//\w|@import|url\(", own)
+    assert not re.search(r"fetch\(|XMLHttpRequest|WebSocket|import\(|innerHTML|eval\(", own)
     assert not [a for _, a in page.elements if {"src", "srcset", "data", "action", "poster"} & a.keys()]
     assert all(str(a["href"]).startswith("#") for a, _ in page.all("a"))
     policies = [a["content"] for a, _ in page.all("meta") if a.get("http-equiv")]
@@ -289,7 +279,7 @@ def test_nothing_is_requested(text: str, page: Page) -> None:
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_can_be_read_on_its_ground(dark: bool) -> None:
     """WCAG 2 contrast of at least 4.5 for every text colour, in both schemes."""
-    style = (Path(report.__file__).parent / "page.css").read_text("utf-8")
+    style = (Path(report.__file__).parent / "web" / "page.css").read_text("utf-8")
     light, at_night = style.split("@media (prefers-color-scheme: dark)")
     colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", at_night if dark else light))
 
@@ -314,7 +304,8 @@ def test_same_run_same_bytes(tmp_path: Path) -> None:
 def test_a_run_that_was_not_judged(tmp_path: Path) -> None:
     page = Page(write_report(make(tmp_path, judged=False), tmp_path / "a.html").read_text("utf-8"))
     assert [t for _, t in page.all("p", "missing")] == [
-        "This run has not been judged yet: sae eval topk<&>", "Not counted yet: sae eval topk<&>", "Not looked up yet."
+        "This run has not been judged yet: sae eval topk<&>", "Not counted yet: sae eval topk<&>",
+        "Not looked up yet: sae report topk<&>",
     ]  # fmt: skip
     assert len(page.all("figure", "chart")) == 6
 
@@ -330,11 +321,10 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
 @pytest.mark.parametrize("steps", [1, 5, 1000])
 def test_curves_of_any_length(tmp_path: Path, steps: int) -> None:
     page = Page(write_report(make(tmp_path, steps=steps), tmp_path / "a.html").read_text("utf-8"))
-    lines = page.all("polyline")
-    assert all(len(str(a["points"]).split()) <= MOST_POINTS for a, _ in lines)
-    assert bool(page.all("polygon", "spread")) == (steps > MOST_POINTS)
-    hover = json.loads(str(next(a["data-hover"] for a, _ in page.all("svg") if "data-hover" in a)))
-    assert hover[-1][1].startswith(f"step {steps:,} · total")
+    lines = [one for one in charts(page) if one["kind"] == "lines"]
+    assert len(lines) == 6 and all(len(one["x"]) <= MOST_POINTS and one["x"][-1] == steps for one in lines)
+    assert all(len(each["y"]) == len(one["x"]) for one in lines for each in one["series"])
+    assert [each["name"] for each in lines[0]["series"]] == ["total", "reconstruction", "auxk"]
 
 
 def test_nothing_defined(tmp_path: Path) -> None:
@@ -343,46 +333,22 @@ def test_nothing_defined(tmp_path: Path) -> None:
     run.save_latents({"density": torch.zeros(64)})
     page = Page(write_report(run, tmp_path / "a.html").read_text("utf-8"))
     assert page.all("div", "card")[0][1] == "Variance explained–FVU –"
-    assert len(page.all("rect", "apart")) == 1
+    assert charts(page)[-2]["series"][1]["y"][0] == 64  # none of them ever fires
 
 
-@pytest.mark.parametrize("name", ["eval/features.json", "eval/latents.safetensors", "eval/eval.json"])
+@pytest.mark.parametrize("name", ["eval/statistics.safetensors", "eval/latents.safetensors", "eval/eval.json"])
 def test_damage_is_named(tmp_path: Path, name: str) -> None:
     run = make(tmp_path)
-    (run.path / name).write_bytes(b'{"store": 1}' if "features" in name else b"{")
+    (run.path / name).write_bytes(b"{")
     with pytest.raises(DamagedStore, match=re.escape(Path(name).name)):
         write_report(run, tmp_path / "a.html")
 
 
 def test_density_bins_hold_every_latent() -> None:
     density = np.array([1.0, 0.1, 1e-6, 0.0, 3e-4])
-    page = Page(density_html(density, None))
-    counts = [int(text.split()[0]) for _, text in page.all("rect") if text]
-    assert sum(counts) == 5
-
-
-@pytest.mark.parametrize(
-    ("tokens", "shown"),
-    [
-        ([b"caf", b"\xc3", b"\xa9", b"!"], ["caf", "<b>c3</b>", "é", "!"]),
-        ([b"\xf0\x9f", b"\x98", b"\x80 ok"], ["<b>f0 9f</b>", "<b>98</b>", "😀 ok"]),
-        ([b"\x80\x99t", b"x"], ["<b>80</b><b>99</b>t", "x"]),
-        ([b"a\xe2\x80"], ["a<b>e2</b><b>80</b>"]),
-        ([b"", b"\x00\x1b"], ["<b>∅</b>", "<b>U+0000</b><b>U+001B</b>"]),
-        ([b" a  b", b"\n\r\n", b"\t", b"\n        "], [
-            " a<s>··</s>b", "<s>↵</s><s>␍</s><s>↵</s>", "<s>⇥</s>", "<s>↵</s><s>·⁸</s>"
-        ]),
-        (["\u2028\u200b".encode()], ["<b>U+2028</b><b>U+200B</b>"]),
-    ],
-)  # fmt: skip
-def test_bytes_become_text(tokens: list[bytes], shown: list[str]) -> None:
-    assert pieces(tokens) == shown
-
-
-def test_every_byte_can_be_shown() -> None:
-    for byte in range(256):
-        (shown,) = pieces([bytes([byte])])
-        assert shown and "\n" not in shown
+    (chart,) = charts(Page(density_html(density, None)))
+    assert sum(count or 0 for one in chart["series"] for count in one["y"]) == 5
+    assert chart["names"][0] == "never" and chart["series"][1]["y"][0] == 1
 
 
 @pytest.mark.parametrize(
@@ -402,37 +368,19 @@ def test_steady_digits() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("low", [1e-9, 0.003, 0.9, 7.0])
-@pytest.mark.parametrize("ratio", [1.001, 1.5, 10.0, 1e7])
-@pytest.mark.parametrize("log", [False, True])
-def test_ticks_are_few_and_inside(low: float, ratio: float, log: bool) -> None:
-    scale = Scale(low, low * ratio, 200, 10, log)
-    ticks = scale.ticks(5)
-    assert 1 <= len(ticks) <= 6 and ticks == sorted(ticks)
-    assert all(9.99 <= scale(t) <= 200.01 for t in ticks)
-
-
 def test_charts_of_odd_data() -> None:
-    for points in ([(1.0, 5.0)], [(1.0, 0.0), (2.0, 0.0)], [(0.0, -3.0), (9.0, 1e9)], [(1.0, 1.0), (2.0, 1e-9)]):
-        for ratios in (False, True):
-            drawn = line_chart([Series("<x>", points)], label='"l"', x_label="step", ratios=ratios)
-            assert "nan" not in drawn and "inf" not in drawn and "<x>" not in drawn
-            Page(drawn)
-    Page(histogram([], label="none", apart=("never", 3)))
-    page = Page(ladder([("a", 1.0, ""), ("b", 2.0, "+1")], label="l", reference=("r", 3.0)))
-    widths = [float(str(a["width"])) for a, _ in page.all("rect")]
-    assert widths[1] == pytest.approx(2 * widths[0], abs=0.2)
-
-
-def test_charts_of_numbers_out_of_any_sense() -> None:
-    """Metrics of strangers may be any numbers: those no axis could reckon with are drawn at its ends, or as zero."""
-    sizes = (1.7976931348623157e308, -1.7976931348623157e308, 5e-324, 1e39, -1e39, 1e-300, 0.0, 1.0, -1.0)
-    for first, second, third in itertools.product(sizes, repeat=3):
-        for points in ([(1.0, first), (2.0, second), (3.0, third)], [(abs(first), 1.0), (abs(first), second)]):
-            drawn = line_chart([Series("x", points)], label="l", x_label="step", ratios=third > 0)
-            assert not re.search(r'"[^"]*\b(nan|inf)\b[^"]*"', drawn)
-    for value in sizes:
-        assert "nan" not in ladder([("a", value, ""), ("b", -value, "")], label="l", reference=("r", 0.0))
+    """Numbers out of any sense, single points, nothing at all: JSON without NaN, nothing unescaped."""
+    sizes = (1.7976931348623157e308, -1.7976931348623157e308, 5e-324, 1e-300, 0.0, 1.0)
+    drawn = "".join(
+        line_chart("<t>", [Series("<x>", [(1.0, a), (2.0, b), (3.0, c)])], x_label="step", ratios=c > 0)
+        for a, b, c in itertools.product(sizes, repeat=3)
+    )
+    drawn += line_chart("one", [Series('"', [(1.0, 5.0)])], x_label="step") + bars("b", ["<a>"], [1e308])
+    drawn += histogram("h", [], [0.1, 1.0], never=3) + scatter("s", [("<r>", "k", 0.0, 1.0)], x_label="L0")
+    assert not line_chart("none", [Series("x", [])], x_label="step")
+    for chart in charts(Page(drawn)):
+        values = [y for one in chart["series"] for y in one["y"] if y is not None]
+        assert all(abs(y) <= 1e30 for y in values) and (not chart.get("y_log") or min(values) > 0)
 
 
 def test_a_share_smaller_than_any_row_is_none(tmp_path: Path) -> None:
@@ -444,13 +392,27 @@ def test_a_share_smaller_than_any_row_is_none(tmp_path: Path) -> None:
 
 def test_the_axis_of_densities_is_that_of_what_there_is() -> None:
     """No empty half to the left of the first bar, nor one to the right of the last."""
-    density = np.array([0.0, 2e-3, 3e-3, 0.02])
-    bars = re.findall(r'<rect class="bar" x="([\d.]+)"[^>]*width="([\d.]+)"', density_html(density, None))
-    starts = [float(x) for x, _ in bars]
-    assert min(starts) < 200 and max(float(x) + float(w) for x, w in bars) > 700
+    (chart,) = charts(Page(density_html(np.array([0.0, 2e-3, 3e-3, 0.02]), None)))
+    counts = [y for y in chart["series"][0]["y"] if y is not None]
+    assert counts[0] and counts[-1] and sum(counts) == 3
 
 
-def test_a_search_has_a_place_to_say_that_nothing_matches(text: str, page: Page) -> None:
-    """Hidden at first; the script of the page fills it."""
-    (said,) = [attributes for attributes, _ in page.all("p") if attributes.get("id") == "nothing"]
-    assert "hidden" in said and 'querySelector("#nothing")' in text
+def test_several_runs_side_by_side(tmp_path: Path) -> None:
+    """A table and points for all, a line a run, each one's own parts to unfold, and a browser that knows them all."""
+    runs = [make(tmp_path / "a"), make(tmp_path / "b", steps=5)]
+    runs[1].path.rename(tmp_path / "b" / "other")
+    runs[1] = Run(tmp_path / "b" / "other")
+    page = Page(write_report(runs, tmp_path / "a.html").read_text("utf-8"))
+    found = charts(page)
+    assert [one["kind"] for one in found[:2]] == ["scatter"] * 2 and found[0]["names"] == ["topk<&>", "other"]
+    assert [one["name"] for one in next(c for c in found if c["kind"] == "lines")["series"]] == ["topk<&>", "other"]
+    assert len(page.all("details", "run")) == 6 and [text for _, text in page.all("option")] == ["topk<&>", "other"]
+    assert unpacked(page, "index-1")["order"] == unpacked(page, "index-0")["order"]
+
+
+def test_of_very_many_latents_fewer_contexts_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = known()
+    monkeypatch.setattr(browser, "MOST_CONTEXTS", 3)
+    monkeypatch.setattr(browser, "FEW", 1)
+    part = unpacked(Page(browser.browser_html([("one", found, {}, ())])), "part-0-0")
+    assert [[context[0] for context in part[latent]["t"]] for latent in (3, 5)] == [[0, 2], [0, 2]]
