@@ -7,7 +7,7 @@ from sae.pipeline.commands.options import Here, Json, RunNames, Said, TrainingSt
 
 def report(
     *,
-    run: Annotated[list[str] | None, RunNames] = None,
+    names: Annotated[list[str] | None, RunNames] = None,
     said: Annotated[Said, said_of("report.latents", "report.rows")],
     activations: TrainingStore = None,
     here: Annotated[Here, here_with("device", "threads", "cache", "runs")], json: Json = False,
@@ -28,7 +28,7 @@ def report(
     from sae.cache import catalogue
     from sae.pipeline.commands import console
 
-    found = [catalogue.find_run(here.runs, name) for name in (dict.fromkeys(run) if run else [None])]
+    found = [catalogue.find_run(here.runs, name) for name in (dict.fromkeys(names) if names else [None])]
     with here.loading_torch():
         from sae.pipeline.interpret.features import FeaturesConfig
         from sae.pipeline.report.stage import report as stage

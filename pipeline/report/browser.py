@@ -59,7 +59,8 @@ def _parts(
 ) -> Iterator[tuple[str, dict[str, Any] | list[Any]]]:
     """The index of a run and its parts, with their names."""
     kept = _kept(found)
-    order = [*first, *(latent for latent in varied(found).tolist() if latent not in set(first))]
+    asked = set(first)
+    order = [*first, *(latent for latent in varied(found).tolist() if latent not in asked)]
     tokens = _rows(found.frequent.token, LISTED, found.frequent.times > 0)
     density, largest = ([short(value) for value in column.tolist()] for column in (found.density, found.max))
     none: list[list[int]] = [[] for _ in range(found.d_sae)]

@@ -23,6 +23,7 @@ from sae.cache.provenance import LanguageModelRows, provenance
 from sae.cache.runs import CONFIG, LATENTS, Run
 from sae.cache.seen import Seen
 from sae.pipeline.formats.trained import Described
+from sae.pipeline.interpret.explanations import explanations
 from sae.pipeline.interpret.statistics import Statistics
 from sae.pipeline.report.browser import Explained, browser_html
 from sae.pipeline.report.compare import Row, compare
@@ -69,7 +70,9 @@ def read(run: Run) -> Found:
     sae = Described.of(run)
     density, fired = _densities(run, sae.d_sae)
     found = Found(run.name, run.config, run.seen, sae, run.metrics(), run.evaluation(), density, fired)
-    return found._replace(statistics=Statistics.read(run), toy=drawn_toy(run))
+    said = explanations(run)
+    known = {} if said is None else {one.feature: (one.explanation, one.score, one.control) for one in said.features}
+    return found._replace(statistics=Statistics.read(run), explained=known, toy=drawn_toy(run))
 
 
 def _densities(run: Run, d_sae: int) -> tuple[np.ndarray | None, np.ndarray | None]:

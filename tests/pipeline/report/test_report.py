@@ -17,7 +17,8 @@ from support.small_stores import activation_recipe
 
 from sae.cache.errors import DamagedStore
 from sae.cache.printable import printable
-from sae.cache.runs import Run
+from sae.cache.runs import EXPLANATIONS, Run
+from sae.pipeline.interpret.explanations import Explained, Explanations
 from sae.pipeline.report import browser
 from sae.pipeline.report import page as report
 from sae.pipeline.report.charts import MOST_POINTS, Series, bars, histogram, line_chart, scatter
@@ -416,3 +417,20 @@ def test_of_very_many_latents_fewer_contexts_are_shown(monkeypatch: pytest.Monke
     monkeypatch.setattr(browser, "FEW", 1)
     part = unpacked(Page(browser.browser_html([("one", found, {}, ())])), "part-0-0")
     assert [[context[0] for context in part[latent]["t"]] for latent in (3, 5)] == [[0, 2], [0, 2]]
+
+
+def test_explanations_are_shown_where_there_are_any(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    one = Explained(
+        feature=3, explanation="</script> the", score=0.9, control=None, scores=[], control_feature=None, density=0.1,
+        backend="tokens", model=None, errors=[],
+    )  # fmt: skip
+    run.write_json(EXPLANATIONS, Explanations(features=[one], made={}).model_dump(mode="json"))
+    page = Page(write_report(run, tmp_path / "a.html").read_text("utf-8"))
+    assert unpacked(page, "index-0")["said"] == {"3": ["</script> the", 0.9, None]}
+
+
+def test_latents_asked_for_come_first(tmp_path: Path) -> None:
+    page = Page(write_report(make(tmp_path), tmp_path / "a.html", first=(40, 2)).read_text("utf-8"))
+    order = unpacked(page, "index-0")["order"]
+    assert order[:2] == [40, 2] and sorted(order) == list(range(64))
