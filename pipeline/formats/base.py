@@ -36,6 +36,8 @@ class Format(ABC):
     name: ClassVar[str]
     holds: ClassVar[tuple[str, ...]] = ()
     """Names of the files that make a folder one of these, all of them."""
+    several_stores: ClassVar[bool] = False
+    """Whether it has dictionaries whose rows are of several stores."""
 
     def detects(self, path: Path) -> bool:
         """Return True if a folder (or a file, of a tool that keeps many in one folder) is laid out like this."""
@@ -134,9 +136,10 @@ def write_set(parts: Sequence[tuple[LatentCoder, Metadata]], path: Path | str, f
             return
         formulas = []
         for one, metadata in parts:
-            assert isinstance(one, Dictionary), "all that have latents are one or the other"
+            if not isinstance(one, Dictionary):
+                raise ValueError(f"it has sparse dictionaries, and a {type(one).__name__} is none")
             formulas.append((one.formula(), metadata))
-        if any(formula.of_several_stores for formula, _ in formulas):
+        if any(formula.of_several_stores for formula, _ in formulas) and not FORMATS[format].several_stores:
             raise ValueError("it has none whose rows are of several stores")
         FORMATS[format].write_set(formulas, folder)
     except SaeError:

@@ -4,8 +4,12 @@ p = x @ W_E + b_E without any centring, where x is scaled to a norm of sqrt(d): 
 which is folded into the weights here (thresholds included), or row by row. The tool scales before it encodes, so its
 `encode` gives latents of scaled rows: these times the average norm over sqrt(d). Where p counts times the norm of a
 latent's decoder row, thresholds are over that norm; a topk that chooses so gives latents times it. What chooses over a
-batch is no function of a row, and is refused: its own converter makes a jumprelu of it. Source: llamascopium
-(`models/sae.py`, `models/sparse_dictionary.py`).
+batch is no function of a row, and is refused: its own converter makes a jumprelu of it.
+
+A crosscoder has a head for every hook point, W_E [heads, d, m], b_E [heads, m], W_D [heads, m, d], b_D [heads, d]. The
+heads' pre-activations are added up, and each head's latents are activation(p n_h) / n_h with the norms n_h of its own
+decoder rows. Of a ReLU these are ReLU(p) in every head; a threshold, or a choice of k, would be another in each, and is
+refused. Source: llamascopium (`models/sae.py`, `models/sparse_dictionary.py`, `models/crosscoder.py`).
 """
 
 from __future__ import annotations
@@ -36,13 +40,15 @@ class OpenMOSS(Format):
 
     name = "openmoss"
     holds = (CONFIG, WEIGHTS)
+    several_stores = True
 
     def detects(self, path: Path) -> bool:
         return super().detects(path) and not (path / "cfg.json").is_file()  # as SAELens and our runs have
 
     def formula(self, path: Path) -> tuple[Formula, Metadata]:
         said, left = files.read_pair(path, CONFIG, WEIGHTS)
-        files.choice(said, "sae_type", "sae")
+        if files.choice(said, "sae_type", "sae", "crosscoder") == "crosscoder":
+            return _crosscoder(said, left)
         if files.flag(said, "use_glu_encoder", False):
             raise ValueError("use_glu_encoder is true, which is not read")
         d_in, d_sae = files.width(said, "d_model"), _latents(said)
@@ -67,6 +73,9 @@ class OpenMOSS(Format):
 
     def write(self, formula: Formula, metadata: Metadata, folder: Path) -> None:
         rule = formula.rule
+        if formula.of_several_stores:
+            _write_crosscoder(formula, metadata, folder)
+            return
         names: dict[str, str] = {"relu": "relu", "topk": "topk", "threshold": "jumprelu"}
         if rule.name not in names:
             raise ValueError(f"it has no {rule.name}")
@@ -74,8 +83,7 @@ class OpenMOSS(Format):
             files.expect_unscaled(formula)
         if formula.W_skip is not None or formula.d_in != formula.d_out:
             raise ValueError("it has no skip connection, and gives as many values as it takes")
-        if formula.d_sae != int(formula.d_in * (formula.d_sae / formula.d_in)):
-            raise ValueError(f"it cannot say {formula.d_sae} latents as {formula.d_in} times a number")
+        _expect_factor(formula.d_sae, formula.d_in)
         formula = formula.recentred(False)
         hook = metadata.hook or "unknown"
         config = {
@@ -90,6 +98,61 @@ class OpenMOSS(Format):
         if isinstance(rule, ThresholdRule):  # it keeps logarithms; from 0 on down a threshold is a ReLU
             tensors[THRESHOLD] = rule.threshold.clamp(min=LEAST).log()
         files.write_pair(folder, CONFIG, config, WEIGHTS, tensors)
+
+
+def _crosscoder(said: dict[str, Any], left: dict[str, Tensor]) -> tuple[Formula, Metadata]:
+    """A crosscoder of ReLUs, its heads side by side."""
+    files.choice(said, "act_fn", "relu")
+    files.choice(said, "norm_activation", "inference")
+    hooks = field(said, "hook_points")
+    if not isinstance(hooks, list) or not hooks or not all(isinstance(hook, str) for hook in hooks):
+        raise ValueError(f"hook_points is {shown(hooks)}, not a list of names")
+    heads, d, d_sae = len(hooks), files.width(said, "d_model"), _latents(said)
+    formula = Formula(
+        W_enc=files.take(left, "W_E", heads, d, d_sae).flatten(0, 1),
+        b_enc=files.take(left, "b_E", heads, d_sae).sum(0),
+        W_dec=files.take(left, "W_D", heads, d_sae, d).transpose(0, 1).flatten(1),
+        b_dec=files.take(left, "b_D", heads, d).flatten(),
+        rule=ReLURule(),
+        centred=False,
+        widths_in=(d,) * heads,
+        widths_out=(d,) * heads,
+    )
+    files.expect_taken(left)
+    return formula, Metadata(hook=hooks[0], beside=tuple(hooks[1:]))
+
+
+def _write_crosscoder(formula: Formula, metadata: Metadata, folder: Path) -> None:
+    if formula.transcoder or len({*formula.widths_in}) > 1:
+        raise ValueError("its crosscoders reconstruct what they read, from stores of one width")
+    silent = isinstance(formula.rule, ThresholdRule) and bool((formula.rule.threshold <= 0).all())
+    if not silent and not isinstance(formula.rule, ReLURule):
+        raise ValueError(
+            f"it has no {formula.rule.name} that is the same at every store; train with train.sae.sparsity = l1"
+        )
+    heads, d = len(formula.widths_in), formula.widths_in[0]
+    hooks = [metadata.hook or "unknown", *metadata.beside]
+    if len({*hooks}) < heads:
+        raise ValueError(f"it tells stores apart by hook points, and these are {', '.join(hooks)}")
+    _expect_factor(formula.d_sae, d)
+    formula = formula.recentred(False)
+    W_D = formula.W_dec.view(formula.d_sae, heads, d).transpose(0, 1).contiguous()
+    if not bool((torch.linalg.vector_norm(W_D, dim=2) > 0).all()):
+        raise ValueError("the norms of decoder rows at each store are divided by, and some are 0")
+    config = {
+        "sae_type": "crosscoder", "d_model": d, "expansion_factor": formula.d_sae / d, "use_decoder_bias": True,
+        "act_fn": "relu", "norm_activation": "inference", "sparsity_include_decoder_norm": True, "hook_points": hooks,
+    }  # fmt: skip
+    W_E = formula.W_enc.view(heads, d, formula.d_sae)
+    b_E = torch.zeros(heads, formula.d_sae)
+    b_E[0] = formula.b_enc  # they are added up
+    tensors = {"W_E": W_E, "b_E": b_E, "W_D": W_D, "b_D": formula.b_dec.view(heads, d)}
+    files.write_pair(folder, CONFIG, config, WEIGHTS, tensors)
+
+
+def _expect_factor(d_sae: int, d: int) -> None:
+    if d_sae != int(d * (d_sae / d)):
+        raise ValueError(f"it cannot say {d_sae} latents as {d} times a number")
 
 
 def _latents(said: dict[str, Any]) -> int:

@@ -68,8 +68,12 @@ def load_run(run: Run) -> Dictionary:
     """
     found = load_any(run)
     if not isinstance(found, Dictionary):
-        arch = dictionary_of(run).arch
-        raise SaeError(f"{run.path}: trained a {arch}, not a sparse dictionary; only `evaluate()` reads it")
+        read = (
+            "`evaluate()` and `report()` alone read it"
+            if isinstance(found, LatentCoder)
+            else "only `evaluate()` reads it"
+        )
+        raise SaeError(f"{run.path}: trained a {dictionary_of(run).arch}, not a sparse dictionary; {read}")
     return found
 
 
@@ -93,11 +97,10 @@ def load_any(run: Run) -> Predictor:
         config = dictionary_of(run)
         kind = ARCHITECTURES[config.arch]
         if not issubclass(kind, SAE) or not isinstance(config, Config):
-            inputs, targets = (tuple(recipe["d"] for recipe in side) for side in run.seen.recipes)
-            made = trainable(config, inputs, targets or None)
+            made = _blank(run, config)
             made.load_state_dict(tensors)
             if isinstance(made, LatentCoder):
-                made.metadata = saelens.metadata_of(inner(described, "metadata"))
+                made.metadata = saelens.metadata_of(inner(described, "metadata") if "metadata" in described else {})
             return made.eval().requires_grad_(False)
         sae = kind.from_formula(config, saelens.formula_of(tensors, described))
         sae.metadata = saelens.metadata_of(inner(described, "metadata") if "metadata" in described else {})
@@ -106,6 +109,12 @@ def load_any(run: Run) -> Predictor:
     except (ValueError, RuntimeError) as error:
         raise DamagedStore(f"{run.path}: the weights do not fit the run's settings: {error}") from error
     return sae.eval().requires_grad_(False)
+
+
+def _blank(run: Run, config: TrainableConfig) -> Trainable:
+    """What a run trains, as it is before training."""
+    inputs, targets = (tuple(recipe["d"] for recipe in side) for side in run.seen.recipes)
+    return trainable(config, inputs, targets or None)
 
 
 def in_training(run: Run) -> SAE | None:
@@ -117,9 +126,7 @@ def in_training(run: Run) -> SAE | None:
     if run.imported is not None or not run.has_checkpoint:
         return None
     tensors, _ = run.load_checkpoint()
-    _, described = run.load_weights()
-    widths = whole(described, "d_in", 1), whole(described, "d_out", 1) if run.seen.targets else None
-    made = trainable(dictionary_of(run), *widths)
+    made = _blank(run, dictionary_of(run))
     if not isinstance(made, SAE):
         return None
     try:

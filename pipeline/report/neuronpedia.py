@@ -50,10 +50,10 @@ def write(run: Run, folder: Path, model: str | None = None) -> list[Path]:
     origin = provenance(run.seen.inputs[0].recipe)
     if not isinstance(origin, LanguageModelRows):
         raise SaeError(f"{run.name}: its pages show text, and the rows of {run.seen.key} come from none")
+    directions = load_run(run).W_dec.detach()
     features = found_features(run)
     if features is None:
         raise NotFound(f"{run.path}: no latent has been looked up yet; run `report({run.name})` first")
-    directions = load_run(run).W_dec.detach()
     head = {
         "model_id": origin.model if model is None else model, "layer": origin.layer,
         "sae_set": f"{origin.site}-{run.name}", "sae_id_suffix": None,

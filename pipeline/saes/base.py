@@ -59,7 +59,8 @@ from .ghosts import ghost_loss
 from .inference import Formula
 from .latents import Latents, RowScaling, RowStats
 from .losses import Losses, LossInputs, Observed, SparseLosses
-from .widths import Width, norms_by_store, widths
+from .over_stores import OverStores
+from .widths import Width, norms_by_store
 
 RATE_MEMORY = 0.01
 """Weight of the newest batch in a latent's firing rate: about the last hundred batches count."""
@@ -74,7 +75,7 @@ class Chosen(NamedTuple):
     weights: Weights
 
 
-class SAE(Dictionary, Trainable):
+class SAE(Dictionary, OverStores):
     """A dictionary that can be trained: its loss, and what goes with a step. Given d_out, it is a transcoder.
 
     Float32 and on the CPU when made; `.to()` moves it. The same config, widths and seed give the same weights.
@@ -85,17 +86,12 @@ class SAE(Dictionary, Trainable):
     latent_units: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Parameters and buffers measured in units of a latent's activation, which `fold` scales along."""
 
-    several_stores = True
     rows_since_fired: Tensor
     firing_rate: Tensor
 
     def __init__(self, config: Config, d_in: Width, d_out: Width | None = None, *, seed: int = 0) -> None:
-        super().__init__()
-        config.expect_widths(d_in, d_out)
-        self.config, self.seed = config, seed
-        self._widths = widths(d_in), widths(d_in if d_out is None else d_out)
-        self.d_in, self.d_out, self.d_sae = sum(self.widths_in), sum(self.widths_out), config.d_sae
-        self.is_transcoder, self._acts = d_out is not None, False
+        OverStores.__init__(self, config, d_in, d_out, seed)
+        self.d_sae, self._acts = config.d_sae, False
         several = [len(each) > 1 for each in self._widths]
         generator = torch.Generator().manual_seed(seed)
         table = initial.rows(config.init, self.d_sae, self.d_out, generator)
@@ -113,12 +109,6 @@ class SAE(Dictionary, Trainable):
         self.register_buffer("target_scale", torch.ones(self.d_out if several[1] else ()))
         self.register_parameter("W_skip", nn.Parameter(torch.zeros(self.d_in, self.d_out)) if config.skip else None)
         self._build(generator)
-
-    def _bias(self, name: str, width: int, *, learned: bool) -> None:
-        if learned:
-            self.register_parameter(name, nn.Parameter(torch.zeros(width)))
-        else:
-            self.register_buffer(name, torch.zeros(width))
 
     # What an architecture may fill in
 
@@ -158,14 +148,6 @@ class SAE(Dictionary, Trainable):
         self.b_enc[which] = 0
 
     # What it is
-
-    @property
-    def widths_in(self) -> tuple[int, ...]:
-        return self._widths[0]
-
-    @property
-    def widths_out(self) -> tuple[int, ...]:
-        return self._widths[1]
 
     @property
     def b_dec_applied_to_input(self) -> bool:
@@ -236,19 +218,14 @@ class SAE(Dictionary, Trainable):
             self.target_scale.copy_(initial.store_scales(outputs, self.widths_out, unit=unit))
             if self.config.input_scale != "per_token":
                 self.scale.copy_(initial.store_scales(sample, self.widths_in, unit=unit))
-        match self.config.b_dec_init:
-            case "mean":
-                self.b_dec.copy_((outputs * self.target_scale).mean(0))
-            case "geometric_median":
-                self.b_dec.copy_(initial.geometric_median(outputs * self.target_scale))
+        self._initialise_bias(outputs * self.target_scale)
 
     def loss(self, x: Tensor, target: Tensor | None = None, clock: Clock = FINISHED) -> SparseLosses:
         """The loss of a batch x [B, d_in], its target being x itself unless this is a transcoder.
 
         ValueError for a batch without rows, over which there is no mean.
         """
-        if not len(x):
-            raise ValueError("a batch without rows has no loss")
+        self.expect_rows(x)
         y = self._targets(x, target)
         read = self.chosen(x, clock)
         y = y * self.target_scale if self.is_transcoder else read.x
@@ -278,11 +255,6 @@ class SAE(Dictionary, Trainable):
             return own
         norms = norms_by_store(self.W_dec, self.widths_out).sum(1, keepdim=True)
         return Weights(own.W_enc_rows * norms, own.b_enc * norms.view(-1), own.W_dec / norms)
-
-    def _targets(self, x: Tensor, target: Tensor | None) -> Tensor:
-        if target is None if self.is_transcoder else not (target is None or target is x):
-            raise ValueError("a transcoder needs targets; an autoencoder's target is its input, so it takes no other")
-        return x if target is None else target
 
     @torch.no_grad()
     def before_step(self) -> None:

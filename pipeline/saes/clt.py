@@ -19,16 +19,17 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import initial, latents
+from . import latents
 from .base import SAE, register
 from .batch_threshold import BatchThresholdConfig
 from .batchtopk import BatchTopK, BatchTopKConfig
 from .config import FINISHED, Clock, Config
-from .contract import LatentCoder, LayerByLayer, ParameterGroup, Trainable
+from .contract import LatentCoder, LayerByLayer, ParameterGroup
 from .inference import Formula
 from .jumprelu import JumpReLU, JumpReLUConfig, JumpReLUSettings
 from .latents import Latents
 from .losses import Losses, Observed, SparseLosses
+from .over_stores import OverStores
 from .topk import TopK, TopKConfig
 from .ways import WaysConfig
 from .widths import Width, widths
@@ -89,20 +90,14 @@ class LayerLosses(Losses):
 
 @final
 @register
-class CLT(LayerByLayer, LatentCoder, Trainable):
+class CLT(LayerByLayer, LatentCoder, OverStores):
     """Latents of every layer that write to this layer and all later ones; chosen layer by layer."""
 
     config_type = CLTConfig
-    several_stores = True
     config: CLTConfig
-    b_dec: Tensor
 
     def __init__(self, config: CLTConfig, d_in: Width, d_out: Width | None = None, *, seed: int = 0) -> None:
-        super().__init__()
-        config.expect_widths(d_in, d_out)
-        self.config, self.seed = config, seed
-        self._widths = widths(d_in), widths(d_in if d_out is None else d_out)
-        self.d_in, self.d_out = sum(self.widths_in), sum(self.widths_out)
+        OverStores.__init__(self, config, d_in, d_out, seed)
         kind = KINDS[config.sparsity]
         settings = config.of_the_way(b_dec_init="none", pre_encoder_bias=False)
         self.layers = nn.ModuleList(
@@ -110,21 +105,9 @@ class CLT(LayerByLayer, LatentCoder, Trainable):
             for layer, width in enumerate(self.widths_in)
         )
         self.d_sae = config.latents_of(len(self.layers))
-        b_dec = torch.zeros(self.d_out)
-        if config.b_dec_init == "none":
-            self.register_buffer("b_dec", b_dec)
-        else:
-            self.b_dec = nn.Parameter(b_dec)
+        self._bias("b_dec", self.d_out, learned=config.b_dec_init != "none")
 
     # What it is
-
-    @property
-    def widths_in(self) -> tuple[int, ...]:
-        return self._widths[0]
-
-    @property
-    def widths_out(self) -> tuple[int, ...]:
-        return self._widths[1]
 
     @property
     def width(self) -> int:
@@ -174,10 +157,8 @@ class CLT(LayerByLayer, LatentCoder, Trainable):
         """The column at which each layer's store begins, in what is written."""
         return [sum(self.widths_out[:layer]) for layer in range(len(self.widths_out))]
 
-    def _expect(self, x: Tensor, target: Tensor | None) -> list[tuple[SAE, int, Tensor]]:
+    def _by_layer(self, x: Tensor) -> list[tuple[SAE, int, Tensor]]:
         """Each layer's transcoder, the column it writes from, and the rows that it reads."""
-        if target is None or target is x or not len(x):
-            raise ValueError("a cross-layer transcoder needs rows, and targets of their own")
         return [*zip(self.saes, self._places, x.split([*self.widths_in], dim=1), strict=True)]
 
     # Training
@@ -185,22 +166,15 @@ class CLT(LayerByLayer, LatentCoder, Trainable):
     @torch.no_grad()
     def initialise(self, sample: Tensor, targets: Tensor | None = None) -> None:
         """Set every layer's scales and the bias from a sample of rows [n, d_in] and targets [n, d_out]."""
-        layers = self._expect(sample, targets)
-        assert targets is not None, "as `_expect` says"
-        for sae, place, x in layers:
-            sae.initialise(x, targets[:, place:])
-        y = targets * self.target_scale
-        match self.config.b_dec_init:
-            case "mean":
-                self.b_dec.copy_(y.mean(0))
-            case "geometric_median":
-                self.b_dec.copy_(initial.geometric_median(y))
+        outputs = self._targets(sample, targets)
+        for sae, place, x in self._by_layer(sample):
+            sae.initialise(x, outputs[:, place:])
+        self._initialise_bias(outputs * self.target_scale)
 
     def loss(self, x: Tensor, target: Tensor | None = None, clock: Clock = FINISHED) -> LayerLosses:
         """The loss of a batch x [B, d_in] and its targets [B, d_out]: the error of all, and the terms of each layer."""
-        layers = self._expect(x, target)
-        assert target is not None, "as `_expect` says"
-        y = target * self.target_scale
+        self.expect_rows(x)
+        layers, y = self._by_layer(x), self._targets(x, target) * self.target_scale
         read = [sae.chosen(part, clock) for sae, _, part in layers]
         y_hat = self.b_dec.repeat(len(x), 1)
         for (_, place, _), its in zip(layers, read, strict=True):

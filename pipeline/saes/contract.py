@@ -166,6 +166,11 @@ class Trainable(Predictor):
     def loss(self, x: Tensor, target: Tensor | None = None, clock: Clock = FINISHED) -> Losses:
         """The loss of a batch: named scalars that add up to it, and the prediction."""
 
+    def expect_rows(self, x: Tensor) -> None:
+        """Raise ValueError for a batch without rows, over which there is no mean."""
+        if not len(x):
+            raise ValueError("a batch without rows has no loss")
+
     def parameter_groups(self) -> list[ParameterGroup]:
         """Every parameter once, with what decides its learning rate.
 

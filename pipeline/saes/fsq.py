@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import latents
 from .base import register
 from .config import FINISHED, Clock
+from .contract import LatentCoder
 from .latents import Latents
 from .losses import CodedLosses, Losses
 from .scaled import Scaled, ScaledConfig, encoder
@@ -62,7 +63,7 @@ class FSQConfig(ScaledConfig):
 
 @final
 @register
-class FSQ(Scaled):
+class FSQ(Scaled, LatentCoder):
     """One of a fixed grid of codes for each of several groups of channels, and a linear decoder.
 
     b = tanh(z + s) h - o, with h = (L - 1) (1 - 1e-3) / 2, o = 1/2 where L is even, s = atanh(o / h); a channel's value
@@ -79,6 +80,7 @@ class FSQ(Scaled):
 
     def __init__(self, config: FSQConfig, d_in: int, d_out: int | None = None, *, seed: int = 0) -> None:
         super().__init__(config, d_in, d_out, seed)
+        self.d_sae = config.latents
         generator = torch.Generator().manual_seed(seed)
         channels = config.groups * len(config.levels)
         self.encoder = encoder(d_in, config.hidden, channels, generator)
@@ -107,6 +109,10 @@ class FSQ(Scaled):
 
     def decode(self, codes: Latents) -> Tensor:
         return (latents.decode(codes, self.table()) + self.b_dec) / self.target_scale
+
+    def decoder_norms(self) -> Tensor:
+        """[groups * codes, 1]: the norm of what each code gives."""
+        return torch.linalg.vector_norm(self.table() / self.target_scale, dim=1, keepdim=True)
 
     def table(self) -> Tensor:
         """[groups * codes, d_out]: what each code of each group gives, in the space the loss is taken in."""

@@ -266,8 +266,7 @@ class MOLT(Steering, Coder):
     # Training
 
     def loss(self, x: Tensor, target: Tensor | None = None, clock: Clock = FINISHED) -> Losses:
-        if not len(x):
-            raise ValueError("a batch without rows has no loss")
+        self.expect_rows(x)
         y = (x if target is None else target) * self.target_scale
         codes = self._gates(self._scaled(x))
         y_hat = self._mixed(codes) + self.b_dec

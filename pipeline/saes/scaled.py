@@ -49,8 +49,7 @@ class Scaled(Coder, Trainable):
 
     def _target(self, x: Tensor, target: Tensor | None) -> Tensor:
         """What a batch is to become, in the space the loss is taken in. ValueError for a batch without rows."""
-        if not len(x):
-            raise ValueError("a batch without rows has no loss")
+        self.expect_rows(x)
         return (x if target is None else target) * self.target_scale
 
 

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.saes_kit import CASES, D, batches, made, one_thread, settings, train
 from support.small_formats import D_OUT, one_line, openmoss, put_tensors, rows
 
 from sae.cache.errors import SaeError
 from sae.pipeline import formats
 from sae.pipeline.formats import Metadata
-from sae.pipeline.saes import create
+from sae.pipeline.saes import create, parse, trainable
+from sae.pipeline.saes.dictionary import Dictionary
 
 single = pytest.fixture(autouse=True, scope="module")(one_thread)
 FOLDERS = openmoss()
@@ -45,7 +47,9 @@ def test_a_topk_by_norm_is_the_same_function_in_units_of_the_rows(tmp_path: Path
 
 
 REFUSED = [
-    ({"sae_type": "crosscoder"}, 'sae_type is "crosscoder"; read are sae'),
+    ({"sae_type": "molt"}, 'sae_type is "molt"; read are sae, crosscoder'),
+    ({"sae_type": "crosscoder", "act_fn": "topk"}, 'act_fn is "topk"; read are relu'),
+    ({"sae_type": "crosscoder", "act_fn": "relu"}, "hook_points"),
     ({"act_fn": "batchtopk"}, 'act_fn is "batchtopk"; read are relu, topk, jumprelu'),
     ({"norm_activation": "batch-wise"}, "by those of a batch, which is not read"),
     ({"norm_activation": "dataset-wise"}, f"tensors lack dataset_average_activation_norm.{HOOK}"),
@@ -91,6 +95,35 @@ def test_every_architecture_is_written_as_what_it_computes(
     again, said = formats.read(tmp_path / "out")
     torch.testing.assert_close(again(rows()), sae(rows()), rtol=1e-4, atol=1e-4)
     assert said == metadata._replace(model=None)
+
+
+def test_a_crosscoder_is_written_as_its_heads_compute(tmp_path: Path) -> None:
+    """p is the sum of the heads'; each head's latents are activation(p n) / n with its own decoder's norms n."""
+    settings = {"arch": "crosscoder", "d_sae": 6, "sparsity": "l1"}
+    crosscoder = trainable(parse(settings), (4, 4))
+    assert isinstance(crosscoder, Dictionary)
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([3.0] * 4 + [0.2] * 4) + 1
+    crosscoder.initialise(x)
+    hooks = ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post")
+    formats.write(crosscoder, Metadata(hook=hooks[0], beside=hooks[1:]), tmp_path / "out", "openmoss")
+    t = load_file(tmp_path / "out" / "sae_weights.safetensors")
+    p = (torch.einsum("bhd,hdm->bhm", x.view(64, 2, 4), t["W_E"]) + t["b_E"]).sum(1, keepdim=True)
+    n = t["W_D"].norm(dim=2)
+    theirs = torch.einsum("bhm,hmd->bhd", (p * n).relu() / n, t["W_D"]) + t["b_D"]
+    torch.testing.assert_close(theirs.flatten(1), crosscoder(x), rtol=1e-4, atol=1e-4)
+    again, said = formats.read(tmp_path / "out")
+    torch.testing.assert_close(again(x), crosscoder(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(again.encode(x).dense(), crosscoder.encode(x).dense(), rtol=1e-4, atol=1e-4)
+    assert said == Metadata(hook=hooks[0], beside=hooks[1:]) and again.widths_in == (4, 4)
+    for wrong, of, line in (
+        ({"sparsity": "batchtopk", "k": 2}, hooks, "no threshold that is the same at every store"),
+        ({}, (hooks[0], hooks[0]), "by hook points, and these are blocks.1"),
+    ):
+        other = trainable(parse(settings | wrong), (4, 4))
+        assert isinstance(other, Dictionary)
+        other.get_buffer("threshold").fill_("k" in wrong)  # as it is learned
+        with pytest.raises(SaeError, match=line):
+            formats.write(other, Metadata(hook=of[0], beside=of[1:]), tmp_path / "x", "openmoss")
 
 
 def test_what_it_has_no_words_for(tmp_path: Path) -> None:

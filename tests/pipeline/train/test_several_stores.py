@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.command_line import sae
-from support.small_stores import activation_recipe, extend, shrunk
+from support.command_line import done, sae
+from support.small_stores import activation_recipe, extend, shrunk, token_recipe
 from torch import Tensor
+from torch.nn import functional as F
 
 from sae.cache.activations import ActivationStore, ActivationWriter
 from sae.cache.errors import SaeError
@@ -231,3 +232,29 @@ def test_the_command_line_lists_stores_with_commas(stores: tuple[ActivationStore
         answer = sae(f"{said} {asked} --name two")
         assert answer.code in (2, 3) and line in answer.complaint, answer.err
         assert not (runs / "two").exists()
+
+
+def test_what_one_of_two_models_has_alone_is_found(tmp_path: Path) -> None:
+    """By commands: two models' stores of the same tokens, a crosscoder, and where its latents have their decoders."""
+    cache, runs, d, features = tmp_path / "cache", tmp_path / "runs", 10, 8
+    tables = [F.normalize(torch.randn(features, d, generator=torch.Generator().manual_seed(i)), dim=1) for i in (1, 2)]
+    tables[1][0] = 0  # the first model's alone
+    keys = {}
+    for split, n in (("train", 1024), ("validation", 256)):
+        chosen = torch.rand(n, features, generator=torch.Generator().manual_seed(n))
+        coefficients = (chosen > 0.8) * (0.5 + chosen)
+        for name, table in zip("ab", tables, strict=True):
+            model = {"model": {"model": name}, "tokens": token_recipe(split)}
+            keys[name, split] = written(cache, coefficients @ table, 1, **model).key
+    here = f"--cache {cache} --device cpu --runs {runs}"
+    both = ",".join(keys[name, "train"] for name in "ab")
+    done(f"train --arch crosscoder --input {both} --d-sae 8 --k 2 --batch 64 --steps 500 --lr 1e-2 --name diff {here}")
+    judged = done(f"eval diff {here} --json")
+    assert "of two language models, so the dictionary is spliced into neither" in judged.err
+    stores = judged.json["details"]["stores"]
+    assert [*stores] == both.split(",") and judged.json["fvu"] < 0.2
+    shares = torch.tensor([one["decoder_shares"] for one in stores.values()])
+    assert judged.json["exclusive_share"] == pytest.approx(1 / features)
+    assert shares[0, 18:].sum() == 1 and shares[1, :2].sum() == 1 and shares[:, 6:14].sum() == 2 * (features - 1)
+    written_out = sae(f"export diff --to saelens --runs {runs} --out {tmp_path / 'out'}").complaint
+    assert "rows are of several stores" in written_out
