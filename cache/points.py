@@ -71,6 +71,12 @@ def expect_in_order(stores: Sequence[ActivationStore]) -> None:
             )
 
 
+def expect_read_first(read: ActivationStore, written: ActivationStore) -> None:
+    """Raise SaeError, naming both, where one model computes the point that is written before the one that is read."""
+    if read.recipe.get("model") == written.recipe.get("model") and point_of(read) != point_of(written):
+        expect_in_order((read, written))
+
+
 def _time(point: Where) -> tuple[int, int]:
     """When a model computes a point."""
     layer, site = point

@@ -127,6 +127,8 @@ def open_run(config: TrainConfig, dataset: Dataset, root: Path, name: str | None
     if issubclass(ARCHITECTURES[config.sae.arch], LayerByLayer):
         for stores in (dataset.inputs, dataset.targets, *zip(dataset.inputs, dataset.targets, strict=False)):
             points.expect_in_order(stores)
+    elif len(dataset.inputs) == len(dataset.targets) == 1:
+        points.expect_read_first(dataset.inputs[0], dataset.targets[0])
     rows = config.store_rows
     assert rows is not None
     if config.batch > rows:
