@@ -69,12 +69,21 @@ def pareto(rows: Sequence[Row], path: Path, drawn: Sequence[str] | None = None, 
 
     figure = Figure(figsize=(5.6 * len(panels), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    kinds = list(dict.fromkeys(str(row["sae.arch"]) for row in rows))
+    rows = [{**row, "sae.arch": kind} for row, kind in zip(rows, kinds_of(rows), strict=True)]
+    kinds = list(dict.fromkeys(row["sae.arch"] for row in rows))
     for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _fill(axis, panel, rows, kinds)
     if below := absent(rows, panels):
         figure.supxlabel("\n".join(plain_text(line, MOST_LINE) for line in below.split("\n")), fontsize="small")
     save(figure, path)
+
+
+def kinds_of(rows: Sequence[Row]) -> list[str]:
+    """What each row is in the legend: its architecture, and whether that is a transcoder where some of it are not."""
+    across = [" -> " in str(row.get("activations")) for row in rows]
+    plain = {row["sae.arch"] for row, two in zip(rows, across, strict=True) if not two}
+    named = zip((row["sae.arch"] for row in rows), across, strict=True)
+    return [f"{arch} transcoder" if two and arch in plain else str(arch) for arch, two in named]
 
 
 def panels_of(rows: Sequence[Row], drawn: Sequence[str] | None = None, x: str = "l0") -> list[PanelAxes]:

@@ -19,7 +19,7 @@ from sae.cache.runs import Run
 from sae.cache.store.manifest import Windows
 from sae.configs import resolve
 from sae.pipeline.report.compare import as_csv, compare, front, over_seeds
-from sae.pipeline.report.plots import absent, axes_of, pareto
+from sae.pipeline.report.plots import absent, axes_of, kinds_of, pareto
 from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.train.stage import TrainConfig, open_run, train
 from sae.pipeline.train.sweep import combinations, of_seeds, open_all, sweep
@@ -217,6 +217,9 @@ class TestCompare:
         assert "topk, on 64 rows" in texts[0] and "topk, on 1,000 rows" in texts[0]
         assert f"not judged: {runs[3].name}" in texts[0]
         assert "rows -->" not in texts[1].replace("held-out rows -->", "") and "not judged" not in texts[1]
+        between = [{**rows[0], "activations": said} for said in ("1.mlp_out", "1.mlp_in -> 1.mlp_out")]
+        assert kinds_of([*rows, *between]) == ["topk"] * (len(rows) + 1) + ["topk transcoder"]
+        assert kinds_of(between[1:]) == ["topk"]
         zero, none = {**rows[0], "l0": 0.0}, {**rows[1], "ce_degradation": None}
         panels = [axes_of("fvu"), axes_of("ce_degradation")]
         said = f"L0 of 0: {runs[0].name}; no cross-entropy added, nats a token: {runs[1].name}"
