@@ -20,10 +20,12 @@ from scipy import sparse
 from torch import Tensor
 
 from sae.cache.activations import ActivationStore
+from sae.cache.disk.identity import canonical
 from sae.cache.errors import SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import common_rows, expect_aligned
 from sae.cache.runs import Run
+from sae.cache.seen import SeenStore
 from sae.pipeline.formats import trained
 from sae.pipeline.interpret.survey import BATCH_ROWS, firings, judging
 from sae.pipeline.matching.config import MatchConfig
@@ -48,15 +50,20 @@ class Subject:
     place: Workplace
 
     @property
+    def _stores(self) -> Sequence[SeenStore]:
+        return self.run.seen.targets or self.run.seen.inputs
+
+    @property
     def written(self) -> list[tuple[str, Any]]:
-        """What its decoder rows are directions of: model and point of every store that it writes."""
-        recipes = self.run.seen.recipes[1] or self.run.seen.recipes[0]
-        return [(str(one.get("model", {}).get("model", "")), (one.get("layer"), one.get("site"))) for one in recipes]
+        """What its decoder rows are directions of: model and point of every store that it writes, or whose rows."""
+        recipes = [one.recipe for one in self._stores]
+        return [(canonical(one.get("model", one)), (one.get("layer"), one.get("site"))) for one in recipes]
 
     @property
     def place_name(self) -> str:
         """That, for people."""
-        return " + ".join(f"{layer}.{site}" if site else "rows of no model" for _, (layer, site) in self.written)
+        each = zip(self._stores, self.written, strict=True)
+        return " + ".join(f"{layer}.{site}" if site else store.key for store, (_, (layer, site)) in each)
 
     @cached_property
     def held_out(self) -> Dataset:

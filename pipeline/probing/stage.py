@@ -15,6 +15,7 @@ import numpy as np
 
 from sae.cache.disk.durable import expect_no_link, expect_writable, make_folder
 from sae.cache.disk.identity import Recipe, canonical, key
+from sae.cache.disk.parsing import as_written
 from sae.cache.errors import SaeError
 from sae.cache.points import point_of
 from sae.cache.runs import Run
@@ -164,9 +165,11 @@ def _kept(run: Run, name: str, recipe: Recipe) -> Probed | None:
         expect_writable(run.path / file)
         return None
     said = run.read_json(file)
-    return (
-        Probed(said["rows"], said["chosen"], said["notes"]) if canonical(said["recipe"]) == canonical(recipe) else None
-    )
+    with as_written(run.path / file):
+        if lacks := {"recipe", "rows", "chosen", "notes"} - said.keys():
+            raise ValueError(f"{min(lacks)} is missing")
+    same = canonical(said["recipe"]) == canonical(recipe)
+    return Probed(said["rows"], said["chosen"], said["notes"]) if same else None
 
 
 def _probed(config: ProbeConfig, subjects: Sequence[Subject], texts: Labelled) -> list[Probed]:
