@@ -48,7 +48,7 @@ def runs(lab: sae.Session) -> dict[str, Any]:
         "one": lab.train(topk, found["1.mlp_out"], name="one", **SHORT),
         "transcoder": lab.train(topk, (names[0], names[1]), name="transcoder", **SHORT),
         "both": lab.train(sae.Crosscoder(k=4, d_sae=40), lab.dataset(names), name="both", **SHORT),
-        "fsq": lab.train(sae.FSQ(), found["1.mlp_out"], name="fsq", **SHORT),
+        "vae": lab.train(sae.VAE(), found["1.mlp_out"], name="vae", **SHORT),
         "rows": lab.train(topk, torch.randn(300, 8), name="rows", **SHORT),
     }
 
@@ -146,7 +146,7 @@ def test_what_cannot_be_probed_is_said(
 ) -> None:
     data = {"words": labelled}
     for call, said in (
-        (lambda: lab.probe("fsq", data), "trained a fsq, whose codes are no latents"),
+        (lambda: lab.probe("vae", data), "trained a vae, whose codes are no latents"),
         (lambda: lab.probe("rows", data), "its rows come from no language model"),
         (lambda: lab.probe(["one", "one"], data), "one: is named twice"),
         (lambda: lab.probe([], data), "runs: none is named"),
