@@ -16,6 +16,7 @@ from sae.pipeline.interpret.directions import nearest
 from sae.pipeline.interpret.statistics import Statistics, Tokens
 from sae.pipeline.interpret.survey import Dictionary, Survey, judging, survey
 from sae.pipeline.runtime.progress import Progress, said_if_slow
+from sae.pipeline.saes import dictionary
 
 FREQUENT, PARTNERS, NEAREST = 6, 8, 8  # tokens and latents told of each latent
 
@@ -66,9 +67,9 @@ def gather(
             contexts = with_text(contexts, sae, dataset, tokens, around, progress, where)
     with said_if_slow(progress, "counting which latents fire together"):
         partners = seen.together.partners(PARTNERS)
-    directions = getattr(sae, "W_dec", None)
+    directions = sae.W_dec if isinstance(sae, dictionary.Dictionary) else None  # of an fsq it is of channels
     with said_if_slow(progress, "comparing decoder directions"):
-        near = nearest(directions, NEAREST) if isinstance(directions, torch.Tensor) else None
+        near = nearest(directions, NEAREST) if directions is not None else None
     vocabulary = [] if tokens is None else tokens.vocabulary()
     frequent = _frequent(seen, tokens)
     if max((int(a.max()) for a in (contexts.tokens, frequent.token) if a.size), default=-1) >= len(vocabulary) > 0:

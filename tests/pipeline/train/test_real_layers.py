@@ -30,9 +30,12 @@ def test_layers_of_a_real_model(shared_data: Path, tmp_path: Path) -> None:
         judged = done(f"eval {name} --tokens 512 --set eval.dead_rows=0 --json {runs}").json
         assert judged["fvu"] < 1 and judged["ce_degradation"] is not None and judged["bits"] > 0
         assert (judged.get("jacobian_cosine") is not None) == (name == "skip")
+    done(f"{train} --arch fsq --input 1.mlp_out --name fsq")
+    done(f"report fsq {runs}")
+    done(f"eval fsq --tokens 512 --set eval.dead_rows=0 {runs}")
     done(f"decompose --input 1.mlp_in --components 8 --batch 256 --steps 5 --set decompose.judged=1 --name spd {runs}")
     rows = done(f"compare --x active_parameters --json --runs {tmp_path / 'runs'}").json["runs"]
-    assert {row["run"] for row in rows} == {*KINDS, "spd"}
+    assert {row["run"] for row in rows} == {*KINDS, "fsq", "spd"}
     assert all(row[cost] > 0 for row in rows for cost in ("fvu", "active_parameters", "bits"))
     topk, crosscoder = (f"--arch {arch} --k 2 --d-sae 8" for arch in ("topk", "crosscoder"))
     study = f"study mlp --no-ce --steps 2 --d-sae 16 --ks 2 --importances 1e-3 --out {tmp_path / 'out'}"
