@@ -44,7 +44,7 @@ from sae.pipeline.formats import trained
 from sae.pipeline.harvest.sources.language_model import HarvestConfig
 from sae.pipeline.language_model import LanguageModel
 from sae.pipeline.metrics.downstream import Downstream, DownstreamScores
-from sae.pipeline.report.page import found_features
+from sae.pipeline.report.neuronpedia import found_features
 from sae.pipeline.report.stage import report
 from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.saes import parse
@@ -1057,7 +1057,7 @@ def test_a_run_on_several_stores_is_judged_store_by_store(gpt2: World, tmp_path:
     torch.testing.assert_close(kept["decoder_norms"], norms / lengths, rtol=1e-4, atol=1e-6)
     assert {*found["details"]["downstream_alone"]} == {"0.resid_post", "1.resid_post"}
     page = report(run, gpt2.root, Silent(), device="cpu").read_text()
-    assert page.count('aria-label="latents by their share at') == 2 and "0.resid_post + 1.resid_post" in page
+    assert page.count('aria-label="Latents by share of decoder norm at') == 2 and "0.resid_post + 1.resid_post" in page
     features = found_features(run)
     assert features is not None
     latent = features.features[0]  # its largest firing is that of a row of both stores
