@@ -27,23 +27,23 @@ DATA = (
 )
 TASKS = {
     "explain": (
-        "You study one unit of a language model. Each of `contexts` is a piece of text on which the unit is active: "
-        "the tokens that make it active stand between {left} and {right} in `text`, and `active` lists them with "
+        "You study one unit of a language model. Each of 'contexts' is a piece of text on which the unit is active: "
+        "the tokens that make it active stand between {left} and {right} in 'text', and 'active' lists them with "
         f"their activations, from 1 to {SCALE}. Find what these tokens, or what comes before them, have in common. "
         'Say in one short sentence what makes the unit active, as {{"explanation": "..."}}.'
     ),
     "detection": (
-        "A unit of a language model is said to be active on what `explanation` says. For each of `contexts`, say "
+        "A unit of a language model is said to be active on what 'explanation' says. For each of 'contexts', say "
         "whether it holds a token on which the unit is active: true or false under the number of the context, as "
         '{{"1": false, "2": true}}, for all of them.'
     ),
     "fuzzing": (
-        "A unit of a language model is said to be active on what `explanation` says. In each of `contexts` some tokens "
+        "A unit of a language model is said to be active on what 'explanation' says. In each of 'contexts' some tokens "
         "stand between {left} and {right}. Say for each whether those are the tokens on which the unit is active: true "
         'or false under the number of the context, as {{"1": false, "2": true}}, for all of them.'
     ),
     "simulation": (
-        "A unit of a language model is said to be active on what `explanation` says. `tokens` are those of one text, "
+        "A unit of a language model is said to be active on what 'explanation' says. 'tokens' are those of one text, "
         f"in order. Foretell how active the unit is on each, as a whole number from 0 (not at all) to {SCALE} (as "
         'active as it gets), under the number of the token, as {{"1": 0, "2": 7}}, for all of them.'
     ),
