@@ -57,13 +57,13 @@ OWN_TESTS = (
     "push", "pull",  # the hub: tests/pipeline/sharing has one
     "probe",  # labelled texts: tests/pipeline/probing has some
     "steer",  # tests/pipeline/steering
+    "study", "decompose",  # train many, or for long: tests/pipeline/studies, tests/pipeline/decompose
 )  # fmt: skip
-# What makes a command small: the demo at its full size is tests/pipeline/commands/test_demo.py's, a study trains many.
+# What makes a command small: the demo at its full size is tests/pipeline/commands/test_demo.py's.
 SMALL = {
     "demo": "tokenize.tokens=60000 tokenize.validation_tokens=4096 harvest.tokens=10000 harvest.validation_tokens=4096 "
     "train.sae.d_sae=256 eval.tokens=2048 eval.dead_rows=0",
     "synthesize toy": "synthesize.steps=5 synthesize.rows=4096 synthesize.validation_rows=4096",
-    "study": "train.batch=256 train.sae.d_sae=128 train.initial_rows=512 eval.tokens=512 eval.dead_rows=0",
 }
 
 
