@@ -20,6 +20,7 @@ TITLE = 24  # letters of a bar's title
 REST_OF_BAR = 38  # columns of everything in a bar but its title, amount, unit and the values beside it
 COURSE, LEAST_COURSE = 60, 8  # letters of a course of values, and those below which none is drawn
 KEPT = 1024  # values of a course that are kept
+REDRAWN = 4  # times a second: each costs a few milliseconds of the work that it tells of
 QUIET_SECONDS = 15.0  # between two progress lines where there is no terminal to draw a bar on
 
 
@@ -101,6 +102,7 @@ class Bars:
             TextColumn("{task.fields[extra]}", style="dim", markup=False),
             console=console.err,
             transient=True,
+            refresh_per_second=REDRAWN,
         )
         name = self._title if len(self._title) <= TITLE else f"{self._title[: TITLE - 1]}…"
         self._task = self._bar.add_task(name, total=total, completed=done, unit=unit, amount="", extra="")

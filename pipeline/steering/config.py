@@ -53,7 +53,7 @@ def expect_strengths(strengths: tuple[float, ...], mode: str) -> tuple[float, ..
         raise SaeError("strength = ...: how much is not said; give a number, as `strength = 4`, or several")
     for number in strengths:
         if not -1e30 < number < 1e30:  # NaN is in no range
-            raise SaeError(f"strength = {number:g}: is not a finite number; give one such as 4 or -0.5")
+            raise SaeError(f"strength = {number:g}: is not a finite number below 1e30; give one such as 4 or -0.5")
     if twice := [number for i, number in enumerate(strengths) if number in strengths[:i]]:
         raise SaeError(f"strength = {twice[0]:g}: is there twice; give each once")
     return strengths

@@ -64,7 +64,7 @@ class Opened:
 
         Raises SaeError, which begins with `what`, for a text without tokens and for one that the model cannot read.
         """
-        found = self.tokenizer.encode_batch([text])[0].astype(np.int64)
+        found = np.array(self._ids(text, what), np.int64)
         if not len(found):
             raise SaeError(f"{what}: is empty; give some text")
         begin = [] if self.rows.text.recipe.get("begin") == "none" else [self.tokenizer.begin]
@@ -83,10 +83,16 @@ class Opened:
         """The one token that a text is. Raises SaeError where it is none or several."""
         found = [i for i, token in enumerate(self.vocabulary) if token == text.encode(errors="surrogatepass")]
         if not found:
-            ids = self.tokenizer.encode_batch([text])[0].tolist()
+            ids = self._ids(text, f"{what} = ...")
             parts = " + ".join(repr(self.text([i])) for i in ids[:8])
             raise SaeError(f"{what} = {text!r}: is {len(ids)} tokens ({parts}); give one, with its blank, as ' the'")
         return found[-1]  # of two the first is a single byte, which stands in for letters that the vocabulary lacks
+
+    def _ids(self, text: str, what: str) -> list[int]:
+        """Token ids of a text. Raises SaeError for letters that are none: bytes of a command line that are no UTF-8."""
+        if any(0xD800 <= ord(letter) <= 0xDFFF for letter in text):
+            raise SaeError(f"{what}: is not text in UTF-8; give it as the terminal writes letters")
+        return [int(i) for i in self.tokenizer.encode_batch([text])[0]]
 
     def learned(self, ids: Tensor, first: int = 0) -> Tensor:
         """bool [..., T]: which of some tokens [..., T], the first at position `first`, are such as became rows."""
