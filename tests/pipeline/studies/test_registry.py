@@ -78,7 +78,7 @@ def test_a_study_of_a_file_of_its_own_is_seen_everywhere(home: Path, widths: Non
     assert entry in done("list --json").json["studies"]
     listed = {one["name"]: one for one in done("list --settings --json").json["settings"]}
     assert listed["study.widths.widths"] == {
-        "name": "study.widths.widths", "default": "8,16", "help": "numbers of latents",
+        "name": "study.widths.widths", "type": "list of int", "default": "8,16", "help": "numbers of latents",
     }  # fmt: skip
     shown = " ".join(done("study widths --help").out.split())
     assert "--widths N,... Numbers of latents. Default: 8,16." in shown
