@@ -5,6 +5,7 @@ metrics.jsonl             one line a logged step
 checkpoint.safetensors    the whole training state, replaced atomically; its JSON part is in the header
 failure.json              the step and the error, where the numbers were none any more and training ended early
 checkpoint.next...        the one that will replace it, once those of all dictionaries trained with it are written
+snapshots/                directions and firing rates at log-spaced steps, where training was told to keep them
 cfg.json                  \\ the dictionary, in the layout SAELens opens; written when training ends
 sae_weights.safetensors   /
 eval/                     what `sae eval` found (eval.json, latents.safetensors), and `sae report` (features.json:
@@ -57,6 +58,7 @@ EVALUATION, LATENTS, FEATURES = "eval/eval.json", "eval/latents.safetensors", "e
 DECOMPOSITION = "eval/decomposition.json"
 STATISTICS = "eval/statistics.safetensors"
 EXPLANATIONS = "eval/explanations.json"
+SNAPSHOTS = "snapshots"
 
 
 class Run:
@@ -310,12 +312,27 @@ class Run:
         if (path := self.path / STATISTICS).exists():
             read_tensors(path)
 
+    def save_snapshot(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """Write what is kept of a step, whole or not at all; the same step again replaces it."""
+        write_tensors(self.path, f"{SNAPSHOTS}/{step:09d}.safetensors", tensors)
+
+    def snapshots(self) -> list[int]:
+        """The steps of the snapshots, in order."""
+        return sorted(
+            int(path.stem) for path in (self.path / SNAPSHOTS).glob("[0-9]*.safetensors") if path.stem.isdigit()
+        )
+
+    def load_snapshot(self, step: int) -> dict[str, Tensor]:
+        """The tensors of `save_snapshot`. Raises DamagedStore when a byte differs."""
+        return read_tensors(self.path / SNAPSHOTS / f"{step:09d}.safetensors")[0]
+
     def check(self) -> list[str]:
         """Return what is wrong with the files of the folder, read from the first byte to the last, a line each."""
         written = (self.path / "eval").glob("*.json")
         readings: list[Callable[[], object]] = [
             self.metrics, self.evaluation, self.load_latents, self._statistics, lambda: self.failure,
             *(partial(self.read_json, path.relative_to(self.path).as_posix()) for path in sorted(written)),
+            *(partial(self.load_snapshot, step) for step in self.snapshots()),
             *([self.load_checkpoint] if self.has_checkpoint else []),
             *([self.load_weights] if self.finished else []),
         ]  # fmt: skip

@@ -391,15 +391,20 @@ class Session(Workplace):
         lab = Lab(self, EvalConfig(), cross_entropy)
         return study.run(Setup(base, self.dataset(rows), lab, seeds))
 
-    def analyze(self, run: Run | Named | None = None, *names: str, **settings: Any) -> dict[str, dict[str, Any]]:
+    def analyze(
+        self, run: Run | Named | None = None, *names: str, model: str | None = None, **settings: Any
+    ) -> dict[str, dict[str, Any]]:
         """Look at a run's dictionary from the sides that are named (`sae list`: analyses), or all, as `sae analyze`.
 
         For each its figures, everything else under `details`, and the paths of its `json` and `plot`. `settings` are
-        those of the section `analyze` (`rows`, `top`).
+        those of the section `analyze` (`rows`, `top`, ...); `model` says where the language model is for `attribution`,
+        if not where the harvest found it.
         """
         config = _settings("analyze", AnalyzeConfig, None, settings)
         run = run if isinstance(run, Run) else self.run(run)
-        found = analyze_run(run, self.cache, self.progress, names, config=config, device=self.device)
+        found = analyze_run(
+            run, self.cache, self.progress, names, config=config, device=self.device, model=model, offline=self.offline
+        )
         files = {name: {"json": str(one.json), "plot": str(one.plot)} for name, one in found.items()}
         return {name: {**one.finding.as_json(), **files[name]} for name, one in found.items()}
 

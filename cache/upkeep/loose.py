@@ -26,6 +26,7 @@ from sae.cache.runs import (
     EVALUATION,
     FEATURES,
     LATENTS,
+    SNAPSHOTS,
     STAGED,
     STATISTICS,
     WEIGHTS,
@@ -70,8 +71,9 @@ def survey(root: Path, runs: Path | None) -> Iterator[Garbage]:
             yield Garbage(folder, "a run killed while it was begun", size, partial(_remove_begun, folder, size))
             continue
         yield from _temporary(folder)
-        if not (folder / "eval").is_symlink():
-            yield from _temporary(folder / "eval")
+        for inside in (folder / "eval", folder / SNAPSHOTS):
+            if not inside.is_symlink():
+                yield from _temporary(inside)
 
 
 def _files(folder: Path) -> list[str]:

@@ -19,8 +19,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from pydantic import Field
@@ -33,7 +34,7 @@ from sae.pipeline.analyses import __path__ as folder
 from sae.pipeline.runtime.progress import Progress
 from sae.pipeline.saes import SAE, Latents
 from sae.pipeline.saes.dictionary import Dictionary
-from sae.pipeline.studies.plots import Panel
+from sae.pipeline.studies.plots import Heat, Panel
 
 BATCH, ELEMENTS = 4096, 1 << 24  # rows, and latents of them, that are held at a time
 BINS = 40  # of a distribution that is drawn
@@ -46,6 +47,16 @@ class AnalyzeConfig(Settings):
 
     rows: Amount = Field(65_536, description="held-out rows to look at")
     top: int = Field(16, ge=1, description="latents, or pairs of them, that are named one by one")
+    windows: int = Field(8, ge=2, description="frequency: windows of rows whose firing rates are compared")
+    clusters: int = Field(10, ge=2, description="clusters, emergence: groups that k-means looks for")
+    clustering: Literal["kmeans", "hdbscan"] = Field("kmeans", description="clusters: how they are found")
+    tokens: int = Field(2048, ge=1, description="attribution: held-out tokens that are looked at")
+    ablated: int = Field(32, ge=2, description="attribution: latents that are ablated, one by one")
+    measure: Literal["ce", "logit"] = Field(
+        "ce",
+        description="attribution: what is explained; ce, the cross-entropy of the next token; logit, its logit less "
+        "the largest other's",
+    )
 
 
 class Seen(NamedTuple):
@@ -63,7 +74,8 @@ class Analysed:
 
     training: the dictionary as its training left it, in the units of training, with what inference has no use for; None
     where there is no checkpoint. held_out: rows that it was not trained on, but for those its training left out.
-    truth: the features [G, d_out] that rows were made of, where they are known.
+    truth: the features [G, d_out] that rows were made of, where they are known. root: the cache. model: where the
+    language model of the rows is, if not where the harvest found it.
     """
 
     run: Run
@@ -73,6 +85,9 @@ class Analysed:
     truth: Tensor | None
     config: AnalyzeConfig
     progress: Progress
+    root: Path
+    model: str | None = None
+    offline: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -88,11 +103,11 @@ class Analysed:
         return self.held_out.sample(min(count, self.rows), batch=BATCH).x.to(self.device)
 
     @torch.no_grad()
-    def batches(self) -> Iterator[Seen]:
-        """All rows that are looked at, encoded and decoded."""
+    def batches(self, most: int = BATCH) -> Iterator[Seen]:
+        """All rows that are looked at, encoded and decoded, at most so many at a time."""
         self.progress.start(f"analyze {self.run.name}", self.rows, "rows")
         try:
-            for batch in self.held_out.following(0, self.rows, max(1, min(BATCH, ELEMENTS // self.sae.d_sae))):
+            for batch in self.held_out.following(0, self.rows, max(1, min(BATCH, most, ELEMENTS // self.sae.d_sae))):
                 x, y = batch.x.to(self.device), batch.y.to(self.device)
                 latents = self.sae.encode(x)
                 yield Seen(x, y, latents, self.sae.decode(latents))
@@ -110,16 +125,20 @@ class Finding:
 
     figures: dict[str, Value]
     details: dict[str, Any] = field(default_factory=dict)
-    panels: Sequence[Panel] = ()
+    panels: Sequence[Panel | Heat] = ()
 
     def as_json(self) -> dict[str, Any]:
         return {**self.figures, "details": self.details}
 
 
 class Analysis(ABC):
-    """One side of a dictionary. name: what it is called on the command line and its files are."""
+    """One side of a dictionary. name: what it is called on the command line and its files are.
+
+    asked_for: whether it is done only where it is named, for it takes more than rows and weights, or long.
+    """
 
     name: ClassVar[str]
+    asked_for: ClassVar[bool] = False
 
     @abstractmethod
     def find(self, subject: Analysed) -> Finding:

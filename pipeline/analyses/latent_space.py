@@ -24,7 +24,7 @@ from sae.pipeline.analyses.analysis import (
 from sae.pipeline.metrics.similarity import correlation
 from sae.pipeline.saes.variational import Posterior, Variational
 from sae.pipeline.saes.vsae_mix import VSAEMix
-from sae.pipeline.studies.plots import Panel
+from sae.pipeline.studies.plots import Heat, Panel
 
 ACTIVE = 0.01  # a latent is an active unit from this variance of its means on (Burda et al. 2016)
 COLLAPSED = 0.01  # nats a row below which a latent's posterior is its prior
@@ -65,7 +65,7 @@ class LatentSpace(Analysis):
             "rows": rows,
         }  # fmt: skip
         details: dict[str, Any] = {"variance": numbers(variance)}
-        panels = [distribution("log10 of the variance of means", variance[variance > 0].log10())]
+        panels: list[Panel | Heat] = [distribution("log10 of the variance of means", variance[variance > 0].log10())]
         x = subject.sample(SAMPLE)
         means = encoded(subject, variational, x)
         for more in (

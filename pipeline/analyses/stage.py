@@ -29,8 +29,12 @@ class Written:
 def analyze(
     run: Run, root: Path, progress: Progress, names: Sequence[str] = (), *,
     config: AnalyzeConfig | None = None, activations: str | None = None, device: str = "auto",
+    model: str | None = None, offline: bool = False,
 ) -> dict[str, Written]:  # fmt: skip
-    """Look at a finished run's dictionary from the sides that are named, or from all, and write what is found."""
+    """Look at a finished run's dictionary from the sides that are named, and write what is found.
+
+    Without names, from all that are not only done where they are asked for.
+    """
     chosen = named(names)
     make_folder(run.path / FOLDER)
     for name in chosen:
@@ -44,7 +48,7 @@ def analyze(
     training = trained.in_training(run)
     subject = Analysed(
         run, sae.to(where), None if training is None else training.to(where), dataset.held_out(root), dataset.truth,
-        config or AnalyzeConfig(), progress,
+        config or AnalyzeConfig(), progress, root, model, offline,
     )  # fmt: skip
     found = {}
     for name, kind in chosen.items():
@@ -57,9 +61,10 @@ def analyze(
 
 
 def named(names: Sequence[str]) -> dict[str, type[Analysis]]:
-    """The analyses of these names, each once and in their order; all of them without names. SaeError for another."""
+    """The analyses of these names, each once and in their order; without names the usual ones. SaeError for another."""
     known = analyses()
-    chosen = [name.replace("-", "_") for name in names] or [*known]
+    usual = [name for name, kind in known.items() if not kind.asked_for]
+    chosen = [name.replace("-", "_") for name in names] or usual
     for given, name in zip(names, chosen, strict=False):
         if name not in known:
             near = get_close_matches(name, known, 1)

@@ -5,7 +5,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sae.cache.errors import DamagedStore, SaeError
-from sae.pipeline.commands.options import Here, Json, NoCe, Said, TrainingStore, complete_run, here_with, said_of
+from sae.pipeline.commands.options import (
+    Here,
+    Json,
+    ModelNow,
+    NoCe,
+    Said,
+    TrainingStore,
+    complete_run,
+    here_with,
+    said_of,
+)
 
 if TYPE_CHECKING:
     from sae.pipeline.evaluate.stage import Outcome
@@ -16,7 +26,7 @@ def evaluate(
     names: Annotated[list[str] | None, typer.Argument(metavar="RUN", autocompletion=complete_run, show_default=False, help="Run folders or their names. Default: the newest finished run.")] = None,
     said: Annotated[Said, said_of("eval.rows", "eval.tokens")],
     activations: TrainingStore = None,
-    model: Annotated[str | None, typer.Option(metavar="NAME", help="Where the language model is now. Default: where harvest found it.")] = None,
+    model: ModelNow = None,
     no_ce: NoCe = False,
     replace: Annotated[bool, typer.Option("--replace", metavar="", help="Write the figures in the place of ones that were judged on more.")] = False,
     here: Annotated[Here, here_with("device", "threads", "cache", "runs", "offline")], json: Json = False,

@@ -163,9 +163,9 @@ class Bridge:
         """The weight matrices that a pass multiplies by, by the names that they have in the Hugging Face model."""
         return matrices_of(self._bridge.original_model, lambda: self._run(self._some_ids()))
 
-    def multiplied(self, ids: Tensor, products: Mapping[str, Product]) -> Tensor:
+    def multiplied(self, ids: Tensor, products: Mapping[str, Product], hooks: Sequence[Hooked] = ()) -> Tensor:
         """Logits [B, T, n_vocab] with other products in the place of some matrices'; these keep their graph."""
-        with multiplying(products, self.matrices):
+        with hooked(hooks, ids.shape), multiplying(products, self.matrices if products else {}):
             logits: Tensor = self._run(ids).logits
         return logits.float()
 

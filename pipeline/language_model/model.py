@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -223,9 +224,11 @@ class LanguageModel:
         """The weight matrices that a pass multiplies by, by the names that they have in the Hugging Face model."""
         return self._bridge.matrices
 
-    def logits(self, tokens: Tensor, products: Mapping[str, Product]) -> Tensor:
-        """float32 [B, T, n_vocab], with other products in the place of some matrices'; these keep their graph."""
-        return self._bridge.multiplied(self._ids(tokens), products)
+    def logits(self, tokens: Tensor, products: Mapping[str, Product] = MappingProxyType({})) -> Tensor:
+        """float32 [B, T, n_vocab], as the open contexts of `intervene` have them, with other products in the place of
+        some matrices'. What is put there keeps its graph.
+        """
+        return self._bridge.multiplied(self._ids(tokens), products, self._hooks())
 
     @cached_property
     def _digest(self) -> str | None:

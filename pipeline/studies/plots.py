@@ -39,10 +39,25 @@ class Panel:
         return any(sum(y is not None for _, y in curve) >= least for curve in self.curves.values())
 
 
+@dataclass(frozen=True)
+class Heat:
+    """A table of numbers as colours: [rows, columns], with what its rows and its columns are and the colours say."""
+
+    title: str
+    x: str
+    values: Sequence[Sequence[float]]
+    colours: str
+
+    @property
+    def there(self) -> bool:
+        """Return whether there is anything to see."""
+        return bool(self.values) and bool(self.values[0])
+
+
 COLUMNS = 3
 
 
-def draw(panels: Sequence[Panel], path: Path) -> None:
+def draw(panels: Sequence[Panel | Heat], path: Path) -> None:
     """Write the panels that have something to show, three in a row, without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -54,7 +69,12 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(lines, columns, squeeze=False).flat
     for panel, axis in zip(shown, axes, strict=False):
-        _fill(axis, panel)
+        if isinstance(panel, Heat):
+            drawn = axis.imshow(panel.values, aspect="auto", interpolation="nearest", cmap="viridis")
+            axis.set(xlabel=panel.x, ylabel=panel.title)
+            figure.colorbar(drawn, ax=axis, label=panel.colours)
+        else:
+            _fill(axis, panel)
     for axis in axes[len(shown) :]:
         axis.set_axis_off()
     save(figure, path)

@@ -75,6 +75,9 @@ class TrainConfig(Schedule):
     initial_rows: int = Field(16_384, ge=1, description="rows from which the bias and the input scale are set")
     log_every: int = Field(50, ge=1, description="steps between two lines of metrics")
     checkpoint_every: int = Field(1000, ge=1, description="steps between two checkpoints")
+    snapshots: int = Field(
+        0, ge=0, le=1000, description="log-spaced steps whose directions are kept, for `analyze()`'s emergence; 0: none"
+    )
 
     @model_validator(mode="after")
     def _fields_fit(self) -> Self:
@@ -91,6 +94,13 @@ class TrainConfig(Schedule):
         if self.steps is not None:
             return self.steps
         return max(1, (self.rows if isinstance(self.rows, int) else store_rows) // self.batch)
+
+    def snapshot_steps(self, total: int) -> set[int]:
+        """The steps that snapshots are kept of: as many as are asked for, or fewer, from the first to the last."""
+        if not self.snapshots:
+            return set()
+        last = max(1, self.snapshots - 1)
+        return {round(total ** (place / last)) for place in range(self.snapshots)} | {total}
 
     def settled(self, store_rows: int) -> Self:
         """These settings, what they leave unset decided for a store of that many rows."""

@@ -41,7 +41,9 @@ from sae.pipeline.train.config import REVISION, STREAM, TrainConfig, expect_same
 from sae.pipeline.train.coupled import CoupledTrainers, grouped
 from sae.pipeline.train.trainer import Diverged, Trainer
 
-LATER = {"skip": False}  # settings of dictionaries that names of runs do not know of, and what they were before
+# settings that names of runs do not know of, and what they were before; of dictionaries, and of training
+LATER: dict[str, Any] = {"skip": False}
+LATER_OF_TRAINING: dict[str, Any] = {"snapshots": 0}
 SHOWN = ("loss", "fvu", "l0", "dead", "agreement", "recovery")  # beside the progress bar
 
 __all__ = ["STREAM", "TrainConfig", "begun", "on_rows", "open_run", "run_name", "share", "train"]
@@ -72,6 +74,9 @@ def _named_by(config: TrainConfig) -> dict[str, Any]:
     for name, unset in LATER.items():
         if said["sae"].get(name, unset) == unset:
             said["sae"].pop(name, None)
+    for name, unset in LATER_OF_TRAINING.items():
+        if said[name] == unset:
+            del said[name]
     return said
 
 

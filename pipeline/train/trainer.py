@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from sae.cache.errors import DamagedStore, SaeError
 from sae.cache.loader.dataset import Dataset
@@ -98,10 +99,19 @@ class Trainer:
         self.sae.track(*ranks.all_gather([self.sae.observe(part) for part in parts]))
         self.done = step + 1
         self._revive(clock, ranks)
+        if ranks.rank == 0 and self.done in self.config.snapshot_steps(total):
+            self._keep_snapshot()
         first, self._shown = not self._shown, True
         return (
             self._metrics(batch.y, parts, clock, ranks) if first or self.logs(total) else None
         )  # which waits for a GPU
+
+    def _keep_snapshot(self) -> None:
+        """Write directions at length 1, in half precision, and firing rates, before the checkpoint of the step."""
+        assert isinstance(self.sae, SAE), "as `_expect_dictionary` says"
+        rows = {"decoder": self.sae.W_dec, "encoder": self.sae.W_enc_rows}
+        halves = {name: normalize(each.detach().float(), dim=1).half() for name, each in rows.items()}
+        self.run.save_snapshot(self.done, {**halves, "rate": self.sae.firing_rate})
 
     def logs(self, total: int) -> bool:
         """Return True if the metrics of the step just taken belong in the log."""
@@ -144,7 +154,10 @@ class Trainer:
         """Bytes of its run folder: two checkpoints, while one takes the place of the other, and the dictionary."""
         weights = sum(value.nbytes for value in self.sae.state_dict().values())
         moments = 2 * sum(parameter.nbytes for parameter in self.sae.parameters())
-        return 2 * (weights + moments) + weights
+        kept = 0
+        if isinstance(self.sae, SAE):  # snapshots, which are in half precision
+            kept = self.config.snapshots * 2 * self.sae.d_sae * (self.sae.d_in + self.sae.d_out)
+        return 2 * (weights + moments) + weights + kept
 
     def _revive(self, clock: Clock, ranks: Ranks) -> None:
         """What the settings do about dead latents between steps."""
@@ -270,7 +283,11 @@ class Trainer:
 
 def _expect_dictionary(sae: Trainable, config: TrainConfig) -> None:
     """Raise SaeError where settings ask of something without latents what only a dictionary can do."""
-    asked = {"train.revive.kind": config.revive.kind != "none", "train.align": config.align is not None}
+    asked = {
+        "train.revive.kind": config.revive.kind != "none",
+        "train.align": config.align is not None,
+        "train.snapshots": config.snapshots > 0,
+    }
     if not isinstance(sae, SAE) and (named := [name for name, there in asked.items() if there]):
         raise SaeError(f"{named[0]}: arch {config.sae.arch} is not a sparse dictionary, so it cannot; leave it unset")
 

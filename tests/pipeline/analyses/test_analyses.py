@@ -19,7 +19,7 @@ from sae.pipeline.metrics.geometry import pairs
 from sae.pipeline.metrics.similarity import correlation
 from sae.pipeline.saes.variational import Variational
 
-FIVE = ["activations", "latent_space", "reconstruction", "similarity", "sparsity"]
+USUAL = ["activations", "frequency", "geometry", "latent_space", "reconstruction", "similarity", "sparsity"]
 D, M = 8, 24
 
 
@@ -45,7 +45,12 @@ def runs(lab: sae.Session) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found(lab: sae.Session, runs: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    some = {"mix": ("latent_space",), "multi": ("activations", "latent_space", "sparsity")}  # all of the others
+    older = ("activations", "latent_space", "reconstruction", "similarity", "sparsity")
+    some = {
+        "iso": older,
+        "mix": ("latent_space",),
+        "multi": ("activations", "latent_space", "sparsity"),
+    }  # all of the others
     return {name: lab.analyze(run, *some.get(name, ())) for name, run in runs.items()}
 
 
@@ -55,7 +60,7 @@ def held_out(lab: sae.Session, run: Any) -> Tensor:
 
 def test_every_analysis_has_its_files(found: dict[str, Any], runs: dict[str, Any]) -> None:
     for name, each in found.items():
-        assert [*each] == FIVE or name in ("mix", "multi")
+        assert [*each] == USUAL or name in ("iso", "mix", "multi")
         for what, one in each.items():
             assert one["plot"] == str(runs[name].path / "analysis" / f"{what}.png")
             assert Path(one["plot"]).read_bytes().startswith(b"\x89PNG")
@@ -170,7 +175,7 @@ def test_at_the_command_line(lab: sae.Session, runs: dict[str, Any]) -> None:
     shown = done(f"analyze iso similarity {where}").out
     assert "welch_bound" in shown and "similarity.png" in shown
     names = [one["name"] for one in done("list --json").json["analyses"]]
-    assert names == FIVE == [*analyses()]
+    assert names == [*analyses()] == sorted([*USUAL, "attribution", "clusters", "emergence", "map"])
     wrong = typed(f"analyze topk sparsty {where}")
     assert wrong.code == 2 and "sparsty: no such analysis; did you mean sparsity?" in wrong.complaint
 
