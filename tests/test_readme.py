@@ -22,7 +22,7 @@ import pytest
 import tiktoken
 import torch
 from pyarrow import parquet
-from support.command_line import sae
+from support.command_line import SMALL_DEMO, sae
 from support.pages import PAGES, README, blocks, typed
 from support.small_models import small_stages
 from support.small_tokenizers import write_tokenizer
@@ -50,19 +50,17 @@ TYPED = (
 )
 BLOCKS = [block for page in TYPED for block in blocks(page) if typed(block, "sae")]
 HOUR = PAGES["docs/first-hour.md"].partition("## On to a real model")[0]
-OWN_TESTS = (
-    "--devices",  # several processes: tests/pipeline/parallel/test_parallel.py starts them
-    "topk-k16",  # runs that no page makes
-    "s1.edf",  # needs MNE: tests/pipeline/harvest/recordings
-    "push", "pull",  # the hub: tests/pipeline/sharing has one
-    "probe",  # labelled texts: tests/pipeline/probing has some
-    "steer",  # tests/pipeline/steering
-    "study", "decompose",  # train many, or for long: tests/pipeline/studies, tests/pipeline/decompose
-)  # fmt: skip
+OWN_TESTS = {  # words of commands that take what is not here, or long, and have tests of their own
+    "--devices",  # several processes
+    "s1.edf",  # MNE
+    "push", "pull",  # the hub
+    "probe", "explain",  # labelled texts, other models
+    "match", "steer", "topk-k16",  # runs that no page makes
+    "study", "decompose",  # train many, or for long
+}  # fmt: skip
 # What makes a command small: the demo at its full size is tests/pipeline/commands/test_demo.py's.
 SMALL = {
-    "demo": "tokenize.tokens=60000 tokenize.validation_tokens=4096 harvest.tokens=10000 harvest.validation_tokens=4096 "
-    "train.sae.d_sae=256 eval.tokens=2048 eval.dead_rows=0",
+    "demo": " ".join(SMALL_DEMO),
     "synthesize toy": "synthesize.steps=5 synthesize.rows=4096 synthesize.validation_rows=4096",
 }
 
@@ -134,7 +132,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def run(arguments: list[str], folder: Path) -> None:
     """Type a command of a page. It must succeed, with JSON on stdout where that was asked for."""
-    if set(arguments) & set(OWN_TESTS):
+    if set(arguments) & OWN_TESTS:
         return
     words = [word.replace("/models/", f"{folder}/models/") for word in arguments]
     cut = SMALL.get(" ".join(words[:2]), SMALL.get(words[0], ""))
