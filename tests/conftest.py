@@ -9,6 +9,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and sta
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels are tried without a GPU; read where Triton is imported
+
 torch.set_num_threads(1)  # two spinning pools on two cores are many times slower
 
 

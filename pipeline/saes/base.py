@@ -229,10 +229,19 @@ class SAE(Dictionary, OverStores):
         y = self._targets(x, target)
         read = self.chosen(x, clock)
         y = y * self.target_scale if self.is_transcoder else read.x
-        y_hat = self._reconstruct(read.latents, read.weights)
-        error = self.squared_error(y_hat, y)
+        y_hat, squares = self._compared(read.latents, read.weights, y)
+        error = self.reduced(squares, y)
         terms = {"reconstruction": error} | self.terms(read, y, y_hat, error, clock)
         return SparseLosses(terms, clock, read.latents, y_hat, self.target_scale, y)
+
+    def _compared(self, active: Latents, weights: Weights, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The reconstruction y_hat [B, d_out] of latents, and the sum of its squared errors."""
+        plain = type(active) is Latents  # others are decoded in a way of their own
+        if plain and active.entries is not None and sparse.comparable(weights.W_dec, y):
+            past = self._past_latents(active)
+            return sparse.compare(active.values, active.entries, weights.W_dec, past, y)
+        y_hat = self._reconstruct(active, weights)
+        return y_hat, F.mse_loss(y_hat, y, reduction="sum")
 
     def chosen(self, x: Tensor, clock: Clock) -> Chosen:
         """What the encoder makes of a batch [B, d_in] at a step of training."""
@@ -262,13 +271,13 @@ class SAE(Dictionary, OverStores):
         if self.config.decoder_norm == "unit":
             rows, grad = self.W_dec, self.W_dec.grad
             assert grad is not None, "before_step comes after backward"
-            grad.addcmul_(rows, sparse.row_dots(grad, rows)[:, None], value=-1)
+            sparse.tangent_(grad, rows)
 
     @torch.no_grad()
     def after_step(self) -> None:
         """After the optimiser: restore unit rows, and whatever else the architecture constrains."""
         if self.config.decoder_norm == "unit":
-            self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True))
+            sparse.unit_(self.W_dec)
         self._constrain()
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import placement, sparse
+from . import kernels, placement, sparse
 from .latents import Latents
 from .sparse import SparsePattern
 
@@ -25,6 +25,9 @@ BLOCK_ELEMENTS = 2**24
 
 MIN_BLOCK_ROWS = 256
 """Below this many rows per product, packing the weights costs more than a smaller block saves."""
+
+KERNEL_BLOCK_ELEMENTS = 2**28
+"""The same where kernels choose among them: a GPU has the memory, and a choice more costs launches."""
 
 PROBED_ROWS = 32
 """Rows `above_threshold` looks at before it decides: their product costs 2 % of a batch of 2048."""
@@ -72,7 +75,8 @@ class Preactivations:
 
         first: rows of the first block, for a scan that may stop there. Of no rows there is one block, without any.
         """
-        size = max(MIN_BLOCK_ROWS, BLOCK_ELEMENTS // self.d_sae)
+        block = KERNEL_BLOCK_ELEMENTS if kernels.usable(self.weight) else BLOCK_ELEMENTS
+        size = max(MIN_BLOCK_ROWS, block // self.d_sae)
         product = self._product()
         stop = 0
         while True:
@@ -175,6 +179,8 @@ class Preactivations:
         """Latents at ascending places of the flattened [B, m], with the values a scan saw there."""
         firsts = torch.arange(self.x.shape[0], device=flat.device) * self.d_sae
         entries = SparsePattern(flat % self.d_sae, torch.searchsorted(flat, firsts), self.d_sae)
+        if placement.runs_ahead(flat):
+            entries.row_ids = flat // self.d_sae
         return Latents(self.gather(entries, values), entries, self.d_sae)
 
     def dense(self) -> Tensor:
@@ -193,6 +199,9 @@ def _row_topk(p: Tensor, k: int) -> tuple[Tensor, Tensor]:
     more than k do: only those are compared. (A group takes every so-many-th number, so that maxima are found by
     comparing whole stretches of memory.)
     """
+    if kernels.usable(p, torch.bfloat16) and (select := kernels.family("select")).fits(k):
+        indices = select.rows(p, k)
+        return p.gather(1, indices), indices
     (b, m), groups = p.shape, GROUPS * 2 ** math.ceil(math.log2(k))
     if not b or placement.runs_ahead(p) or m % groups or m < 8 * groups:
         return _plain_topk(p, k)
@@ -216,7 +225,10 @@ def _plain_topk(p: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _batch_topk(p: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Ascending places in the flattened p of its `count` largest, and their values."""
-    flat = p.view(-1).topk(count, sorted=False).indices.sort().values
+    if kernels.usable(p, torch.bfloat16) and (select := kernels.family("select")).fits(-(-count // len(p))):
+        flat = select.batch(p, count)
+    else:
+        flat = p.view(-1).topk(count, sorted=False).indices.sort().values
     return flat, p.view(-1)[flat]
 
 

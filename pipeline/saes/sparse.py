@@ -4,7 +4,8 @@ The one dense product a sparse dictionary cannot avoid is the encoder's. Everyth
 entries: the decoder mixes k rows of W_dec per input, and the gradients of both weight matrices are, for every latent,
 a weighted sum of the few batch rows where it was active. All of these are *embedding bags* (weighted sums of table
 rows), which torch has tuned kernels for on every device, so each costs a few hundredths of the encoder product where
-the dense way costs one or two of it. What it gives up: no double backward, and entries are unique within a row.
+the dense way costs one or two of it. On a CUDA device Triton kernels (`kernels`) take their place where they are there.
+What it gives up: no double backward, and entries are unique within a row.
 
 Shapes in this package: B rows (batch), d_in and d_out widths, m = d_sae latents, n active entries in the batch.
 """
@@ -12,6 +13,7 @@ Shapes in this package: B rows (batch), d_in and d_out widths, m = d_sae latents
 from __future__ import annotations
 
 from functools import cached_property
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import placement
+from . import kernels, placement
 
 
 class SparsePattern:
@@ -39,12 +41,15 @@ class SparsePattern:
         """The same number of entries in every row: indices [B, k]."""
         batch, k = indices.shape
         starts = torch.arange(batch, device=indices.device) * k
-        return cls(indices.reshape(-1), starts, d_sae)
+        found = cls(indices.reshape(-1), starts, d_sae)
+        if placement.runs_ahead(indices):
+            found.row_ids = torch.arange(batch * k, device=indices.device) // k
+        return found
 
     def regrouped(self, starts: Tensor) -> SparsePattern:
         """The same entries cut into other rows, which share the ordering by latent: starts int64 [B']."""
         other = SparsePattern(self.indices, starts, self.d_sae)
-        other.__dict__["by_latent"] = self.by_latent
+        other.by_latent = self.by_latent
         return other
 
     @property
@@ -73,11 +78,15 @@ class SparsePattern:
 
 def spmm(entries: SparsePattern, weights: Tensor, table: Tensor) -> Tensor:
     """Sparse [B, m] with the given weights [n], times table [m, d]: [B, d]."""
+    if kernels.usable(table):
+        return _products().mixed(entries.offsets, entries.indices, weights, table)
     return F.embedding_bag(entries.indices, table, entries.offsets, mode="sum", per_sample_weights=weights)
 
 
 def spmm_t(entries: SparsePattern, weights: Tensor, batch_rows: Tensor) -> Tensor:
     """Transpose of the sparse [B, m], times batch_rows [B, d]: [m, d] (the shape of a weight gradient)."""
+    if kernels.usable(batch_rows):
+        return _by_latent(entries, weights, batch_rows)[0]
     order, starts = entries.by_latent
     return F.embedding_bag(entries.row_ids[order], batch_rows, starts, mode="sum", per_sample_weights=weights[order])
 
@@ -88,9 +97,37 @@ def sddmm(entries: SparsePattern, batch_rows: Tensor, table: Tensor) -> Tensor:
     Taken latent after latent, so that a table row is at hand for all its entries and only the batch, the smaller of
     the two, is read at random: half the time of going row after row.
     """
+    if kernels.usable(table):
+        return _products().dots(entries.offsets, entries.indices, batch_rows, table)
     order, _ = entries.by_latent
     ordered = _pair_dots(table, entries.indices[order], batch_rows, entries.row_ids[order])
     return torch.empty_like(ordered).index_copy_(0, order, ordered)
+
+
+def _products() -> ModuleType:
+    return kernels.family("products")
+
+
+def _by_latent(entries: SparsePattern, weights: Tensor, batch_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """`spmm_t` and, of the same weights, `sum_by_latent`."""
+    order, starts = entries.by_latent
+    return _products().by_latent(starts, order, entries.row_ids, weights, batch_rows)
+
+
+def tangent_(grad: Tensor, rows: Tensor) -> None:
+    """Take from each row of a gradient [m, d] what lies along the row itself, which is of norm 1."""
+    if kernels.usable(rows) and kernels.usable(grad):
+        kernels.family("rows").tangent_(grad, rows)
+    else:
+        grad.addcmul_(rows, row_dots(grad, rows)[:, None], value=-1)
+
+
+def unit_(rows: Tensor) -> None:
+    """Bring each row [m, d] to norm 1."""
+    if kernels.usable(rows):
+        kernels.family("rows").unit_(rows)
+    else:
+        rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
 
 def row_dots(a: Tensor, b: Tensor) -> Tensor:
@@ -164,16 +201,60 @@ class _WithGradient(torch.autograd.Function):
         weight, centred = ctx.saved_tensors
         entries, grad = ctx.entries, grad.contiguous()
         _, wants_x, wants_centre, wants_weight, wants_bias, _, _ = ctx.needs_input_grad
-        per_latent = sum_by_latent(entries, grad) if wants_bias or wants_centre else None
+        of_weight, per_latent = None, None
+        if wants_weight and kernels.usable(centred):
+            of_weight, per_latent = _by_latent(entries, grad, centred)
+        elif wants_weight:
+            of_weight = spmm_t(entries, grad, centred)
+        if per_latent is None and (wants_bias or wants_centre):
+            per_latent = sum_by_latent(entries, grad)
         return (
             None,
             spmm(entries, grad, weight) if wants_x else None,
             -(per_latent @ weight) if wants_centre and per_latent is not None else None,
-            spmm_t(entries, grad, centred) if wants_weight else None,
+            of_weight,
             per_latent if wants_bias else None,
             None,
             None,
         )
+
+
+class _Compare(torch.autograd.Function):
+    """`decode` plus `rest`, and the sum of its squared errors, whose gradient at the values comes with it.
+
+    Nothing but that sum is differentiated as a rule; where y_hat is, too, the inner products are taken once more.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, table: Tensor, rest: Tensor, aim: Tensor, entries: SparsePattern
+    ) -> tuple[Tensor, Tensor]:
+        y_hat, error, squares, dots = _products().compared(entries.offsets, entries.indices, values, table, rest, aim)
+        ctx.save_for_backward(values, table, error, dots)
+        ctx.entries, ctx.by_row = entries, rest.dim() == 2
+        ctx.set_materialize_grads(False)
+        return y_hat, squares.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_y_hat: Tensor | None, of_total: Tensor | None) -> tuple[Tensor | None, ...]:
+        values, table, error, dots = ctx.saved_tensors
+        wants_values, wants_table, wants_rest, wants_aim, _ = ctx.needs_input_grad
+        twice = error.new_zeros(()) if of_total is None else 2 * of_total
+        grad = error * twice if of_y_hat is not None or wants_aim or ctx.by_row else None
+        towards = grad if of_y_hat is None else of_y_hat + error * twice
+        if of_y_hat is None:  # a gradient at y_hat that is a multiple of the error
+            of_values = dots * twice if wants_values else None
+            of_table = spmm_t(ctx.entries, values * twice, error) if wants_table else None
+        else:
+            assert towards is not None
+            of_values = sddmm(ctx.entries, towards, table) if wants_values else None
+            of_table = spmm_t(ctx.entries, values, towards) if wants_table else None
+        of_rest = None
+        if wants_rest:
+            of_rest = error.sum(0) * twice if towards is None else towards if ctx.by_row else towards.sum(0)
+        of_aim = -(error * twice) if wants_aim else None
+        return of_values, of_table, of_rest, of_aim, None
 
 
 class _CentredLinear(torch.autograd.Function):
@@ -211,6 +292,17 @@ class _CentredLinear(torch.autograd.Function):
 def decode(values: Tensor, entries: SparsePattern, table: Tensor) -> Tensor:
     """Weighted sums of the table's rows: values of any shape with n elements, table [m, d] -> [B, d]."""
     return _Decode.apply(values.reshape(-1), table, entries)
+
+
+def comparable(table: Tensor, aim: Tensor) -> bool:
+    """Return True if `compare` can take a table [m, d] and rows [B, d]."""
+    usable = kernels.usable(table) and kernels.usable(aim)
+    return usable and table.shape[1] <= _products().MOST_COLUMNS
+
+
+def compare(values: Tensor, entries: SparsePattern, table: Tensor, rest: Tensor, aim: Tensor) -> tuple[Tensor, Tensor]:
+    """y_hat [B, d] = `decode` + rest ([d] or [B, d]), and the sum of (y_hat - aim)^2, in one pass over the rows."""
+    return _Compare.apply(values.reshape(-1), table, rest, aim, entries)
 
 
 def with_gradient(

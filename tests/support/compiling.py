@@ -1,0 +1,67 @@
+"""Compiles every kernel for a card, which needs none: a program of its own, since tests run kernels in the interpreter.
+
+python -m support.compiling [CAPABILITY]      prints a line a kernel
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sae.pipeline.saes import kernels
+from sae.pipeline.saes.kernels import products, rows, select
+
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
+WARPS = 4
+
+
+def compiled(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], target: GPUTarget) -> str:
+    """What one launch would have compiled, and the registers and shared memory it takes."""
+    options = {name: constants.pop(name) for name in ("num_warps",) if name in constants}
+    named = dict(zip(kernel.arg_names, args, strict=False))
+    signature = {name: "*" + TYPES[one.dtype] if isinstance(one, Tensor) else "i32" for name, one in named.items()}
+    signature |= dict.fromkeys(constants, "constexpr")
+    made = triton.compile(ASTSource(kernel, signature, constants), target=target, options=options)
+    return f"{kernel.fn.__name__} {signature['p'] if 'p' in signature else ''} shared {made.metadata.shared}"
+
+
+def main() -> None:
+    target = GPUTarget("cuda", int(sys.argv[1]) if len(sys.argv) > 1 else 90, 32)
+    seen: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        seen.append((kernel, args, constants))
+
+    for family in (products, rows, select):
+        family.launch = launch
+    b, m, d, k = 8, 24_576, 768, 32
+    table, batch, indices = torch.empty(m, d), torch.empty(b, d), torch.zeros(b * k, dtype=torch.int64)
+    starts, weights = torch.zeros(b, dtype=torch.int64), torch.empty(b * k)
+    for dtype in (torch.float32, torch.bfloat16):
+        p = torch.empty(b, m, dtype=dtype)
+        select.rows(p, k)
+        select.batch(p, b * k)
+    products.mixed(starts, indices, weights, table)
+    products.dots(starts, indices, batch, table)
+    products.by_latent(torch.zeros(m, dtype=torch.int64), indices, indices, weights, batch)
+    for width in (d, kernels.covering(10**9, 1, products.MOST_COLUMNS)):
+        aim = torch.empty(b, width)
+        products.compared(starts, indices, weights, torch.empty(64, width), aim[0], aim)
+    rows.tangent_(table, table)
+    rows.unit_(table)
+    done: set[str] = set()
+    for kernel, args, constants in seen:
+        said = str((kernel.fn.__name__, [getattr(one, "dtype", None) for one in args], constants))
+        if said not in done:
+            done.add(said)
+            print(compiled(kernel, args, constants, target), flush=True)
+
+
+if __name__ == "__main__":
+    main()
