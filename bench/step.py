@@ -1,7 +1,8 @@
 """What a training step costs, in multiples of the encoder floor: the one `x @ W_enc` no dense encoder can avoid.
 
     python bench/step.py [--arch topk,l1] [--precision float32,bfloat16] [--threads 1,2] [--peers PYTHON] [--json]
-                         [--d-sae 1024,4096,8192,16384,65536] [--batch 256,1024,2048,8192] [--no-clip]
+                         [--d-sae 1024,4096,8192,16384,65536] [--batch 256,1024,2048,8192] [--no-clip] [--device cuda]
+    python bench/step.py --count [--arch topk,l1]
 
 A step is all that `sae train` does with a batch (`CoupledTrainers.step`): loss, backward, clipping, dead counters,
 decoder projection, fused Adam, renormalisation. Every repetition runs the floor and then the step, so that a busy
@@ -11,28 +12,38 @@ is where they spend most of a training. With several widths or batches, each has
 
 `--peers` names an interpreter that has sae_lens, dictionary_learning and eai-sparsify: their own steps in turns with
 ours, in the same shape, in a process of their own (bench/step_peers.py).
+
+With `--device cuda` all of that is on the card, which is given ten steps before it is waited for. `--count` times
+nothing and needs no card: it says how many operations a step gives to a device that runs ahead, and how often it waits.
 """
 
 import argparse
+import functools
 import math
+import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "tests")]
 
 import torch
+from support.watching import watched
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from bench import subjects
 from bench.peer import Peer
 from bench.planted import planted_rows
-from bench.rows import Row, show
+from bench.rows import Row, show, timed
 from bench.step_peers import CASES
 from sae.cache.activations import ActivationStore
+from sae.pipeline.saes import kernels, placement
 from sae.pipeline.train.trainer import Trainer
 
 ROWS = 16_384  # from which the bias and the scale are set
@@ -42,17 +53,14 @@ def clock(threads: int) -> Callable[[], float]:
     return time.process_time if threads == 1 else time.perf_counter
 
 
-def seconds(function: Callable[[], object], threads: int) -> float:
-    now = clock(threads)
-    start = now()
-    function()
-    return now() - start
+def seconds(function: Callable[[], object], threads: int, device: str) -> float:
+    return timed(function, device, clock(threads) if device == "cpu" else time.perf_counter)
 
 
 def cases(args: argparse.Namespace, store: ActivationStore, runs: Path, size: tuple[int, int]) -> dict[str, Trainer]:
     """The dictionaries to time: each architecture, TopK also with dead latents, L1 also before it is sparse."""
     batch, d_sae = size
-    sample = planted_rows(batch, store.d, 1)
+    sample = planted_rows(min(batch, 2048), store.d, 1).to(args.device)
     made: dict[str, Trainer] = {}
     for precision in args.precision.split(","):
 
@@ -63,7 +71,7 @@ def cases(args: argparse.Namespace, store: ActivationStore, runs: Path, size: tu
             )
             clip = {"clip": None} if args.no_clip else {}
             config = subjects.settings(sae, batch=batch, precision=precision, **clip)
-            made[title] = subjects.member(config, store, runs, str(len(made)))
+            made[title] = subjects.member(config, store, runs, str(len(made)), args.device)
             return made[title]
 
         for arch in args.arch.split(","):
@@ -80,15 +88,16 @@ def cases(args: argparse.Namespace, store: ActivationStore, runs: Path, size: tu
 
 def own_step(member: Trainer, batches: list[Tensor], threads: int) -> Callable[[], float]:
     """A function that makes the member's next step and gives its seconds."""
-    return lambda: seconds(lambda: subjects.take_step(member, batches[member.done % len(batches)]), threads)
+    where = str(batches[0].device)
+    return lambda: seconds(lambda: subjects.take_step(member, batches[member.done % len(batches)]), threads, where)
 
 
 def measure(args: argparse.Namespace, threads: int, size: tuple[int, int]) -> list[Row]:
     """The floor and every step, of one batch size and one width."""
     torch.set_num_threads(threads)
     batch, d_sae = size
-    batches = [planted_rows(batch, args.d_in, seed) for seed in range(4)]
-    weights = torch.randn(d_sae, args.d_in)
+    batches = [planted_rows(batch, args.d_in, seed).to(args.device) for seed in range(4)]
+    weights = torch.randn(d_sae, args.d_in, device=args.device)
     with tempfile.TemporaryDirectory() as folder:
         store = subjects.planted_store(Path(folder), max(ROWS, batch), args.d_in)
         members = cases(args, store, Path(folder), size)
@@ -100,7 +109,7 @@ def measure(args: argparse.Namespace, threads: int, size: tuple[int, int]) -> li
     ratios: dict[str, list[float]] = {name: [] for name in steps}
     for repetition in range(args.warmup + args.steps):
         for name, step in steps.items():
-            floor = seconds(lambda: batches[0] @ weights.T, threads)
+            floor = seconds(lambda: batches[0] @ weights.T, threads, args.device)
             taken = step()
             if repetition >= args.warmup and not math.isnan(taken):
                 floors.append(floor)
@@ -117,12 +126,44 @@ def measure(args: argparse.Namespace, threads: int, size: tuple[int, int]) -> li
 
 def peers(args: argparse.Namespace, threads: int, size: tuple[int, int]) -> dict[str, Callable[[], float]]:
     """Steps of the other tools that the interpreter has: each makes one step and says its seconds."""
-    given = (size[0], args.d_in, size[1], args.k, threads, "cpu" if threads == 1 else "wall")
+    clock = "cpu" if threads == 1 and args.device == "cpu" else "wall"
+    given = (size[0], args.d_in, size[1], args.k, threads, clock, args.device)
     peer = Peer(args.peers, "step_peers.py", *map(str, given))
     if peer.missing:
         print(f"--peers {args.peers}: no interpreter with torch; left out", file=sys.stderr)
         return {}
     return {case: lambda case=case: peer.rate(case) for case in CASES}  # type: ignore[misc]
+
+
+def counts(archs: list[str]) -> Iterator[Row]:
+    """How many operations a step gives to a device that runs ahead, by torch's own operations and by kernels.
+
+    Nothing of it depends on sizes but blocks of very large batches, so they are small: kernels run in the interpreter.
+    """
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    placement.HOSTS.clear()
+    kernels.INTERPRETED = True
+    launched, launch = Counter[str](), kernels.launch
+
+    def counted(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        launched.update([kernel.fn.__name__])
+        with _disable_current_modes():  # the interpreter's own operations are no device's
+            launch(kernel, grid, *args, **constants)
+
+    for family in ("products", "rows", "select"):
+        kernels.family(family).launch = counted
+    x = planted_rows(4, 8, 0)
+    for arch in archs:
+        for way in ("plain", "auto"):
+            with tempfile.TemporaryDirectory() as folder:
+                store = subjects.planted_store(Path(folder), 256, 8)
+                sae = {"arch": arch, "d_sae": 64} | ({"k": 2} if arch in ("topk", "batchtopk", "matryoshka") else {})
+                member = subjects.member(subjects.settings(sae, batch=4, kernels=way), store, Path(folder), "it")
+            subjects.take_step(member, x)  # the first logs
+            launched.clear()
+            found = watched(functools.partial(subjects.take_step, member, x))
+            total, own = found.launched.total() + launched.total(), launched.total()
+            yield Row(f"{arch}, {way}", total, "ops", own, f"kernels; {len(found.waited)} waits")
 
 
 def main() -> None:
@@ -137,7 +178,12 @@ def main() -> None:
     parser.add_argument("--no-clip", action="store_true", help="without clipping of the gradient's norm")
     parser.add_argument("--peers", metavar="PYTHON", help="an interpreter with the other tools; default: none of them")
     parser.add_argument("--json", action="store_true", help="machine-readable rows on stdout")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--count", action="store_true", help="count operations and waits; time nothing")
     args = parser.parse_args()
+    if args.count:
+        show("operations of a step on a GPU", [*counts(args.arch.split(","))], as_json=args.json)
+        return
     threads, batches, widths = ([*map(int, text.split(","))] for text in (args.threads, args.batch, args.d_sae))
     rows = [
         row

@@ -1,12 +1,12 @@
 """Training steps of other tools, for bench/step.py, which starts this.
 
-    PYTHON bench/step_peers.py BATCH D_IN D_SAE K THREADS CLOCK
+    PYTHON bench/step_peers.py BATCH D_IN D_SAE K THREADS CLOCK [DEVICE]
 
 PYTHON has sae_lens (6.54), dictionary_learning (0.1) and eai-sparsify (1.3), or some of them. Says "ready", then for
 every case named on stdin (`CASES`) makes one step and says its seconds, or "nan" where its tool is missing. A step is
 what the tool's own trainer does with a batch, in float32: SAELens' `SAETrainer.step`, dictionary_learning's
 `trainer.update`. sparsify has no such method, so its `SparseCoder` is driven as its trainer drives it, with that
-trainer's torch.optim.Adam (and once with a fused one), without its count of dead latents.
+trainer's torch.optim.Adam (and once with a fused one, and with that under autocast), without its count of dead latents.
 """
 
 import contextlib
@@ -26,9 +26,11 @@ CASES = (
     "SAELens topk", "SAELens batchtopk", "SAELens standard", "SAELens jumprelu",
     "dictionary_learning topk", "dictionary_learning batch_top_k", "dictionary_learning standard",
     "dictionary_learning jumprelu",
-    "sparsify topk", "sparsify topk, fused Adam",
+    "sparsify topk", "sparsify topk, fused Adam", "sparsify topk, fused Adam, bfloat16",
 )  # fmt: skip
 STEPS = 10**6  # of the training they think they are in
+
+DEVICE = sys.argv[7] if len(sys.argv) > 7 else "cpu"
 
 Step = Callable[[Any], object]
 
@@ -45,10 +47,14 @@ def saelens(kind: str, batch: int, d_in: int, d_sae: int, k: int) -> Step:
         "jumprelu": ("JumpReLU", {"l0_coefficient": 1.0}),
     }
     name, own = kinds[kind]
-    config = getattr(sae_lens, f"{name}TrainingSAEConfig")(d_in=d_in, d_sae=d_sae, device="cpu", dtype="float32", **own)
+    config = getattr(sae_lens, f"{name}TrainingSAEConfig")(
+        d_in=d_in, d_sae=d_sae, device=DEVICE, dtype="float32", **own
+    )
     total = STEPS * batch
-    settings = SAETrainerConfig(total_training_samples=total, train_batch_size_samples=batch, lr=1e-6, lr_end=1e-7)
-    trainer = SAETrainer(settings, getattr(sae_lens, f"{name}TrainingSAE")(config), iter(()))
+    settings = SAETrainerConfig(
+        total_training_samples=total, train_batch_size_samples=batch, lr=1e-6, lr_end=1e-7, device=DEVICE
+    )
+    trainer = SAETrainer(settings, getattr(sae_lens, f"{name}TrainingSAE")(config).to(DEVICE), iter(()))
 
     def step(x: Any) -> None:
         trainer.step(x)
@@ -68,7 +74,7 @@ def dictionary_learning(kind: str, batch: int, d_in: int, d_sae: int, k: int) ->
         "jumprelu": (trainers.JumpReluTrainer, {"dict_class": dictionary.JumpReluAutoEncoder, "target_l0": float(k)}),
     }[kind]
     common = {"steps": STEPS, "activation_dim": d_in, "dict_size": d_sae, "layer": 0, "lm_name": "none", "lr": 1e-6}
-    trainer, done = made(**common, **own, device="cpu", seed=0), 0
+    trainer, done = made(**common, **own, device=DEVICE, seed=0), 0
 
     def step(x: Any) -> None:
         nonlocal done
@@ -83,12 +89,14 @@ def sparsify(kind: str, batch: int, d_in: int, d_sae: int, k: int) -> Step:
     from sparsify.config import SparseCoderConfig
     from sparsify.sparse_coder import SparseCoder
 
-    coder = SparseCoder(d_in, SparseCoderConfig(num_latents=d_sae, k=k), device="cpu", dtype=torch.float32)
+    coder = SparseCoder(d_in, SparseCoderConfig(num_latents=d_sae, k=k), device=DEVICE, dtype=torch.float32)
     optimizer = torch.optim.Adam(coder.parameters(), lr=1e-6, fused="fused" in kind)
 
     def step(x: Any) -> None:
         coder.set_decoder_norm_to_unit_norm()
-        coder(x).fvu.backward()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled="bfloat16" in kind):
+            fvu = coder(x).fvu
+        fvu.backward()
         coder.remove_gradient_parallel_to_decoder_directions()
         optimizer.step()
         optimizer.zero_grad()
@@ -97,17 +105,20 @@ def sparsify(kind: str, batch: int, d_in: int, d_sae: int, k: int) -> Step:
 
 
 def main() -> None:
-    os.environ |= {"WANDB_MODE": "disabled", "SPARSIFY_DISABLE_TRITON": "1", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+    if DEVICE == "cpu":
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     import torch
 
     from bench.planted import planted_rows
+    from bench.rows import timed
 
     batch, d_in, d_sae, k, threads = map(int, sys.argv[1:6])
     clock = time.process_time if sys.argv[6] == "cpu" else time.perf_counter
     torch.set_num_threads(threads)
-    x = planted_rows(batch, d_in, 0)
+    x = planted_rows(batch, d_in, 0).to(DEVICE)
 
     @cache
     def made(case: str) -> Step | None:
@@ -124,9 +135,7 @@ def main() -> None:
         taken = float("nan")
         with contextlib.redirect_stdout(sys.stderr):  # some of them print
             if (step := made(line.strip())) is not None:
-                begun = clock()
-                step(x)
-                taken = clock() - begun
+                taken = timed(lambda: step(x), DEVICE, clock)
         print(taken, flush=True)
 
 

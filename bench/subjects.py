@@ -43,10 +43,10 @@ def settings(sae: dict[str, Any], **train: Any) -> TrainConfig:
     )
 
 
-def member(config: TrainConfig, store: ActivationStore, runs: Path, name: str) -> Trainer:
-    """A dictionary at its first step, with a run folder of that name, on the CPU."""
+def member(config: TrainConfig, store: ActivationStore, runs: Path, name: str, device: str = "cpu") -> Trainer:
+    """A dictionary at its first step, with a run folder of that name."""
     run = open_run(config, Dataset.of(store), runs, name, resume=False)
-    return Trainer.begin(run, config, Dataset.of(store), torch.device("cpu"))
+    return Trainer.begin(run, config, Dataset.of(store), torch.device(device))
 
 
 def take_step(member: Trainer, x: torch.Tensor) -> None:

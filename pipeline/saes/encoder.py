@@ -58,8 +58,8 @@ class Preactivations:
     """p = (x - centre) @ weight.T + bias, seen through what an architecture needs of it.
 
     x [B, d_in], centre [d_in], weight [m, d_in] (W_enc stored latent by latent), bias [m].
-    Under autocast the product runs in the reduced precision; the entries kept are then recomputed in full, so that only
-    the choice of entries is approximate and never their values.
+    Under autocast, and in TF32, the product runs in the reduced precision; the entries kept are then recomputed in
+    full, so that only the choice of entries is approximate and never their values.
     """
 
     def __init__(self, x: Tensor, centre: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -109,7 +109,7 @@ class Preactivations:
 
     def gather(self, entries: SparsePattern, values: Tensor) -> Tensor:
         """The pre-activations at the entries, differentiable: `values` [n] are what the scan saw there."""
-        if values.dtype != self.weight.dtype:
+        if values.dtype != self.weight.dtype or placement.rounds(self.x):
             with torch.no_grad():
                 values = sparse.sddmm(entries, self.centred, self.weight) + self.bias[entries.indices]
         return sparse.with_gradient(values, self.x, self.centre, self.weight, self.bias, self.centred, entries)

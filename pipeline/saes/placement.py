@@ -32,6 +32,11 @@ def reduced(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
+def rounds(x: Tensor) -> bool:
+    """Return True if float32 products of a tensor take its factors in TF32."""
+    return x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def moved(x: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU on a device, without waiting for it."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

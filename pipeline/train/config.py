@@ -45,8 +45,15 @@ class TrainConfig(Schedule):
     )
     clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null for none")
     accumulate: int = Field(1, ge=1, description="parts a batch is computed in, to hold less of it at a time")
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of matrix products; weights, optimiser and the values kept are float32 either way"
+    precision: Literal["float32", "tf32", "bfloat16"] = Field(
+        "float32",
+        description="of matrix products, tf32 being float32 whose factors an Nvidia card rounds to 11 bits; weights, "
+        "optimiser and the values kept are float32 in any case",
+    )
+    kernels: Literal["auto", "plain"] = Field(
+        "auto",
+        description="sparse products and choices on a CUDA device: by Triton kernels where it is installed (auto), or "
+        "by torch's own operations (plain)",
     )
     revive: Revival = Field(NoRevival(), description="what is done about dead latents between steps")
     align: AlignConfig | None = Field(

@@ -13,7 +13,7 @@ from sae.cache.runs import CHECKPOINT
 from sae.pipeline.parallel.ranks import Ranks
 from sae.pipeline.saes import SAE, Clock, Losses, SparseLosses
 from sae.pipeline.train.alignment import Alignment
-from sae.pipeline.train.trainer import Trainer
+from sae.pipeline.train.trainer import Trainer, products
 
 
 @dataclass
@@ -30,6 +30,10 @@ class CoupledTrainers:
 
     def step(self, batch: Batch, clock: Clock, ranks: Ranks) -> list[dict[str, float] | None]:
         """One optimiser step of each on a batch (this rank's share of it); metrics where they are shown."""
+        with products(self.members[0].config, batch.x.device):  # those of all, but for their seeds
+            return self._step(batch, clock, ranks)
+
+    def _step(self, batch: Batch, clock: Clock, ranks: Ranks) -> list[dict[str, float] | None]:
         begun = time.perf_counter()
         for member in self.members:
             member.optimiser.zero_grad(set_to_none=True)

@@ -35,7 +35,7 @@ from sae.pipeline.parallel.ranks import Ranks, SingleRank
 from sae.pipeline.runtime import devices
 from sae.pipeline.runtime.interrupts import Interrupted, interruptible
 from sae.pipeline.runtime.progress import Progress
-from sae.pipeline.saes import ARCHITECTURES, Clock, Config
+from sae.pipeline.saes import ARCHITECTURES, Clock, Config, kernels
 from sae.pipeline.saes.contract import LayerByLayer
 from sae.pipeline.train.config import REVISION, STREAM, TrainConfig, expect_same_meaning, settings_of
 from sae.pipeline.train.coupled import CoupledTrainers, grouped
@@ -43,7 +43,7 @@ from sae.pipeline.train.trainer import Diverged, Trainer
 
 # settings that names of runs do not know of, and what they were before; of dictionaries, and of training
 LATER: dict[str, Any] = {"skip": False}
-LATER_OF_TRAINING: dict[str, Any] = {"snapshots": 0}
+LATER_OF_TRAINING: dict[str, Any] = {"snapshots": 0, "kernels": "auto"}
 SHOWN = ("loss", "fvu", "l0", "dead", "agreement", "recovery")  # beside the progress bar
 
 __all__ = ["STREAM", "TrainConfig", "begun", "on_rows", "open_run", "run_name", "share", "train"]
@@ -335,6 +335,10 @@ def _begin(runs: Sequence[Run], dataset: Dataset, device: torch.device, progress
     if ranks.rank == 0:
         for run in runs:
             run.clear_failure()
+    if device.type == "cuda" and not kernels.available() and any(config.kernels == "auto" for config in configs):
+        progress.note(
+            "kernels: Triton is not installed, so torch's own operations take their place; the extra gpu has it"
+        )
     if any(run.has_checkpoint for run in runs):
         progress.note(f"{runs[0].name}: continuing at step {state.step:,} of {state.total:,}")
     else:

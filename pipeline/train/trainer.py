@@ -6,6 +6,7 @@ a function of its seed and the step, so there is no random state to save.
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from sae.pipeline.loggers.base import RunLoggers
 from sae.pipeline.metrics.similarity import mmcs
 from sae.pipeline.parallel.ranks import Ranks, expect_same
 from sae.pipeline.runtime import devices
-from sae.pipeline.saes import SAE, Clock, Losses, Trainable, trainable
+from sae.pipeline.saes import SAE, Clock, Losses, Trainable, kernels, trainable
 from sae.pipeline.saes.dictionary import Dictionary
 from sae.pipeline.train.config import TrainConfig
 from sae.pipeline.train.resampling import NoRevival, Resample, firing_rate_skew, reinitialise, resample
@@ -59,6 +60,8 @@ class Trainer:
     @classmethod
     def begin(cls, run: Run, config: TrainConfig, dataset: Dataset, device: torch.device) -> "Trainer":
         """A dictionary at step 0. Raises SaeError where the rows allow none."""
+        if config.precision == "tf32" and device.type != "cuda":
+            raise SaeError(f"train.precision = tf32: is for Nvidia cards, and this trains on {device}; try float32")
         outputs = dataset.widths_out if dataset.targets else None
         try:
             sae = trainable(config.sae, dataset.widths_in, outputs, seed=config.seed).to(device)
@@ -279,6 +282,21 @@ class Trainer:
             self.loggers.finished(
                 [self.run.path / name for name in (CONFIG, WEIGHTS_CONFIG, WEIGHTS)], self._of_latents()
             )
+
+
+@contextmanager
+def products(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """Compute within as settings say, whatever the process was told: by kernels or not, and in TF32 or not."""
+    with kernels.chosen(config.kernels):
+        if device.type != "cuda":
+            yield
+            return
+        matmul: Any = torch.backends.cuda.matmul
+        before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if config.precision == "tf32" else "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
 
 
 def _expect_dictionary(sae: Trainable, config: TrainConfig) -> None:

@@ -28,7 +28,7 @@ def compiled(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], targ
     signature = {name: "*" + TYPES[one.dtype] if isinstance(one, Tensor) else "i32" for name, one in named.items()}
     signature |= dict.fromkeys(constants, "constexpr")
     made = triton.compile(ASTSource(kernel, signature, constants), target=target, options=options)
-    return f"{kernel.fn.__name__} {signature['p'] if 'p' in signature else ''} shared {made.metadata.shared}"
+    return f"{kernel.fn.__name__} {signature.get('p', '')} shared {made.metadata.shared}"
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def main() -> None:
         said = str((kernel.fn.__name__, [getattr(one, "dtype", None) for one in args], constants))
         if said not in done:
             done.add(said)
-            print(compiled(kernel, args, constants, target), flush=True)
+            sys.stdout.write(compiled(kernel, args, constants, target) + "\n")
 
 
 if __name__ == "__main__":

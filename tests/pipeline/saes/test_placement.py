@@ -147,6 +147,17 @@ def test_many_dead_latents_have_their_turns(monkeypatch: pytest.MonkeyPatch) -> 
     )
 
 
+def test_values_of_products_in_tf32_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(3, 4), torch.randn(9, 4)
+    pre = Preactivations(x, torch.zeros(4), weight, torch.zeros(9))
+    chosen = pre.topk(2)
+    assert chosen.entries is not None
+    off = chosen.values.reshape(-1) + 1  # as a rounded product would be, and more so
+    assert torch.equal(pre.gather(chosen.entries, off), off)
+    monkeypatch.setattr(placement, "rounds", lambda x: True)
+    torch.testing.assert_close(pre.gather(chosen.entries, off), chosen.values.reshape(-1))
+
+
 def test_a_batch_of_few_positive_ones_keeps_what_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "HOSTS", set())
     x, weight, bias = torch.randn(5, 4), torch.randn(9, 4), torch.full((9,), -3.0)

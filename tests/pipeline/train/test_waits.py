@@ -8,13 +8,14 @@ from support.saes_kit import Planted
 from support.small_stores import write_activations
 from support.watching import watched
 
+from sae.cache.errors import SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import Batch
 from sae.pipeline.parallel.ranks import SingleRank
-from sae.pipeline.saes import Clock, placement
+from sae.pipeline.saes import Clock, kernels, placement
 from sae.pipeline.train.coupled import CoupledTrainers
-from sae.pipeline.train.stage import TrainConfig, open_run
-from sae.pipeline.train.trainer import Trainer
+from sae.pipeline.train.stage import TrainConfig, open_run, run_name
+from sae.pipeline.train.trainer import Trainer, products
 
 SETTINGS = {"sae": {"arch": "topk", "k": 2, "d_sae": 16}, "batch": 32, "steps": 100, "log_every": 3}
 
@@ -32,3 +33,24 @@ def test_a_step_waits_where_metrics_are_logged_and_nowhere_else(
         group.step(Batch(x, x), Clock(member.done, 100, 32), SingleRank())
 
     assert [bool(watched(step).waited) for _ in range(6)] == [True, False, True, False, False, True]
+
+
+def test_tf32_is_of_cards_that_have_it(tmp_path: Path) -> None:
+    dataset = Dataset.of(write_activations(tmp_path, Planted()(64)))
+    config = TrainConfig.model_validate({**SETTINGS, "precision": "tf32"})
+    run = open_run(config, dataset, tmp_path, "it", resume=False)
+    with pytest.raises(SaeError, match=r"train\.precision = tf32: is for Nvidia cards, and this trains on cpu"):
+        Trainer.begin(run, config, dataset, torch.device("cpu"))
+
+
+def test_kernels_are_a_setting_that_names_of_before_do_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "INTERPRETED", True)
+    monkeypatch.setattr(kernels, "_there", True)
+    usual, plain = (TrainConfig.model_validate({**SETTINGS, "kernels": way}) for way in ("auto", "plain"))
+    for config in (usual, plain):
+        with products(config, torch.device("cpu")):
+            assert kernels.usable(torch.zeros(3)) == (config is usual)
+    dataset = Dataset.of(write_activations(tmp_path, Planted()(64)))
+    assert run_name(usual, dataset) != run_name(plain, dataset)
