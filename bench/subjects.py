@@ -51,7 +51,7 @@ def member(config: TrainConfig, store: ActivationStore, runs: Path, name: str, d
 
 def take_step(member: Trainer, x: torch.Tensor) -> None:
     """One training step of a dictionary by itself on a batch [batch, d]."""
-    CoupledTrainers([member], None).step(Batch(x, x), saes.Clock(member.done, STEPS), SingleRank())
+    CoupledTrainers([member], None).step(Batch(x, x), saes.Clock(member.done, STEPS, len(x)), SingleRank())
 
 
 def learns_its_sparsity(config: saes.Config) -> bool:

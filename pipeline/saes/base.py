@@ -44,6 +44,7 @@ penalty on a latent's value is one on the sum of its decoders' norms.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple, Self, TypeVar
 
 import torch
@@ -88,6 +89,7 @@ class SAE(Dictionary, OverStores):
 
     rows_since_fired: Tensor
     firing_rate: Tensor
+    _none_dead_before = 0  # the step from which on a latent can be dead, as far as that is known
 
     def __init__(self, config: Config, d_in: Width, d_out: Width | None = None, *, seed: int = 0) -> None:
         OverStores.__init__(self, config, d_in, d_out, seed)
@@ -291,15 +293,24 @@ class SAE(Dictionary, OverStores):
     def track(self, *parts: Observed) -> None:
         """After a training batch, of which these are all parts: who fired and how often, and what `_update` follows."""
         clock = parts[0].clock
-        rows, fired = sum(part.rows for part in parts), torch.stack([part.fired for part in parts]).sum(0)
+        alone = parts[0] if len(parts) == 1 else None
+        rows, fired = sum(part.rows for part in parts), alone.fired if alone else _stacked(parts, "fired").sum(0)
         self.rows_since_fired.add_(rows).masked_fill_(fired > 0, 0)
         newest = max(1 / (clock.step + 1), RATE_MEMORY)
         self.firing_rate.lerp_((fired / rows).to(self.firing_rate.dtype), newest)
-        self._update(torch.stack([part.numbers for part in parts]).nanmean(0), clock)
+        self._update(alone.numbers if alone else _stacked(parts, "numbers").nanmean(0), clock)
 
     def dead(self, clock: Clock) -> Tensor:
         """bool [d_sae]: latents that have not fired for `dead_after` rows of training."""
         return self.rows_since_fired >= clock.rows(self.config.dead_after)
+
+    def look_ahead(self, clock: Clock) -> None:
+        left = clock.rows(self.config.dead_after) - int(self.rows_since_fired.max())
+        self._none_dead_before = clock.step + 1 + (-(-left // clock.batch) if clock.batch else 0)
+
+    def none_dead(self, clock: Clock) -> bool:
+        """Return True if it is known, without waiting, that no latent is dead at a step (`look_ahead`)."""
+        return clock.step < self._none_dead_before
 
     @torch.no_grad()
     def directions(self, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -336,6 +347,10 @@ class SAE(Dictionary, OverStores):
         self.W_enc_rows[which], self.W_dec[which] = encoder_rows, decoder_rows
         self._reset(which)
         self.rows_since_fired[which] = 0
+
+
+def _stacked(parts: Sequence[Observed], name: str) -> Tensor:
+    return torch.stack([getattr(part, name) for part in parts])
 
 
 def _numbers(formula: Formula) -> dict[str, object]:

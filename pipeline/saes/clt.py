@@ -214,5 +214,9 @@ class CLT(LayerByLayer, LatentCoder, OverStores):
             each = zip(parts, fired, numbers, strict=True)
             sae.track(*(Observed(one.clock, one.rows, f[layer], n[layer]) for one, f, n in each))
 
+    def look_ahead(self, clock: Clock) -> None:
+        for sae in self.saes:
+            sae.look_ahead(clock)
+
     def dead(self, clock: Clock) -> Tensor:
         return torch.cat([sae.dead(clock) for sae in self.saes])

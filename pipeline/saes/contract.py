@@ -195,6 +195,9 @@ class Trainable(Predictor):
         """bool [width]: codes that have not been used for long; None where nobody counts."""
         return None
 
+    def look_ahead(self, clock: Clock) -> None:
+        """After the step of a clock, when waiting for the device does no harm: learn what later steps may know."""
+
     def squared_error(self, y_hat: Tensor, y: Tensor) -> Tensor:
         """Scalar distance of y_hat to y [B, d_out] in the settings' reduction; `fvu` of rows that do not vary is 0."""
         return self.reduced(F.mse_loss(y_hat, y, reduction="sum"), y)

@@ -117,8 +117,9 @@ class Preactivations:
     def topk(self, k: int) -> Latents:
         """The k largest of every row: values [B, k] (of either sign), exactly k of them whatever the ties."""
         kept = [_row_topk(p, k) for _, p in self.blocks()]
-        entries = SparsePattern.per_row(torch.cat([indices for _, indices in kept]), self.d_sae)
-        values = self.gather(entries, torch.cat([values for values, _ in kept]).reshape(-1))
+        values, indices = kept[0] if len(kept) == 1 else (torch.cat(parts) for parts in zip(*kept, strict=True))
+        entries = SparsePattern.per_row(indices, self.d_sae)
+        values = self.gather(entries, values.reshape(-1))
         return Latents(values.view(-1, k), entries, self.d_sae)
 
     def batch_topk(self, count: int) -> Latents:
@@ -151,12 +152,12 @@ class Preactivations:
         found = []
         for rows, p in self.blocks():
             flat, values = _batch_topk(p, min(count, p.numel()))
-            found.append((flat + rows.start * self.d_sae, values))
+            found.append((flat + rows.start * self.d_sae if rows.start else flat, values))
+        if len(found) == 1:
+            return found[0]
         flat, values = (torch.cat(parts) for parts in zip(*found, strict=True))
-        if len(flat) > count:
-            keep = values.topk(count, sorted=False).indices.sort().values
-            flat, values = flat[keep], values[keep]
-        return flat, values
+        keep = values.topk(min(count, len(flat)), sorted=False).indices.sort().values
+        return flat[keep], values[keep]
 
     def above_threshold(self, bound: Tensor | float) -> Latents:
         """p where it exceeds a bound (of each latent, [m], or of all): entry by entry where few do, else all of p.

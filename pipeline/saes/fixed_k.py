@@ -58,6 +58,8 @@ def auxk_term(sae: SAE, batch: LossInputs) -> dict[str, Tensor]:
     assert isinstance(config, FixedKConfig)
     if config.aux_coefficient == 0:
         return {}
+    if sae.none_dead(batch.clock):
+        return {"auxk": batch.y.new_zeros(())}
     k_aux, dead = config.aux_k or auxk.default_k(sae.d_out), sae.dead(batch.clock)
     ahead = placement.runs_ahead(dead)
     if ahead:

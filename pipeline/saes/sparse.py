@@ -40,7 +40,7 @@ class SparsePattern:
     def per_row(cls, indices: Tensor, d_sae: int) -> SparsePattern:
         """The same number of entries in every row: indices [B, k]."""
         batch, k = indices.shape
-        starts = torch.arange(batch, device=indices.device) * k
+        starts = torch.arange(0, batch * k, k, device=indices.device)
         found = cls(indices.reshape(-1), starts, d_sae)
         if placement.runs_ahead(indices):
             found.row_ids = torch.arange(batch * k, device=indices.device) // k

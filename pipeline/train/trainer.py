@@ -24,7 +24,7 @@ from sae.pipeline.loggers.base import RunLoggers
 from sae.pipeline.metrics.similarity import mmcs
 from sae.pipeline.parallel.ranks import Ranks, expect_same
 from sae.pipeline.runtime import devices
-from sae.pipeline.saes import SAE, Clock, Losses, Trainable, kernels, trainable
+from sae.pipeline.saes import SAE, Clock, Losses, Trainable, kernels, placement, trainable
 from sae.pipeline.saes.dictionary import Dictionary
 from sae.pipeline.train.config import TrainConfig
 from sae.pipeline.train.resampling import NoRevival, Resample, firing_rate_skew, reinitialise, resample
@@ -105,9 +105,11 @@ class Trainer:
         if ranks.rank == 0 and self.done in self.config.snapshot_steps(total):
             self._keep_snapshot()
         first, self._shown = not self._shown, True
-        return (
-            self._metrics(batch.y, parts, clock, ranks) if first or self.logs(total) else None
-        )  # which waits for a GPU
+        if not first and not self.logs(total):
+            return None
+        if placement.runs_ahead(batch.x):  # metrics wait for it
+            self.sae.look_ahead(clock)
+        return self._metrics(batch.y, parts, clock, ranks)
 
     def _keep_snapshot(self) -> None:
         """Write directions at length 1, in half precision, and firing rates, before the checkpoint of the step."""

@@ -13,7 +13,7 @@ from support.watching import watched
 from torch import Tensor
 
 from sae.pipeline import saes
-from sae.pipeline.saes import Clock, Losses, Trainable, auxk, placement
+from sae.pipeline.saes import SAE, Clock, Losses, Trainable, auxk, placement
 from sae.pipeline.saes.encoder import Preactivations
 
 single = pytest.fixture(autouse=True, scope="module")(one_thread)
@@ -124,6 +124,22 @@ def test_without_dead_latents_nothing_is_asked_of_them(case: dict[str, Any]) -> 
     assert losses.terms[name].item() == 0
     found = torch.autograd.grad(losses.terms[name], [*it.parameters()], allow_unused=True)
     assert not any(grad.any() for grad in found if grad is not None)
+
+
+def test_steps_before_which_no_latent_can_be_dead_are_known() -> None:
+    it = made({"arch": "topk", "dead_after": 300})[0]
+    assert isinstance(it, SAE)
+    it.rows_since_fired.fill_(0)
+    it.rows_since_fired[3] = 100
+    clock = Clock(10, 1000, 64)
+    assert not it.none_dead(clock)
+    it.look_ahead(clock)  # 100 rows after step 10, 292 before step 14, 356 before step 15
+    it.rows_since_fired += 3 * 64
+    assert it.none_dead(clock._replace(step=14)) and not it.dead(clock).any()
+    it.rows_since_fired += 64
+    assert not it.none_dead(clock._replace(step=15)) and it.dead(clock).any()
+    it.look_ahead(clock._replace(step=14))
+    assert not it.none_dead(clock._replace(step=15))
 
 
 def test_many_dead_latents_have_their_turns(monkeypatch: pytest.MonkeyPatch) -> None:
