@@ -226,7 +226,8 @@ def _plain_topk(p: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _batch_topk(p: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Ascending places in the flattened p of its `count` largest, and their values."""
-    if kernels.usable(p, torch.bfloat16) and (select := kernels.family("select")).fits(-(-count // len(p))):
+    usable = count > 0 and kernels.usable(p, torch.bfloat16)
+    if usable and (select := kernels.family("select")).fits(-(-count // len(p))):
         flat = select.batch(p, count)
     else:
         flat = p.view(-1).topk(count, sorted=False).indices.sort().values

@@ -1,0 +1,348 @@
+"""Everything that is asked of a card, measured in one run of less than eight minutes, each target beside its figure.
+
+    python bench/gpu.py [--small] [--only right,steps,dead,profile,many,loader,train,harvest,tests] [--peers PYTHON]
+
+Prints a table a stage as it goes, and all of it again at the end. A stage that fails is a line that says so, and the
+exit code is 1 then. `--small` tries it without a card, with sizes of which the figures mean nothing. `--peers` names an
+interpreter with eai-sparsify and dictionary_learning (bench/step_peers.py).
+"""
+
+import argparse
+import functools
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch
+from support.small_stores import write_activations
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from bench import harvest as harvesting
+from bench import subjects
+from bench.peer import Peer
+from bench.planted import planted_rows
+from bench.rows import timed
+from sae.cache.activations import ActivationStore
+from sae.cache.loader.dataset import Dataset
+from sae.cache.loader.loader import Loader
+from sae.pipeline import saes
+from sae.pipeline.harvest.sources.language_model import HarvestConfig, LanguageModelSource
+from sae.pipeline.harvest.stage import harvest
+from sae.pipeline.language_model import LanguageModel
+from sae.pipeline.runtime.progress import Silent
+from sae.pipeline.saes import kernels
+from sae.pipeline.train.stage import TrainConfig, open_run, train
+from sae.pipeline.train.trainer import Trainer
+
+ACTIVE = 0.004  # share of the latents, of those that learn it
+OF_TOPK = {"batchtopk": 1.3, "jumprelu": 1.5, "l1": 1.5, "matryoshka": 1.6, "gated": 1.6}
+PEERS = ("sparsify topk, fused Adam, bfloat16", "sparsify topk, fused Adam", "dictionary_learning topk")
+
+
+LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
+WAITS = ("cudaStreamSynchronize", "aten::_local_scalar_dense", "aten::nonzero")
+
+
+class Line(NamedTuple):
+    """A figure, and what is wanted of it: at most, or at least, or nothing (None)."""
+
+    what: str
+    figure: float
+    unit: str
+    most: float | None = None
+    least: float | None = None
+
+    def __str__(self) -> str:
+        wanted = "" if self.most is None else f"at most {self.most:g}"
+        wanted = wanted if self.least is None else f"at least {self.least:g}"
+        held = (self.most is None or self.figure <= self.most) and (self.least is None or self.figure >= self.least)
+        said = "" if not wanted else "yes" if held else "NO"
+        return f"| {self.what} | {self.figure:.4g} {self.unit} | {wanted} | {said} |"
+
+
+class Sizes(NamedTuple):
+    """Sizes of what is measured."""
+
+    device: str
+    d: int
+    m: int
+    k: int
+    batches: tuple[int, ...]
+    rows: int  # of the store
+    steps: int  # of the training
+    contexts: int
+
+
+CARD = Sizes("cuda", 768, 24_576, 32, (4096, 16_384), 400_000, 1500, 8192)
+SMALL = Sizes("cpu", 32, 256, 4, (64, 128), 4096, 60, 4)
+
+
+class Bench:
+    """The card, the folder that stores and runs are in, and where other tools are."""
+
+    def __init__(self, sizes: Sizes, folder: Path, peers: str | None) -> None:
+        self.sizes, self.folder, self.peers, self.made = sizes, folder, peers, 0
+        self.device = torch.device(sizes.device)
+        self.few = subjects.planted_store(folder / "few", 2048, sizes.d)
+
+    def member(self, arch: str, batch: int, precision: str, d_sae: int | None = None, **train: Any) -> Trainer:
+        """A dictionary at its first steps, as sparse as it is most of the time."""
+        s = self.sizes
+        sae = {"arch": arch, "d_sae": d_sae or s.m} | (
+            {"k": s.k} if arch in ("topk", "batchtopk", "matryoshka") else {}
+        )
+        self.made += 1
+        config = subjects.settings(sae, batch=batch, precision=precision, **train)
+        member = subjects.member(config, self.few, self.folder / "runs", str(self.made), s.device)
+        if subjects.learns_its_sparsity(config.sae):
+            subjects.make_sparse(member.sae, planted_rows(512, s.d, 1).to(self.device), ACTIVE)
+        return member
+
+    def step(self, member: Trainer, batch: int) -> float:
+        """Milliseconds of a step, several being given to the card before it is waited for."""
+        batches = [planted_rows(batch, self.sizes.d, seed).to(self.device) for seed in range(2)]
+
+        def one() -> None:
+            subjects.take_step(member, batches[member.done % 2])
+
+        return self.milliseconds(one)
+
+    def milliseconds(self, call: Callable[[], object]) -> float:
+        for _ in range(3):
+            call()
+        return 1e3 * min(timed(call, self.sizes.device, time.perf_counter) for _ in range(3))
+
+    def store(self) -> ActivationStore:
+        """Rows in the default codec."""
+        path = self.folder / "many"
+        if not path.exists():
+            rows = planted_rows(min(self.sizes.rows, 50_000), self.sizes.d, 0)
+            again = -(-self.sizes.rows // len(rows))
+            self._store = write_activations(path, rows.repeat(again, 1)[: self.sizes.rows], ended=True)
+        return self._store
+
+
+def right(bench: Bench) -> Iterator[Line]:
+    """Each architecture's gradients by kernels, and on the card, against the CPU's."""
+    d, m = 64, 512
+    x = planted_rows(256, d, 0)
+    for arch, kind in saes.ARCHITECTURES.items():
+        if not issubclass(kind, saes.SAE):
+            continue
+        found: list[list[torch.Tensor]] = []
+        for device in ("cpu", bench.sizes.device):
+            torch.manual_seed(0)
+            sae = saes.create(saes.parse({"arch": arch, "d_sae": m}), d).to(device)
+            sae.initialise(x.to(device))
+            sae.loss(x.to(device), clock=saes.FINISHED if "vsae" in arch else saes.Clock(5, 100, 256)).total.backward()
+            found.append([p.grad.detach().cpu().double() for p in sae.parameters() if p.grad is not None])
+        worst = max(float((a - b).norm() / (a.norm() + 1e-12)) for a, b in zip(*found, strict=True))
+        yield Line(f"{arch}: worst gradient against the CPU's, relative", worst, "", most=2e-3)
+
+
+def steps(bench: Bench) -> Iterator[Line]:
+    """Whole steps, and the encoder's product alone."""
+    s = bench.sizes
+    wanted = dict(zip(s.batches, ((2.0, 0.45), (5.0, 0.4)), strict=True))
+    for batch in s.batches:
+        x, weight = (torch.randn(n, s.d, device=bench.device).bfloat16() for n in (batch, s.m))
+        product = bench.milliseconds(functools.partial(torch.mm, x, weight.T))
+        yield Line(f"batch {batch}: the encoder's product in bfloat16", product, "ms")
+        theirs = dict(others(bench, batch))
+        for case, taken in theirs.items():
+            yield Line(f"batch {batch}: {case}", taken, "ms")
+        own = bench.step(bench.member("topk", batch, "bfloat16"), batch)
+        yield Line(f"batch {batch}: topk", own, "ms", most=wanted[batch][0])
+        if sparsify := theirs.get(PEERS[0]):
+            yield Line(f"batch {batch}: topk, of sparsify's", own / sparsify, "", most=wanted[batch][1])
+        plain = bench.step(bench.member("topk", batch, "bfloat16", kernels="plain"), batch)
+        yield Line(f"batch {batch}: topk, plain", plain, "ms")
+        for arch, most in OF_TOPK.items():
+            taken = bench.step(bench.member(arch, batch, "bfloat16"), batch)
+            yield Line(f"batch {batch}: {arch}, of topk's", taken / own, "", most=most)
+    batch = s.batches[0]
+    for precision in ("float32", "tf32"):
+        if precision == "float32" or s.device == "cuda":
+            for arch in ("topk", "l1"):
+                taken = bench.step(bench.member(arch, batch, precision), batch)
+                yield Line(f"batch {batch}: {arch} in {precision}", taken, "ms")
+
+
+def others(bench: Bench, batch: int) -> Iterator[tuple[str, float]]:
+    """Milliseconds of other tools' steps, those that are there."""
+    s = bench.sizes
+    if bench.peers is None:
+        return
+    peer = Peer(bench.peers, "step_peers.py", str(batch), str(s.d), str(s.m), str(s.k), "1", "wall", s.device)
+    for case in PEERS if not peer.missing else ():
+        taken = [peer.rate(case) for _ in range(2)][-1]
+        if not math.isnan(taken):
+            yield case, 1e3 * taken
+
+
+def dead(bench: Bench) -> Iterator[Line]:
+    """TopK with dead latents, of it without any."""
+    batch = bench.sizes.batches[0]
+    alive = bench.step(bench.member("topk", batch, "bfloat16"), batch)
+    for share in (64, 16, 2):
+        member = bench.member("topk", batch, "bfloat16")
+        subjects.kill_latents(member.sae, bench.sizes.m // share)
+        taken = bench.step(member, batch) / alive
+        yield Line(f"topk with 1/{share} of its latents dead, of it without", taken, "", most=1.3)
+
+
+def profile(bench: Bench) -> Iterator[Line]:
+    """Launches of a TopK step, and what takes longest."""
+    member, batch = bench.member("topk", bench.sizes.batches[0], "bfloat16"), bench.sizes.batches[0]
+    x = planted_rows(batch, bench.sizes.d, 0).to(bench.device)
+    bench.milliseconds(lambda: subjects.take_step(member, x))
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    kinds += [torch.profiler.ProfilerActivity.CUDA] if bench.device.type == "cuda" else []
+    with torch.profiler.profile(activities=kinds) as seen:
+        for _ in range(5):
+            subjects.take_step(member, x)
+        if bench.device.type == "cuda":
+            torch.cuda.synchronize()
+    found = seen.key_averages()
+    launched = sum(one.count for one in found if one.key in LAUNCHES)
+    waited = sum(one.count for one in found if one.key in WAITS)
+    yield Line("topk: launches a step", launched / 5, "", most=80)
+    yield Line("topk: waits a step", waited / 5, "", most=0)
+    time_of = "self_device_time_total" if bench.device.type == "cuda" else "self_cpu_time_total"
+    for one in sorted(found, key=lambda one: -getattr(one, time_of))[:10]:
+        yield Line(f"of it {one.key[:70]} ({one.count / 5:g} times)", getattr(one, time_of) / 5e3, "ms")
+
+
+def many(bench: Bench) -> Iterator[Line]:
+    """Eight narrow dictionaries on one stream, of one."""
+    batch, narrow = bench.sizes.batches[0], bench.sizes.m // 6
+    members = [bench.member("topk", batch, "bfloat16", narrow, seed=seed) for seed in range(8)]
+    x = planted_rows(batch, bench.sizes.d, 0).to(bench.device)
+    one = bench.milliseconds(lambda: subjects.take_step(members[0], x))
+    all_of_them = bench.milliseconds(lambda: [subjects.take_step(member, x) for member in members])
+    yield Line(f"8 topk of {narrow} latents, of one", all_of_them / one, "", most=5)
+
+
+def loader(bench: Bench) -> Iterator[Line]:
+    """Rows of the default codec to float32 on the card."""
+    with Loader(bench.store(), bench.sizes.batches[0], seed=0, device=bench.device) as batches:
+        stream = iter(batches)
+        for _ in range(8):
+            next(stream)
+        taken, begun = 0, time.perf_counter()
+        for x in stream:
+            taken += len(x)
+            if time.perf_counter() - begun > 6:
+                break
+    yield Line("loader, int8, to the card", taken / (time.perf_counter() - begun) / 1e6, "M rows/s", least=4)
+
+
+def training(bench: Bench) -> Iterator[Line]:
+    """All of a training, from the store to the run folder."""
+    s, dataset = bench.sizes, Dataset.of(bench.store())
+
+    class Watch(Silent):
+        first = 0.0
+
+        def advance(self, n: int, **fields: object) -> None:
+            self.first = self.first or time.perf_counter()
+
+    sae = {"arch": "topk", "k": s.k, "d_sae": s.m}
+    given = {"sae": sae, "batch": s.batches[0], "steps": s.steps, "precision": "bfloat16"}
+    watch, begun = Watch(), time.perf_counter()
+    run = open_run(TrainConfig.model_validate(given), dataset, bench.folder / "trained", None, resume=False)
+    last = train([run], dataset, watch, device=s.device)[0]
+    rate = (s.steps - 1) * s.batches[0] / (time.perf_counter() - watch.first) / 1e6
+    yield Line("training in bfloat16, from the first step on", rate, "M rows/s", least=2.5)
+    yield Line("from its beginning to its first step, without the start of Python", watch.first - begun, "s", most=4)
+    yield Line("its FVU", last["fvu"], "")
+    yield Line("its dead latents", last["dead"], "")
+
+
+def harvests(bench: Bench) -> Iterator[Line]:
+    """The whole stage at GPT-2 small's shape, of the bare forward."""
+    where, dtype, contexts = bench.device, torch.bfloat16, 256 if bench.device.type == "cuda" else 2
+    store = harvesting.token_store(bench.folder / "tokens", bench.sizes.contexts)
+    tokens = torch.from_numpy(store.contexts(0, store.n_contexts).astype("int64")).to(where)
+    bare = GPT2LMHeadModel(GPT2Config()).eval().to(where, dtype)
+    seconds = []
+    model = LanguageModel.boot("random:gpt2", device=str(where), dtype="bfloat16")
+    config = HarvestConfig(
+        model="random:gpt2", layer=(6,), site=("mlp_out",), batch_tokens=contexts * harvesting.CONTEXT, dtype="bfloat16"
+    )
+
+    def stage() -> None:
+        with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
+            harvest(LanguageModelSource.over(config, [store], Silent(), model=model), Path(folder), Silent())
+
+    harvesting.bare_forward(bare, 6, tokens[: 2 * contexts], contexts)
+    for call in (lambda: harvesting.bare_forward(bare, 6, tokens, contexts), stage):
+        begun = time.perf_counter()
+        call()
+        if where.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begun)
+    yield Line("bare forward in bfloat16", tokens.numel() / seconds[0] / 1e6, "M tokens/s")
+    yield Line("harvest in bfloat16, default codec, of the bare forward", seconds[0] / seconds[1], "", least=0.85)
+
+
+def tests(bench: Bench) -> Iterator[Line]:
+    """What only a card can show: kernels as compiled, no wait that the driver sees, equal bytes of equal runs."""
+    files = ["tests/pipeline/saes/test_kernels.py", "tests/pipeline/train/test_gpu.py"]
+    few = ["-k", "not test_kernels and topk"] if bench.device.type == "cpu" else ["-n", "4"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", "-rf", "--tb=line", *few, *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    print(done.stdout[-3000:], done.stderr[-1000:])
+    yield Line("tests on the card: exit code", done.returncode, "", most=0)
+
+
+STAGES: dict[str, Callable[[Bench], Iterator[Line]]] = {
+    "right": right, "steps": steps, "dead": dead, "profile": profile, "many": many, "loader": loader, "train": training,
+    "harvest": harvests, "tests": tests,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="on the CPU, at sizes of which the figures mean nothing")
+    parser.add_argument("--only", default=",".join(STAGES), help="stages, comma-separated")
+    parser.add_argument("--peers", metavar="PYTHON", help="an interpreter with the other tools; default: none of them")
+    args = parser.parse_args()
+    if not args.small and not torch.cuda.is_available():
+        sys.exit("bench/gpu.py: no CUDA device here; --small tries it on the CPU")
+    names = args.only.split(",")
+    if unknown := [name for name in names if name not in STAGES]:
+        sys.exit(f"bench/gpu.py: --only {unknown[0]}: choose from {', '.join(STAGES)}")
+    card = "the CPU" if args.small else torch.cuda.get_device_name()
+    triton = "there" if kernels.available() else "absent"
+    print(f"{card}, torch {torch.__version__}, Triton {triton}, {os.cpu_count()} cores")
+    lines, failed = ["| what | figure | wanted | held |", "|---|---|---|---|"], False
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(SMALL if args.small else CARD, Path(folder), args.peers)
+        for name in names:
+            begun = time.perf_counter()
+            try:
+                for line in STAGES[name](bench):
+                    lines.append(str(line))
+                    print(line, flush=True)
+            except Exception as error:  # noqa: BLE001  the other stages are worth their minutes
+                traceback.print_exc()
+                lines.append(f"| {name} FAILED: {type(error).__name__}: {str(error)[:200]} | | | NO |")
+                failed = True
+            print(f"-- {name}: {time.perf_counter() - begun:.0f} s", flush=True)
+    print("\n".join(lines))
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
