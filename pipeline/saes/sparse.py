@@ -241,19 +241,16 @@ class _Compare(torch.autograd.Function):
         values, table, error, dots = ctx.saved_tensors
         wants_values, wants_table, wants_rest, wants_aim, _ = ctx.needs_input_grad
         twice = error.new_zeros(()) if of_total is None else 2 * of_total
-        grad = error * twice if of_y_hat is not None or wants_aim or ctx.by_row else None
-        towards = grad if of_y_hat is None else of_y_hat + error * twice
-        if of_y_hat is None:  # a gradient at y_hat that is a multiple of the error
+        of_aim = -(error * twice) if wants_aim else None
+        if of_y_hat is None:  # the gradient at y_hat is the error times a number, so it is not made
             of_values = dots * twice if wants_values else None
             of_table = spmm_t(ctx.entries, values * twice, error) if wants_table else None
+            of_rest = (error if ctx.by_row else error.sum(0)) * twice if wants_rest else None
         else:
-            assert towards is not None
+            towards = of_y_hat + error * twice
             of_values = sddmm(ctx.entries, towards, table) if wants_values else None
             of_table = spmm_t(ctx.entries, values, towards) if wants_table else None
-        of_rest = None
-        if wants_rest:
-            of_rest = error.sum(0) * twice if towards is None else towards if ctx.by_row else towards.sum(0)
-        of_aim = -(error * twice) if wants_aim else None
+            of_rest = (towards if ctx.by_row else towards.sum(0)) if wants_rest else None
         return of_values, of_table, of_rest, of_aim, None
 
 
