@@ -97,7 +97,7 @@ def test_every_command_and_option_has_help(name: str) -> None:
     assert len(first) > 10 and first.endswith((".", "`"))
     assert name in "\n".join(rest), "an example"
     for param in command.params:
-        assert param.help and param.help.strip().endswith("."), param.name
+        assert param.help and param.help.strip().endswith(".") and "Default: ." not in param.help, param.name
         assert all("_" not in option for option in param.opts if option.startswith("--"))
 
 

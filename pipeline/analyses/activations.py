@@ -1,5 +1,7 @@
 """How strong latents are where they fire, and which of them carry the most."""
 
+from typing import ClassVar
+
 import torch
 
 from sae.pipeline.analyses.analysis import Analysed, Analysis, Finding, distribution, numbers, quantiles, register
@@ -14,6 +16,14 @@ class NeuronActivations(Analysis):
     """How strong latents are where they fire, and which of them carry the most."""
 
     name = "activations"
+    meanings: ClassVar[dict[str, str]] = {
+        "mean_when_active": "mean activation where a latent fires",
+        "median_when_active": "half of these activations are below it",
+        "negative_share": "share of these activations that are below 0",
+        "largest": "the activation furthest from 0",
+        "latents_of_half_the_energy": "fewest latents with half of the energy: squared activation times squared "
+        "length of the decoder row",
+    }
 
     def find(self, subject: Analysed) -> Finding:
         m = subject.sae.d_sae

@@ -135,10 +135,12 @@ class Analysis(ABC):
     """One side of a dictionary. name: what it is called on the command line and its files are.
 
     asked_for: whether it is done only where it is named, for it takes more than rows and weights, or long.
+    meanings: what its figures are, a line each, but for those that a metric has as well.
     """
 
     name: ClassVar[str]
     asked_for: ClassVar[bool] = False
+    meanings: ClassVar[dict[str, str]] = {}
 
     @abstractmethod
     def find(self, subject: Analysed) -> Finding:

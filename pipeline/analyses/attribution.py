@@ -13,7 +13,7 @@ Where a dictionary reads one site and writes another, latents stay what they wer
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -48,6 +48,15 @@ class Attribution(Analysis):
     """What ablating latents does to the model's predictions, and how well gradients foretell it."""
 
     name = "attribution"
+    meanings: ClassVar[dict[str, str]] = {
+        "measure_clean": "what is measured (`analyze.measure`) with all latents, a prediction",
+        "measure_without_latents": "the same with all latents at 0",
+        "integrated_sum": "sum over latents of integrated gradients, which should be the difference of these two",
+        "ablated": "latents that were put to 0, each by itself",
+        "predictions": "predictions that it was measured on",
+        **{f"spearman_{name}": f"rank correlation of the sizes of effect and {name} estimate" for name in ESTIMATES},
+        **{f"pearson_{name}": f"correlation of effect and {name} estimate" for name in ESTIMATES[:2]},
+    }
     asked_for = True
 
     def find(self, subject: Analysed) -> Finding:

@@ -7,7 +7,7 @@ the adjusted Rand index, 1 for the same clusters, about 0 for unrelated ones.
 
 from itertools import combinations
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,6 +32,13 @@ class Clusters(Analysis):
     """Groups of directions that are alike, and whether other seeds find the same. Needs scikit-learn."""
 
     name = "clusters"
+    meanings: ClassVar[dict[str, str]] = {
+        "clusters": "clusters of directions",
+        "in_none": "latents in none of them",
+        "silhouette": "mean silhouette: 1 where clusters are apart, 0 where they touch",
+        "stability": "how alike clusterings of several seeds are (adjusted Rand index): 1 where the same",
+        "silhouette_chance": "mean silhouette of as many random directions",
+    }
     asked_for = True
 
     def find(self, subject: Analysed) -> Finding:

@@ -6,6 +6,7 @@ its encoder row, compared with the last ones', and the clusters that directions 
 """
 
 from importlib.util import find_spec
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -31,6 +32,16 @@ class Emergence(Analysis):
     """When each latent became what it is, from the snapshots that training kept (`train.snapshots`)."""
 
     name = "emergence"
+    meanings: ClassVar[dict[str, str]] = {
+        "snapshots": "snapshots that training kept",
+        "median_step": f"median of the steps from which latents have a cosine of {EMERGED} with their last direction",
+        "last_step": "step of the last snapshot",
+        "emerged_by_half": "share of latents that have it by half of the steps",
+        "emerged_at_the_end": "latents that have it in the last snapshot alone",
+        "alive_first": f"latents that fire in more than {ALIVE:g} of the rows, in the first snapshot",
+        "alive_last": "the same in the last one",
+        "first_cosine": "mean cosine of first and last directions",
+    }
     asked_for = True
 
     def find(self, subject: Analysed) -> Finding:

@@ -5,6 +5,7 @@ Held-out rows are gone through once, in windows of equal length; what is kept ar
 
 import math
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,18 @@ class Frequency(Analysis):
     """How often latents fire, and how stable that is from window to window of rows."""
 
     name = "frequency"
+    meanings: ClassVar[dict[str, str]] = {
+        "mean_rate": "mean over latents of the share of rows they fire in",
+        "median_rate": "median of it over latents that fire",
+        "never": "latents that fired in none of the rows",
+        "rare": "latents that fired, but in fewer than a millionth of the rows",
+        "dense": "latents that fired in more than a tenth of the rows",
+        "windows": "windows of rows",
+        "pearson": "mean correlation of rates in a window and the next",
+        "spearman": "mean rank correlation of rates in a window and the next",
+        "trend": "slope of the mean rate over windows, as a share of it, a window",
+        "drifting": f"latents whose rates in the two halves are {SURPRISING:g} standard errors apart",
+    }
 
     def find(self, subject: Analysed) -> Finding:
         counts, rows = counted(subject)

@@ -1,6 +1,7 @@
 """How directions fill their space: angles of all pairs beside those of random ones, spectrum, lengths."""
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,12 @@ class DictionaryGeometry(Analysis):
     """How directions fill their space: the angles of all pairs, the dimensions they take, and how long rows are."""
 
     name = "geometry"
+    meanings: ClassVar[dict[str, str]] = {
+        **{f"share_above_{one:g}": f"share of latents with a cosine above {one:g} to another" for one in ALIKE},
+        "participation_ratio": "dimensions that directions are spread over: 1 / sum of squared shares of variance",
+        "components_of_half": "principal components of directions that have half of the variance",
+        "mean_direction": "length of the mean of all directions: 0 where they cancel out",
+    }
 
     def find(self, subject: Analysed) -> Finding:
         sae, metric = subject.sae, Geometry(subject.sae)

@@ -5,7 +5,7 @@ encodes in the data's units.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,21 @@ class LatentSpace(Analysis):
     """
 
     name = "latent_space"
+    meanings: ClassVar[dict[str, str]] = {
+        "active_units": f"latents whose variance over rows, of means where it is variational, is above {ACTIVE}",
+        "active_share": "share of latents that are active units",
+        "kl": "KL of the posterior and the prior as training has it, nats a row",
+        "kl_sampled": "the same by sampling from the posterior",
+        "collapsed_share": f"share of latents whose posterior is their prior: a KL below {COLLAPSED} nats a row",
+        "mean_sigma": "mean standard deviation of a posterior",
+        "prior_frobenius": "distance of the means' correlations from the prior's, over the norm of the prior's",
+        "prior_correlation": "mean correlation of two latents in the prior",
+        "mean_correlation": "mean correlation of two latents' means",
+        "prior_r": "Pearson's r of the means' correlations and the prior's",
+        "components_of_half": "principal components of latents that have half of the variance",
+        "participation_ratio": "components that the variance is spread over: 1 / sum of their squared shares",
+        "bend": "halfway between two rows: distance of its latents from halfway between theirs, over their length",
+    }
 
     def find(self, subject: Analysed) -> Finding:
         variational = self._variational(subject)

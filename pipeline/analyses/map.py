@@ -7,7 +7,7 @@ graph are Louvain's.
 
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -33,6 +33,11 @@ class Map(Analysis):
     """A map of directions in the plane, communities of latents that fire together, and heat maps. Better with UMAP."""
 
     name = "map"
+    meanings: ClassVar[dict[str, str]] = {
+        "communities": f"communities of {COMMUNITY} latents or more that fire together",
+        "in_communities": "latents in one of them",
+        "latents": "latents that have a direction",
+    }
     asked_for = True
 
     def find(self, subject: Analysed) -> Finding:

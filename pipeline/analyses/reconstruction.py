@@ -1,5 +1,7 @@
 """How well rows come back, row by row and feature by feature."""
 
+from typing import ClassVar
+
 import torch
 
 from sae.pipeline.analyses.analysis import Analysed, Analysis, Finding, distribution, numbers, quantiles, register
@@ -12,6 +14,7 @@ class ReconstructionQuality(Analysis):
     """How well rows come back: over all, row by row, and feature by feature."""
 
     name = "reconstruction"
+    meanings: ClassVar[dict[str, str]] = {"row_error_median": "median over rows of squared error / squared norm"}
 
     def find(self, subject: Analysed) -> Finding:
         metric, errors = Reconstruction(), []

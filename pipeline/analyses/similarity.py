@@ -1,5 +1,7 @@
 """How alike a dictionary's directions are to each other, to its encoder's, and to true ones."""
 
+from typing import ClassVar
+
 import torch
 
 from sae.pipeline.analyses.analysis import Analysed, Analysis, Finding, distribution, numbers, quantiles, register
@@ -12,6 +14,10 @@ class DictionarySimilarity(Analysis):
     """How alike directions are: to each other, to their latent's encoder, and to true ones where those are known."""
 
     name = "similarity"
+    meanings: ClassVar[dict[str, str]] = {
+        "mean_abs_cosine": "mean |cosine| of two decoder rows",
+        "random_abs_cosine": "the same of random directions, sqrt(2 / (pi d))",
+    }
 
     def find(self, subject: Analysed) -> Finding:
         sae = subject.sae

@@ -1,5 +1,7 @@
 """How many latents fire in a row, by several thresholds, and how often each of them does."""
 
+from typing import ClassVar
+
 import torch
 
 from sae.pipeline.analyses.analysis import Analysed, Analysis, Finding, distribution, numbers, quantiles, register
@@ -17,6 +19,13 @@ class FeatureSparsity(Analysis):
     """
 
     name = "sparsity"
+    meanings: ClassVar[dict[str, str]] = {
+        "l0_above_tiny": "latents above 1e-8 in a row",
+        "zeros": "share of activations that are zero: 1 - L0 / latents",
+        "dead": "latents that fired in none of the rows",
+        "rare": "latents that fired, but in fewer than a millionth of the rows",
+        "dense": "latents that fired in more than a tenth of the rows",
+    }
 
     def find(self, subject: Analysed) -> Finding:
         metric, counts = Sparsity(subject.sae.d_sae), []

@@ -19,9 +19,10 @@ FOLDER = "analysis"
 
 @dataclass(frozen=True)
 class Written:
-    """A finding, and the files that have it."""
+    """A finding, what its figures are, and the files that have it."""
 
     finding: Finding
+    meanings: dict[str, str]
     json: Path
     plot: Path
 
@@ -56,7 +57,7 @@ def analyze(
         path = run.write_json(f"{FOLDER}/{name}.json", finding.as_json())
         plot = path.with_suffix(".png")
         draw(finding.panels, plot)
-        found[name] = Written(finding, path, plot)
+        found[name] = Written(finding, kind.meanings, path, plot)
     return found
 
 

@@ -37,6 +37,7 @@ def analyze(
     with here.loading_torch():
         from sae.pipeline.analyses.analysis import AnalyzeConfig
         from sae.pipeline.analyses.stage import analyze as stage
+        from sae.pipeline.metrics.figures import meanings
 
     config = said.settings("analyze", AnalyzeConfig)
     here.progress.note(f"run: {found.path}")
@@ -59,5 +60,5 @@ def analyze(
         console.as_json({"run": str(found.path), "analyses": told})
         return
     for name, one in written.items():
-        console.table(name, ["figure", "value"], [[key, value] for key, value in one.finding.figures.items()])
+        console.figures(name, one.finding.figures, meanings() | one.meanings)
         console.say(f"plot: {one.plot}")

@@ -5,7 +5,7 @@ import json
 import math
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -197,6 +197,12 @@ def outline(value: dict[str, Any], indent: str = "") -> None:
         else:
             parts = inner if isinstance(inner, list) else [inner]
             say(f"{indent}{name}: " + ", ".join(p if isinstance(p, str) else json.dumps(p) for p in parts))
+
+
+def figures(title: str, values: Mapping[str, float | int | None], meanings: Mapping[str, str]) -> None:
+    """Figures, each with what it means; those that are not defined are left out."""
+    rows = [[key, short(value), meanings.get(key, "")] for key, value in values.items() if value is not None]
+    table(title, ["figure", "value", "what it is"], rows, prose=True)
 
 
 def evaluation(result: dict[str, Any], title: str) -> None:

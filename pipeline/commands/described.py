@@ -46,7 +46,7 @@ UNSAID = {  # what holds without an option, where that is not the setting's defa
     "decompose.components": "256; 20 of toys",
     "decompose.batch": "1024 rows, 8 contexts, 2048 samples of toys",
 }
-AMOUNTS = ("rows", "tokens")  # settings that people write as 300k, 10M or all
+AMOUNTS = ("rows", "tokens", "texts")  # settings that people write as 300k, 10M or all
 METAVARS = {
     "bool": "", "int": "N", "float": "X", "str": "NAME", "list of int": f"N{LIST}", "list of float": f"X{LIST}",
     "list of str": f"NAME{LIST}",

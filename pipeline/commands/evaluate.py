@@ -34,8 +34,8 @@ def evaluate(
     """Judge trained dictionaries on held-out documents: reconstruction, cross-entropy when spliced in, dead latents.
 
     Prints the figures with what each means, and writes them into the run folder (`eval/eval.json`), unless the ones
-    there were judged on more. On rows of
-    `sae synthesize`, which no language model made, it says instead how many of the true features were found.
+    there were judged on more. On rows of `sae synthesize`, which no language model made, it says instead how many of
+    the true features were found.
 
     Several runs, of one layer or of many, share the passes over rows and of the language model; all of their weights are
     in memory at once. One that cannot be judged is named at the end, and the others are judged.

@@ -35,6 +35,7 @@ def match(
     folder = results_folder(out, "match")
     with here.loading_torch():
         from sae.pipeline.matching.config import MatchConfig
+        from sae.pipeline.matching.pairs import MEANINGS
         from sae.pipeline.matching.stage import match as stage
 
     result = stage(said.settings("match", MatchConfig), found, here)
@@ -45,8 +46,8 @@ def match(
         console.as_json({**result.as_json(), "files": files})
         return
     for row in result.table:
-        figures = [[name, value] for name, value in row.items() if name not in result.labels]
-        console.table(f"{row['a']} (a) and {row['b']} (b)", ["figure", "value"], figures)
+        figures = {name: value for name, value in row.items() if name not in result.labels}
+        console.figures(f"{row['a']} (a) and {row['b']} (b)", figures, MEANINGS)
     stable = result.extra["stability"]
     if len(stable) > 2:
         console.table(

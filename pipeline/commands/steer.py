@@ -114,7 +114,7 @@ def _show(told: dict[str, Any], files: dict[str, str]) -> None:
                "norm": f" x the site's mean norm ({console.short(unit['size'])})", "raw": ""}[unit["name"]]  # fmt: skip
     last = "" if told["mode"] == "ablate" else f" {doses[-1]['strength']:g}{measure}"
     where = told["positions"] if isinstance(told["positions"], str) else ",".join(map(str, told["positions"]))
-    title = f"feature {told['feature']}: {told['mode']}{last}; positions: {where}"
+    title = f"latent {told['feature']}: {told['mode']}{last}; positions: {where}"
     sides = zip(told["baseline"]["next"], told["steered"]["next"], strict=True)
     rows = [[_quoted(a["token"]), _percent(a), _quoted(b["token"]), _percent(b)] for a, b in sides]
     console.table(title, ["next, as it is", "chance", "steered", "chance"], rows)

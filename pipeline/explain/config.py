@@ -19,7 +19,9 @@ class ExplainConfig(Settings):
     count: int = Field(50, ge=1, description="how many latents to explain, where none are named")
     backend: str = Field("tokens", description="who explains and judges: tokens (offline), openai or local")
     model: str | None = Field(
-        None, description="language model that explains: a name that the server knows, a Hugging Face folder or name"
+        None,
+        description="language model that explains: a name that the server knows, a Hugging Face folder or name; "
+        "null: none, which tokens takes",
     )
     base_url: str | None = Field(
         None, description="address of a server that speaks OpenAI's protocol; null: OPENAI_BASE_URL, else OpenAI's"

@@ -22,6 +22,30 @@ from sae.pipeline.metrics.similarity import best, hungarian, mean_cosine, random
 SHARES = {"07": 0.7, "09": 0.9}
 BLOCK = 1 << 24  # correlations held at a time
 CONSTANT = 1e-6  # deviation, as a share of the mean, below which a latent does not vary
+WAYS = {"ab": ("a", "b"), "ba": ("b", "a")}
+MEANINGS = {  # what the figures of two dictionaries a and b are
+    **{f"latents_{one}": f"latents of {one} that are compared" for one in "ab"},
+    "mmcs": "mean of mmcs_ab and mmcs_ba",
+    "mmcs_chance": "the same of random directions",
+    "hungarian": "mean cosine of the best one-to-one matching",
+    "hungarian_chance": "the same of random directions",
+    **{f"mmcs_{way}": f"mean over latents of {x} of their largest cosine with {y}'s" for way, (x, y) in WAYS.items()},
+    **{f"mmcs_{way}_chance": "the same of random directions" for way in WAYS},
+    **{f"distinct_{way}": f"different best matches in {y}, over the latents of {x}" for way, (x, y) in WAYS.items()},
+    **{
+        f"above_{name}_{way}": f"share of the latents of {x} whose best match is above {least}"
+        for name, least in SHARES.items() for way, (x, _) in WAYS.items()
+    },
+    **{f"above_{name}_hungarian": f"share of one-to-one pairs above {least}" for name, least in SHARES.items()},
+    "correlation": "mean of correlation_ab and correlation_ba",
+    **{
+        f"correlation_{way}": f"mean over latents of {x} of their largest correlation over rows with {y}'s"
+        for way, (x, y) in WAYS.items()
+    },
+    **{f"correlation_{way}_chance": "the same where the rows of one are others" for way in WAYS},
+    "correlation_hungarian": "mean correlation of the best one-to-one matching by correlation",
+    "correlation_of_matched": "mean correlation of the pairs that are matched one to one by cosine",
+}  # fmt: skip
 
 Figures = dict[str, float | None]
 

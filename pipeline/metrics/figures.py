@@ -95,6 +95,11 @@ def evaluation_table() -> list[Figure]:
     return sorted(figures(shown=("everywhere", "evaluation")), key=lambda figure: figure.amount)
 
 
+def meanings() -> dict[str, str]:
+    """What every figure is, by its key."""
+    return {figure.key: figure.meaning for figure in figures()}
+
+
 def better(key: str) -> Better:
     """Return which end of a figure is better, where one is."""
     return _of(key)[1].better

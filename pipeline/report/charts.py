@@ -96,12 +96,12 @@ def histogram(
 
 
 def scatter(title: str, points: Sequence[tuple[str, str, float, float]], *, x_label: str, size: str = "wide") -> str:
-    """A point for each (name, kind, x, y), a colour a kind; the x axis is logarithmic where that can be."""
+    """A point for each (name, kind, x, y), a colour a kind; the x axis is logarithmic where that shows more."""
     points = sorted(points, key=lambda one: one[2])
     kinds = list(dict.fromkeys(kind for _, kind, _, _ in points))
     spec = {
         "kind": "scatter", "x": [_drawn(x) for _, _, x, _ in points], "names": [name for name, *_ in points],
-        "x_label": x_label, "x_log": all(x > 0 for _, _, x, _ in points) and len({x for _, _, x, _ in points}) > 1,
+        "x_label": x_label, "x_log": bool(points) and points[-1][2] >= LOG_RATIO * points[0][2] > 0,
         "y_log": False,
         "series": [{"name": kind, "y": [_drawn(y) if k == kind else None for _, k, _, y in points]} for kind in kinds],
         "height": 260,

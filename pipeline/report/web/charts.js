@@ -21,6 +21,9 @@ function short(value, digits = 4) {
   return String(+value.toPrecision(digits));
 }
 
+const LEFT = 58, RIGHT = 26; // of a plot's area
+const SIZE = 12, LINE = 1.1; // of letters: whole pixels, for uPlot reads no others, and the height of a line in these
+const FONT = `${SIZE}px system-ui, sans-serif`;
 const percent = (share) => `${short(100 * share, 3)} %`;
 
 function series(spec, one, index) {
@@ -34,14 +37,23 @@ function series(spec, one, index) {
   return {stroke, width: 1.8, spanGaps: false, points: {show: spec.x.length < 2}};
 }
 
-function axis(label, scale, spec) {
+const pen = document.createElement("canvas").getContext("2d");
+
+function folded(text, room) { // lines of a text that is too wide for its bar: "mean-", "ablated"
+  pen.font = FONT;
+  return pen.measureText(text).width <= room ? [text] : text.split(/(?<=-)| /);
+}
+
+function axis(label, scale, spec, room) {
   const line = {stroke: colour("grid"), width: 1};
-  const made = {scale, stroke: colour("soft"), grid: line, ticks: {show: false}, font: "11.5px system-ui, sans-serif"};
-  if (scale === "y") return {...made, size: 58, values: (_, ticks) => ticks.map((t) => (t === null ? "" : short(t)))};
-  const named = {...made, size: label ? 28 : 30, label, labelSize: 14, gap: 3, labelFont: "italic 11.5px system-ui, sans-serif"};
+  const made = {scale, stroke: colour("soft"), grid: line, ticks: {show: false}, font: FONT, lineGap: LINE};
+  if (scale === "y") return {...made, size: LEFT, values: (_, ticks) => ticks.map((t) => (t === null ? "" : short(t)))};
+  const named = {...made, size: label ? 28 : 30, label, labelSize: 14, gap: 3, labelFont: `italic ${FONT}`};
   if (!spec.ticks) return {...named, values: (_, ticks) => ticks.map((t) => (t === null ? "" : short(t)))};
-  const names = new Map(spec.ticks);
-  return {...named, grid: {show: false}, splits: () => [...names.keys()], values: (_, ticks) => ticks.map((t) => names.get(t))};
+  const names = new Map(spec.ticks.map(([at, name]) => [at, folded(name, room)]));
+  const size = named.size + LINE * SIZE * (Math.max(...[...names.values()].map((lines) => lines.length)) - 1);
+  const values = (_, ticks) => ticks.map((t) => names.get(t).join("\n"));
+  return {...named, size, grid: {show: false}, splits: () => [...names.keys()], values};
 }
 
 function told(spec, at) {
@@ -50,12 +62,12 @@ function told(spec, at) {
   return [spec.names ? spec.names[at] : `${spec.x_label ?? ""} ${short(spec.x[at])}`.trim(), ...values].join(" · ");
 }
 
-function marked(plot, spec) { // lines at values that something is to be compared with, and the values of few bars
+function marked(plot, spec, room) { // lines at values that something is to be compared with, and the values of few bars
   const ratio = devicePixelRatio, context = plot.ctx;
   context.save();
-  context.font = `${11.5 * ratio}px system-ui, sans-serif`;
+  context.font = FONT.replace(SIZE, SIZE * ratio);
   context.textAlign = "center";
-  for (const [name, at, which] of spec.references ?? []) {
+  for (const [i, [name, at, which]] of (spec.references ?? []).entries()) {
     const across = which === "y", pixel = plot.valToPos(at, which, true), box = plot.bbox;
     context.strokeStyle = context.fillStyle = colour("soft");
     context.setLineDash([4 * ratio, 4 * ratio]);
@@ -66,7 +78,8 @@ function marked(plot, spec) { // lines at values that something is to be compare
     if (across) { context.textAlign = "left"; context.fillText(name, box.left + 4 * ratio, pixel - 5 * ratio); }
     else {
       context.textAlign = pixel > box.left + 0.6 * box.width ? "right" : "left";
-      context.fillText(name, pixel + (context.textAlign === "right" ? -5 : 5) * ratio, box.top + 12 * ratio);
+      const aside = (context.textAlign === "right" ? -5 : 5) * ratio;
+      context.fillText(name, pixel + aside, box.top + (1 + LINE * i) * SIZE * ratio);
     }
   }
   context.textAlign = "center";
@@ -74,7 +87,10 @@ function marked(plot, spec) { // lines at values that something is to be compare
     context.fillStyle = colour("ink");
     spec.values.forEach((text, i) => {
       const y = spec.series.map((one) => one.y[i]).find((value) => value !== null);
-      context.fillText(text, plot.valToPos(spec.x[i], "x", true), plot.valToPos(y, "y", true) - 6 * ratio);
+      const [across, top] = [plot.valToPos(spec.x[i], "x", true), plot.valToPos(y, "y", true)];
+      folded(text, room).reverse().forEach((line, above) => {
+        context.fillText(line, across, top - (0.5 + LINE * above) * SIZE * ratio);
+      });
     });
   }
   context.restore();
@@ -95,12 +111,18 @@ function draw(figure) {
   const bars = spec.kind === "bars", pad = bars ? 0.7 : 0;
   const x = {time: false, distr: spec.x_log ? 3 : 1};
   if (bars || spec.x.length < 2) x.range = () => [spec.x[0] - (pad || 1), spec.x.at(-1) + (pad || 1)];
+  if (spec.kind === "scatter" && !spec.x_log) { // no point lies on the edge
+    const [low, high] = [spec.x[0], spec.x.at(-1)], aside = Math.max(0.08 * (high - low), 0.02 * Math.abs(high)) || 1;
+    x.range = () => [low - aside, high + aside];
+  }
   const y = {distr: spec.y_log ? 3 : 1, range: range(spec)};
-  const hooks = {draw: [(plot) => marked(plot, spec)]};
+  const width = Math.max(place.clientWidth, 200);
+  const room = (width - LEFT - RIGHT) / (spec.x.at(-1) - spec.x[0] + 2 * pad); // of a bar
+  const hooks = {draw: [(plot) => marked(plot, spec, room)]};
   hooks.setCursor = [(plot) => { output.textContent = plot.cursor.idx == null ? "" : told(spec, plot.cursor.idx); }];
   const options = {
-    width: Math.max(place.clientWidth, 200), height: spec.height ?? 220, padding: [14, 26, 0, 0], hooks,
-    scales: {x, y}, legend: {show: false}, axes: [axis(spec.x_label, "x", spec), axis("", "y", spec)],
+    width, height: spec.height ?? 220, padding: [14, RIGHT, 0, 0], hooks,
+    scales: {x, y}, legend: {show: false}, axes: [axis(spec.x_label, "x", spec, room), axis("", "y", spec)],
     cursor: {drag: {x: false, y: false}, y: false, points: {show: !bars}},
     series: [{}, ...spec.series.map((one, index) => series(spec, one, index))],
   };

@@ -15,6 +15,7 @@ import sae
 from sae.cache.errors import SaeError
 from sae.pipeline.analyses.analysis import analyses, distribution, quantiles
 from sae.pipeline.formats import trained
+from sae.pipeline.metrics.figures import meanings
 from sae.pipeline.metrics.geometry import pairs
 from sae.pipeline.metrics.similarity import correlation
 from sae.pipeline.saes.variational import Variational
@@ -67,6 +68,7 @@ def test_every_analysis_has_its_files(found: dict[str, Any], runs: dict[str, Any
             said = json.loads(Path(one["json"]).read_text())
             told = {key: value for key, value in one.items() if key not in ("json", "plot")}
             assert {key: said[key] for key in told} == json.loads(json.dumps(told))
+            assert {*told} - {"details"} <= meanings().keys() | analyses()[what].meanings.keys()
         assert runs[name].check() == []
 
 
@@ -173,7 +175,8 @@ def test_at_the_command_line(lab: sae.Session, runs: dict[str, Any]) -> None:
     assert [*told["analyses"]] == ["latent_space", "sparsity"] and told["run"] == str(runs["topk"].path)
     assert told["analyses"]["sparsity"]["rows"] == 100
     shown = done(f"analyze iso similarity {where}").out
-    assert "welch_bound" in shown and "similarity.png" in shown
+    assert "welch_bound" in shown and "similarity.png" in shown and "mean |cosine| of two decoder rows" in shown
+    assert "kl_sampled" not in done(f"analyze topk latent-space {where}").out  # of a variational one alone
     names = [one["name"] for one in done("list --json").json["analyses"]]
     assert names == [*analyses()] == sorted([*USUAL, "attribution", "clusters", "emergence", "map"])
     wrong = typed(f"analyze topk sparsty {where}")

@@ -53,7 +53,7 @@ def test_what_steering_says(home: Path, run: str) -> None:
     assert [dose["strength"] for dose in told["doses"]] == [-2, 0, 2] and told["kl"] > 0
     assert Path(told["plot"]).stat().st_size > 1000 and json.loads(Path(told["json"]).read_text())["doses"]
     shown = steering(run, *rest, "-2,0,2", "--target", " self").out
-    assert "feature 3: add 2 x the site's mean norm" in shown and "target_change" in shown
+    assert "latent 3: add 2 x the site's mean norm" in shown and "target_change" in shown
     assert all(line.isprintable() for line in shown.splitlines())
 
 

@@ -13,6 +13,7 @@ from support.command_line import sae as typed
 import sae
 from sae.cache.errors import SaeError
 from sae.pipeline.matching import stage
+from sae.pipeline.matching.pairs import MEANINGS
 from sae.pipeline.metrics.similarity import symmetric_mmcs
 
 D, WIDE, M = 8, 12, 20
@@ -50,6 +51,7 @@ def test_two_runs(lab: sae.Session, runs: dict[str, Any], tmp_path: Path) -> Non
     found = lab.match([runs["one"], runs["other"]], correlate=True)
     a, b = (runs[name].load().W_dec for name in ("one", "other"))
     (row,) = found.table
+    assert {*row} == {"a", "b", *MEANINGS}
     assert row["mmcs"] == found.extra["mmcs"] == pytest.approx(symmetric_mmcs(a, b).item(), rel=1e-5)
     assert (row["a"], row["b"], row["latents_a"]) == (runs["one"].name, runs["other"].name, M)
     pairs = found.extra["pairs"]
@@ -154,6 +156,7 @@ def test_at_the_command_line(lab: sae.Session, runs: dict[str, Any], tmp_path: P
     assert 0 < told["hungarian"] <= told["mmcs"] <= 1 and Path(told["files"]["plot"]).exists()
     shown = done(f"match {' '.join(names)} --living {where}").out
     assert "mmcs_chance" in shown and "latents that all others have found, too" in shown
+    assert "what it is" in shown and "share of one-to-one pairs above 0.7" in shown
     for wrong, said in (
         (f"{names[0]} wide", "--correlate compares when they fire"),
         (f"{names[0]} {lab.runs / names[0]}", "is named twice"),

@@ -369,6 +369,19 @@ def test_steady_digits() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("l0s", "log"), [((8.0, 8.01), False), ((8.0, 64.0), True), ((0.0, 64.0), False)])
+def test_few_l0s_have_an_axis_without_decades(l0s: tuple[float, ...], log: bool) -> None:
+    """Between the ticks 1 and 10 of a logarithmic axis, dictionaries of an L0 of 8 would lie on the edge."""
+    (chart,) = charts(Page(scatter("s", [("r", "k", l0, 0.1) for l0 in l0s], x_label="L0")))
+    assert chart["x_log"] is log
+
+
+def test_letters_of_charts_are_of_whole_pixels() -> None:
+    """uPlot takes the digits before `px`: of 11.5px it makes 11.10px on a screen with two pixels a pixel."""
+    script = report._web("charts.js")
+    assert re.search(r"const SIZE = \d+, ", script) and not re.search(r"\d\.\d+px", script)
+
+
 def test_charts_of_odd_data() -> None:
     """Numbers out of any sense, single points, nothing at all: JSON without NaN, nothing unescaped."""
     sizes = (1.7976931348623157e308, -1.7976931348623157e308, 5e-324, 1e-300, 0.0, 1.0)
