@@ -159,7 +159,7 @@ def readings(home: Path, about: str) -> Iterator[Callable[[], object]]:
     yield lambda: settings_of(Run(one))
     yield lambda: trained.load_run(Run(one))
     yield lambda: compare([Run(one)])
-    yield lambda: page(read(Run(one)))
+    yield lambda: page([read(Run(one))])
 
 
 def read_rows(store: Store) -> None:

@@ -52,13 +52,15 @@ def statistics_of(
     trained.expect_fits(dataset, sae, run)
     of = {"dictionary": dictionary, **_told(dataset, config)}
     found = Statistics.read(run) if there is not None and {**there, "begin": None} == {**of, "begin": None} else None
+    gathered = found is None
     if found is None:
         found = gather(sae, dataset, _tokens(dataset, root), config, progress, device=where).said_of(of)
     elif found.lens is not None:
         return found
-    found = _with_lens(found, sae, dataset, progress)
-    found.write(run)
-    return found
+    made = _with_lens(found, sae, dataset, progress)
+    if gathered or made is not found:
+        made.write(run)
+    return made
 
 
 def _told(dataset: Dataset, config: StatisticsConfig) -> dict[str, Any]:

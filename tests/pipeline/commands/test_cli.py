@@ -22,7 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from sae import configs
 from sae.cache import activations, catalogue, tokens
 from sae.cache.disk import durable
-from sae.cache.runs import Run
+from sae.cache.runs import STATISTICS, Run
 from sae.cache.store.manifest import MANIFEST, Windows
 from sae.pipeline.commands import bars
 from sae.pipeline.metrics.figures import available
@@ -132,7 +132,8 @@ WRONG = [
     ("train --stepps 5", "no such option: --stepps; did you mean --steps"),
     ("train --xyzzy", "no such option: --xyzzy; `sae train --help` tells more"),
     ("train --lr", "option '--lr' requires an argument"),
-    ("eval one two", "got unexpected extra argument(s) (two); `sae eval --help` tells more"),
+    ("eval one two", "two: no such run in "),
+    ("list now", "got unexpected extra argument(s) (now); `sae list --help` tells more"),
     ("cache rm", "missing argument 'STORE'"),
     ("train --steps five", "--steps five: input should be a valid integer"),
     ("tokenize --tokens many", "--tokens many: is not a number of rows or tokens; write 500, 300k, 10M, 1e8 or all"),
@@ -377,10 +378,13 @@ def test_the_four_commands_and_what_they_say(world: Path) -> None:
     judged = done("eval --json")
     assert judged.err.splitlines()[0] == f"run: {world / 'runs' / 'one'}"
     figures = [
-        "fvu", "explained_variance", "mse", "row_error", "bits", "active_parameters", "codebook_usage", "perplexity",
-        "active_units", "l0", "sparsity", "dense_share", "rate_q25", "rate_median", "rate_q75", "dead_fraction",
-        "ce_clean", "ce_spliced", "ce_degradation", "ce_zero", "ce_mean", "ce_recovered_zero", "ce_recovered_mean",
-        "kl", "orthogonality", "jl", "encoder_decoder_cosine", "rows", "dead_rows", "tokens",
+        "fvu", "explained_variance", "explained_variance_features", "cosine", "l2_ratio", "relative_bias",
+        "normalised_mse", "mse", "rows", "row_error", "bits", "active_parameters", "codebook_usage",
+        "perplexity", "active_units", "l0", "sparsity", "l0_relative", "l1", "hoyer", "dense_share", "rate_q25",
+        "rate_median", "rate_q75", "dead_fraction", "dead_rows", "ce_clean", "ce_spliced", "ce_degradation",
+        "ce_zero", "ce_mean", "ce_recovered_zero", "ce_recovered_mean", "kl", "kl_score", "tokens",
+        "orthogonality", "jl", "largest_cosine", "mean_largest_cosine", "mean_largest_cosine_chance",
+        "orthogonality_chance", "welch_bound", "encoder_decoder_cosine",
     ]  # fmt: skip
     assert [*judged.json] == [*figures, "details"]
     assert {*figures} == {one.key for one in figures_of(needs=available(model=True, truth=False))}
@@ -566,6 +570,7 @@ def test_damaged_chunks(copy: Path) -> None:
     store = store_of(copy, "model-1")
     first, second, *_ = sorted(store.glob("rows/c/*/*"))
     spoil(first)
+    (copy / "runs" / "one" / STATISTICS).unlink(missing_ok=True)  # from before the damage
     for command in (f"{TRAIN} --name two", "eval one", "report one", "cache verify", f"cache verify {store}"):
         answer = sae(command)
         assert answer.code == 3 and answer.out == "", command

@@ -111,7 +111,7 @@ def test_what_was_judged_on_how_much_is_said(cache: Path, tmp_path: Path) -> Non
     ]  # fmt: skip
     judge(third, 1008)
     alike = done("compare", first.name, second.name, third.name, "--runs", tmp_path)
-    assert "judged" not in alike.err and "dead_rows" not in alike.out
+    assert "judged on" not in alike.err and "dead_rows" not in alike.out
 
 
 def test_several_runs_are_judged_by_one_command(cache: Path, tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def test_a_run_is_gathered_once(run: tuple[Run, Path], monkeypatch: pytest.Monke
 
 def test_statistics_survive_the_file(small: Stores, run: tuple[Run, Path]) -> None:
     made = gathered(small, Mixed(), before=3, after=2).said_of({"dictionary": "x"})
-    made = made.with_lens(lens(Mixed.W_dec, torch.eye(D), 3))
+    made = replace(made.with_lens(lens(Mixed.W_dec, torch.eye(D), 3)), nearest=nearest(Mixed.W_dec, 3))
     made.write(run[0])
     back = Statistics.read(run[0])
     assert back is not None and back.feature(4) == made.feature(4) and same(back, made)

@@ -92,6 +92,7 @@ def test_a_target_of_l0() -> None:
         "warmup": 0,
         "theta_init": 0.3,
         "bandwidth": 0.4,
+        "pre_act_coefficient": 0,  # is no share
     }
     # thresholds are in the units of latents: reductions alone
     expected = trained(case, "sum_d", "rms")
