@@ -379,12 +379,12 @@ def test_the_four_commands_and_what_they_say(world: Path) -> None:
     assert judged.err.splitlines()[0] == f"run: {world / 'runs' / 'one'}"
     figures = [
         "fvu", "explained_variance", "explained_variance_features", "cosine", "l2_ratio", "relative_bias",
-        "normalised_mse", "mse", "rows", "row_error", "bits", "active_parameters", "codebook_usage",
-        "perplexity", "active_units", "l0", "sparsity", "l0_relative", "l1", "hoyer", "dense_share", "rate_q25",
-        "rate_median", "rate_q75", "dead_fraction", "dead_rows", "ce_clean", "ce_spliced", "ce_degradation",
-        "ce_zero", "ce_mean", "ce_recovered_zero", "ce_recovered_mean", "kl", "kl_score", "tokens",
-        "orthogonality", "jl", "largest_cosine", "mean_largest_cosine", "mean_largest_cosine_chance",
-        "orthogonality_chance", "welch_bound", "encoder_decoder_cosine",
+        "normalised_mse", "mse", "row_error", "bits", "active_parameters", "codebook_usage", "perplexity",
+        "active_units", "l0", "sparsity", "l0_relative", "l1", "hoyer", "dense_share", "rate_q25",
+        "rate_median", "rate_q75", "dead_fraction", "ce_clean", "ce_spliced", "ce_degradation", "ce_zero",
+        "ce_mean", "ce_recovered_zero", "ce_recovered_mean", "kl", "kl_score", "orthogonality", "jl",
+        "largest_cosine", "mean_largest_cosine", "mean_largest_cosine_chance", "orthogonality_chance",
+        "welch_bound", "encoder_decoder_cosine", "rows", "dead_rows", "tokens",
     ]  # fmt: skip
     assert [*judged.json] == [*figures, "details"]
     assert {*figures} == {one.key for one in figures_of(needs=available(model=True, truth=False))}
