@@ -49,7 +49,7 @@ class Attribution(Analysis):
 
     name = "attribution"
     meanings: ClassVar[dict[str, str]] = {
-        "measure_clean": "what is measured (`analyze.measure`) with all latents, a prediction",
+        "measure_clean": "what is measured, a prediction, with all latents as they are",
         "measure_without_latents": "the same with all latents at 0",
         "integrated_sum": "sum over latents of integrated gradients, which should be the difference of these two",
         "ablated": "latents that were put to 0, each by itself",

@@ -34,7 +34,9 @@ class Backend(Asked):
     def __init__(self, config: ExplainConfig, around: Surroundings) -> None:
         super().__init__(config, around)
         if config.model is None:
-            raise SaeError("model: backend local needs a Hugging Face folder or name of a causal language model")
+            raise SaeError(
+                "backend = local: needs a causal language model; name it, or its Hugging Face folder, with `model`"
+            )
         self._files = find_model(config.model, offline=around.offline)
         of_hub = self._files.revision is not None
         named = config.model if config.model == embedded.NAME else str(self._files.folder)

@@ -38,7 +38,7 @@ class Backend(Asked):
         super().__init__(config, around)
         self.concurrency = config.concurrency
         if config.model is None:
-            raise SaeError("model: backend openai needs the name of a model that the server has")
+            raise SaeError("backend = openai: needs a model that the server has; name it with `model`")
         self.address = (config.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI).rstrip("/")
         _expect_address(self.address)
         if around.offline and not _is_here(self.address):

@@ -115,7 +115,7 @@ def test_what_there_is_too_little_of_is_said_and_has_no_score(run: Run, place: W
         ("--most-cost 1", "most_cost needs price_in and price_out"),
         ("--scoring guessing", "detection"),
         ("--scoring detection,detection", "there twice"),
-        ("--backend openai", "model: backend openai needs"),
+        ("--backend openai", "--backend openai: needs a model that the server has; name it with --model"),
         ("--backend openai --model m", "no key; set OPENAI_API_KEY"),
         ("--backend openai --model m --base-url ftp://x", "is no address of a server"),
         ("--backend openai --model m --base-url http://me:pass@x/v1", "holds a name or a password"),

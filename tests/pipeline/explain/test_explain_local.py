@@ -101,7 +101,7 @@ def test_a_run_is_explained_and_nothing_is_computed_twice(run: Run, place: Workp
 @pytest.mark.parametrize(
     ("said", "complaint"),
     [
-        ("", "model: backend local needs"), ("--model /nowhere", "no such folder"),
+        ("", "--backend local: needs a causal language model"), ("--model /nowhere", "no such folder"),
         ("--model no-such/model --offline", "no-such/model"),
     ],
 )  # fmt: skip
