@@ -27,7 +27,8 @@ def as_written(path: Path, part: str = "") -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise DamagedStore(f"{path}: {part}is not what was written ({error})") from error
+        said = str(error).removeprefix(f"{path}: ")
+        raise DamagedStore(f"{path}: {part}is not what was written ({said})") from error
 
 
 def parse(data: bytes, *, nan_is_null: bool = False) -> Any:

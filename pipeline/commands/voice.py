@@ -6,6 +6,7 @@ an option, or `--set` where it has none; a call a command.
 
 import re
 import shlex
+import sys
 from typing import Any
 
 DECLARED: dict[str, str] = {}  # option by the path of its setting: {"train.sae.k": "--k"}
@@ -26,9 +27,24 @@ def typed(line: str) -> str:
     """A line of the library as the command line says it: `codec = int9: no such codec` of the option `--codec int9`."""
     head = re.match(r"([a-z][a-z0-9_]*) = (?:(?:True|\.\.\.)(?=:))?", line)
     if head and (option := _option(head[1])) in options():
-        line = f"{option}{' ' if head[0].endswith('= ') else ''}{line[head.end() :]}"
+        valued, here = head[0].endswith("= "), options_here()
+        setting = f"train.{head[1]}"  # of what a study trains
+        if valued and here and option not in here and DECLARED.get(setting) == option:
+            option = f"--set {setting}="
+        line = f"{option}{' ' if valued and not option.endswith('=') else ''}{line[head.end() :]}"
     line = re.sub(r"`([a-z]+)\(([^`]*)\)`", lambda found: f"`{_command(found[1], found[2])}`", line)
     return re.sub(r"`([a-z][a-z0-9_.]*)(?: = ([^`]+))?`", lambda found: _setting(found[1], found[2]), line)
+
+
+def options_here() -> set[str]:
+    """Return the options of the study that was typed; none where it was another command."""
+    from sae.pipeline.commands.app import tree
+
+    group, *words = (*sys.argv[1:3], "")
+    if group != "study":
+        return set()
+    command = tree().commands[group].commands.get(words[0])
+    return set() if command is None else {option for param in command.params for option in param.opts}
 
 
 def options() -> set[str]:

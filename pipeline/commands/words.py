@@ -104,7 +104,7 @@ def whole(option: str, text: str | None) -> list[int] | None:
 
 
 def numbers(option: str, text: str | None) -> tuple[float, ...] | None:
-    """Numbers from 0 on, ascending; None for none given. Raises SaeError for what is not such, or is there twice."""
+    """Numbers from 0 on, as they stand; None for none given. Raises SaeError for what is not such, or is there twice."""
     if text is None:
         return None
     try:
@@ -115,7 +115,7 @@ def numbers(option: str, text: str | None) -> tuple[float, ...] | None:
         raise SaeError(f"{option} {text}: write numbers from 0 on with commas between them, as 0.01,0.1,1")
     if len(set(found)) < len(found):
         raise SaeError(f"{option} {text}: a number is there twice")
-    return tuple(sorted(found))
+    return tuple(found)
 
 
 def signed(option: str, text: str | None) -> tuple[float, ...]:

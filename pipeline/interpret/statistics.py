@@ -356,7 +356,7 @@ def _to_be_removed(path: Path) -> Iterator[None]:
 def expect_latents(latents: Iterable[int], d_sae: int) -> None:
     """Raise SaeError for latents that a dictionary has not."""
     if beyond := [latent for latent in latents if not 0 <= latent < d_sae]:
-        raise SaeError(f"latents {beyond}: the dictionary has latents 0 to {d_sae - 1}")
+        raise SaeError(f"latents = {', '.join(map(str, beyond))}: the dictionary has latents 0 to {d_sae - 1}")
 
 
 def short(value: float) -> float:

@@ -81,9 +81,7 @@ def probe(
     subjects = subjects_of(runs, place, model, tokenizer)
     for subject in subjects:
         if max(config.ks) > subject.coder.d_sae:
-            raise SaeError(
-                f"probe.ks = {max(config.ks)}: {subject.run.name} has {subject.coder.d_sae} latents; name fewer"
-            )
+            raise SaeError(f"ks = {max(config.ks)}: {subject.run.name} has {subject.coder.d_sae} latents; name fewer")
         make_folder(subject.run.path / FOLDER)
     rows: dict[tuple[Any, ...], Row] = {}  # those of a site once, however many runs read it
     chosen: dict[str, Any] = {}

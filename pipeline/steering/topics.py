@@ -55,6 +55,11 @@ def ablate_topic(
         means = [_means(opened, part, progress) for part in chosen_by]
         scores, alive = _scores(*means), torch.cat(means).ne(0).any(0)
         best = [i for i in scores.argsort(descending=True, stable=True).tolist() if alive[i] and scores[i] > 0.5]
+        if not best:
+            raise SaeError(
+                f"topic = {topic.name}: no latent of {opened.run.name} fires more on it than on {general.name}; "
+                "give another text"
+            )
         if max(counts) > len(best):
             raise SaeError(
                 f"top = {max(counts)}: only {len(best)} latents of {opened.run.name} fire more on {topic.name} than on "

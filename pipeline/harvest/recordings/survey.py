@@ -13,6 +13,7 @@ import numpy as np
 
 from sae.cache.activations import MOST_WIDTH
 from sae.cache.errors import SaeError
+from sae.pipeline.harvest.recordings.clocks import Clock, Clocks
 from sae.pipeline.harvest.recordings.files import Recording, read
 from sae.pipeline.harvest.recordings.treatment import Treatment, band_pass, outliers, robust
 from sae.pipeline.harvest.tables import Choice
@@ -62,6 +63,7 @@ class Known:
     stamps: tuple[tuple[int, int], ...]
     rate: float | None
     far: dict[str, int]
+    clocks: tuple[Clock, ...]
 
 
 def looked_at(config: SeriesConfig, progress: Progress) -> Known:
@@ -86,7 +88,7 @@ def looked_at(config: SeriesConfig, progress: Progress) -> Known:
             f"harvest.band = {list(config.band)}: how many steps a second has is in no file; give `harvest.rate`"
         )
     sections = band_pass(config.band, rate, config.order) if config.band and rate is not None else None
-    digests = _digests(recordings, progress) if config.recordings else ["noisy"]
+    digests, clocks = _digests(recordings, progress) if config.recordings else (["noisy"], ())
     parts = _parts(config, recordings, digests)
     training = [(recordings[part.recording], part) for part in parts["train"]]
     count = sum(part.stop - part.start for part in parts["train"])
@@ -109,7 +111,7 @@ def looked_at(config: SeriesConfig, progress: Progress) -> Known:
         progress.note(f"outliers {far}; they are {done}")
     whole = None if not config.recordings else hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
     counts = {name: count for name, (count, _, _) in far.channels.items()}
-    return Known(parts, treatment, whole, stamps, rate, counts)
+    return Known(parts, treatment, whole, stamps, rate, counts, clocks)
 
 
 def opened(config: SeriesConfig, *, clean: bool = False) -> list[Recording]:
@@ -165,25 +167,30 @@ def _parts(
     return {name: tuple(parts) for name, parts in found.items()}
 
 
-def _digests(recordings: Sequence[Recording], progress: Progress) -> list[str]:
-    """What the steps of each recording are. Raises SaeError for what is no number, and for two that are the same."""
+def _digests(recordings: Sequence[Recording], progress: Progress) -> tuple[list[str], tuple[Clock, ...]]:
+    """What the steps of each recording are, and which channels are clocks.
+
+    Raises SaeError for what is no number, and for two recordings that are the same.
+    """
+    looks = [Clocks(one.channels) for one in recordings]
     progress.start("read the series", sum(one.steps for one in recordings), "steps")
     try:
-        found = [_digest(one, progress) for one in recordings]
+        found = [_digest(one, clocks, progress) for one, clocks in zip(recordings, looks, strict=True)]
     finally:
         progress.finish()
     for i, digest in enumerate(found):
         if digest in found[:i]:
             twin = recordings[found.index(digest)].where
             raise SaeError(f"recordings = {recordings[i].where}: has the same steps as {twin}; give each once")
-    return found
+    return found, tuple(clock for one, look in zip(recordings, looks, strict=True) for clock in look.found(one.where))
 
 
-def _digest(recording: Recording, progress: Progress) -> str:
+def _digest(recording: Recording, clocks: Clocks, progress: Progress) -> str:
     """SHA-256 of the shape and of all steps as little-endian float32."""
     found = hashlib.sha256(f"{recording.steps} {len(recording.channels)}\n".encode())
     for block in recording.blocks():
         found.update(np.ascontiguousarray(block, "<f4").tobytes())
+        clocks.look(block)
         progress.advance(len(block))
     return found.hexdigest()
 

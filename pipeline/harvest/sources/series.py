@@ -33,6 +33,7 @@ from sae.cache.store.codecs import codec
 from sae.cache.store.head import RECIPE
 from sae.cache.store.store import MOST_PATH
 from sae.configs.base import Amount
+from sae.pipeline.harvest.recordings.clocks import expect_order
 from sae.pipeline.harvest.recordings.files import FORMATS
 from sae.pipeline.harvest.recordings.reader import Reader
 from sae.pipeline.harvest.recordings.survey import Known, Part, expect_same, looked_at, opened, split_of, stamps_of
@@ -93,7 +94,8 @@ class SeriesConfig(SourceConfig):
     def _settings_fit(self) -> Self:
         if not self.recordings:
             if said := [name for name in ("array", "columns", "without", "rate") if getattr(self, name)]:
-                raise ValueError(f"{said[0]}: is of recordings; give files of them, or leave it out")
+                value = getattr(self, said[0])
+                raise ValueError(f"{said[0]} = {value}: is of recordings; give files of them, or leave it out")
             if self.split == "recording":
                 raise ValueError("split = recording: a series of known noise is one recording; take time")
         elif self.noisy is not None:
@@ -152,6 +154,7 @@ class SeriesSource(RowSource):
         if paths:
             config = config.model_copy(update={"recordings": tuple(paths)})
         known = looked_at(config, progress)
+        expect_order(known.clocks, progress)
         splits = tuple(split for split, parts in known.parts.items() if sum(part.rows for part in parts))
         if "train" not in splits:
             raise SaeError(f"harvest.window = {config.window}: no training part of the series is so long; lower it")

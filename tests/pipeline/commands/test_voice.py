@@ -51,6 +51,14 @@ def test_what_the_library_says_in_the_words_of_the_command_line(line: str, said:
     assert typed(line) == said
 
 
+def test_a_study_says_how_it_takes_what_it_has_no_option_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["sae", "study", "denoise"])
+    assert typed("batch = 4096: too many; lower it") == "--set train.batch=4096: too many; lower it"
+    assert typed("past = 3: too few") == "--past 3: too few"
+    monkeypatch.setattr("sys.argv", ["sae", "train"])
+    assert typed("batch = 4096: too many") == "--batch 4096: too many"
+
+
 def test_an_error_names_the_setting_in_python() -> None:
     with pytest.raises(SaeError, match=r"^codec = int9: no such codec; there are int8") as error:
         codec("int9")

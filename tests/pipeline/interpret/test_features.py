@@ -298,7 +298,7 @@ def test_inference_behaviour_for_the_duration(small: Stores) -> None:
 
 
 def test_refusals(small: Stores, large: Stores) -> None:
-    with pytest.raises(SaeError, match=r"latents \[12, -1\]: the dictionary has latents 0 to 11"):
+    with pytest.raises(SaeError, match=r"latents = 12, -1: the dictionary has latents 0 to 11"):
         find(small, latents=[3, 12, -1])
     with pytest.raises(SaeError, match="not the tokens"):
         find((small[0], large[1]))

@@ -151,7 +151,7 @@ def test_what_cannot_be_probed_is_said(
         (lambda: lab.probe(["one", "one"], data), "one: is named twice"),
         (lambda: lab.probe([], data), "runs: none is named"),
         (lambda: lab.probe("one"), "data: no labelled texts"),
-        (lambda: lab.probe("one", data, ks=(41,)), r"probe\.ks = 41: one has 40 latents"),
+        (lambda: lab.probe("one", data, ks=(41,)), r"^ks = 41: one has 40 latents"),
         (lambda: lab.probe("one", data, ks=()), "ks"),
         (lambda: lab.probe("one", data, tokenizer="gpt2x"), "gpt2x: no such folder or tokenizer"),
         (lambda: lab.probe("one", {"x": (["a"] * 8, [0, 1] * 4)}, ks=(1,)), "no text of the class '1' is left"),

@@ -270,6 +270,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "all.npy": (lambda p: npy(p, walk()), {"validation": 0.9999}, "validation = 0.9999: leaves no step to train on"),
     "twice.npy": (lambda p: npy(p, walk()), {"columns": [0, 1, 0]}, "0 is there twice"),
     "same.npz": (lambda p: np.savez(p, a=walk(), b=walk()), {}, "same.npz (b): has the same steps as "),
+    "mixed.csv": (lambda p: p.write_text("time,a\n1,2\n3,1\n2,5\n4,3\n"), {}, "time falls at step 2, so the steps"),
     "array.npy": (lambda p: npy(p, walk()), {"array": "a"}, "a .npy file has one table"),
 }
 
@@ -281,6 +282,19 @@ def test_what_is_no_series_is_one_line(tmp_path: Path, name: str) -> None:
     with pytest.raises(SaeError, match=re.escape(message)) as caught:
         opened(tmp_path / name, **settings)
     assert "\n" not in str(caught.value) and "table = " not in str(caught.value)
+
+
+def test_a_clock_among_the_channels_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae.pipeline.harvest.recordings.files.STEPS", 8)  # it is looked for across blocks
+    clock = np.arange(40.0) / 100
+    clock[17:] += 3
+    steps = np.column_stack([walk(40), clock])
+    path = npy(tmp_path / "x.npy", steps)
+    answer = sae(f"synthesize series {path} --cache {tmp_path / 'c'}")
+    assert answer.code == 0
+    assert "channel 3 only rises, as a clock does, and leaps at step 17" in answer.err
+    assert "--without 3 leaves it out" in answer.err
+    assert "only rises" not in sae(f"synthesize series {path} --without 3 --cache {tmp_path / 'c'}").err
 
 
 def test_recordings_that_do_not_go_together(tmp_path: Path) -> None:
@@ -300,8 +314,9 @@ def test_settings_that_do_not_go_together(tmp_path: Path) -> None:
     path = npy(tmp_path / "x.npy", walk())
     for words, message in {
         f"{path} --set harvest.noisy.snr=3": "noisy: is of a series that is made",
-        "--rate 100": "rate: is of recordings; give files of them",
+        "--rate 100": "rate = 100.0: is of recordings; give files of them",
         "--split recording": "split = recording: a series of known noise is one recording",
+        f"{path} --rate 100 --band 20,10": "lies between 0 and 50 Hz, its lower end first",
         f"{path} --band 3": "--band 3: input should be two frequencies, as [0.5, 45]",
         f"{path} --window 0": "--window 0: input should be greater",
         f"{path} --codec int4": "--codec int4: no such codec",
