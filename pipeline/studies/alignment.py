@@ -23,7 +23,7 @@ from sae.pipeline.report.compare import Row
 from sae.pipeline.studies.lab import Trial
 from sae.pipeline.studies.plots import Panel
 from sae.pipeline.studies.plots import draw as draw_panels
-from sae.pipeline.studies.study import Setup, Study, register
+from sae.pipeline.studies.study import Setup, Study, expect_dictionary, register
 from sae.pipeline.studies.tables import Result
 from sae.pipeline.train.alignment import AlignConfig, By
 from sae.pipeline.train.sweep import fill_in_align_seeds
@@ -80,6 +80,7 @@ class SeedAlignment(Study):
         return trials
 
     def run(self, setup: Setup) -> Result:
+        expect_dictionary(setup.base)
         rows = setup.lab.rows(self.trials(setup))
         latents = compare(rows, setup.lab.place.runs, setup.dataset.truth)
         d_sae = setup.base.sae.latents

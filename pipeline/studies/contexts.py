@@ -30,7 +30,7 @@ from sae.pipeline.studies.lab import Lab, Trial
 from sae.pipeline.studies.plots import Panel
 from sae.pipeline.studies.plots import draw as draw_panels
 from sae.pipeline.studies.results import columns
-from sae.pipeline.studies.study import Setup, Study, of_equal_rows, register
+from sae.pipeline.studies.study import Setup, Study, expect_dictionary, of_equal_rows, register
 from sae.pipeline.studies.tables import Result
 
 JUDGED = "eval/study-contexts.json"
@@ -74,6 +74,7 @@ class Contexts(Study):
         ]
 
     def run(self, setup: Setup) -> Result:
+        expect_dictionary(setup.base)
         trials = self.trials(setup)
         lab, seeds = setup.lab, setup.seeds or self.usual_seeds
         seeded = [one for trial in trials for one in trial.seeded(seeds)]

@@ -34,7 +34,7 @@ from sae.pipeline.saes.dictionary import Dictionary
 from sae.pipeline.studies.forecaster import Order, Size, forecasts, trained
 from sae.pipeline.studies.lab import Trial
 from sae.pipeline.studies.plots import dots
-from sae.pipeline.studies.study import Setup, Study, of_equal_rows, register
+from sae.pipeline.studies.study import Setup, Study, expect_dictionary, of_equal_rows, register
 from sae.pipeline.studies.tables import Result
 
 Input = Literal["raw", "sae", "pca", "lowpass", "shuffled"]
@@ -90,7 +90,10 @@ class Denoise(Study):
         return [setup.trial({"input": "sae"}, setup.base)]
 
     def run(self, setup: Setup) -> Result:
+        expect_dictionary(setup.base)
         train, held_out = series_of(setup.dataset, setup.lab.place.cache)
+        if "lowpass" in self.inputs:
+            expect_no_overlap(train)
         setup = replace(setup, base=of_equal_rows(setup.base, [setup.dataset]))
         device = devices.resolve_device(setup.lab.place.device)
         rows: list[Row] = []
@@ -169,6 +172,14 @@ def series_of(dataset: Dataset, root: Path) -> tuple[Series, Series]:
     return found[0], found[1]
 
 
+def expect_no_overlap(series: Series) -> None:
+    """Raise SaeError where rows are windows that a low-pass cannot be drawn over."""
+    if series.window > 1 and series.stride != series.window:
+        raise SaeError(
+            "study.denoise.inputs: a low-pass takes windows that follow without a gap or overlap; leave out lowpass"
+        )
+
+
 def in_time(store: ActivationStore) -> tuple[Tensor, np.ndarray]:
     """The rows of a store by their positions, float32 [n, d], and the positions int64 [n]."""
     positions = store.positions(0, store.n_rows)
@@ -209,10 +220,7 @@ class Inputs:
         from scipy.signal import butter, sosfilt, sosfilt_zi
 
         sections = butter(2, self._study.cutoff, output="sos")
-        if series.window > 1 and series.stride != series.window:
-            raise SaeError(
-                "study.denoise.inputs: a low-pass takes windows that follow without a gap or overlap; leave out lowpass"
-            )
+        expect_no_overlap(series)
         out = torch.empty_like(series.rows)
         ends = series.order.ends.unique().tolist()
         for low, high in zip([0, *(end + 1 for end in ends)], ends, strict=False):

@@ -35,7 +35,7 @@ from sae.pipeline.studies.adapted import Adapter, adapted_model, harvested
 from sae.pipeline.studies.lab import Lab, Trial
 from sae.pipeline.studies.plots import dots
 from sae.pipeline.studies.results import columns
-from sae.pipeline.studies.study import Setup, Study, of_equal_rows, register
+from sae.pipeline.studies.study import Setup, Study, expect_dictionary, of_equal_rows, register
 from sae.pipeline.studies.tables import Result
 
 ELEMENTS = 1 << 24  # latents of rows held at a time
@@ -82,6 +82,7 @@ class Finetune(Study):
         return [setup.trial({"dictionary": "base", "model": "base"}, setup.base)]
 
     def run(self, setup: Setup) -> Result:
+        expect_dictionary(setup.base)
         lab, seeds = setup.lab, setup.seeds or self.usual_seeds
         if seeds < 2:
             raise SaeError("seeds = 1: the control takes two dictionaries of the base model; train 2 seeds at least")

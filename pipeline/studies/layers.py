@@ -27,7 +27,7 @@ from sae.pipeline.report.compare import Row
 from sae.pipeline.studies.lab import Trial
 from sae.pipeline.studies.plots import Panel
 from sae.pipeline.studies.plots import draw as draw_panels
-from sae.pipeline.studies.study import Setup, Study, of_equal_rows, register
+from sae.pipeline.studies.study import Setup, Study, expect_dictionary, of_equal_rows, register
 from sae.pipeline.studies.tables import Result
 
 RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
@@ -76,6 +76,7 @@ class Layers(Study):
         ]
 
     def run(self, setup: Setup) -> Result:
+        expect_dictionary(setup.base)
         trials = self.trials(setup)
         stores = {trial.labels["layer"]: trial.dataset.inputs[0] for trial in trials}
         norms = {layer: mean_norm(store, setup.base.outliers) for layer, store in stores.items()}

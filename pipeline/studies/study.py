@@ -41,7 +41,7 @@ from sae.cache.loader.dataset import Dataset
 from sae.configs.base import Settings, distinct
 from sae.pipeline.metrics.figures import compared, label
 from sae.pipeline.report.compare import Row
-from sae.pipeline.saes import ARCHITECTURES, Config, parse
+from sae.pipeline.saes import ARCHITECTURES, SAE, Config, parse
 from sae.pipeline.studies import __path__ as folder
 from sae.pipeline.studies.lab import Lab, Trial
 from sae.pipeline.studies.plots import Panel
@@ -169,6 +169,14 @@ def settings() -> type[Settings]:
     """Return the settings class of the section `study` of a YAML file: a key for every study."""
     every: dict[str, Any] = {name: (kind, kind()) for name, kind in studies().items()}
     return create_model("StudySettings", __base__=Settings, **every)
+
+
+def expect_dictionary(config: TrainConfig) -> None:
+    """Raise SaeError, before anything is trained, for what is no sparse dictionary: some studies look into one."""
+    if not issubclass(ARCHITECTURES[config.sae.arch], SAE):
+        raise SaeError(
+            f"arch = {config.sae.arch}: is no sparse dictionary, and the study looks into one; take another, as topk"
+        )
 
 
 def of_equal_rows(base: TrainConfig, datasets: Iterable[Dataset]) -> TrainConfig:

@@ -289,7 +289,7 @@ def test_zeroing_a_topics_latents_costs_the_topic_alone(
     again = ablate_topic(opened, tmp_path / "topic", tmp_path / "general", Silent(), config=config)
     assert again == found
     with pytest.raises(
-        SaeError, match="^topic = general: no latent of .* fires more on it than on general; give another"
+        SaeError, match=r"^topic = general: no latent of .* fires more on it than on general; give another"
     ):
         ablate_topic(opened, tmp_path / "general", tmp_path / "general", Silent(), config=config)
     with pytest.raises(

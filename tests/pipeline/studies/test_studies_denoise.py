@@ -19,6 +19,7 @@ from sae.pipeline.harvest.sources.series import SeriesConfig, SeriesSource
 from sae.pipeline.harvest.stage import harvest
 from sae.pipeline.runtime.origins import Origins
 from sae.pipeline.runtime.progress import Silent
+from sae.pipeline.saes import parse
 from sae.pipeline.studies.denoise import PERSISTENCE, Denoise, Inputs, Series, compared, over_variance, series_of, told
 from sae.pipeline.studies.forecaster import Forecaster, Order, Size, forecasts, trained
 from sae.pipeline.studies.study import Setup
@@ -47,6 +48,17 @@ def study(noisy: tuple[Path, Dataset], tmp_path_factory: pytest.TempPathFactory)
     lab = lab_in(root, tmp_path_factory.mktemp("runs"))
     base = BASE.model_copy(update={"steps": 8})
     return Denoise(**FAST, components=2).run(Setup(base, dataset, lab, 2))
+
+
+def test_what_cannot_be_looked_into_is_said_before_anything_is_trained(
+    noisy: tuple[Path, Dataset], tmp_path: Path
+) -> None:
+    lab, base = lab_in(noisy[0], tmp_path / "runs"), BASE.model_copy(update={"steps": 8})
+    with pytest.raises(SaeError, match=r"^arch = vae: is no sparse dictionary"):
+        Denoise(**FAST).run(Setup(base.model_copy(update={"sae": parse({"arch": "vae"})}), noisy[1], lab, 1))
+    with pytest.raises(SaeError, match="windows that follow without a gap or overlap; leave out lowpass"):
+        Denoise(**FAST).run(Setup(base, world(tmp_path, window=4, stride=2), lab_in(tmp_path, tmp_path / "runs"), 1))
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 20])
