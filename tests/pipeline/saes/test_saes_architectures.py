@@ -299,8 +299,8 @@ def test_batchtopk_recovers_the_ground_truth() -> None:
         "b_dec_init": "zeros",
     }
     sae = saes.create(saes.parse(config), 256)
-    optimiser = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
-    train(sae, ((truth(1024), None) for _ in range(1500)), optimizer=optimiser)
+    optimiser = torch.optim.Adam(sae.parameters(), lr=3e-3, fused=True)
+    train(sae, ((truth(512), None) for _ in range(700)), optimizer=optimiser)
     assert (sae.W_dec @ truth.features.T).amax(0).mean() >= 0.9
 
 

@@ -470,12 +470,12 @@ def test_the_defaults_that_the_help_states() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("presence", [Independent(), Groups(active=8)], ids=["iid", "groups"])
 def test_topk_finds_the_truth(presence: Groups | Independent, tmp_path: Path) -> None:
-    """512 features in 256 dimensions, 8 in a row, 1,500 steps of a dictionary of 512."""
+    """512 features in 256 dimensions, 8 in a row, 700 steps of a dictionary of 512."""
     from sae.pipeline.train.stage import TrainConfig, open_run, train
 
-    settings = SyntheticConfig(presence=presence, rows=1_048_576, validation_rows=1)
+    settings = SyntheticConfig(presence=presence, rows=262_144, validation_rows=1)
     store = synthesize(settings, tmp_path, Silent())["train"]
-    config = TrainConfig(sae=TopKConfig(d_sae=512, k=8), lr=1e-3, batch=1024, steps=1500)
+    config = TrainConfig(sae=TopKConfig(d_sae=512, k=8), lr=3e-3, batch=512, steps=700)
     run = open_run(config, Dataset.of(store), tmp_path / "runs", None, resume=False)
     train([run], Dataset.of(store), Silent())
     assert store.truth is not None
