@@ -23,7 +23,10 @@ from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.train.sweep import open_all, sweep
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
-TINY = {"d_in": 8, "k": 2, "steps": 1, "warmup": 0, "precision": "float32", "no_clip": False, "peers": None}
+TINY = {
+    "d_in": 8, "k": 2, "steps": 1, "warmup": 0, "precision": "float32", "no_clip": False, "peers": None,
+    "device": "cpu",
+}  # fmt: skip
 
 alone = pytest.fixture(scope="module", autouse=True)(one_thread)
 
