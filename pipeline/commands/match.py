@@ -1,11 +1,16 @@
 """`sae match`: dictionaries against each other."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sae.pipeline.commands.options import Here, Json, Said, complete_run, here_with, said_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sae.pipeline.studies.tables import Result
 
 
 def match(
@@ -28,8 +33,7 @@ def match(
         sae match layer-4 transcoder-4 --correlate --rows 50k
     """
     from sae.cache import catalogue
-    from sae.pipeline.commands import console
-    from sae.pipeline.commands.study_lab import results_folder
+    from sae.pipeline.commands.study_lab import results_folder, tell
 
     found = [catalogue.find_run(here.runs, name) for name in matched]
     folder = results_folder(out, "match")
@@ -39,20 +43,18 @@ def match(
         from sae.pipeline.matching.stage import match as stage
 
     result = stage(said.settings("match", MatchConfig), found, here)
-    files = result.write(folder)
-    for note in result.notes:
-        console.note(note)
-    if json:
-        console.as_json({**result.as_json(), "files": files})
-        return
+    tell(result, folder, json, lambda: _show(result, MEANINGS))
+
+
+def _show(result: "Result", meanings: "Mapping[str, str]") -> None:
+    from sae.pipeline.commands import console
+
     for row in result.table:
         figures = {name: value for name, value in row.items() if name not in result.labels}
-        console.figures(f"{row['a']} (a) and {row['b']} (b)", figures, MEANINGS)
+        console.figures(f"{row['a']} (a) and {row['b']} (b)", figures, meanings)
     stable = result.extra["stability"]
     if len(stable) > 2:
         console.table(
             "latents that all others have found, too", ["run", "mean", "above 0.7", "above 0.9"],
             [[name, one["mean"], one["in_all_07"], one["in_all_09"]] for name, one in stable.items()],
         )  # fmt: skip
-    for what, path in files.items():
-        console.say(f"{what}: {path}")

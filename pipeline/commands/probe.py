@@ -1,12 +1,17 @@
 """`sae probe`: what labels of texts a few latents tell."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sae.pipeline.commands.options import Here, Json, Said, complete_run, here_with, said_of
 from sae.pipeline.commands.words import several
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sae.pipeline.studies.tables import Result
 
 
 def probe(
@@ -36,8 +41,7 @@ def probe(
     """
     from sae.cache import catalogue
     from sae.cache.errors import SaeError
-    from sae.pipeline.commands import console
-    from sae.pipeline.commands.study_lab import results_folder
+    from sae.pipeline.commands.study_lab import results_folder, tell
 
     found = [catalogue.find_run(here.runs, name) for name in probed or (None,)]
     if sets is not None and sae_probes is None:
@@ -60,23 +64,21 @@ def probe(
         config, found, texts, here, model=model, tokenizer=tokenizer,
         leave_out_numbers=sae_probes is not None and chosen is None,
     )  # fmt: skip
-    files = result.write(folder)
-    for note in result.notes:
-        console.note(note)
-    if json:
-        console.as_json({**result.as_json(), "files": files})
-        return
+    tell(result, folder, json, lambda: _show(result, FIGURES))
+
+
+def _show(result: "Result", figures: "Sequence[str]") -> None:
+    from sae.pipeline.commands import console
+
     several_sets = len({row["set"] for row in result.table}) > 1
     rows = result.extra["means"] if several_sets else result.table
     for dictionary in dict.fromkeys(row["dictionary"] for row in rows):
         its = [row for row in rows if row["dictionary"] == dictionary]
         on = f"mean over {its[0]['sets']} sets" if several_sets else f"{its[0]['texts']:,} texts of {its[0]['set']}"
         cells = [
-            [row["probe"], row["k"], *(_shown(row[name], row.get(f"{name}_sd")) for name in FIGURES)] for row in its
+            [row["probe"], row["k"], *(_shown(row[name], row.get(f"{name}_sd")) for name in figures)] for row in its
         ]
-        console.table(f"{dictionary}: {on}", ["probe", "k", *FIGURES], cells)
-    for what, path in files.items():
-        console.say(f"{what}: {path}")
+        console.table(f"{dictionary}: {on}", ["probe", "k", *figures], cells)
 
 
 def _shown(mean: float, deviation: float | None) -> str:

@@ -8,6 +8,8 @@ from sae.cache.errors import SaeError
 from sae.pipeline.commands.options import Here, Said, folder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sae.cache.loader.dataset import Dataset
     from sae.pipeline.studies.lab import Lab
     from sae.pipeline.studies.study import Study
@@ -96,8 +98,8 @@ def results_folder(out: Path | None, study: str) -> Path:
     return chosen
 
 
-def finish(result: "Result", out: Path, json: bool, lines: list[str] | None = None) -> None:
-    """Write what a study found and show it: as a table (and further lines), or as JSON."""
+def tell(result: "Result", out: Path, json: bool, show: "Callable[[], None]") -> None:
+    """Write what was found and tell it: its notes, what `show` prints and its files, or all of it as JSON."""
     from sae.pipeline.commands import console
 
     files = result.write(out)
@@ -106,15 +108,26 @@ def finish(result: "Result", out: Path, json: bool, lines: list[str] | None = No
     if json:
         console.as_json({**result.as_json(), "files": files})
         return
+    show()
+    for what, path in files.items():
+        console.say(f"{what}: {path}")
+
+
+def finish(result: "Result", out: Path, json: bool, lines: list[str] | None = None) -> None:
+    """Write what a study found and show it: as a table (and further lines), or as JSON."""
+    tell(result, out, json, lambda: _show(result, lines or []))
+
+
+def _show(result: "Result", lines: list[str]) -> None:
+    from sae.pipeline.commands import console
+
     several_seeds = "seeds" in result.table[0]
     columns = [*result.labels, *(["seeds"] if several_seeds else []), *result.unlike, *result.columns]
     shown = [name for name in columns if any(row[name] is not None for row in result.table)]
     cells = [[spread(row, name) if several_seeds else row[name] for name in shown] for row in result.table]
     console.table(f"study of {result.study}, {len(result.runs)} runs", shown, cells)
-    for line in lines or ():
+    for line in lines:
         console.say(line)
-    for what, path in files.items():
-        console.say(f"{what}: {path}")
 
 
 def spread(row: dict[str, Any], name: str) -> Any:
