@@ -47,11 +47,12 @@ from sae.cache.loader.loader import Loader
 from sae.cache.metrics_log import METRICS
 from sae.cache.runs import CHECKPOINT, FAILURE, WEIGHTS, Run
 from sae.cache.store.manifest import Windows
+from sae.configs import resolve
 from sae.pipeline.formats import trained
 from sae.pipeline.runtime import cores
 from sae.pipeline.runtime.interrupts import Interrupted
 from sae.pipeline.runtime.progress import Silent
-from sae.pipeline.saes import SAE, create, parse
+from sae.pipeline.saes import SAE, create, parse, trainable
 from sae.pipeline.train.config import REVISION, settings_of
 from sae.pipeline.train.stage import TrainConfig, open_run, share, train
 from sae.pipeline.train.sweep import open_all
@@ -1123,3 +1124,10 @@ def test_thresholds_learn_faster_and_those_of_before_as_before(tmp_path: Path, s
         tensors, _ = Run(run.path).load_checkpoint()
         moved[name] = (tensors["sae.threshold"] - 0.5).abs().max().item()
     assert moved == {"now": pytest.approx(0.03, rel=1e-3), "before": pytest.approx(0.01, rel=1e-3)}
+
+
+def test_the_preset_of_gemma_scope_keeps_what_was_published() -> None:
+    """One rate for all parameters and no pull on the dead, whatever the defaults have come to be."""
+    config = resolve("train", TrainConfig, preset="gemma_scope_jumprelu")
+    assert {group.times for group in trainable(config.sae, 8, seed=0).parameter_groups()} == {1}
+    assert getattr(config.sae, "pre_act_coefficient") == 0 and config.decoder is None  # noqa: B009
