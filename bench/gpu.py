@@ -40,7 +40,7 @@ from sae.pipeline.harvest.sources.language_model import HarvestConfig, LanguageM
 from sae.pipeline.harvest.stage import harvest
 from sae.pipeline.language_model import LanguageModel
 from sae.pipeline.runtime.progress import Silent
-from sae.pipeline.saes import kernels
+from sae.pipeline.saes import kernels, uncounted
 from sae.pipeline.train.stage import TrainConfig, open_run, train
 from sae.pipeline.train.trainer import Trainer
 
@@ -117,6 +117,16 @@ class Bench:
 
         return self.milliseconds(one)
 
+    def held(self, member: Trainer, batch: int) -> float:
+        """The most memory that a step holds beside weights and moments, in numbers of float32 a row and latent."""
+        if self.device.type != "cuda":
+            return math.nan
+        member.optimiser.zero_grad()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self.step(member, batch)
+        return (torch.cuda.max_memory_allocated() - before) / (4 * batch * self.sizes.m)
+
     def milliseconds(self, call: Callable[[], object]) -> float:
         for _ in range(3):
             call()
@@ -139,15 +149,24 @@ def right(bench: Bench) -> Iterator[Line]:
     for arch, kind in saes.ARCHITECTURES.items():
         if not issubclass(kind, saes.SAE):
             continue
-        found: list[list[torch.Tensor]] = []
-        for device in ("cpu", bench.sizes.device):
-            torch.manual_seed(0)
-            sae = saes.create(saes.parse({"arch": arch, "d_sae": m}), d).to(device)
-            sae.initialise(x.to(device))
-            sae.loss(x.to(device), clock=saes.FINISHED if "vsae" in arch else saes.Clock(5, 100, 256)).total.backward()
-            found.append([p.grad.detach().cpu().double() for p in sae.parameters() if p.grad is not None])
-        worst = max(float((a - b).norm() / (a.norm() + 1e-12)) for a, b in zip(*found, strict=True))
-        yield Line(f"{arch}: worst gradient against the CPU's, relative", worst, "", most=2e-3)
+        config = saes.parse({"arch": arch, "d_sae": m})
+        learns = subjects.learns_its_sparsity(config)
+        for share in (None, 0.02, 0.5) if learns else (None,):
+            found: list[list[torch.Tensor]] = []
+            for device in ("cpu", bench.sizes.device):
+                torch.manual_seed(0)
+                sae = saes.create(config, d)
+                sae.initialise(x)
+                clock = saes.FINISHED if "vsae" in arch else saes.Clock(5, 100, 256)
+                if share is not None:  # taken for few; of half of them entries have no room in lists
+                    subjects.make_sparse(sae, x, share)
+                    sae.firing_rate.fill_(uncounted.FEW)
+                    sae.look_ahead(clock)
+                sae.to(device).loss(x.to(device), clock=clock).total.backward()
+                found.append([p.grad.detach().cpu().double() for p in sae.parameters() if p.grad is not None])
+            worst = max(float((a - b).norm() / (a.norm() + 1e-12)) for a, b in zip(*found, strict=True))
+            active = "" if share is None else f" with {share:g} active"
+            yield Line(f"{arch}{active}: worst gradient against the CPU's, relative", worst, "", most=2e-3)
 
 
 def steps(bench: Bench) -> Iterator[Line]:
@@ -168,8 +187,10 @@ def steps(bench: Bench) -> Iterator[Line]:
         plain = bench.step(bench.member("topk", batch, "bfloat16", kernels="plain"), batch)
         yield Line(f"batch {batch}: topk, plain", plain, "ms")
         for arch, most in OF_TOPK.items():
-            taken = bench.step(bench.member(arch, batch, "bfloat16"), batch)
-            yield Line(f"batch {batch}: {arch}, of topk's", taken / own, "", most=most)
+            member = bench.member(arch, batch, "bfloat16")
+            yield Line(f"batch {batch}: {arch}, of topk's", bench.step(member, batch) / own, "", most=most)
+            held = bench.held(member, batch)
+            yield Line(f"batch {batch}: {arch}, held in a step, of batch times latents in float32", held, "")
     batch = s.batches[0]
     for precision in ("float32", "tf32"):
         if precision == "float32" or s.device == "cuda":

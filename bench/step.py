@@ -43,7 +43,7 @@ from bench.planted import planted_rows
 from bench.rows import Row, show, timed
 from bench.step_peers import CASES
 from sae.cache.activations import ActivationStore
-from sae.pipeline.saes import kernels, placement
+from sae.pipeline.saes import kernels, placement, uncounted
 from sae.pipeline.train.trainer import Trainer
 
 ROWS = 16_384  # from which the bias and the scale are set
@@ -150,7 +150,7 @@ def counts(archs: list[str]) -> Iterator[Row]:
         with _disable_current_modes():  # the interpreter's own operations are no device's
             launch(kernel, grid, *args, **constants)
 
-    for family in ("products", "rows", "select"):
+    for family in ("lists", "products", "rows", "select", "uncounted"):
         kernels.family(family).launch = counted
     x = planted_rows(4, 8, 0)
     for arch in archs:
@@ -159,6 +159,8 @@ def counts(archs: list[str]) -> Iterator[Row]:
                 store = subjects.planted_store(Path(folder), 256, 8)
                 sae = {"arch": arch, "d_sae": 64} | ({"k": 2} if arch in ("topk", "batchtopk", "matryoshka") else {})
                 member = subjects.member(subjects.settings(sae, batch=4, kernels=way), store, Path(folder), "it")
+            if subjects.learns_its_sparsity(member.config.sae):
+                subjects.make_sparse(member.sae, x, uncounted.FEW / 2)
             subjects.take_step(member, x)  # the first logs
             launched.clear()
             found = watched(functools.partial(subjects.take_step, member, x))

@@ -61,8 +61,9 @@ def learns_its_sparsity(config: saes.Config) -> bool:
 
 @torch.no_grad()
 def make_sparse(sae: saes.SAE, sample: torch.Tensor, share: float) -> None:
-    """Set biases, or thresholds, at which that share of the latents is active on a sample [n, d_in]."""
+    """Set biases, or thresholds, at which that share of the latents is active on a sample [n, d_in], and say so."""
     p = next(sae._preactivations(sample * sae.scale, sae.weights()).blocks())[1]
+    sae.firing_rate.fill_(share)
     bound = p.flatten().kthvalue(int((1 - share) * p.numel())).values
     if isinstance(sae.config, JumpReLUConfig):
         sae.get_parameter("threshold").fill_(bound)

@@ -3,7 +3,8 @@
 An architecture is one file in this package: its Config (frozen, tagged by `arch`) and its final class, under @register.
 Importing the package imports every file in it, so a new architecture is found by being there. A class fills in `rule`
 (which latents are active at inference, from the pre-activations), and `_activate` where training chooses otherwise
-(`_reconstruct`, too, where it decodes other values than those that count as active). It may add parameters (`_build`,
+(`_reconstruct`, too, where it decodes other values than those that count as active), and `_asked` where nobody knows
+how many are active and its loss takes no more of them than sums. It may add parameters (`_build`,
 and then `latent_parameters`, `_reset` and `_constrain`), loss terms (`_terms`), what follows a step (`_update`), and
 what a file says of it (`_written`, `_take`). Everything else is implemented once, and not overridden.
 
@@ -45,13 +46,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import initial, sparse
+from . import initial, sparse, uncounted
 from .config import FINISHED, Clock, Config
 from .contract import ParameterGroup, Trainable
 from .dictionary import Dictionary, Weights
@@ -61,6 +63,7 @@ from .inference import Formula
 from .latents import Latents, RowScaling, RowStats
 from .losses import Losses, LossInputs, Observed, SparseLosses
 from .over_stores import OverStores
+from .uncounted import Asked, Uncounted
 from .widths import Width, norms_by_store
 
 RATE_MEMORY = 0.01
@@ -90,6 +93,7 @@ class SAE(Dictionary, OverStores):
     rows_since_fired: Tensor
     firing_rate: Tensor
     _none_dead_before = 0  # the step from which on a latent can be dead, as far as that is known
+    _few_active = False  # whether so few latents were active, when that was looked at, that entries are cheaper
 
     def __init__(self, config: Config, d_in: Width, d_out: Width | None = None, *, seed: int = 0) -> None:
         OverStores.__init__(self, config, d_in, d_out, seed)
@@ -130,6 +134,10 @@ class SAE(Dictionary, OverStores):
         for name, value in formula.rule.values().items():
             if isinstance(value, Tensor):
                 getattr(self, name).copy_(value)
+
+    def _asked(self, pre: Preactivations, weights: Weights, clock: Clock) -> Asked | None:
+        """What `_terms` takes of latents that `_activate` gives, in sums (`Uncounted`); None where it takes more."""
+        return None
 
     def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
         """Loss terms beside the reconstruction, coefficients included."""
@@ -250,7 +258,16 @@ class SAE(Dictionary, OverStores):
         scaled, row_stats = self._scaled(x)
         weights = self.weights()
         pre = self._preactivations(scaled, weights)
-        return Chosen(scaled, pre, self._beside(self._activate(pre, clock), x, row_stats), weights)
+        return Chosen(scaled, pre, self._beside(self._latents(pre, weights, clock), x, row_stats), weights)
+
+    def _latents(self, pre: Preactivations, weights: Weights, clock: Clock) -> Latents:
+        """The active latents, or what the loss takes of them where that is cheaper."""
+        if self._few_active and uncounted.usable(pre, weights.W_dec):
+            asked = self._asked(pre, weights, clock)
+            if asked is not None:
+                found = uncounted.sums(pre, weights.W_dec, asked)
+                return Uncounted(found, partial(self._activate, pre, clock))
+        return self._activate(pre, clock)
 
     def terms(self, read: Chosen, y: Tensor, y_hat: Tensor, error: Tensor, clock: Clock) -> dict[str, Tensor]:
         """The loss terms beside an error, that of y and y_hat [B, d_out] in the space the loss is taken in."""
@@ -307,6 +324,7 @@ class SAE(Dictionary, OverStores):
     def look_ahead(self, clock: Clock) -> None:
         left = clock.rows(self.config.dead_after) - int(self.rows_since_fired.max())
         self._none_dead_before = clock.step + 1 + (-(-left // clock.batch) if clock.batch else 0)
+        self._few_active = 0 < float(self.firing_rate.mean()) <= uncounted.FEW
 
     def none_dead(self, clock: Clock) -> bool:
         """Return True if it is known, without waiting, that no latent is dead at a step (`look_ahead`)."""

@@ -15,16 +15,19 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from . import penalties
 from .base import register
 from .batch_threshold import BatchThreshold, BatchThresholdConfig
 from .batchtopk import BatchTopKConfig
 from .config import Clock, Config
+from .dictionary import Weights
 from .encoder import Preactivations
 from .fixed_k import auxk_term
 from .inference import ReLURule
 from .latents import Latents
 from .losses import LossInputs, SparseLosses
 from .steering import Steered, SteeredConfig
+from .uncounted import Asked
 from .ways import WaysConfig
 
 
@@ -74,10 +77,13 @@ class Crosscoder(BatchThreshold, Steered):
     def _activate(self, pre: Preactivations, clock: Clock) -> Latents:
         return ReLURule()(pre) if self._penalised else super()._activate(pre, clock)
 
+    def _asked(self, pre: Preactivations, weights: Weights, clock: Clock) -> Asked | None:
+        return penalties.asked("plain", weights.W_dec) if self._penalised else None
+
     def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
         if not self._penalised:
             return auxk_term(self, batch)
-        return {"l1": self.weight(batch.clock) * batch.latents.sum_per_row().mean()}
+        return {"l1": self.weight(batch.clock) * penalties.l1("plain", batch.latents, batch, batch.W_dec)}
 
     def _observe(self, losses: SparseLosses) -> Tensor:
         return (Steered if self._penalised else BatchThreshold)._observe(self, losses)

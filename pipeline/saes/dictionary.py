@@ -152,10 +152,9 @@ class Dictionary(LatentCoder):
 
     def _beside(self, active: Latents, x: Tensor, row_stats: RowStats | None) -> Latents:
         """The latents of rows x, with what decoding needs of the rows themselves."""
-        if self.W_skip is not None:
-            active = replace(active, bypass=(x * self.scale) @ self.W_skip)
+        bypass = None if self.W_skip is None else (x * self.scale) @ self.W_skip
         # a transcoder's outputs are not in its inputs' row_stats
-        return active if row_stats is None or self.is_transcoder else replace(active, row_stats=row_stats)
+        return active.beside(None if self.is_transcoder else row_stats, bypass)
 
     def _preactivations(self, scaled_x: Tensor, weights: Weights) -> Preactivations:
         centre = self.b_dec if self.b_dec_applied_to_input else scaled_x.new_zeros(self.d_in)

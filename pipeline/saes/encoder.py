@@ -86,6 +86,15 @@ class Preactivations:
             if stop == self.x.shape[0]:
                 return
 
+    def whole(self) -> Tensor:
+        """All of p [B, m] without a graph, as the product gives it, on a device that runs ahead."""
+        return self._product()(slice(None))
+
+    def means(self) -> Tensor:
+        """[m]: the means of p over the rows, differentiable, at the cost of one row; in full precision."""
+        with torch.autocast(self.x.device.type, enabled=False):
+            return self.weight @ (self.x - self.centre).mean(0) + self.bias
+
     def _product(self) -> Callable[[slice], Tensor]:
         """Some rows -> their p, in the precision autocast asks for."""
         x, weight, bias = self.centred, self.weight.detach(), self.bias.detach()
@@ -163,7 +172,7 @@ class Preactivations:
         """p where it exceeds a bound (of each latent, [m], or of all): entry by entry where few do, else all of p.
 
         Dense or not, what is not above the bound is for the caller's function to zero. Decided on a few rows; on a
-        device that runs ahead, where nobody can tell how many there will be, it is all of p.
+        device that runs ahead, where nobody can tell how many there will be, it is all of p (but see `uncounted`).
         """
         if placement.runs_ahead(self.x):
             return Latents.of_dense(self.dense())

@@ -9,12 +9,16 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from . import latents
+from . import latents, penalties
 from .base import register
+from .config import Clock
+from .dictionary import Weights
+from .encoder import Preactivations
 from .inference import GatedRule
 from .losses import LossInputs
-from .penalties import PenaltyConfig, l1
+from .penalties import PenaltyConfig
 from .steering import Steered
+from .uncounted import Asked, Uncounted
 
 
 class GatedConfig(PenaltyConfig):
@@ -47,13 +51,22 @@ class Gated(Steered):
     def rule(self) -> GatedRule:
         return GatedRule(self.r_mag, self.b_mag)
 
+    def _asked(self, pre: Preactivations, weights: Weights, clock: Clock) -> Asked:
+        gain = self.r_mag.exp()
+        found = penalties.asked(self.config.penalty, weights.W_dec.detach())
+        return found._replace(gain=gain, offset=self.b_mag - gain * pre.bias, gates=True)
+
     def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
-        assert batch.latents.preactivations is not None
-        W_dec = batch.W_dec.detach()
-        gate = replace(batch.latents, values=batch.latents.preactivations.relu())
-        through_gate = latents.decode(gate, W_dec) + self._past_latents(gate).detach()
+        gate, W_dec = batch.latents, batch.W_dec.detach()
+        if isinstance(gate, Uncounted):
+            decoded = gate.gates
+        else:
+            assert gate.preactivations is not None
+            gate = replace(gate, values=gate.preactivations.relu())
+            decoded = latents.decode(gate, W_dec)
+        through_gate = decoded + self._past_latents(gate).detach()
         return {
-            "l1": self.weight(batch.clock) * l1(self.config.penalty, gate, batch, W_dec),
+            "l1": self.weight(batch.clock) * penalties.l1(self.config.penalty, gate, batch, W_dec),
             "gate": self.squared_error(through_gate, batch.y),
         }
 

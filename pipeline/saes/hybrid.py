@@ -10,11 +10,14 @@ from torch import Tensor
 from . import penalties
 from .base import register
 from .coherence import CoherenceConfig, jl_term
-from .config import Reduction, other_default
+from .config import Clock, Reduction, other_default
+from .dictionary import Weights
+from .encoder import Preactivations
 from .inference import ReLURule
 from .losses import LossInputs
-from .penalties import PenaltyConfig, l1
+from .penalties import PenaltyConfig
 from .steering import Steered, SteeredConfig
+from .uncounted import Asked
 
 
 class HybridConfig(PenaltyConfig, CoherenceConfig):
@@ -43,8 +46,11 @@ class Hybrid(Steered):
     def rule(self) -> ReLURule:
         return ReLURule()
 
+    def _asked(self, pre: Preactivations, weights: Weights, clock: Clock) -> Asked:
+        return penalties.asked(self.config.penalty, weights.W_dec)
+
     def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
-        penalty = l1(self.config.penalty, batch.latents, batch, batch.W_dec)
+        penalty = penalties.l1(self.config.penalty, batch.latents, batch, batch.W_dec)
         generator = self.generator("jl", batch.clock.step)
         return {
             "l1": self.weight(batch.clock) * penalty,

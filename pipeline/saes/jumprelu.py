@@ -15,11 +15,13 @@ from . import placement
 from .base import register
 from .config import Clock, Config
 from .contract import ParameterGroup
+from .dictionary import Weights
 from .encoder import Preactivations
 from .inference import ThresholdRule
 from .latents import Latents
 from .losses import LossInputs, spread
 from .steering import Steered, SteeredConfig
+from .uncounted import Asked, Uncounted
 
 
 class JumpReLUSettings(SteeredConfig):
@@ -115,12 +117,22 @@ class JumpReLU(Steered):
         values, _ = self._jump(chosen.values, chosen.per_entry(self.threshold))
         return replace(chosen, values=values, preactivations=chosen.values)
 
+    def _asked(self, pre: Preactivations, weights: Weights, clock: Clock) -> Asked:
+        config, norms = self.config, torch.linalg.vector_norm(weights.W_dec, dim=1)
+        found = Asked("tanh", weights=config.tanh_scale * norms) if config.penalty == "tanh" else Asked("steps")
+        return found._replace(
+            theta=self.threshold,
+            width=config.bandwidth,
+            to_p=config.straight_through == "both",
+            pulls=norms * self.dead(clock) if config.pre_act_coefficient > 0 and not self.none_dead(clock) else None,
+        )
+
     def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
         config, norms = self.config, torch.linalg.vector_norm(batch.W_dec, dim=1)
-        weight = self.weight(batch.clock)
+        weight, active = self.weight(batch.clock), batch.latents
         if config.penalty == "tanh":
-            scale = batch.latents.per_entry(config.tanh_scale * norms)
-            terms = {"tanh": weight * batch.latents.map(lambda f: (scale * f).tanh()).sum_per_row().mean()}
+            scale = config.tanh_scale * norms
+            terms = {"tanh": weight * _tanh_per_row(active, scale).mean()}
         else:
             terms = {config.penalty: weight * self._l0(batch)}
         if config.pre_act_coefficient > 0:
@@ -130,6 +142,11 @@ class JumpReLU(Steered):
     def _below(self, batch: LossInputs, norms: Tensor) -> Tensor:
         """[B]: how far dead latents are below their thresholds, each times the norm of its decoder row, [m]."""
         dead = self.dead(batch.clock)
+        if isinstance(batch.latents, Uncounted):  # relu(theta - p) = theta - p + relu(p - theta), and few exceed it
+            pulled = batch.latents.found.pulled
+            if pulled is None:
+                return norms.new_zeros(1)
+            return pulled + (norms * dead) @ (self.threshold - batch.pre.means())
         if placement.runs_ahead(dead):
             p = batch.latents.preactivations
             assert p is not None and batch.latents.entries is None, "as `above_threshold` says"
@@ -142,13 +159,17 @@ class JumpReLU(Steered):
 
     def _l0(self, batch: LossInputs) -> Tensor:
         active = batch.latents
-        assert active.preactivations is not None
-        p = active.preactivations if self.config.straight_through == "both" else active.preactivations.detach()
-        _, steps = self._jump(p, active.per_entry(self.threshold))
-        l0 = active.map(lambda _: steps).sum_per_row().mean()
+        l0 = (active.sums if isinstance(active, Uncounted) else self._steps(active).sum_per_row()).mean()
         if self.config.penalty == "l0" or self.config.target_l0 is None:
             return l0
         return (l0 / self.config.target_l0 - 1).square() * self.reduced(spread(batch.y), batch.y)
+
+    def _steps(self, active: Latents) -> Latents:
+        """1 for each latent that is active, with the gradient of the step."""
+        assert active.preactivations is not None
+        p = active.preactivations if self.config.straight_through == "both" else active.preactivations.detach()
+        _, steps = self._jump(p, active.per_entry(self.threshold))
+        return active.map(lambda _: steps)
 
     def parameter_groups(self) -> list[ParameterGroup]:
         encoder, *rest = super().parameter_groups()
@@ -165,6 +186,14 @@ class JumpReLU(Steered):
     def _reset(self, which: Tensor) -> None:
         super()._reset(which)
         self.threshold[which] = self.config.theta_init
+
+
+def _tanh_per_row(active: Latents, scale: Tensor) -> Tensor:
+    """[B]: the sum of tanh(scale f) over each row's latents."""
+    if isinstance(active, Uncounted):  # whose sums were asked for with this scale
+        return active.sums
+    of_each = active.per_entry(scale)
+    return active.map(lambda f: (of_each * f).tanh()).sum_per_row()
 
 
 def jump(p: Tensor, theta: Tensor, bandwidth: float, *, to_p: bool = False) -> tuple[Tensor, Tensor]:

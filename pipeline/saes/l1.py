@@ -7,11 +7,16 @@ from typing import Literal, final
 from pydantic import Field
 from torch import Tensor
 
+from . import penalties
 from .base import register
+from .config import Clock
+from .dictionary import Weights
+from .encoder import Preactivations
 from .inference import ReLURule
 from .losses import LossInputs
-from .penalties import PenaltyConfig, l1
+from .penalties import PenaltyConfig
 from .steering import Steered
+from .uncounted import Asked
 
 
 class L1Config(PenaltyConfig):
@@ -35,6 +40,9 @@ class L1(Steered):
     def rule(self) -> ReLURule:
         return ReLURule()
 
+    def _asked(self, pre: Preactivations, weights: Weights, clock: Clock) -> Asked:
+        return penalties.asked(self.config.penalty, weights.W_dec)
+
     def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
-        penalty = l1(self.config.penalty, batch.latents, batch, batch.W_dec)
+        penalty = penalties.l1(self.config.penalty, batch.latents, batch, batch.W_dec)
         return {"l1": self.weight(batch.clock) * penalty}

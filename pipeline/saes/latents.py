@@ -92,6 +92,10 @@ class Latents:
         """Apply an elementwise function that keeps zero at zero (ReLU, a scaling) to the values."""
         return replace(self, values=function(self.values))
 
+    def beside(self, row_stats: RowStats | None, bypass: Tensor | None) -> Latents:
+        """The same, with what decoding needs of the rows themselves."""
+        return replace(self, row_stats=row_stats, bypass=bypass)
+
     def detach(self) -> Latents:
         return replace(self, values=self.values.detach(), preactivations=None)
 
@@ -134,6 +138,12 @@ class Latents:
             return self.values @ weights
         return _per_row(self, self.values * self.per_entry(weights))
 
+    def decoded(self, table: Tensor) -> Tensor:
+        """They @ table [m, d] -> [B, d], by whichever form they have."""
+        if self.entries is None:
+            return torch.mm(self.values, table)
+        return sparse.decode(self.values, self.entries, table)
+
 
 def _per_row(latents: Latents, values: Tensor) -> Tensor:
     """[B]: the values, laid out as the latents' own, summed row by row."""
@@ -144,10 +154,8 @@ def _per_row(latents: Latents, values: Tensor) -> Tensor:
 
 
 def decode(latents: Latents, table: Tensor) -> Tensor:
-    """latents [B, m] @ table [m, d] -> [B, d], by whichever form the latents have."""
-    if latents.entries is None:
-        return torch.mm(latents.values, table)
-    return sparse.decode(latents.values, latents.entries, table)
+    """latents [B, m] @ table [m, d] -> [B, d]."""
+    return latents.decoded(table)
 
 
 def beside(parts: Sequence[Latents]) -> Latents:

@@ -10,10 +10,13 @@ from torch import Tensor
 
 from .base import register
 from .config import Clock, steps_of
+from .dictionary import Weights
+from .encoder import Preactivations
 from .inference import ReLURule
 from .latents import Latents
 from .losses import LossInputs, SparseLosses
 from .steering import Steered, SteeredConfig
+from .uncounted import Asked, Uncounted
 
 SMALLEST = 1e-3
 """Added to a latent before it is raised to a power, whose slope at 0 is infinite."""
@@ -60,6 +63,9 @@ class PAnneal(Steered):
     def rule(self) -> ReLURule:
         return ReLURule()
 
+    def _asked(self, pre: Preactivations, weights: Weights, clock: Clock) -> Asked:
+        return Asked("power", power=self.config.p_at(clock), smallest=SMALLEST)
+
     def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
         return {"lp": self.weight(batch.clock) * self.factor * power_sum(batch.latents, self.config.p_at(batch.clock))}
 
@@ -82,4 +88,6 @@ class PAnneal(Steered):
 
 def power_sum(active: Latents, p: float) -> Tensor:
     """Scalar: the mean over rows of sum_i (f_i + s)^p - s^p, which is 0 where f is and L1 for p = 1."""
+    if isinstance(active, Uncounted):  # whose sums were asked for with this p
+        return active.sums.mean()
     return active.map(lambda f: (f + SMALLEST).pow(p) - SMALLEST**p).sum_per_row().mean()

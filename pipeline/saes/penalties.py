@@ -11,6 +11,7 @@ from torch import Tensor
 from .latents import Latents
 from .losses import LossInputs
 from .steering import SteeredConfig
+from .uncounted import Asked, Uncounted
 
 Form = Literal["plain", "decoder_norm", "per_token"]
 
@@ -30,12 +31,18 @@ def l1(form: Form, latents: Latents, batch: LossInputs, table: Tensor) -> Tensor
 
     `per_token` asks nothing of a row of zeros, whose norm nothing can be a multiple of.
     """
-    match form:
-        case "plain":
-            sums = latents.sum_per_row()
-        case "decoder_norm":
-            sums = latents.sum_per_row(torch.linalg.vector_norm(table, dim=1))
-        case "per_token":
-            norms = torch.linalg.vector_norm(batch.x, dim=1)
-            sums = latents.sum_per_row() / norms.masked_fill(norms == 0, torch.inf)
+    sums = latents.sums if isinstance(latents, Uncounted) else latents.sum_per_row(_weights(form, table))
+    if form == "per_token":
+        norms = torch.linalg.vector_norm(batch.x, dim=1)
+        sums = sums / norms.masked_fill(norms == 0, torch.inf)
     return sums.mean()
+
+
+def asked(form: Form, table: Tensor) -> Asked:
+    """What `l1` takes of latents."""
+    return Asked("linear", weights=_weights(form, table))
+
+
+def _weights(form: Form, table: Tensor) -> Tensor | None:
+    """[m]: the weight of each latent in a row's sum; None where it is 1."""
+    return torch.linalg.vector_norm(table, dim=1) if form == "decoder_norm" else None

@@ -9,14 +9,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from . import penalties
 from .base import register
 from .config import Clock
+from .dictionary import Weights
 from .encoder import Preactivations
 from .inference import Formula, ReLURule
 from .latents import Latents
 from .losses import LossInputs
-from .penalties import PenaltyConfig, l1
+from .penalties import PenaltyConfig
 from .steering import Steered, SteeredConfig
+from .uncounted import Asked
 
 
 class ShiftedReLUConfig(PenaltyConfig):
@@ -52,10 +55,15 @@ class ShiftedReLU(Steered):
     def _activate(self, pre: Preactivations, clock: Clock) -> Latents:
         return pre.above_threshold(self.shift).map(lambda p: (p - self.shift).relu())
 
+    def _asked(self, pre: Preactivations, weights: Weights, clock: Clock) -> Asked:
+        shift = self.shift.expand(self.d_sae)
+        found = penalties.asked(self.config.penalty, weights.W_dec) if self.config.coefficient else Asked()
+        return found._replace(theta=shift, gain=torch.ones_like(shift), offset=-shift)
+
     def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
         if self.config.coefficient == 0:
             return {}
-        penalty = l1(self.config.penalty, batch.latents, batch, batch.W_dec)
+        penalty = penalties.l1(self.config.penalty, batch.latents, batch, batch.W_dec)
         return {"l1": self.weight(batch.clock) * penalty}
 
     def _written(self) -> Formula:

@@ -80,6 +80,8 @@ class Trainer:
 
     def losses(self, part: Batch, clock: Clock) -> Losses:
         """The loss of a part of a batch."""
+        if not self._shown and placement.runs_ahead(part.x):  # what who trained before this process had seen
+            self.sae.look_ahead(clock._replace(step=clock.step - 1))
         with torch.autocast(part.x.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             return self.sae.loss(part.x, part.y, clock)
 
@@ -107,7 +109,7 @@ class Trainer:
         first, self._shown = not self._shown, True
         if not first and not self.logs(total):
             return None
-        if placement.runs_ahead(batch.x):  # metrics wait for it
+        if placement.runs_ahead(batch.x) and self.logs(total):  # metrics wait for it
             self.sae.look_ahead(clock)
         return self._metrics(batch.y, parts, clock, ranks)
 

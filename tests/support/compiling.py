@@ -15,7 +15,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sae.pipeline.saes import kernels
-from sae.pipeline.saes.kernels import products, rows, select
+from sae.pipeline.saes.kernels import lists, products, rows, select, uncounted
+from sae.pipeline.saes.uncounted import Asked
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
 WARPS = 4
@@ -25,10 +26,16 @@ def compiled(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], targ
     """What one launch would have compiled, and the registers and shared memory it takes."""
     options = {name: constants.pop(name) for name in ("num_warps",) if name in constants}
     named = dict(zip(kernel.arg_names, args, strict=False))
-    signature = {name: "*" + TYPES[one.dtype] if isinstance(one, Tensor) else "i32" for name, one in named.items()}
+    signature = {name: _type(one) for name, one in named.items()}
     signature |= dict.fromkeys(constants, "constexpr")
     made = triton.compile(ASTSource(kernel, signature, constants), target=target, options=options)
     return f"{kernel.fn.__name__} {signature.get('p', '')} shared {made.metadata.shared}"
+
+
+def _type(one: Any) -> str:
+    if isinstance(one, Tensor):
+        return "*" + TYPES[one.dtype]
+    return "fp32" if isinstance(one, float) else "i32"
 
 
 def main() -> None:
@@ -38,7 +45,7 @@ def main() -> None:
     def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         seen.append((kernel, args, constants))
 
-    for family in (products, rows, select):
+    for family in (lists, products, rows, select, uncounted):
         family.launch = launch
     b, m, d, k = 8, 24_576, 768, 32
     table, batch, indices = torch.empty(m, d), torch.empty(b, d), torch.zeros(b * k, dtype=torch.int64)
@@ -55,6 +62,15 @@ def main() -> None:
         products.compared(starts, indices, weights, torch.empty(64, width), aim[0], aim)
     rows.tangent_(table, table)
     rows.unit_(table)
+    v = torch.empty(m)
+    every = {"pulls": v, "width": 0.1, "to_p": True}
+    for asked, dtype in (
+        (Asked("steps", v, **every), torch.bfloat16), (Asked("tanh", v, weights=v, **every), torch.float32),
+        (Asked("power", v, power=0.5), torch.bfloat16),
+        (Asked("linear", v, weights=v, gain=v, offset=v, gates=True), torch.float32),
+    ):  # fmt: skip
+        given = torch.empty(b, m, dtype=dtype), v, batch, table, v, table, asked, dtype == torch.bfloat16
+        uncounted.backward(*given, *uncounted.forward(*given)[:4])
     done: set[str] = set()
     for kernel, args, constants in seen:
         said = str((kernel.fn.__name__, [getattr(one, "dtype", None) for one in args], constants))
