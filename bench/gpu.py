@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,8 +34,10 @@ from bench.peer import Peer
 from bench.planted import planted_rows
 from bench.rows import timed
 from sae.cache.activations import ActivationStore
+from sae.cache.disk.durable import write_in
 from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import Loader
+from sae.cache.store.writer import WRITERS
 from sae.pipeline import saes
 from sae.pipeline.harvest.sources.language_model import HarvestConfig, LanguageModelSource
 from sae.pipeline.harvest.stage import harvest
@@ -83,7 +86,7 @@ class Sizes(NamedTuple):
     contexts: int
 
 
-CARD = Sizes("cuda", 768, 24_576, 32, (4096, 16_384), 400_000, 1500, 8192)
+CARD = Sizes("cuda", 768, 24_576, 32, (4096, 16_384), 400_000, 1500, 32_768)
 SMALL = Sizes("cpu", 32, 256, 4, (64, 128), 4096, 60, 4)
 
 
@@ -291,35 +294,54 @@ def training(bench: Bench) -> Iterator[Line]:
 
 
 def harvests(bench: Bench) -> Iterator[Line]:
-    """The whole stage at GPT-2 small's shape, of the bare forward."""
+    """The whole stage at GPT-2 small's shape, of the bare forward; and what the folder takes, which bounds it."""
     where, dtype, contexts = bench.device, torch.bfloat16, 256 if bench.device.type == "cuda" else 2
     store = harvesting.token_store(bench.folder / "tokens", bench.sizes.contexts)
     tokens = torch.from_numpy(store.contexts(0, store.n_contexts).astype("int64")).to(where)
     bare = GPT2LMHeadModel(GPT2Config()).eval().to(where, dtype)
-    seconds = []
     model = LanguageModel.boot("random:gpt2", device=str(where), dtype="bfloat16")
-    config = HarvestConfig(
-        model="random:gpt2", layer=(6,), site=("mlp_out",), batch_tokens=contexts * harvesting.CONTEXT, dtype="bfloat16"
-    )
 
-    def stage() -> None:
+    def stage(codec: str, sites: tuple[str, ...]) -> int:
+        config = HarvestConfig(
+            model="random:gpt2", layer=(6,), site=sites, batch_tokens=contexts * harvesting.CONTEXT, dtype="bfloat16",
+            codec=codec,
+        )  # fmt: skip
         with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
-            harvest(LanguageModelSource.over(config, [store], Silent(), model=model), Path(folder), Silent())
+            source = LanguageModelSource.over(config, [store], Silent(), model=model)
+            made = harvest(source, Path(folder), Silent()).stores["train"]
+            return sum(one.manifest.stored_bytes for one in made)
 
-    harvesting.bare_forward(bare, 6, tokens[: 2 * contexts], contexts)
-    for call in (lambda: harvesting.bare_forward(bare, 6, tokens, contexts), stage):
+    def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
         begun = time.perf_counter()
-        call()
+        found = call()
         if where.type == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begun)
-    yield Line("bare forward in bfloat16", tokens.numel() / seconds[0] / 1e6, "M tokens/s")
-    yield Line("harvest in bfloat16, default codec, of the bare forward", seconds[0] / seconds[1], "", least=0.85)
+        return time.perf_counter() - begun, found
+
+    harvesting.bare_forward(bare, 6, tokens[: 2 * contexts], contexts)
+    forward, _ = seconds(lambda: harvesting.bare_forward(bare, 6, tokens, contexts))
+    yield Line("bare forward in bfloat16", tokens.numel() / forward / 1e6, "M tokens/s")
+    yield Line("the folder: flushed files of 8 MiB", flushed(bench.folder, 8 << 20, 64), "GB/s")
+    one, two = ("mlp_out",), ("mlp_out", "resid_post")
+    for codec, sites, least in (("int8", one, 0.85), ("int8", two, None), ("bfloat16", one, None)):
+        taken, size = seconds(functools.partial(stage, codec, sites))
+        what = f"harvest of {', '.join(sites)} in bfloat16, codec {codec}"
+        yield Line(f"{what}, of the bare forward", forward / taken, "", least=least)
+        yield Line(f"{what}: written", size / taken / 1e9, "GB/s")
+
+
+def flushed(folder: Path, size: int, files: int) -> float:
+    """GB/s of flushed files as a store's writers write them."""
+    data, begun = os.urandom(size), time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=folder) as there, ThreadPoolExecutor(WRITERS) as pool:
+        list(pool.map(lambda number: write_in(Path(there), str(number), data), range(files)))
+        return size * files / (time.perf_counter() - begun) / 1e9
 
 
 def tests(bench: Bench) -> Iterator[Line]:
     """What only a card can show: kernels as compiled, no wait that the driver sees, equal bytes of equal runs."""
     files = ["tests/pipeline/saes/test_kernels.py", "tests/pipeline/train/test_gpu.py"]
+    files.append("tests/cache/test_window_buffer.py")  # the bytes that a harvest stores
     few = ["-k", "not test_kernels and topk"] if bench.device.type == "cpu" else ["-n", "4"]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", "-rf", "--tb=line", *few, *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)

@@ -22,7 +22,7 @@ every site of a model are aligned, whether they were harvested together or apart
 from __future__ import annotations
 
 import hashlib
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -34,14 +34,14 @@ from sae.cache.errors import DamagedStore, SaeError
 from sae.cache.provenance import expect_rows
 from sae.cache.store import scratch
 from sae.cache.store.arrays import ArraySpec
-from sae.cache.store.codecs import Codec, Columns, Encoded, calibrate, codec_from_recipe, from_numpy, to_numpy
+from sae.cache.store.codecs import Codec, Columns, Encoded, codec_from_recipe, from_numpy
 from sae.cache.store.manifest import Window, Windows
 from sae.cache.store.store import Store
 from sae.cache.store.writer import Writer
 from sae.cache.tokens import TokenStore, expect_split
+from sae.cache.window_buffer import WindowBuffer
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 CHUNK_ROWS = 16_384
@@ -174,6 +174,10 @@ class ActivationStore(Store):
         self._expect(name, np.isfinite(values))
         return from_numpy(values.copy())
 
+    def order(self, window: int, rows: int) -> np.ndarray:
+        """The `permutation` of a window's rows."""
+        return permutation(origin(self.recipe), window, rows)
+
     def describe(self) -> dict[str, Any]:
         size = self.manifest.stored_bytes / max(1, self.n_rows)
         share = round(size / (4 * self.d), 4)
@@ -253,129 +257,6 @@ class ActivationWriter(Writer):
         return window
 
 
-class WindowBuffer:
-    """One window in the making: rows arrive in token order and land at their permuted place.
-
-    Holds the window in its stored form: 384 MiB for 524,288 int8 rows of width 768. The first window of a store waits
-    in float32 until its columns are calibrated.
-    """
-
-    def __init__(self, store: ActivationStore, window: int, rows: int, columns: Columns | None) -> None:
-        import torch
-
-        self.store, self.columns, self.filled = store, columns, 0
-        self.place = np.argsort(permutation(origin(store.recipe), window, rows))
-        self.position = np.empty(rows, np.int64)
-        self.norm = torch.empty(rows)
-        toy = "toy" in store.recipe
-        self.coefficient = torch.empty(rows, store.recipe["truth"]) if toy else None
-        self._waiting: list[Tensor] = []
-        self._rows: Tensor | None = None
-        self._scale: Tensor | None = None
-
-    def add(self, rows: Tensor, positions: np.ndarray, coefficients: Tensor | None = None) -> None:
-        """The next rows [n, d] in token order, the token each came from [n], and of a toy's [n, G] coefficients."""
-        assert (coefficients is None) == (self.coefficient is None)
-        assert len(rows) == len(positions) and self.filled + len(rows) <= len(self.place)
-        if not rows.isfinite().all():
-            recipe = self.store.recipe
-            of_model = "model" in recipe
-            name = f"{recipe['model']['model']} {recipe['layer']}.{recipe['site']}" if of_model else self.store.slug
-            raise SaeError(f"{name}: activations hold NaN or infinity")
-        place = self.place[self.filled : self.filled + len(rows)]
-        self.position[place] = positions
-        if self.coefficient is not None and coefficients is not None:
-            self.coefficient[from_numpy(place)] = coefficients
-        self.filled += len(rows)
-        if self.columns is None:
-            self._waiting.append(rows.float().clone())
-        else:
-            self._encode(rows, from_numpy(place), self.columns)
-
-    def made(self, start: int, stop: int) -> list[np.ndarray]:
-        """Return rows [start, stop) in token order, as `take` takes them up: as stored, with norms (and scales), or
-        float32 where they wait for columns.
-        """
-        import torch
-
-        assert start < stop <= self.filled
-        place = from_numpy(self.place[start:stop])
-        of_toy = [] if self.coefficient is None else [self.coefficient[place].numpy()]
-        if self.columns is None:
-            return [*of_toy, torch.cat(self._waiting)[start:stop].cpu().numpy()]
-        kept = [self._rows, self.norm] + ([] if self._scale is None else [self._scale])
-        return [*of_toy, *(to_numpy(values[place]) for values in kept if values is not None)]
-
-    def shapes(self, rows: int) -> list[scratch.Shape]:
-        """Types and axes of what `made` says of so many rows."""
-        specs = self.store.arrays
-        of_toy = [] if self.coefficient is None else ["coefficient"]
-        stored = ["rows", "row_norm"] + (["row_scale"] if self.store.codec.has_row_scale else [])
-        names = of_toy if self.columns is None else of_toy + stored
-        waiting: list[scratch.Shape] = [("<f4", (rows, self.store.d))] if self.columns is None else []
-        return [*((specs[name].dtype, (rows, *specs[name].row_shape)) for name in names), *waiting]
-
-    def take(self, made: list[np.ndarray], positions: np.ndarray, device: torch.device) -> None:
-        """The next rows in token order, as `made` gave them; the model that computes the others is on `device`."""
-        place = self.place[self.filled : self.filled + len(positions)]
-        if self.coefficient is not None:
-            self.coefficient[from_numpy(place)] = from_numpy(made[0])
-            made = made[1:]
-        rows, *beside = map(from_numpy, made)
-        self.position[place] = positions
-        self.filled += len(positions)
-        if self.columns is None:
-            self._waiting.append(rows.to(device))
-        else:
-            self._put(Encoded(rows, beside[1] if len(beside) > 1 else None), beside[0], from_numpy(place))
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The window's arrays as they are stored, all rows present."""
-        import torch
-
-        assert self.filled == len(self.place), (self.filled, len(self.place))
-        arrays: dict[str, np.ndarray] = {"position": self.position}
-        if self.columns is None:
-            waiting = torch.cat(self._waiting)
-            self._waiting.clear()
-            self.columns = Columns(*(c.cpu() for c in calibrate(waiting)))
-            self._encode(waiting, from_numpy(self.place), self.columns)
-            arrays |= {"col_mean": self.columns.mean.numpy(), "col_scale": self.columns.scale.numpy()}
-        assert self._rows is not None
-        arrays["rows"] = to_numpy(self._rows)
-        arrays["row_norm"] = self.norm.numpy()
-        if self.coefficient is not None:
-            arrays["coefficient"] = self.coefficient.numpy()
-        if self._scale is not None:
-            arrays["row_scale"] = self._scale.numpy()
-        return arrays
-
-    def _encode(self, rows: Tensor, place: Tensor, columns: Columns) -> None:
-        on_device = Columns(columns.mean.to(rows.device), columns.scale.to(rows.device))
-        rows = rows.float()
-        encoded = self.store.codec.encode(rows, on_device)
-        self._put(encoded, norms_of(rows).cpu(), place)
-
-    def _put(self, encoded: Encoded, norm: Tensor, place: Tensor) -> None:
-        import torch
-
-        if self._rows is None:
-            self._rows = torch.empty((len(self.place), self.store.d), dtype=encoded.rows.dtype)
-            if encoded.row_scale is not None:
-                self._scale = torch.empty(len(self.place), dtype=encoded.row_scale.dtype)
-        self._rows[place] = encoded.rows.cpu()
-        self.norm[place] = norm
-        if self._scale is not None and encoded.row_scale is not None:
-            self._scale[place] = encoded.row_scale.cpu()
-
-
-def norms_of(rows: Tensor) -> Tensor:
-    """float32 [...]: the norms of rows [..., d] as a store keeps them, rounded so that zstd halves their bytes."""
-    import torch
-
-    return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).float().bfloat16().float()
-
-
 def origin(recipe: Recipe) -> Recipe:
     """The part of a recipe that fixes the order of rows: the token recipe, or the source and the split."""
     return recipe["tokens"] if "tokens" in recipe else {name: recipe[name] for name in ("source", "split")}
@@ -384,12 +265,19 @@ def origin(recipe: Recipe) -> Recipe:
 def permutation(source: Recipe, window: int, rows: int) -> np.ndarray:
     """Order of the rows inside a window: the same for every site harvested from one token store (`origin`).
 
-    The row at stored place i came at place permutation[i] from the source.
+    The row at stored place i came at place permutation[i] from the source. Not to be changed: others are given it, too.
     """
-    seed = hashlib.sha256(f"{canonical(source)}#{window}".encode()).digest()
+    return _permutation(canonical(source), window, rows)
+
+
+@lru_cache(maxsize=1)  # all sites of a model ask for the same
+def _permutation(source: str, window: int, rows: int) -> np.ndarray:
+    seed = hashlib.sha256(f"{source}#{window}".encode()).digest()
     # NumPy promises the bits of PCG64 for ever, but not what Generator.permutation makes of them
     bits = np.random.PCG64(int.from_bytes(seed[:16], "little")).random_raw(rows)
-    return np.argsort(bits, kind="stable")
+    order = np.argsort(bits)  # in a quarter of the time of a stable sort, which differs only where two are equal
+    ranked = bits[order]
+    return np.argsort(bits, kind="stable") if (ranked[1:] == ranked[:-1]).any() else order
 
 
 def activations_root(root: Path) -> Path:

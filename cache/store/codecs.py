@@ -70,7 +70,13 @@ class Codec(Protocol):
     def zstd(self) -> int | None: ...
 
     def encode(self, rows: Tensor, columns: Columns) -> Encoded:
-        """float32 [n, d] -> stored numbers, each row by itself."""
+        """float32 [n, d] -> stored numbers, each row by itself, on the device they are on, without waiting for it.
+
+        Equal rows become equal numbers on every device: each operation is one that IEEE 754 rounds, or picks.
+        """
+
+    def expect(self, encoded: Encoded) -> None:
+        """Raise SaeError where numbers that `encode` made of finite rows, on the host now, cannot stand for them."""
 
     def decode(self, encoded: Encoded, columns: Columns) -> Tensor:
         """Stored numbers -> float32 [n, d] on the device they are on."""
@@ -100,16 +106,22 @@ class Int8:
             raise SaeError(f"codec = int8:step={self.step:g}: the step is a share of a standard deviation, 0 to 1")
 
     def encode(self, rows: Tensor, columns: Columns) -> Encoded:
+        import torch
+
         normalised = (rows - columns.mean) / columns.scale
         widest = normalised.abs().amax(dim=1)
         # float16 rounds by less than half a step in 127, so the widest value still rounds to a code of at most 127
-        scale = (widest / CODES_MAX).clamp_min(max(self.step, FP16_SMALLEST)).half()
-        if not scale.isfinite().all():
+        # (by a tensor: what a number divides on a GPU, it multiplies by the number's reciprocal)
+        scale = (widest / torch.full_like(widest, CODES_MAX)).clamp_min(max(self.step, FP16_SMALLEST)).half()
+        codes = (normalised / scale.float()[:, None]).round_().clamp_(-CODES_MAX, CODES_MAX)
+        return Encoded(codes.char(), scale)
+
+    def expect(self, encoded: Encoded) -> None:
+        assert encoded.row_scale is not None
+        if not encoded.row_scale.isfinite().all():
             raise SaeError(
                 "codec = int8: an activation is 8 million standard deviations from its column's mean; use bfloat16"
             )
-        codes = (normalised / scale.float()[:, None]).round_().clamp_(-CODES_MAX, CODES_MAX)
-        return Encoded(codes.char(), scale)
 
     def decode(self, encoded: Encoded, columns: Columns) -> Tensor:
         assert encoded.row_scale is not None
@@ -136,6 +148,9 @@ class BFloat16:
     def encode(self, rows: Tensor, columns: Columns) -> Encoded:
         return Encoded((rows - columns.mean).bfloat16(), None)
 
+    def expect(self, encoded: Encoded) -> None:
+        pass
+
     def decode(self, encoded: Encoded, columns: Columns) -> Tensor:
         return encoded.rows.float().add_(columns.mean)
 
@@ -155,10 +170,11 @@ class Float16:
     zstd: int | None = None
 
     def encode(self, rows: Tensor, columns: Columns) -> Encoded:
-        stored = rows.half()
-        if not stored.isfinite().all():
+        return Encoded(rows.half(), None)
+
+    def expect(self, encoded: Encoded) -> None:
+        if not encoded.rows.isfinite().all():
             raise SaeError("codec = float16: an activation is beyond 65,504; use int8 or bfloat16")
-        return Encoded(stored, None)
 
     def decode(self, encoded: Encoded, columns: Columns) -> Tensor:
         return encoded.rows.float()
@@ -180,6 +196,9 @@ class Float32:
 
     def encode(self, rows: Tensor, columns: Columns) -> Encoded:
         return Encoded(rows.float(), None)
+
+    def expect(self, encoded: Encoded) -> None:
+        pass
 
     def decode(self, encoded: Encoded, columns: Columns) -> Tensor:
         return encoded.rows.clone()

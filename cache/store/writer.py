@@ -4,9 +4,11 @@ A window's files are written first (`write_window`, which any process may do for
 appended to the manifest (`Writer.commit`, in the process that holds the lock).
 """
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +31,25 @@ from sae.cache.store.manifest import Manifest, Window
 from sae.cache.store.notes import write_note
 from sae.cache.store.store import HINTS, REQUEST, Store
 
-WRITERS = 8  # files encoded and flushed side by side
+WRITERS = min(16, max(8, os.cpu_count() or 1))  # files encoded and flushed side by side: the disk is waited for, too
+
+
+@dataclass(frozen=True)
+class Permuted:
+    """Rows in another order than they are held in: row i is values[order[i]]. A slice of them is gathered anew."""
+
+    values: np.ndarray
+    order: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return np.take(self.values, self.order[rows], axis=0)
+
+
+Arrays = Mapping[str, np.ndarray | Permuted]
+"""The rows of a window by array."""
 
 
 class Writer:
@@ -92,7 +112,7 @@ class Writer:
         """Note where things named by the recipe were found. A path that is no text cannot be noted; it is asked for."""
         write_note(self.path / HINTS, {name: path for name, path in where.items() if path.isprintable()})
 
-    def append(self, arrays: dict[str, np.ndarray], notes: dict[str, Any]) -> Window:
+    def append(self, arrays: Arrays, notes: dict[str, Any]) -> Window:
         """Write and commit the next window. Returns when it survives `kill -9` and a power cut."""
         self._lock.confirm()
         return self.commit(write_window(self.store, len(self.store.manifest.windows), arrays, notes))
@@ -151,7 +171,7 @@ class Writer:
             raise SaeError(f"{self.path / found[0]}: is in the place of a store to be written; move it away and repeat")
 
 
-def write_window(store: Store, index: int, arrays: dict[str, np.ndarray], notes: dict[str, Any]) -> Window:
+def write_window(store: Store, index: int, arrays: Arrays, notes: dict[str, Any]) -> Window:
     """Make the files of window `index` durable, for `Writer.commit` to count: the rows of every growing array, as many
     for each, and in window 0 the others.
 
@@ -176,18 +196,22 @@ def write_window(store: Store, index: int, arrays: dict[str, np.ndarray], notes:
     return Window(index, start, start + rows, files, notes)
 
 
-def encoders(store: Store, index: int, arrays: dict[str, np.ndarray]) -> dict[str, Callable[[], bytes]]:
+def encoders(store: Store, index: int, arrays: Arrays) -> dict[str, Callable[[], bytes]]:
     """The files of window `index`, each with what makes its bytes."""
     start = store.windows.start(index)
     return {
-        file: partial(store.arrays[name].encode, part)
+        file: partial(_encoded, store.arrays[name], values, rows)
         for name, values in arrays.items()
-        for file, part in _chunks(store.arrays[name], values, start)
+        for file, rows in _chunks(store.arrays[name], len(values), start)
     }
 
 
-def _chunks(spec: ArraySpec, values: np.ndarray, start: int) -> Iterator[tuple[str, np.ndarray]]:
-    """(file, rows) of every chunk of an array's new rows, the first of which is row `start`."""
+def _encoded(spec: ArraySpec, values: np.ndarray | Permuted, rows: slice) -> bytes:
+    return spec.encode(values[rows])
+
+
+def _chunks(spec: ArraySpec, rows: int, start: int) -> Iterator[tuple[str, slice]]:
+    """(file, which rows) of every chunk of an array's new rows, the first of which is row `start` of the store."""
     first = start // spec.chunk_rows if spec.grows else 0
-    for i in range(-(-len(values) // spec.chunk_rows)):
-        yield spec.chunk_file(first + i), values[i * spec.chunk_rows : (i + 1) * spec.chunk_rows]
+    for i in range(-(-rows // spec.chunk_rows)):
+        yield spec.chunk_file(first + i), slice(i * spec.chunk_rows, (i + 1) * spec.chunk_rows)

@@ -19,8 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
-
 from sae.cache import catalogue
 from sae.cache.activations import ActivationStore
 from sae.cache.disk.durable import checksum, expect_no_link, read, write_in
@@ -32,14 +30,14 @@ from sae.cache.store.head import RECIPE, head_bytes
 from sae.cache.store.manifest import MANIFEST, Manifest, Window
 from sae.cache.store.notes import note_bytes
 from sae.cache.store.store import HINTS, REQUEST, Store
-from sae.cache.store.writer import encoders
+from sae.cache.store.writer import Arrays, encoders
 from sae.cache.upkeep.damage import DamagedStoreView, Finding, inspect_damage
 
 
 class RebuiltWindow(NamedTuple):
     """A window made again: its arrays, and the notes of its line."""
 
-    arrays: dict[str, np.ndarray]
+    arrays: Arrays
     notes: dict[str, Any]
 
 

@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae.cache.activations import ActivationStore, norms_of
+from sae.cache.activations import ActivationStore
 from sae.cache.errors import SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.provenance import LanguageModelRows, provenance
+from sae.cache.window_buffer import norms_of
 from sae.pipeline.language_model import LanguageModel, Point
 from sae.pipeline.language_model.interventions import Change, Intervention, predicting
 from sae.pipeline.metrics.downstream import AT, MEAN, SAE, ZERO

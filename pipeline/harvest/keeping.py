@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from sae.cache.activations import WindowBuffer
 from sae.cache.disk.identity import Recipe
 from sae.cache.errors import SaeError
 from sae.cache.store import scratch
+from sae.cache.window_buffer import WindowBuffer
 from sae.pipeline.runtime.interrupts import Interrupted
 
 EVERY = 30.0  # seconds between two writes
@@ -48,7 +47,7 @@ class Window:
         self._kept = dict.fromkeys(buffers, 0)  # rows that are on the disk
         self._last = time.monotonic()
 
-    def take_up(self, device: torch.device) -> None:
+    def take_up(self) -> None:
         """Fill the buffers with what was kept of this window, up to the end of a batch."""
         for point, buffer in self._buffers.items():
             for part in scratch.chain(self._folders[point], self._number):
@@ -60,7 +59,7 @@ class Window:
                         "otherwise; they are computed again"
                     )
                     break
-                buffer.take(made, self._positions[part.start : part.stop], device)
+                buffer.take(made, self._positions[part.start : part.stop])
                 self._kept[point] = part.stop
             scratch.remove(self._folders[point], self._number, self._kept[point])
         if taken := min(self._kept.values()):

@@ -11,7 +11,7 @@ from sae.cache.store.manifest import Manifest, Window
 from sae.cache.store.store import Store
 from sae.cache.upkeep.repair import RebuiltWindow
 from sae.pipeline.harvest.sources import WindowTask, source_of
-from sae.pipeline.harvest.windows import compute
+from sae.pipeline.harvest.windows import arrays_of, compute
 from sae.pipeline.runtime.origins import Origins
 from sae.pipeline.runtime.progress import Progress
 
@@ -34,11 +34,12 @@ class RowMaker:
         stores = {self.stream: before if kept is not None else ActivationStore(before.path, Manifest())}
         self.progress.start(f"repair {self.store.key}", task.rows, "rows")
         try:
-            arrays = compute(source, task, stores, partial(self.progress.advance, window=task.window))[self.stream]
+            buffers = compute(source, task, stores, partial(self.progress.advance, window=task.window))
+            arrays = arrays_of(source, task, buffers)[self.stream]
         finally:
             self.progress.finish()
         if kept is not None and window.index == 0:
-            arrays |= {"col_mean": kept.mean.numpy(), "col_scale": kept.scale.numpy()}
+            arrays = {**arrays, "col_mean": kept.mean.numpy(), "col_scale": kept.scale.numpy()}
         return RebuiltWindow(arrays, source.notes(task))
 
     def file(self, name: str) -> bytes:

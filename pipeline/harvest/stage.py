@@ -23,10 +23,11 @@ from sae.cache.massive import FarRows, beyond_usual
 from sae.cache.store import scratch
 from sae.cache.store.contents import is_temporary
 from sae.cache.store.space import expect_room
+from sae.cache.window_buffer import Memory, WindowBuffer
 from sae.pipeline.harvest.keeping import Keeper, rows_kept
 from sae.pipeline.harvest.planning import Plan, planned
 from sae.pipeline.harvest.sources import RowSource, WindowTask
-from sae.pipeline.harvest.windows import Arrays, WindowJob, compute, expect_lease, harvest_window
+from sae.pipeline.harvest.windows import WindowJob, arrays_of, compute, expect_lease, harvest_window
 from sae.pipeline.parallel.dask_cluster import Cluster, connected
 from sae.pipeline.runtime.interrupts import interruptible, telling
 from sae.pipeline.runtime.progress import Progress
@@ -164,9 +165,11 @@ class _Job:
     def _alone(self, plan: Plan, tasks: Sequence[WindowTask], writers: Writers) -> None:
         """Compute in this process. A window is compressed and flushed while the next one is computed."""
 
-        def append(task: WindowTask, arrays: dict[str, Arrays]) -> None:
+        def append(task: WindowTask, buffers: dict[str, WindowBuffer]) -> None:
+            arrays = arrays_of(self.source, task, buffers)
             for name in task.streams:
                 writers[name].append(arrays.pop(name), self.source.notes(task))
+                buffers.pop(name).release()
 
         def took(rows: int) -> None:
             self.progress.finish()  # begun anew, so that its rate is that of what is computed now
@@ -174,7 +177,7 @@ class _Job:
             self._start(plan, self._committed(writers) + rows)
 
         with interruptible() as stopping, ThreadPoolExecutor(1) as committing:
-            keeper = Keeper(self.progress.note, took, stopping)
+            keeper, memory = Keeper(self.progress.note, took, stopping), Memory()
             under_way: Future[None] | None = None
             try:
                 for task in tasks:
@@ -182,10 +185,10 @@ class _Job:
                         under_way.result()
                     advance = partial(self.progress.advance, window=task.window)
                     stores = {name: writers[name].store for name in task.streams}
-                    arrays = compute(self.source, task, stores, advance, keeper)
+                    buffers = compute(self.source, task, stores, advance, keeper, memory)
                     if under_way is not None:
                         under_way.result()
-                    under_way = committing.submit(append, task, arrays)
+                    under_way = committing.submit(append, task, buffers)
             finally:
                 if under_way is not None:
                     under_way.result()

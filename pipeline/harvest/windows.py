@@ -19,11 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sae.cache.activations import ActivationStore, WindowBuffer
+from sae.cache.activations import ActivationStore
 from sae.cache.disk.durable import read
 from sae.cache.errors import SaeError
 from sae.cache.store.manifest import Window
-from sae.cache.store.writer import write_window
+from sae.cache.store.writer import Arrays, write_window
+from sae.cache.window_buffer import Memory, WindowBuffer
 from sae.pipeline.harvest.keeping import Keeper
 from sae.pipeline.harvest.keeping import Window as KeptWindow
 from sae.pipeline.harvest.sources import RowSource, Stream, WindowTask
@@ -31,20 +32,22 @@ from sae.pipeline.parallel.dask_workers import versions
 
 PATIENCE = 5.0  # seconds a network file system may take to show a new file
 
-Arrays = dict[str, np.ndarray]
-
 
 def compute(
     source: RowSource, task: WindowTask, stores: Mapping[str, ActivationStore], done: Callable[[int], None],
-    keeper: Keeper | None = None,
-) -> dict[str, Arrays]:  # fmt: skip
-    """The window's arrays for every stream, as they are stored. Calls `done` with the number of rows after each part.
+    keeper: Keeper | None = None, memory: Memory | None = None,
+) -> dict[str, WindowBuffer]:  # fmt: skip
+    """The window's rows for every stream, some of them still on their way from a device: `arrays_of` waits for them.
+
+    Calls `done` with the number of rows after each part.
 
     Stores must hold window 0 for any later one: it calibrates their columns. With a keeper, what there is of a long
     window is kept in the stores' folders, and what was kept before is taken up.
     """
     buffers = {
-        name: WindowBuffer(stores[name], task.window, task.rows, stores[name].columns if stores[name].n_rows else None)
+        name: WindowBuffer(
+            stores[name], task.window, task.rows, stores[name].columns if stores[name].n_rows else None, memory
+        )
         for name in task.streams
     }
     parts = list(source.window(task))
@@ -57,7 +60,7 @@ def compute(
         positions = np.concatenate([part.position for part in parts])
         folders = {name: stores[name].path for name in task.streams}
         window = KeptWindow(keeper, task.window, made, folders, buffers, positions, ends)
-        window.take_up(source.device)
+        window.take_up()
     for part, end in zip(parts, ends, strict=True):
         lacking = [name for name in task.streams if buffers[name].filled < end]
         if not lacking:
@@ -68,15 +71,16 @@ def compute(
         done(len(part.position))
         if window is not None:
             window.after_batch()
-    arrays = {name: buffer.arrays() for name, buffer in buffers.items()}
-    if task.window == 0:
-        for stream in source.streams:
-            if stream.name in arrays:
-                arrays[stream.name] |= _constants(stream)
-    return arrays
+    return buffers
 
 
-def _constants(stream: Stream) -> Arrays:
+def arrays_of(source: RowSource, task: WindowTask, buffers: Mapping[str, WindowBuffer]) -> dict[str, Arrays]:
+    """The arrays of a computed window for every stream, as they are stored."""
+    constants = {stream.name: _constants(stream) if task.window == 0 else {} for stream in source.streams}
+    return {name: {**buffer.arrays(), **constants[name]} for name, buffer in buffers.items()}
+
+
+def _constants(stream: Stream) -> dict[str, np.ndarray]:
     """Return what is known of how the rows were made, which window 0 has."""
     truth = {} if stream.truth is None else {"truth": stream.truth.numpy()}
     return truth if stream.toy is None else {**truth, "weight": stream.toy[0].numpy(), "bias": stream.toy[1].numpy()}
@@ -104,7 +108,7 @@ def harvest_window(job: WindowJob, task: WindowTask) -> dict[str, Window]:
         source = job.source()
         stores = {name: ActivationStore(paths[name]) for name in task.streams}
         keeper = Keeper(note=lambda _: None, took=lambda _: None)
-        arrays = compute(source, task, stores, lambda _: expect_lease(job.lease), keeper)
+        arrays = arrays_of(source, task, compute(source, task, stores, lambda _: expect_lease(job.lease), keeper))
     return {
         name: write_window(stores[name], task.window, arrays.pop(name), source.notes(task)) for name in task.streams
     }

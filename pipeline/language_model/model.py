@@ -248,7 +248,7 @@ class LanguageModel:
                 f"token {low if low < 0 else high}: {self.name} knows tokens 0 to {self.n_vocab - 1}; "
                 "tokenize with the model's own tokenizer (`tokenizer`)"
             )
-        return tokens.to(self.device, torch.long)
+        return devices.moved(tokens.long(), self.device)
 
     def _hooks(self) -> list[Hooked]:
         """The interventions of every context that is open, as hooks; the outermost first."""

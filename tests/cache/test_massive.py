@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sae.cache import activations, massive
-from sae.cache.activations import ActivationStore, ActivationWriter, norms_of
+from sae.cache.activations import ActivationStore, ActivationWriter
 from sae.cache.errors import DamagedStore, SaeError
 from sae.cache.massive import MEDIANS, beyond_usual, far_rows, limit_of
 from sae.cache.store.manifest import Windows
+from sae.cache.window_buffer import norms_of
 
 ROWS, D, CHUNK = 3000, 48, 256
 SINKS = [CONTEXT * context + 1 for context in range(0, 40, 2)] + [CONTEXT * 7 + 5]  # at position 1, and one at 5

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from support.small_stores import CHUNK, N, few, shrunk, write_activations
 from torch import Tensor
 
-from sae.cache.activations import ActivationStore, norms_of
+from sae.cache.activations import ActivationStore
 from sae.cache.errors import SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import Loader
 from sae.cache.outliers import largest_norm, usual_norm
+from sae.cache.window_buffer import norms_of
 
 FAR = 7  # every so-manyth row
 LARGEST = 5e4

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -95,7 +94,6 @@ class RowSource(ABC):
     remembered: int | None = None  # how many streams, of the first, are what the last harvest made; None: all of them
     several: bool = False  # whether there may be other streams, so that a store says which it is: `recipe["stream"]`
     points: tuple[tuple[int, str], ...] = ()  # layer and site of each stream, where they are of a language model
-    device: torch.device = torch.device("cpu")  # that values come on
 
     @classmethod
     @abstractmethod

@@ -32,6 +32,7 @@ from sae.cache.tokens import TokenStore
 from sae.configs.base import Amount, Distinct
 from sae.pipeline.language_model import SITES, LanguageModel, Point, hints
 from sae.pipeline.language_model.token_mask import TokenMask, TokenPosition, TokenRows, rule_of
+from sae.pipeline.runtime.devices import moved
 from sae.pipeline.runtime.origins import Origins
 from sae.pipeline.runtime.progress import Progress, Silent, said_if_slow
 from sae.pipeline.tokenizers.matching import matches
@@ -88,7 +89,7 @@ class LanguageModelSource(RowSource):
         self.opener, self.config, self.model = opener, opener.config, model
         self.tokens = {store.split: store for store in stores}
         self.rows = {split: TokenRows(tokens, self.config.rows) for split, tokens in self.tokens.items()}
-        self.splits, self.points, self.device = tuple(self.tokens), self.config.points, model.device
+        self.splits, self.points = tuple(self.tokens), self.config.points
         self.batch = max(1, self.config.batch_tokens // stores[0].context_length)  # contexts in a forward pass
         self._named = {f"{point.layer}.{point.site}": point for point in self.points}
         self.streams = tuple(Stream(name, model.width(point)) for name, point in self._named.items())
@@ -189,7 +190,7 @@ class LanguageModelSource(RowSource):
         """The rows `keep` of the n * T places of contexts [n, T], at some streams; each is freed before the next."""
         points = {self._named[name]: name for name in names}
         found = self.model.activations(torch.from_numpy(tokens), list(points))
-        index = torch.from_numpy(keep).to(self.model.device)
+        index = moved(torch.from_numpy(keep), self.model.device)
         for point, name in points.items():
             yield name, found.pop(point).flatten(0, 1).index_select(0, index)
 

@@ -31,6 +31,7 @@ every_codec = pytest.mark.parametrize("name", VARIANTS)
 def through(value: Codec, rows: Tensor, columns: Columns) -> tuple[Encoded, Tensor]:
     """Encoded rows and what they decode to, by way of NumPy as on disk."""
     encoded = value.encode(rows, columns)
+    value.expect(encoded)
     stored = to_numpy(encoded.rows)
     assert stored.dtype.str == value.numpy_dtype
     assert (encoded.row_scale is not None) == value.has_row_scale
@@ -74,7 +75,7 @@ def test_every_value_is_within_the_bound_at_any_scale(
     columns = calibrate(rows)
     if value.name == "int8" and ((rows - columns.mean).abs() / columns.scale).max() > 8e6:
         with pytest.raises(SaeError, match="standard deviations from its column's mean"):
-            value.encode(rows, columns)  # no float16 scale reaches that far: refused, never stored wrong
+            through(value, rows, columns)  # no float16 scale reaches that far: refused, never stored wrong
         return
     encoded, decoded = through(value, rows, columns)
     assert bool(((decoded - rows).abs() <= value.error_bound(rows, encoded, columns)).all())
@@ -220,13 +221,13 @@ def test_int8_never_makes_minus_128_and_never_clips(step: float, seed: int) -> N
 def test_int8_refuses_what_no_scale_can_hold() -> None:
     columns = calibrate(torch.randn(100, 3, generator=torch.Generator().manual_seed(0)))
     with pytest.raises(SaeError, match=r"8 million standard deviations .*; use bfloat16"):
-        Int8().encode(torch.tensor([[1.0, 1e8, 0.0]]), columns)
+        through(Int8(), torch.tensor([[1.0, 1e8, 0.0]]), columns)
 
 
 def test_float16_refuses_what_it_cannot_hold() -> None:
     columns = calibrate(torch.randn(100, 3))
     with pytest.raises(SaeError, match=r"beyond 65,504; use int8 or bfloat16"):
-        codec("float16").encode(torch.tensor([[1.0, 7e4, 0.0]]), columns)
+        through(codec("float16"), torch.tensor([[1.0, 7e4, 0.0]]), columns)
 
 
 def test_calibration_ignores_outlier_rows() -> None:

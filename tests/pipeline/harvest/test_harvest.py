@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from pydantic import ValidationError
 from support.harvesting import harvest
 from support.killing import Killed
+from support.late_card import rows_come_late
 from support.small_models import (
     BEGIN,
     CONTEXT,
@@ -354,6 +356,22 @@ def test_stopped_inside_the_model_and_repeated(tmp_path_factory: pytest.TempPath
         assert everything(root) == everything(whole), batches
     assert sizes == {0, 32, 64, 128}
     assert batches >= 6
+
+
+def test_stopped_on_a_card_and_continued_on_the_cpu(tmp_path_factory: pytest.TempPathFactory, gpt2: Path) -> None:
+    """Rows that come late to the host, of two sites, are stored as those that are there at once; and the other way."""
+    whole = tmp_path_factory.mktemp("whole")
+    tokens = token_store(whole, made_up(14))
+    run(gpt2, whole, tokens, **SITE_PAIR)
+    for batches, card_first in ((100, True), (2, True), (5, True), (3, False)):
+        root, sent = tmp_path_factory.mktemp("stopped"), 0
+        for on_card, stop in ((card_first, batches), (not card_first, 100)):
+            with pytest.MonkeyPatch.context() as patch, suppress(Killed):
+                card = rows_come_late(patch, 3 * CONTEXT) if on_card else None
+                patch.setattr(LanguageModel, "activations", Countdown(stop, Killed)(LanguageModel.activations))
+                run(gpt2, root, tokens, **SITE_PAIR)
+            sent += card.sent if card is not None else 0
+        assert everything(root) == everything(whole) and sent, batches
 
 
 @pytest.mark.parametrize(("sites", "stride"), [(["mlp_out"], 1), (["mlp_out", "resid_pre"], 3)])

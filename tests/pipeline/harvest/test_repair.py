@@ -361,16 +361,16 @@ def test_other_positions_are_another_store(home: Path, monkeypatch: pytest.Monke
     store = store_of(home, "activations", "int8")
     (store / "rows/c/1/0").unlink()
     before = everything(home)
-    compute = harvest_repair.compute
+    arrays_of = harvest_repair.arrays_of
 
     def moved(*args: Any) -> Any:
-        found = compute(*args)
+        found = arrays_of(*args)
         for arrays in found.values():
-            arrays["position"] = arrays["position"] + 1
-            arrays["rows"] = -arrays["rows"]
+            arrays["position"] = arrays["position"][:] + 1
+            arrays["rows"] = -arrays["rows"][:]
         return found
 
-    monkeypatch.setattr(harvest_repair, "compute", moved)
+    monkeypatch.setattr(harvest_repair, "arrays_of", moved)
     answer = sae("cache verify --repair")
     assert answer.code == 2
     assert answer.complaint.startswith(f"{store}: window 1 made again is another one than was committed")
