@@ -1,10 +1,11 @@
 """Everything that is asked of a card, measured in one run of less than eight minutes, each target beside its figure.
 
-    python bench/gpu.py [--small] [--only right,steps,dead,profile,many,loader,train,harvest,tests] [--peers PYTHON]
+    python bench/gpu.py [--small] [--only STAGES] [--peers PYTHON]
 
 Prints a table a stage as it goes, and all of it again at the end. A stage that fails is a line that says so, and the
-exit code is 1 then. `--small` tries it without a card, with sizes of which the figures mean nothing. `--peers` names an
-interpreter with eai-sparsify and dictionary_learning (bench/step_peers.py).
+exit code is 1 then. Stages, of which `--only` names some, comma-separated: right, steps, update, dead, profile, many,
+loader, train, harvest, tests. `--small` tries it without a card, with sizes of which the figures mean nothing.
+`--peers` names an interpreter with eai-sparsify and dictionary_learning (bench/step_peers.py).
 """
 
 import argparse
@@ -44,8 +45,9 @@ from sae.pipeline.harvest.stage import harvest
 from sae.pipeline.language_model import LanguageModel
 from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.saes import kernels, uncounted
+from sae.pipeline.train import optimising
 from sae.pipeline.train.stage import TrainConfig, open_run, train
-from sae.pipeline.train.trainer import Trainer
+from sae.pipeline.train.trainer import Trainer, products
 
 ACTIVE = 0.004  # share of the latents, of those that learn it
 OF_TOPK = {"batchtopk": 1.3, "jumprelu": 1.5, "l1": 1.5, "matryoshka": 1.6, "gated": 1.6}
@@ -202,6 +204,20 @@ def steps(bench: Bench) -> Iterator[Line]:
                 yield Line(f"batch {batch}: {arch} in {precision}", taken, "ms")
 
 
+def update(bench: Bench) -> Iterator[Line]:
+    """What follows the gradients, over all parameters of a TopK, by kernels and by torch's own operations."""
+    batch = bench.sizes.batches[0]
+    x = planted_rows(batch, bench.sizes.d, 0).to(bench.device)
+    for clip, said in ((1.0, "clipping"), (None, "no clipping")):
+        for way, most in (("auto", 0.5), ("plain", None)):
+            member = bench.member("topk", batch, "bfloat16", clip=clip, kernels=way)
+            subjects.take_step(member, x)  # gradients stay
+            step = functools.partial(optimising.take_step, member.sae, member.optimiser, clip)
+            with products(member.config, bench.device):
+                taken = bench.milliseconds(step)
+            yield Line(f"update of {bench.sizes.m} latents, {said}, kernels {way}", taken, "ms", most=most)
+
+
 def others(bench: Bench, batch: int) -> Iterator[tuple[str, float]]:
     """Milliseconds of other tools' steps, those that are there."""
     s = bench.sizes
@@ -340,9 +356,9 @@ def flushed(folder: Path, size: int, files: int) -> float:
 
 def tests(bench: Bench) -> Iterator[Line]:
     """What only a card can show: kernels as compiled, no wait that the driver sees, equal bytes of equal runs."""
-    files = ["tests/pipeline/saes/test_kernels.py", "tests/pipeline/train/test_gpu.py"]
+    files = [f"tests/pipeline/{name}.py" for name in ("saes/test_kernels", "train/test_optimising", "train/test_gpu")]
     files.append("tests/cache/test_window_buffer.py")  # the bytes that a harvest stores
-    few = ["-k", "not test_kernels and topk"] if bench.device.type == "cpu" else ["-n", "4"]
+    few = ["-k", "test_gpu and topk"] if bench.device.type == "cpu" else ["-n", "4"]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", "-rf", "--tb=line", *few, *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     print(done.stdout[-3000:], done.stderr[-1000:])
@@ -350,8 +366,8 @@ def tests(bench: Bench) -> Iterator[Line]:
 
 
 STAGES: dict[str, Callable[[Bench], Iterator[Line]]] = {
-    "right": right, "steps": steps, "dead": dead, "profile": profile, "many": many, "loader": loader, "train": training,
-    "harvest": harvests, "tests": tests,
+    "right": right, "steps": steps, "update": update, "dead": dead, "profile": profile, "many": many, "loader": loader,
+    "train": training, "harvest": harvests, "tests": tests,
 }  # fmt: skip
 
 

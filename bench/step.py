@@ -150,7 +150,7 @@ def counts(archs: list[str]) -> Iterator[Row]:
         with _disable_current_modes():  # the interpreter's own operations are no device's
             launch(kernel, grid, *args, **constants)
 
-    for family in ("lists", "products", "rows", "select", "uncounted"):
+    for family in ("lists", "products", "rows", "select", "uncounted", "update"):
         kernels.family(family).launch = counted
     x = planted_rows(4, 8, 0)
     for arch in archs:

@@ -4,9 +4,9 @@ An architecture is one file in this package: its Config (frozen, tagged by `arch
 Importing the package imports every file in it, so a new architecture is found by being there. A class fills in `rule`
 (which latents are active at inference, from the pre-activations), and `_activate` where training chooses otherwise
 (`_reconstruct`, too, where it decodes other values than those that count as active), and `_asked` where nobody knows
-how many are active and its loss takes no more of them than sums. It may add parameters (`_build`,
-and then `latent_parameters`, `_reset` and `_constrain`), loss terms (`_terms`), what follows a step (`_update`), and
-what a file says of it (`_written`, `_take`). Everything else is implemented once, and not overridden.
+how many are active and its loss takes no more of them than sums. It may add parameters (`_build`, and then
+`latent_parameters`, `parameter_groups` and `_reset`), loss terms (`_terms`), what follows a step (`_update`), and what
+a file says of it (`_written`, `_take`). Everything else is implemented once, and not overridden.
 
 A training step, for a batch x [B, d_in] (and target y [B, d_out] for a transcoder):
 
@@ -150,9 +150,6 @@ class SAE(Dictionary, OverStores):
     def _update(self, seen: Tensor, clock: Clock) -> None:
         """Update running statistics, given the mean over the parts of what `_observe` returned."""
 
-    def _constrain(self) -> None:
-        """After an optimiser step: parameters back to where they make sense."""
-
     def _reset(self, which: Tensor) -> None:
         """Parameters of some latents (int64 [c]) beside their weights back to where they start."""
         self.b_enc[which] = 0
@@ -285,21 +282,6 @@ class SAE(Dictionary, OverStores):
         return Weights(own.W_enc_rows * norms, own.b_enc * norms.view(-1), own.W_dec / norms)
 
     @torch.no_grad()
-    def before_step(self) -> None:
-        """Between backward and the optimiser (and before clipping): keep unit rows' gradients tangent to the sphere."""
-        if self.config.decoder_norm == "unit":
-            rows, grad = self.W_dec, self.W_dec.grad
-            assert grad is not None, "before_step comes after backward"
-            sparse.tangent_(grad, rows)
-
-    @torch.no_grad()
-    def after_step(self) -> None:
-        """After the optimiser: restore unit rows, and whatever else the architecture constrains."""
-        if self.config.decoder_norm == "unit":
-            sparse.unit_(self.W_dec)
-        self._constrain()
-
-    @torch.no_grad()
     def observe(self, losses: Losses) -> Observed:
         """Return the statistics of a part of a training batch that `track` needs."""
         assert isinstance(losses, SparseLosses), "those of `loss`"
@@ -350,9 +332,16 @@ class SAE(Dictionary, OverStores):
         return self._learned("W_enc_rows", "b_enc", "W_dec")
 
     def parameter_groups(self) -> list[ParameterGroup]:
+        kept = self._learned("W_dec") if self.config.decoder_norm == "unit" else {}
         decoder = self._learned("W_dec", "b_dec")
         encoder = [parameter for name, parameter in self.named_parameters() if name not in decoder]
-        return [ParameterGroup(encoder), ParameterGroup([*decoder.values()], "decoder")]
+        free = [parameter for name, parameter in decoder.items() if name not in kept]
+        groups = [
+            ParameterGroup(encoder),
+            ParameterGroup([*kept.values()], "decoder", kept="unit"),
+            ParameterGroup(free, "decoder"),
+        ]
+        return [group for group in groups if group.parameters]
 
     def _learned(self, *names: str) -> dict[str, nn.Parameter]:
         """Those of these tensors that are parameters; a bias that is not learned is a buffer."""

@@ -193,14 +193,6 @@ class CLT(LayerByLayer, LatentCoder, OverStores):
         bias = [self.b_dec] if isinstance(self.b_dec, nn.Parameter) else []
         return [*sorted(groups, key=lambda group: group.side == "decoder"), ParameterGroup(bias, "decoder")]
 
-    def before_step(self) -> None:
-        for sae in self.saes:
-            sae.before_step()
-
-    def after_step(self) -> None:
-        for sae in self.saes:
-            sae.after_step()
-
     def observe(self, losses: Losses) -> Observed:
         assert isinstance(losses, LayerLosses), "those of `loss`"
         each = [sae.observe(part) for sae, part in zip(self.saes, losses.layers, strict=True)]

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import sparse
 from .config import FINISHED, Clock, TrainableConfig
 from .latents import Latents
 from .losses import Losses, Observed, share, spread
@@ -30,11 +31,16 @@ NOISE_ROWS = 64
 
 
 class ParameterGroup(NamedTuple):
-    """Parameters that learn at one rate: the encoder's or the decoder's of a step, times a number."""
+    """Parameters that learn at one rate: the encoder's or the decoder's of a step, times a number.
+
+    kept: what holds of them before and after each step: nothing, that their rows are of norm 1, or that no number is
+    below 0.
+    """
 
     parameters: list[nn.Parameter]
     side: Literal["encoder", "decoder"] = "encoder"
     times: float = 1.0
+    kept: Literal["free", "unit", "not negative"] = "free"
 
 
 class Predictor(nn.Module, ABC):
@@ -178,11 +184,29 @@ class Trainable(Predictor):
         """
         return [ParameterGroup([*self.parameters()])]
 
+    @torch.no_grad()
     def before_step(self) -> None:
-        """Between the gradients and the optimiser."""
+        """Between the gradients and the optimiser (and clipping): gradients of unit rows made tangent to the sphere."""
+        for parameter in self._kept("unit"):
+            assert parameter.grad is not None, "before_step comes after backward"
+            sparse.tangent_(parameter.grad, parameter)
 
+    @torch.no_grad()
     def after_step(self) -> None:
-        """After the optimiser."""
+        """After the optimiser: parameters back to where their groups keep them."""
+        for parameter in self._kept("unit"):
+            sparse.unit_(parameter)
+        for parameter in self._kept("not negative"):
+            parameter.clamp_(min=0)
+
+    def _kept(self, how: str) -> list[nn.Parameter]:
+        return [one for group in self.parameter_groups() if group.kept == how for one in group.parameters]
+
+    @property
+    def kept_by_groups(self) -> bool:
+        """Whether `before_step` and `after_step` do what the groups say and nothing else, as where they are these."""
+        own = type(self)
+        return (own.before_step, own.after_step) == (Trainable.before_step, Trainable.after_step)
 
     def observe(self, losses: Losses) -> Observed:
         """Return the statistics of a part of a training batch that `track` needs."""

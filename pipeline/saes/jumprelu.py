@@ -175,13 +175,11 @@ class JumpReLU(Steered):
         encoder, *rest = super().parameter_groups()
         *others, threshold = encoder.parameters  # the last that was made
         assert threshold is self.threshold
-        return [ParameterGroup(others), ParameterGroup([threshold], times=self.config.threshold_rate), *rest]
+        learned = ParameterGroup([threshold], times=self.config.threshold_rate, kept="not negative")
+        return [ParameterGroup(others), learned, *rest]
 
     def latent_parameters(self) -> dict[str, nn.Parameter]:
         return super().latent_parameters() | self._learned("threshold")
-
-    def _constrain(self) -> None:
-        self.threshold.clamp_(min=0)
 
     def _reset(self, which: Tensor) -> None:
         super()._reset(which)

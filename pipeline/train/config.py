@@ -52,8 +52,8 @@ class TrainConfig(Schedule):
     )
     kernels: Literal["auto", "plain"] = Field(
         "auto",
-        description="sparse products and choices on a CUDA device: by Triton kernels where it is installed (auto), or "
-        "by torch's own operations (plain)",
+        description="sparse products, choices and the update on a CUDA device: by Triton kernels where it is installed "
+        "(auto), or by torch's own operations (plain)",
     )
     revive: Revival = Field(NoRevival(), description="what is done about dead latents between steps")
     align: AlignConfig | None = Field(

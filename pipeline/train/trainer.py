@@ -26,6 +26,7 @@ from sae.pipeline.parallel.ranks import Ranks, expect_same
 from sae.pipeline.runtime import devices
 from sae.pipeline.saes import SAE, Clock, Losses, Trainable, kernels, placement, trainable
 from sae.pipeline.saes.dictionary import Dictionary
+from sae.pipeline.train import optimising
 from sae.pipeline.train.config import TrainConfig
 from sae.pipeline.train.resampling import NoRevival, Resample, firing_rate_skew, reinitialise, resample
 
@@ -73,8 +74,7 @@ class Trainer:
             sae.initialise(sample.x, sample.y)
         except ValueError as error:
             raise SaeError(f"{dataset.key}: {error}") from error
-        groups = [{"params": one.parameters, "side": one.side, "times": one.times} for one in sae.parameter_groups()]
-        optimiser = torch.optim.Adam(groups, lr=config.rate, betas=config.betas, eps=config.eps, fused=True)
+        optimiser = optimising.adam(sae, config.rate, config.betas, config.eps)
         truth = dataset.truth
         return cls(run, config, sae, optimiser, dataset, device, None if truth is None else truth.to(device))
 
@@ -93,14 +93,8 @@ class Trainer:
         """
         step, total = clock.step, clock.steps
         ranks.all_reduce_mean(parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None)
-        self.sae.before_step()
-        if self.config.clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.config.clip)
-        rates = dict(zip(("encoder", "decoder"), self.config.rates_at(step, total), strict=True))
-        for group in self.optimiser.param_groups:
-            group["lr"] = rates[group["side"]] * group["times"]
-        self.optimiser.step()
-        self.sae.after_step()
+        optimising.set_rates(self.optimiser, *self.config.rates_at(step, total))
+        optimising.take_step(self.sae, self.optimiser, self.config.clip)
         self.sae.track(*ranks.all_gather([self.sae.observe(part) for part in parts]))
         self.done = step + 1
         self._revive(clock, ranks)

@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sae.pipeline.saes import kernels
-from sae.pipeline.saes.kernels import lists, products, rows, select, uncounted
+from sae.pipeline.saes.kernels import lists, products, rows, select, uncounted, update
 from sae.pipeline.saes.uncounted import Asked
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
@@ -25,17 +25,16 @@ WARPS = 4
 def compiled(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], target: GPUTarget) -> str:
     """What one launch would have compiled, and the registers and shared memory it takes."""
     options = {name: constants.pop(name) for name in ("num_warps",) if name in constants}
-    named = dict(zip(kernel.arg_names, args, strict=False))
-    signature = {name: _type(one) for name, one in named.items()}
-    signature |= dict.fromkeys(constants, "constexpr")
+    signature = dict(zip(kernel.arg_names, map(kind, args), strict=False)) | dict.fromkeys(constants, "constexpr")
     made = triton.compile(ASTSource(kernel, signature, constants), target=target, options=options)
     return f"{kernel.fn.__name__} {signature.get('p', '')} shared {made.metadata.shared}"
 
 
-def _type(one: Any) -> str:
-    if isinstance(one, Tensor):
-        return "*" + TYPES[one.dtype]
-    return "fp32" if isinstance(one, float) else "i32"
+def kind(given: Any) -> Any:
+    """The type of what a kernel is given, as the compiler has it."""
+    if isinstance(given, tuple):
+        return tuple(map(kind, given))
+    return "*" + TYPES[given.dtype] if isinstance(given, Tensor) else "fp32" if isinstance(given, float) else "i32"
 
 
 def main() -> None:
@@ -45,7 +44,7 @@ def main() -> None:
     def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         seen.append((kernel, args, constants))
 
-    for family in (lists, products, rows, select, uncounted):
+    for family in (lists, products, rows, select, uncounted, update):
         family.launch = launch
     b, m, d, k = 8, 24_576, 768, 32
     table, batch, indices = torch.empty(m, d), torch.empty(b, d), torch.zeros(b * k, dtype=torch.int64)
@@ -71,9 +70,15 @@ def main() -> None:
     ):  # fmt: skip
         given = torch.empty(b, m, dtype=dtype), v, batch, table, v, table, asked, dtype == torch.bfloat16
         uncounted.backward(*given, *uncounted.forward(*given)[:4])
+    long = torch.empty(2, 3 * update.MOST_COLUMNS)
+    for clip in (None, 1.0):
+        kept: dict[str, Tensor] = {"unit": table, "free": batch, "not negative": weights}
+        for one in (kept, {"unit": long}):
+            tables = [update.Table(*4 * (of,), weights[:1], 0.1, how) for how, of in one.items()]
+            update.adam(tables, clip, (0.9, 0.999), 1e-8)
     done: set[str] = set()
     for kernel, args, constants in seen:
-        said = str((kernel.fn.__name__, [getattr(one, "dtype", None) for one in args], constants))
+        said = str((kernel.fn.__name__, [kind(one) for one in args], constants))
         if said not in done:
             done.add(said)
             sys.stdout.write(compiled(kernel, args, constants, target) + "\n")

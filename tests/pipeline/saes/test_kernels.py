@@ -217,5 +217,5 @@ def test_every_kernel_compiles_for_a_card(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert {line.split()[0] for line in done.stdout.splitlines()} == {
         "_mix", "_dots", "_compare", "_tangent", "_unit", "_maxima", "_candidates", "_keep", "_digits", "_narrow",
-        "_count", "_emit", "_list", "_by_row", "_by_latent",
+        "_count", "_emit", "_list", "_by_row", "_by_latent", "_squares", "_prepare", "_update",
     }  # fmt: skip
