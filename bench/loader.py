@@ -1,16 +1,17 @@
 """The shuffled loader against a raw sequential read of the same stored bytes into a reused buffer.
 
-    python bench/loader.py [--cores 1] [--codecs int8:zstd=none bfloat16 int8] [--rows 2097152] [--pairs 12]
-                           [--folder DIR] [--saelens PYTHON] [--memory] [--json]
+    python bench/loader.py [--cores 1] [--threads N] [--device cpu] [--codecs int8:zstd=none bfloat16 int8]
+                           [--rows 2097152] [--pairs 12] [--folder DIR] [--saelens PYTHON] [--memory] [--parts] [--json]
 
 Reference: `readinto` of the chunk files one after the other, a chunk at a time, into one buffer. Ours: batches of
 4096 as they are stored (`encoded`), and decoded to float32 on the CPU; an epoch opens up to 63 chunks twice. In its
 first pass a loader checks uncompressed chunks as it opens them, compressed ones in every pass. The rows are
 tests/support/heavy_tails.py at width 768. All are warm and take turns, a few chunks each; on one core CPU time counts
-(the process is pinned, with one reading thread), on two the clock. Medians of the pairs' ratios. SAELens reads
+(the process is pinned, and opens chunks by as many threads as it has cores), on several the clock. With a device
+batches go there, which is waited for before a look at the clock. Medians of the pairs' ratios. SAELens reads
 a cache of its own layout (float32) in an interpreter that has sae_lens. `--memory` instead: the most memory resident
 while 1,000 batches are loaded, as stored, of 1M rows and of 100M (stores of hard links to one chunk), each in a
-process of its own.
+process of its own. `--parts` instead: the CPU time of the parts of a step (bench/loader_parts.py).
 """
 
 import argparse
@@ -31,6 +32,7 @@ import numpy as np
 import torch
 from support.heavy_tails import HeavyTails
 
+from bench.loader_parts import parts
 from bench.peer import Peer
 from bench.rows import Row, show
 from sae.cache.activations import ActivationStore, ActivationWriter
@@ -45,20 +47,24 @@ STEPS = 8  # chunks' worth of rows that each side reads in turn
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cores", type=int, default=1)
+    parser.add_argument("--threads", type=int, help="that open chunks; default: as many as cores")
+    parser.add_argument("--device", default="cpu", help="where batches go")
     parser.add_argument("--codecs", nargs="+", default=["int8:zstd=none", "bfloat16", "int8"])
     parser.add_argument("--rows", type=int, default=2 << 20)
     parser.add_argument("--pairs", type=int, default=12)
     parser.add_argument("--folder", type=Path, help="where the stores are kept; default: a temporary folder")
     parser.add_argument("--saelens", default=sys.executable, metavar="PYTHON", help="an interpreter with sae_lens")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--parts", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.cores)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, set(range(args.cores)))
     rows: list[Row] = []
-    clock = "cpu" if args.cores == 1 else "wall"
-    peer = None if args.memory else Peer(args.saelens, "loader_saelens.py", "512", str(args.cores), clock)
+    threads, device = args.threads or args.cores, torch.device(args.device)
+    clock = "cpu" if args.cores == 1 and device.type == "cpu" else "wall"
+    peer = None if args.memory or args.parts else Peer(args.saelens, "loader_saelens.py", "512", str(args.cores), clock)
     if peer is not None and peer.missing:
         print("SAELens: left out, sae_lens is not installed there (see --saelens)", file=sys.stderr)
         peer = None
@@ -67,9 +73,12 @@ def main() -> None:
         for text in args.codecs:
             if args.memory:
                 rows += resident(folder, text)
+            elif args.parts:
+                rows += parts(made(folder, text, args.rows), text)
             else:
-                rows += measured(made(folder, text, args.rows), text, args.cores, args.pairs, peer)
-    show(f"loading, width {D}, batch {BATCH}, {args.cores} core(s)", rows, as_json=args.json)
+                rows += measured(made(folder, text, args.rows), text, threads, device, clock, args.pairs, peer)
+    where = f"{args.cores} core(s), {threads} thread(s), to {device}"
+    show(f"loading, width {D}, batch {BATCH}, {where}", rows, as_json=args.json)
 
 
 def made(folder: Path, text: str, n: int) -> ActivationStore:
@@ -90,11 +99,13 @@ def made(folder: Path, text: str, n: int) -> ActivationStore:
         return writer.store
 
 
-def measured(store: ActivationStore, name: str, cores: int, pairs: int, peer: Peer | None) -> list[Row]:
+def measured(
+    store: ActivationStore, name: str, threads: int, device: torch.device, kind: str, pairs: int, peer: Peer | None
+) -> list[Row]:
     """Rows a second of the raw read, of encoded and of decoded batches, and the ratios to the first."""
-    clock = time.process_time if cores == 1 else time.perf_counter
+    clock = time.process_time if kind == "cpu" else time.perf_counter
     raw = raw_read(store)
-    first, later, decoding = (Loader(store, BATCH, threads=cores) for _ in range(3))
+    first, later, decoding = (Loader(store, BATCH, threads=threads, device=device) for _ in range(3))
     with first, later, decoding:
         sides: dict[str, tuple[Iterator[int], Loader | None]] = {
             f"{name}: raw sequential read": (raw, None),
@@ -140,9 +151,13 @@ def taken(side: Iterator[int], rows: int) -> int:
 
 
 def at_rest(loader: Loader | None) -> None:
-    """Return when a loader's thread (of several: all but the last pieces of work) has read as far ahead as it may."""
+    """Return when a loader's threads (of several: but for the last pieces of work) have read as far ahead as they may,
+    and its device has done what it was asked."""
     if loader is not None:
-        loader._pool.submit(int).result()
+        for pool in (loader._threads.opening, loader._threads.filling):
+            pool.submit(int).result()
+        if loader.device.type == "cuda":
+            torch.cuda.synchronize(loader.device)
 
 
 def raw_read(store: ActivationStore) -> Iterator[int]:

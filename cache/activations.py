@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK_ROWS = 16_384
+INFINITE_HALF = 0x7C00  # the bits of the float16 after all finite positive ones
 CHUNK_BYTES = 24 << 20  # buffers of 32 MiB and more are mapped and unmapped at every use, three times slower
 WINDOWS = Windows(first=16_384, largest=524_288)
 MOST_WIDTH = 1 << 22
@@ -228,7 +229,8 @@ class ActivationStore(Store):
         return from_numpy(values)
 
     def _scales(self, scales: np.ndarray) -> np.ndarray:
-        self._expect("row_scale", np.isfinite(scales) & (scales > 0))
+        bits = scales.view(np.uint16)  # in the order of the numbers, and compared sixty times as fast
+        self._expect("row_scale", (bits > 0) & (bits < INFINITE_HALF))
         return scales
 
     def _expect(self, array: str, good: np.ndarray | Tensor) -> None:

@@ -2,10 +2,11 @@
 
 Uncompressed chunks of this machine take no buffer of their own: what a step takes of one is read in one call, each
 slice straight to its place in the batches (`DirectReader`). Everything else, that is compressed chunks and remote
-stores, is decoded ahead of its first use into buffers that are used again (`DecodingReader`). Either way every byte of
-a chunk is checked against what was committed before one of its rows is given: compressed ones each time they are
-decoded, uncompressed ones when a loader first opens them. (A check of each slice, each time, cost a quarter of the
-speed; files are replaced, never changed in place.)
+stores, is decoded ahead of its first use into places that are used again (`DecodingReader`), from which a step's slices
+are gathered in one call that holds no lock of Python's. Either way every byte of a chunk is checked against what was
+committed before one of its rows is given: compressed ones each time they are decoded, uncompressed ones when a loader
+first opens them. (A check of each slice, each time, cost a quarter of the speed; files are replaced, never changed in
+place.)
 """
 
 import os
@@ -28,25 +29,26 @@ IOV_MAX = os.sysconf("SC_IOV_MAX")  # buffers that one call can fill
 PIECE = 1 << 18  # bytes read and checked at a time, while they are in the processor's nearest cache
 
 
-Opened = TypeVar("Opened", "OpenFile", "DecodedChunk")
+Opened = TypeVar("Opened", "OpenFile", int)
 
 
 class Chunks(ABC, Generic[Opened]):
-    """The open chunks of a store. The pool opens them; a chunk is closed when nobody needs it any more."""
+    """The open chunks of a store. The pool opens them; a chunk is closed when nobody needs it any more.
+
+    One thread acquires and releases, any number of others read.
+    """
 
     def __init__(self, store: ActivationStore, pool: Executor) -> None:
         self.store = store
         self._pool = pool
         self._open: dict[int, Future[Opened]] = {}
         self._needed: dict[int, int] = {}
-        self._ready: dict[int, Opened] = {}  # results of those that have been asked for: asking takes its time
-        self._row_bytes = store.arrays["rows"].chunk_bytes // store.chunk_rows
 
     def acquire(self, chunks: Iterable[int]) -> None:
-        """Open chunks ahead of their use. To be called by one thread, as `release`."""
+        """Open chunks ahead of their use."""
         for chunk in chunks:
             if not self._needed.setdefault(chunk, 0):
-                self._open[chunk] = self._pool.submit(self._opened, chunk)
+                self._open[chunk] = self._begin(chunk)
             self._needed[chunk] += 1
 
     def release(self, chunks: Iterable[int]) -> None:
@@ -55,10 +57,7 @@ class Chunks(ABC, Generic[Opened]):
             self._needed[chunk] -= 1
             if not self._needed[chunk]:
                 del self._needed[chunk]
-                self._ready.pop(chunk, None)
-                opened = self._open.pop(chunk)
-                if not opened.cancel():
-                    opened.add_done_callback(self._done)
+                self._end(chunk, self._open.pop(chunk))
 
     def chunks_of(self, spans: Spans) -> list[int]:
         """The chunks that hold the spans' rows."""
@@ -68,11 +67,43 @@ class Chunks(ABC, Generic[Opened]):
         """Return how many other chunks are open."""
         return len(self._open.keys() - chunks)
 
+    @abstractmethod
     def read(self, spans: Spans, rows: np.ndarray, scale: np.ndarray | None) -> None:
         """Copy the spans' rows, whose chunks were acquired, to `rows` [n, d] and their scales to `scale` [n].
 
         No span may straddle two chunks. Raises DamagedStore for bytes that are not those committed.
         """
+
+    def _scale(self, chunk: int) -> np.ndarray:
+        scale = self.store.row_scale(chunk)
+        return np.empty(0, np.float16) if scale is None else scale
+
+    @abstractmethod
+    def _begin(self, chunk: int) -> "Future[Opened]": ...
+
+    @abstractmethod
+    def _end(self, chunk: int, opened: "Future[Opened]") -> None: ...
+
+
+class OpenFile(NamedTuple):
+    """An open chunk file, and its rows' scales (nothing where there are none)."""
+
+    path: Path
+    handle: int
+    scale: np.ndarray
+
+
+@final
+class DirectReader(Chunks[OpenFile]):
+    """Uncompressed chunk files of this machine, of which each stretch is read to where its slices belong."""
+
+    def __init__(self, store: ActivationStore, pool: Executor) -> None:
+        super().__init__(store, pool)
+        self._checked: set[int] = set()
+        self._ready: dict[int, OpenFile] = {}  # results of those that have been asked for: asking takes its time
+        self._row_bytes = store.arrays["rows"].chunk_bytes // store.chunk_rows
+
+    def read(self, spans: Spans, rows: np.ndarray, scale: np.ndarray | None) -> None:
         order = np.argsort(spans.start)
         sizes = spans.stop - spans.start
         end = np.cumsum(sizes)[order]
@@ -95,48 +126,22 @@ class Chunks(ABC, Generic[Opened]):
         if scale is not None:
             _lay(np.concatenate(scales), sizes, end, scale)
 
-    def _scale(self, chunk: int) -> np.ndarray:
-        scale = self.store.row_scale(chunk)
-        return np.empty(0, np.float16) if scale is None else scale
-
-    def _done(self, opened: "Future[Opened]") -> None:
-        if not opened.cancelled() and opened.exception() is None:
-            self._close(opened.result())
-
-    @abstractmethod
-    def _copy(self, opened: Opened, first: int, last: int, buffers: list[memoryview]) -> None:
-        """Fill the buffers, one after the other, with bytes [first, last) of a decoded chunk."""
-
-    @abstractmethod
-    def _opened(self, chunk: int) -> Opened: ...
-
-    @abstractmethod
-    def _close(self, opened: Opened) -> None: ...
-
-
-class OpenFile(NamedTuple):
-    """An open chunk file, and its rows' scales (nothing where there are none)."""
-
-    path: Path
-    handle: int
-    scale: np.ndarray
-
-
-@final
-class DirectReader(Chunks[OpenFile]):
-    """Uncompressed chunk files of this machine, of which each stretch is read to where its slices belong."""
-
-    def __init__(self, store: ActivationStore, pool: Executor) -> None:
-        super().__init__(store, pool)
-        self._checked: set[int] = set()
-
     def _copy(self, opened: OpenFile, first: int, last: int, buffers: list[memoryview]) -> None:
+        """Fill the buffers, one after the other, with bytes [first, last) of a file."""
         try:
             got = os.preadv(opened.handle, buffers, first)
         except OSError as error:
             raise unreadable(error, opened.path) from error
         if got != last - first:
             raise self.store.damaged(opened.path)
+
+    def _begin(self, chunk: int) -> "Future[OpenFile]":
+        return self._pool.submit(self._opened, chunk)
+
+    def _end(self, chunk: int, opened: "Future[OpenFile]") -> None:
+        self._ready.pop(chunk, None)
+        if not opened.cancel():
+            opened.add_done_callback(_closed)
 
     def _opened(self, chunk: int) -> OpenFile:
         name = self.store.arrays["rows"].chunk_file(chunk)
@@ -155,40 +160,73 @@ class DirectReader(Chunks[OpenFile]):
             raise
         return OpenFile(path, handle, scale)
 
-    def _close(self, opened: OpenFile) -> None:
-        os.close(opened.handle)
 
-
-class DecodedChunk(NamedTuple):
-    """A decoded chunk, its bytes, and its rows' scales (nothing where there are none)."""
-
-    buffer: np.ndarray
-    rows: memoryview
-    scale: np.ndarray
+def _closed(opened: "Future[OpenFile]") -> None:
+    if not opened.cancelled() and opened.exception() is None:
+        os.close(opened.result().handle)
 
 
 @final
-class DecodingReader(Chunks[DecodedChunk]):
-    """Chunks decoded whole, into buffers that are used again."""
+class DecodingReader(Chunks[int]):
+    """Chunks decoded whole, into places of one array; a chunk that was opened is the number of its place.
 
-    def __init__(self, store: ActivationStore, pool: Executor) -> None:
+    A chunk that nobody needs any more stays until its place is wanted, so a store that fits is decoded once.
+    most: chunks that are open at once, at the most.
+    """
+
+    def __init__(self, store: ActivationStore, pool: Executor, most: int) -> None:
         super().__init__(store, pool)
-        self._free: list[np.ndarray] = []  # buffer for decoded chunks
-        self._stored: list[np.ndarray] = []  # buffer for stored ones
+        spec, most = store.arrays["rows"], min(most, store.n_chunks)
+        self._rows = np.empty((most, *spec.chunk_shape), spec.dtype)  # memory is taken as places are first used
+        self._scales = np.ones((most, store.chunk_rows), np.float16) if store.codec.has_row_scale else None
+        self._places = [*reversed(range(most))]
+        self._place_of = np.zeros(store.n_chunks, np.int64)
+        self._ready: set[int] = set()  # chunks that have been asked for: asking takes its time
+        self._kept: dict[int, Future[int]] = {}  # nobody needs these; the oldest first
+        self._stored: list[np.ndarray] = []  # buffers for stored chunks
         self._local = not is_remote(store.path)
 
-    def _copy(self, opened: DecodedChunk, first: int, last: int, buffers: list[memoryview]) -> None:
-        for buffer in buffers:
-            buffer[:] = opened.rows[first : first + len(buffer)]
-            first += len(buffer)
+    def read(self, spans: Spans, rows: np.ndarray, scale: np.ndarray | None) -> None:
+        per_chunk = self.store.chunk_rows
+        chunk, low = np.divmod(spans.start, per_chunk)
+        sizes = spans.stop - spans.start
+        for number in {*chunk.tolist()} - self._ready:
+            self._open[number].result()  # raises what opening it raised
+            self._ready.add(number)
+        block = int(np.gcd.reduce(np.concatenate([[per_chunk], low, sizes])))  # rows that stay together
+        starts, counts = (self._place_of[chunk] * per_chunk + low) // block, sizes // block
+        blocks = np.repeat(starts - np.cumsum(counts) + counts, counts)
+        blocks += np.arange(len(blocks))
+        total = len(blocks) * block
+        _gather(self._rows, blocks, rows[:total])
+        if scale is not None and self._scales is not None:
+            _gather(self._scales, blocks, scale[:total])
 
-    def _opened(self, chunk: int) -> DecodedChunk:
-        spec, scale = self.store.arrays["rows"], self._scale(chunk)
-        name = spec.chunk_file(chunk)
-        buffer = self._free.pop() if self._free else np.empty(spec.chunk_shape, spec.dtype)
+    def _begin(self, chunk: int) -> "Future[int]":
+        if (kept := self._kept.pop(chunk, None)) is not None:
+            return kept
+        place = self._places.pop() if self._places else self._given_up()
+        self._place_of[chunk] = place
+        return self._pool.submit(self._opened, chunk, place)
+
+    def _given_up(self) -> int:
+        """The place of the chunk that nobody has needed for longest."""
+        oldest = next(iter(self._kept))
+        self._ready.discard(oldest)
+        return self._kept.pop(oldest).result()
+
+    def _end(self, chunk: int, opened: "Future[int]") -> None:
+        if not opened.cancel():  # only at the end: what is released has been read before
+            self._kept[chunk] = opened
+
+    def _opened(self, chunk: int, place: int) -> int:
+        name = self.store.arrays["rows"].chunk_file(chunk)
+        if self._scales is not None:
+            scale = self._scale(chunk)
+            self._scales[place, : len(scale)] = scale
         if not self._local:
-            self.store.decoded_chunk(name, self.store.stored(name), buffer)
-            return DecodedChunk(buffer, bytes_of(buffer), scale)
+            self.store.decoded_chunk(name, self.store.stored(name), self._rows[place])
+            return place
         size = self.store.committed(name)[0]
         stored = self._stored.pop() if self._stored else np.empty(0, np.uint8)
         if len(stored) <= size:  # one byte more, so that a file that grew is noticed
@@ -198,12 +236,15 @@ class DecodingReader(Chunks[DecodedChunk]):
             read_checked(self.store, handle, name, lambda got: stored[got : min(got + PIECE, size + 1)])
         finally:
             os.close(handle)
-        self.store.decoded_chunk(name, stored[:size], buffer)
+        self.store.decoded_chunk(name, stored[:size], self._rows[place])
         self._stored.append(stored)
-        return DecodedChunk(buffer, bytes_of(buffer), scale)
+        return place
 
-    def _close(self, opened: DecodedChunk) -> None:
-        self._free.append(opened.buffer)
+
+def _gather(places: np.ndarray, blocks: np.ndarray, out: np.ndarray) -> None:
+    """Copy blocks of numbers, by their numbers, out of all places. Python's lock is let go meanwhile."""
+    size = out.size // len(blocks)
+    np.take(places.reshape(-1, size), blocks, axis=0, out=out.reshape(-1, size), mode="clip")  # `raise` copies twice
 
 
 def bytes_of(rows: np.ndarray) -> memoryview:
@@ -258,7 +299,7 @@ def read_checked(store: ActivationStore, handle: int, name: str, room_at: Callab
         raise store.damaged(path)
 
 
-def chunks(store: ActivationStore, pool: Executor) -> DirectReader | DecodingReader:
-    """The fastest way to read a store."""
+def chunks(store: ActivationStore, pool: Executor, most: int) -> DirectReader | DecodingReader:
+    """The fastest way to read a store of which `most` chunks are open at once, at the most."""
     direct = store.arrays["rows"].zstd is None and not is_remote(store.path)
-    return DirectReader(store, pool) if direct else DecodingReader(store, pool)
+    return DirectReader(store, pool) if direct else DecodingReader(store, pool, most)

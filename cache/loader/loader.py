@@ -4,10 +4,12 @@ Rows were permuted inside their window when they were written, so mixing at read
 of one contiguous slice of each of `open_chunks` chunks (loading.schedule says which). The order is a closed formula of
 the seed, so it is the same for any number of threads, and the state is three numbers.
 
-Threads read ahead (loading.filling) from open chunks (loading.reading). On a GPU a batch is copied as stored, from
-pinned memory, and decoded there. Memory is bounded whatever the store's size: one buffer of a chunk's size (13 MB of
-int8 at width 768, 24 MiB at most) more than there are threads. A compressed or remote store holds `open_chunks` decoded
-chunks and a few more beside; it reads no further ahead than the end of an epoch.
+Threads open chunks (loader.chunks) and gather the rows of coming steps (loader.prefetch). To a GPU a step goes as it is
+stored, from pinned memory, on a stream of its own (loader.rooms), and batches are decoded there, by the operations that
+the CPU does one by one, so to the same bits. Memory is bounded whatever the store's size. Of each store there are, of a
+chunk's size (13 MB of int8 at width 768, 24 MiB at most): as many rooms as threads and one, but five at most, on a GPU
+as many there; and of a compressed or remote store `open_chunks` decoded chunks, two, and the store's share of one a
+thread. It reads no further ahead than the end of an epoch.
 
 Given up: a pass opens up to `open_chunks` - 1 chunks twice, and where documents are long a batch mixes them less well
 than a permutation of all rows would (cache.loader.shuffle_quality measures it).
@@ -16,7 +18,6 @@ than a permutation of all rows would (cache.loader.shuffle_quality measures it).
 import inspect
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NamedTuple, Self, TypedDict, Unpack, final
 from weakref import WeakSet, finalize
@@ -29,10 +30,13 @@ from sae.cache.activations import ActivationStore, origin
 from sae.cache.disk.identity import canonical
 from sae.cache.disk.parsing import whole
 from sae.cache.errors import DamagedStore, SaeError
-from sae.cache.loader.prefetch import Buffer, Prefetcher
+from sae.cache.loader.prefetch import Prefetcher, Threads
+from sae.cache.loader.rooms import Room
 from sae.cache.loader.schedule import OPEN_CHUNKS, BatchRows, LoaderPosition, Schedule, Spans, shares
 from sae.cache.outliers import Outliers, largest_norm
 from sae.cache.store.codecs import Columns, Encoded, from_numpy
+
+MOST_THREADS = 16  # a loader's own: each holds a chunk more
 
 
 class Batch(NamedTuple):
@@ -63,7 +67,7 @@ class Settings(TypedDict, total=False):
     epochs: int | None  # passes over the rows; default None: it never ends, and a batch may straddle two epochs
     rows: int | None  # the first rows of the store; default None: all that were committed
     open_chunks: int  # chunks mixed at any time; default 64
-    threads: int  # that read ahead; default 2
+    threads: int | None  # that check and decode chunks ahead; default None: as `usual_threads` says
     device: str | torch.device  # where batches go; default the CPU
     rank: int  # which share of every round of world * batch rows is this loader's; default 0
     world: int  # default 1
@@ -85,7 +89,7 @@ class _Stored:
         epochs: int | None = None,
         rows: int | None = None,
         open_chunks: int = OPEN_CHUNKS,
-        threads: int = 2,
+        threads: int | None = None,
         device: str | torch.device = "cpu",
         rank: int = 0,
         world: int = 1,
@@ -118,8 +122,7 @@ class _Stored:
         self._columns = [Columns(*(column.to(self.device) for column in store.columns)) for store in self.stores]
         self._place = LoaderPosition()
         self._last: list[tuple[Spans, int, int]] = []  # the steps, and rows [low, high) of each, of the last batch
-        self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+        self._threads = Threads(usual_threads() if threads is None else threads)
         self._running: WeakSet[Generator[list[Encoded], None, None]] = WeakSet()
         finalize(self, _end, self._running)
 
@@ -149,9 +152,14 @@ class _Stored:
         """The epoch the next batch starts in."""
         return self._place.epoch
 
+    @property
+    def threads(self) -> int:
+        """The threads that check and decode chunks."""
+        return self._threads.count
+
     def close(self) -> None:
         """Stop the reading threads."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._threads.close()
 
     def __enter__(self) -> Self:
         return self
@@ -162,7 +170,8 @@ class _Stored:
     def encoded(self) -> Iterator[list[Encoded]]:
         """Batches as they are stored: numbers and row scales of each store, on the device, for `codec.decode`.
 
-        On the CPU they are views of buffers that are used again, valid until the next batch is asked for.
+        They are views of memory that is used again, valid until the next batch is asked for. On a GPU that is meant of
+        the order of its work: all batches are to be asked for on the stream that reads them.
         """
         batches = self._encoded()
         self._running.add(batches)
@@ -174,13 +183,13 @@ class _Stored:
         coming: deque[BatchRows] = deque()
         got = 0
         with self._filler() as shares_of_steps:
-            for share, buffer in shares_of_steps:
+            for share, room in shares_of_steps:
                 coming.extend(share.batches)
                 low, there = 0, share.spans.rows
                 while low < there:
                     size = coming[0].rows
                     high = min(there, low + size - got)
-                    begun.append(self._taken(buffer, low, high, keep=high - low < size))
+                    begun.append(self._taken(room, low, high, keep=got + high - low < size))
                     spans.append((share.spans, low, high))
                     got, low = got + high - low, high
                     if got == size:
@@ -192,17 +201,12 @@ class _Stored:
         plan = shares(
             self.schedule, self._place, batch=self.batch, epochs=self.epochs, rank=self.rank, world=self.world
         )
-        return Prefetcher(self.stores, plan, device=self.device, pool=self._pool, threads=self._threads)
+        return Prefetcher(self.stores, self.schedule, plan, device=self.device, threads=self._threads)
 
-    def _taken(self, buffer: Buffer, low: int, high: int, *, keep: bool) -> list[Encoded]:
-        """Rows of a buffer, on the device; with `keep` they outlive what the buffer holds."""
-        parts = [buffer.part(i, low, high) for i in range(len(self.stores))]
-        if self.device.type != "cpu":
-            parts = [part.to(self.device) for part in parts]
-            buffer.copied()
-        elif keep:
-            parts = [part.clone() for part in parts]
-        return parts
+    def _taken(self, room: Room, low: int, high: int, *, keep: bool) -> list[Encoded]:
+        """Rows of a room; with `keep` they outlive what the room holds."""
+        parts = [one.part(low, high) for one in room.there]
+        return [part.clone() for part in parts] if keep else parts
 
     def _decoded(self) -> Iterator[tuple[Tensor, ...]]:
         """Batches as float32, each with memory of its own."""
@@ -300,6 +304,12 @@ def common_rows(stores: Sequence[ActivationStore]) -> int:
     """The number of first rows that lie in the same windows of every store, in which alone they are permuted alike."""
     ends = set.intersection(*({window.stop for window in store.manifest.windows} for store in stores))
     return max(ends, default=0)
+
+
+def usual_threads() -> int:
+    """The threads of a loader that is told no number: as many as compute (`--threads`), so each process that shares a
+    machine has its share of them. At least 2, at most 16."""
+    return min(max(2, torch.get_num_threads()), MOST_THREADS)
 
 
 def _common_rows(stores: Sequence[ActivationStore]) -> int:

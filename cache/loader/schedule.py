@@ -97,6 +97,10 @@ class Schedule:
         self.spans = lru_cache(maxsize=4)(self._spans)
         self.count = lru_cache(maxsize=64)(lambda epoch, step: self.spans(epoch, step).rows)
 
+    def chunks_of_step(self, chunk_rows: int) -> int:
+        """The number of chunks, of that many rows each, that a step's rows lie in, at the most."""
+        return self.open * max(1, self.segment // chunk_rows)
+
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The order in which an epoch opens the chunks, and the slice each chunk (by its index) starts with."""
         # the bits of PCG64 are promised by NumPy for ever; what Generator.permutation makes of them is not

@@ -45,12 +45,21 @@ class Encoded(NamedTuple):
     rows: Tensor
     row_scale: Tensor | None
 
-    def to(self, device: torch.device) -> Encoded:
-        """The same on a device; from pinned memory without waiting for the copy."""
-        scale = self.row_scale
-        return Encoded(
-            self.rows.to(device, non_blocking=True), None if scale is None else scale.to(device, non_blocking=True)
-        )
+    def part(self, low: int, high: int) -> Encoded:
+        """Rows [low, high), as views."""
+        return Encoded(self.rows[low:high], None if self.row_scale is None else self.row_scale[low:high])
+
+    def like(self, device: torch.device) -> Encoded:
+        """Memory on a device for as many."""
+        import torch
+
+        return Encoded(*(None if one is None else torch.empty_like(one, device=device) for one in self))  # type: ignore[arg-type]
+
+    def take(self, other: Encoded) -> None:
+        """Copy another's numbers to the place of these; from pinned memory to a GPU without waiting for it."""
+        for mine, its in zip(self, other, strict=True):
+            if mine is not None and its is not None:
+                mine.copy_(its, non_blocking=its.is_pinned())
 
     def clone(self) -> Encoded:
         """A copy with memory of its own."""

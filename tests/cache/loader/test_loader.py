@@ -1,5 +1,6 @@
 """The loader: every row exactly once an epoch, in an order that nothing but the seed decides."""
 
+import gc
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from sae.cache.disk.paths import parse_path
 from sae.cache.errors import DamagedStore, SaeError
 from sae.cache.loader.chunks import Chunks, DecodingReader, DirectReader
 from sae.cache.loader.loader import Batches, Loader, Settings
+from sae.cache.loader.prefetch import Prefetcher
 from sae.cache.loader.schedule import LoaderPosition, shares
 from sae.cache.store.codecs import to_numpy
 from sae.cache.store.manifest import Windows
@@ -95,10 +98,54 @@ def test_even_a_store_of_one_chunk_is_not_the_same_every_epoch(store: Activation
     assert len({epoch.tobytes() for epoch in epochs}) > 4
 
 
-@pytest.mark.parametrize("threads", [1, 4])
-def test_threads_change_nothing(store: ActivationStore, threads: int) -> None:
-    reference = batches(Loader(store, 24, open_chunks=4, threads=2, epochs=2))
-    assert batches(Loader(store, 24, open_chunks=4, threads=threads, epochs=2)) == reference
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_change_nothing(plain: dict[str, ActivationStore], threads: int) -> None:
+    """Neither the order nor a bit, also where another number of them goes on."""
+    for codec, store in plain.items():
+        settings: Settings = {"open_chunks": 4, "epochs": 2, "seed": 3}
+        with Loader(store, 24, threads=1, **settings) as loader:
+            expected = list(loader)
+        found = []
+        with (
+            Loader(store, 24, threads=threads, **settings) as before,
+            Loader(store, 24, threads=3, **settings) as after,
+        ):
+            found += islice(before, 17)
+            after.load_state_dict(before.state_dict())
+            found += after
+        assert len(found) == len(expected), codec
+        assert all(map(torch.equal, found, expected)), codec
+
+
+def test_as_many_threads_as_compute(store: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    for computing, reading in ((1, 2), (5, 5), (64, 16)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda computing=computing: computing)
+        with Loader(store) as one, Loader(store, threads=3) as told:
+            assert (one.threads, told.threads) == (reading, 3)
+
+
+def loading_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("loader-")]
+
+
+@pytest.mark.parametrize("end", ["closed", "failed", "forgotten"])
+def test_threads_end_with_the_loader(plain: dict[str, ActivationStore], end: str) -> None:
+    assert not loading_threads()
+    loader = Loader(plain["int8"], 24, threads=5)
+    stream = iter(loader)
+    next(stream)
+    assert 2 <= len(loading_threads()) <= 5 + 4
+    if end == "closed":
+        loader.close()
+    elif end == "failed":
+        with pytest.raises(ZeroDivisionError), loader:
+            raise ZeroDivisionError
+    else:
+        del loader, stream
+        gc.collect()
+        for thread in loading_threads():
+            thread.join(20)
+    assert not loading_threads()
 
 
 @few
@@ -272,6 +319,24 @@ def test_a_damaged_chunk_stops_the_loader(tmp_path: Path, codec: str, harm: str,
         list(loader)
 
 
+@pytest.mark.parametrize("threads", [1, 5])
+def test_damage_is_told_when_its_step_comes(tmp_path: Path, threads: int) -> None:
+    """Batches before it are given, whoever found it how far ahead."""
+    store = write_activations(tmp_path, heavy_rows(16 * CHUNK, 5), "int8")
+    with Loader(store, CHUNK, epochs=1, open_chunks=4, threads=threads) as loader:
+        expected = list(loader)
+        order = loader.schedule.order(0)[0]
+    (path := store.path / f"rows/c/{order[5]}/0").write_bytes(b"no chunk")
+    found = []
+    with (
+        Loader(store, CHUNK, epochs=1, open_chunks=4, threads=threads) as loader,
+        pytest.raises(DamagedStore, match=re.escape(f"{path}: damaged (its checksum differs); `verify(")),
+    ):
+        found.extend(iter(loader))
+    assert len(found) == 5
+    assert all(map(torch.equal, found, expected))
+
+
 def test_every_changed_byte_is_noticed(tmp_path: Path) -> None:
     """Of an uncompressed chunk, whose file is never checked as a whole."""
     store = write_activations(tmp_path, heavy_rows(CHUNK, 3), "bfloat16")
@@ -407,7 +472,8 @@ def test_the_multiple_of_outliers_is_checked(store: ActivationStore, noisy: Acti
 
 
 @pytest.mark.parametrize("codec", ["float32", "float32:zstd=1"])
-def test_memory_is_bounded(tmp_path: Path, codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("threads", [2, 7])
+def test_memory_is_bounded(tmp_path: Path, codec: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Open chunks and the few that come next, whatever the store's size, also between two epochs."""
     held: list[int] = []
     original = Chunks.acquire
@@ -418,10 +484,32 @@ def test_memory_is_bounded(tmp_path: Path, codec: str, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Chunks, "acquire", acquire)
     store = write_activations(tmp_path, numbered(64 * CHUNK), codec)
-    with Loader(store, 16, open_chunks=8, epochs=3, threads=2) as loader:
+    with Loader(store, 16, open_chunks=8, epochs=3, threads=threads) as loader:
         list(loader)
-    ahead = 2 + 2  # threads and two more
+    ahead = threads + 2
     assert 8 < max(held) <= 8 + ahead
+
+
+@pytest.mark.parametrize("threads", [1, 2, 9])
+def test_what_is_held_is_known_beforehand(
+    pair: list[ActivationStore], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Places of decoded chunks and rooms are counted out at the start; aligned stores share what is ahead."""
+    held: list[tuple[int, int]] = []
+    original = Prefetcher.__init__
+
+    def count(self: Prefetcher, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        (small,) = (each for each in self._chunks if isinstance(each, DecodingReader))
+        held.append((len(small._rows), len(self._rooms)))
+
+    monkeypatch.setattr(Prefetcher, "__init__", count)
+    for open_chunks in (1, 2, 4):
+        with Batches(pair[:1], pair[1:], 16, open_chunks=open_chunks, epochs=2, threads=threads) as loader:
+            assert sum(len(batch.x) for batch in loader) == 2 * N
+        ahead = 2 + -(-threads // 2)
+        halves = max(1, 2 // open_chunks)  # chunks of the other store that an open chunk's segment lies in
+        assert held.pop() == (min(pair[1].n_chunks, open_chunks * halves + ahead), min(threads, 4) + 1)
 
 
 @pytest.mark.parametrize("codec", ["float32", "float32:zstd=1"])
@@ -432,16 +520,21 @@ def test_a_chunk_is_opened_about_once_an_epoch(tmp_path: Path, codec: str, monke
     kind = DirectReader if codec == "float32" else DecodingReader
     original = kind._opened
 
-    def count(self: object, chunk: int) -> object:
+    def count(self: object, chunk: int, *place: int) -> object:
         with lock:
             opened[chunk] += 1
-        return original(self, chunk)  # type: ignore[arg-type]
+        return original(self, chunk, *place)  # type: ignore[arg-type]
 
     monkeypatch.setattr(kind, "_opened", count)
     batches(Loader(store, 16, open_chunks=4, epochs=3))
     # a chunk half read when an epoch starts is opened again at its end
     assert 3 * 10 - 2 * 6 <= sum(opened.values()) <= 3 * (10 + 3)
     assert sorted(opened) == list(range(10))
+    if codec == "float32":
+        return
+    opened.clear()
+    batches(Loader(store, 16, open_chunks=8, epochs=3))
+    assert opened == Counter(range(10))  # there is room for all of them
 
 
 def variance_ratio(store: ActivationStore, rows: Tensor, batch: int) -> float:
