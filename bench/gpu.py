@@ -124,8 +124,6 @@ class Bench:
 
     def held(self, member: Trainer, batch: int) -> float:
         """The most memory that a step holds beside weights and moments, in numbers of float32 a row and latent."""
-        if self.device.type != "cuda":
-            return math.nan
         member.optimiser.zero_grad()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -194,8 +192,9 @@ def steps(bench: Bench) -> Iterator[Line]:
         for arch, most in OF_TOPK.items():
             member = bench.member(arch, batch, "bfloat16")
             yield Line(f"batch {batch}: {arch}, of topk's", bench.step(member, batch) / own, "", most=most)
-            held = bench.held(member, batch)
-            yield Line(f"batch {batch}: {arch}, held in a step, of batch times latents in float32", held, "")
+            if s.device == "cuda":
+                held = bench.held(member, batch)
+                yield Line(f"batch {batch}: {arch}, held in a step, of batch times latents in float32", held, "")
     batch = s.batches[0]
     for precision in ("float32", "tf32"):
         if precision == "float32" or s.device == "cuda":

@@ -262,8 +262,7 @@ class SAE(Dictionary, OverStores):
         if self._few_active and uncounted.usable(pre, weights.W_dec):
             asked = self._asked(pre, weights, clock)
             if asked is not None:
-                found = uncounted.sums(pre, weights.W_dec, asked)
-                return Uncounted(found, partial(self._activate, pre, clock))
+                return Uncounted.of(pre, weights.W_dec, asked, partial(self._activate, pre, clock))
         return self._activate(pre, clock)
 
     def terms(self, read: Chosen, y: Tensor, y_hat: Tensor, error: Tensor, clock: Clock) -> dict[str, Tensor]:
@@ -286,6 +285,8 @@ class SAE(Dictionary, OverStores):
         """Return the statistics of a part of a training batch that `track` needs."""
         assert isinstance(losses, SparseLosses), "those of `loss`"
         active = losses.latents
+        if isinstance(active, Uncounted):
+            active.close()
         return Observed(losses.clock, active.batch, active.fired(), self._observe(losses))
 
     @torch.no_grad()

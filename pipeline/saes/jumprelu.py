@@ -146,7 +146,7 @@ class JumpReLU(Steered):
             pulled = batch.latents.found.pulled
             if pulled is None:
                 return norms.new_zeros(1)
-            return pulled + (norms * dead) @ (self.threshold - batch.pre.means())
+            return pulled + (norms * dead * (self.threshold - batch.pre.means())).sum()
         if placement.runs_ahead(dead):
             p = batch.latents.preactivations
             assert p is not None and batch.latents.entries is None, "as `above_threshold` says"

@@ -63,7 +63,9 @@ class PAnneal(Steered):
     def rule(self) -> ReLURule:
         return ReLURule()
 
-    def _asked(self, pre: Preactivations, weights: Weights, clock: Clock) -> Asked:
+    def _asked(self, pre: Preactivations, weights: Weights, clock: Clock) -> Asked | None:
+        if self._next_p(clock) != self.config.p_at(clock):  # values are raised to both, then
+            return None
         return Asked("power", power=self.config.p_at(clock), smallest=SMALLEST)
 
     def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
@@ -74,11 +76,13 @@ class PAnneal(Steered):
         return torch.cat([super()._observe(losses), self._powers(losses)])
 
     def _powers(self, losses: SparseLosses) -> Tensor:
-        step = losses.clock.step
-        p, following = self.config.p_at(losses.clock), self.config.p_at(losses.clock._replace(step=step + 1))
+        p, following = self.config.p_at(losses.clock), self._next_p(losses.clock)
         if following == p:
             return self.factor.new_ones(2)
         return torch.stack([power_sum(losses.latents.detach(), power) for power in (p, following)])
+
+    def _next_p(self, clock: Clock) -> float:
+        return self.config.p_at(clock._replace(step=clock.step + 1))
 
     def _update(self, seen: Tensor, clock: Clock) -> None:
         super()._update(seen, clock)

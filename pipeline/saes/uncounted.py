@@ -28,10 +28,10 @@ MOST_COLUMNS = 8192
 
 
 class Asked(NamedTuple):
-    """What is asked of latents: of f = max(gain p + offset, 0) where p > theta, else 0. Vectors are [m].
+    """What is asked of latents: of f = gain p + offset where p > theta, else 0. Vectors are [m].
 
-    theta: 0 if None. gain and offset: 1 and 0 if None; either both or none. gates: whether max(p, 0) is decoded, too,
-    through a decoder that is taken as given, and summed in place of f.
+    theta: 0 if None. gain and offset: 1 and 0 if None; either both or none. gates: whether f is cut at 0, and max(p, 0)
+    decoded, too, through a decoder that is taken as given, and summed in place of f.
     summed: of each row's latents that are not 0, f times its weight (linear), how many there are (steps), tanh of f
     times its weight (tanh), or (f + smallest)^power - smallest^power (power); weights are 1 if None.
     width: of the kernel through which theta gets a straight-through gradient (0: none), which p gets, too, with the
@@ -67,22 +67,34 @@ class Sums(NamedTuple):
 class Uncounted(Latents):
     """Latents of which `found` is known. Their values are computed, densely, where somebody asks for them."""
 
+    found: Sums
+    table: Tensor
+    of_values: Callable[[], Latents] | None
+
     def __init__(
-        self, found: Sums, of_values: Callable[[], Latents], row_stats: RowStats | None = None,
+        self, found: Sums, table: Tensor, of_values: Callable[[], Latents] | None, row_stats: RowStats | None = None,
         bypass: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.__dict__.update(
-            found=found, of_values=of_values, entries=None, d_sae=len(found.fired), row_stats=row_stats, bypass=bypass,
-            lead=None,
+            found=found, table=table, of_values=of_values, entries=None, d_sae=len(table), row_stats=row_stats,
+            bypass=bypass, lead=None,
         )  # fmt: skip
 
-    found: Sums
-    of_values: Callable[[], Latents]
+    @classmethod
+    def of(cls, pre: Preactivations, table: Tensor, asked: Asked, of_values: Callable[[], Latents]) -> Uncounted:
+        """Those of pre-activations, to be decoded by a table [m, d_out]."""
+        return cls(sums(pre, table, asked), table, of_values)
 
     @cached_property
     def plain(self) -> Latents:
         """The same with their values."""
+        if self.of_values is None:
+            raise RuntimeError("values of latents were asked for after their step; ask before it is observed")
         return self.of_values().beside(self.row_stats, self.bypass)
+
+    def close(self) -> None:
+        """From now on weights may have changed, and values that nobody asked for are not to be had."""
+        self.__dict__["of_values"] = None
 
     @property
     def values(self) -> Tensor:
@@ -109,7 +121,7 @@ class Uncounted(Latents):
         return len(self.found.active)
 
     def beside(self, row_stats: RowStats | None, bypass: Tensor | None) -> Latents:
-        return Uncounted(self.found, self.of_values, row_stats, bypass)
+        return Uncounted(self.found, self.table, self.of_values, row_stats, bypass)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Latents:
         return self.plain.map(function)
@@ -127,7 +139,7 @@ class Uncounted(Latents):
         return self.found.fired.long()
 
     def decoded(self, table: Tensor) -> Tensor:
-        return self.found.mixture  # the table's that they were made with
+        return self.found.mixture if table is self.table else self.plain.decoded(table)
 
 
 def usable(pre: Preactivations, table: Tensor) -> bool:

@@ -4,9 +4,9 @@ p [B, m] are pre-activations, as a product gave them. An entry matters where p e
 listed row by row, and latent by latent, in as much room as a list has; where there are more, all of the row (or of the
 latent) is gone through, which takes longer and gives the same. So nothing is left out and nobody has to count.
 
-An entry's value is f = max(gain p + offset, 0) where p > theta. A program that owns a row mixes the table's rows by it
-and sums what is asked for; one that owns a latent has all of its gradients. Both take ENTRIES entries at a time, in
-ascending order, so that sums are always the same. AGAIN: p is computed again, from x and the weights, in float32.
+What is asked of entries is said in `..uncounted`. A program that owns a row mixes the table's rows and sums; one that
+owns a latent has all of its gradients. Both take ENTRIES entries at a time, in ascending order, so that sums are always
+the same. AGAIN: p is computed again, from x and the weights, in float32.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def _by_row(p, lists, counts, bounds, x, weight, bias, theta, gain, offset, tabl
         if AFFINE:
             line = tl.load(gain + latent, mask=there, other=0.0) * value
             line += tl.load(offset + latent, mask=there, other=0.0)
-        f = tl.where(over, _positive(line), 0.0)
+        if GATES:
+            line = _positive(line)
+        f = tl.where(over, line, 0.0)
         its = tl.load(table + latent[:, None] * d_out + outs[None, :], mask=over[:, None] & (outs < d_out)[None, :],
                       other=0.0)  # fmt: skip
         total += tl.sum(f[:, None] * its, axis=0)
@@ -128,13 +130,13 @@ def _by_row(p, lists, counts, bounds, x, weight, bias, theta, gain, offset, tabl
 
 @triton.jit
 def _by_latent(p, lists, counts, bounds, x, weight, bias, theta, gain, offset, table, weights, pulls, of_mixture,
-               of_gates, of_sums, of_pulled, to_weight, to_table, to_bias, to_theta, to_gain, to_offset, to_weights,
-               to_pulls, rows, m, d_in, d_out, room, power, smallest, width, AFFINE: tl.constexpr, GATES: tl.constexpr,
-               KIND: tl.constexpr, WEIGHED: tl.constexpr, PULLS: tl.constexpr, AGAIN: tl.constexpr,
-               LEARNS: tl.constexpr, TO_P: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
+               of_gates, of_sums, of_pulled, order, to_weight, to_table, to_bias, to_theta, to_gain, to_offset,
+               to_weights, to_pulls, rows, m, d_in, d_out, room, power, smallest, width, AFFINE: tl.constexpr,
+               GATES: tl.constexpr, KIND: tl.constexpr, WEIGHED: tl.constexpr, PULLS: tl.constexpr,
+               AGAIN: tl.constexpr, LEARNS: tl.constexpr, TO_P: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
                ENTRIES: tl.constexpr):  # fmt: skip
     """A latent's gradients, its rows of both weights' among them. LEARNS: whether its threshold has a kernel."""
-    latent = tl.program_id(0).to(tl.int64)
+    latent = tl.load(order + tl.program_id(0))
     many, named = members(lists, counts, latent, rows, room)
     ins = tl.arange(0, IN)
     outs = tl.arange(0, OUT)
@@ -174,7 +176,9 @@ def _by_latent(p, lists, counts, bounds, x, weight, bias, theta, gain, offset, t
         within = there[:, None] & (outs < d_out)[None, :]
         over = there & above(value, threshold)
         line = slope * value + shift
-        on = over & above(line, 0.0)
+        on = over
+        if GATES:
+            on = over & above(line, 0.0)
         f = tl.where(on, line, 0.0)
         error = tl.load(of_mixture + row[:, None] * d_out + outs[None, :], mask=within, other=0.0)
         sum_out += tl.sum(f[:, None] * error, axis=0)
@@ -275,10 +279,11 @@ def backward(
     """The gradients, given those of the sums. What was not asked for has none that means anything."""
     (rows, m), d_out = p.shape, table.shape[1]
     lists, counts = listed(p, bounds, by_row=False)
+    order = counts.argsort(descending=True)  # latents with many entries take long, and are to begin first
     found = Gradients(torch.empty_like(weight), torch.empty_like(table), *(torch.empty_like(bias) for _ in range(6)))
     launch(
         _by_latent, (m,), p, lists, counts, bounds, x, weight, bias, *_vectors(asked, table), of_mixture,
-        *(_some(one, of_mixture) for one in (of_gates, of_sums, of_pulled)), *found, rows, m, x.shape[1], d_out,
+        *(_some(one, of_mixture) for one in (of_gates, of_sums, of_pulled)), order, *found, rows, m, x.shape[1], d_out,
         lists.shape[1], asked.power, asked.smallest, asked.width, LEARNS=asked.width > 0, TO_P=asked.to_p,
         **_constants(asked, again, x.shape[1], d_out),
     )  # fmt: skip

@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 pytest.importorskip("triton")
 
 from sae.pipeline import saes
-from sae.pipeline.saes import SAE, Clock, Trainable, kernels, placement, uncounted
+from sae.pipeline.saes import SAE, Clock, Trainable, kernels, latents, placement, uncounted
 from sae.pipeline.saes.encoder import Preactivations
+from sae.pipeline.saes.jumprelu import JumpReLUSettings
 from sae.pipeline.saes.kernels import lists
 from sae.pipeline.saes.uncounted import Asked, Uncounted
 
@@ -33,6 +34,7 @@ FURTHER: list[dict[str, Any]] = [case for case in CASES if case["arch"] in LEARN
     {"arch": "p_anneal", "anneal_start": 0, "p_end": 0.3},
     {"arch": "crosscoder", "k": 32, "sparsity": "l1", "coefficient": 0.2, "target_l0": None},
     {"arch": "clt", "sparsity": "jumprelu"},
+    {"arch": "l1", "skip": True},
 ]
 
 
@@ -50,12 +52,15 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
 def made(case: dict[str, Any]) -> tuple[Trainable, Tensor, Tensor | None]:
     """Something to train, two of whose latents are dead, a batch and its targets."""
     several = case["arch"] == "clt"
-    x, y = (None if one is None else one[:B].to(DEVICE) for one in next(batches(D if several else None, 1)))
-    it = saes.trainable(small(case, d_sae=M), (5, 7) if several else D, (5, 7) if several else None).to(DEVICE)
+    into = D if several else 7 if "skip" in case else None
+    x, y = (None if one is None else one[:B].to(DEVICE) for one in next(batches(into, 1)))
+    it = saes.trainable(small(case, d_sae=M), (5, 7) if several else D, (5, 7) if several else into).to(DEVICE)
     assert x is not None
     it.initialise(x, y)
     for one in parts(it):
         one.rows_since_fired[::8] = 10**9
+        if isinstance(one.config, JumpReLUSettings):
+            one.get_parameter("threshold").data[1] = -0.2  # as a file of another tool may have it
     return it, x, y
 
 
@@ -71,6 +76,7 @@ def few(it: Trainable, few: bool = True) -> None:
 
 
 def expect_equal_steps(it: Trainable, x: Tensor, y: Tensor | None) -> None:
+    """What is observed is so after the optimiser's step, as training does it."""
     other, found = copy.deepcopy(it), []
     for one, is_few in ((it, True), (other, False)):
         few(one, is_few)
@@ -78,6 +84,7 @@ def expect_equal_steps(it: Trainable, x: Tensor, y: Tensor | None) -> None:
         seen = losses.layers[0].latents if hasattr(losses, "layers") else losses.latents  # type: ignore[attr-defined]
         assert isinstance(seen, Uncounted) == is_few
         losses.total.backward()
+        torch.optim.SGD(one.parameters(), lr=1e-3).step()
         one.track(one.observe(losses))
         found.append((losses.terms, losses.x_hat, losses.l0()))
     close = torch.testing.assert_close
@@ -141,12 +148,31 @@ def test_values_of_a_choice_in_bfloat16_are_exact() -> None:
     torch.testing.assert_close(mine, it.W_enc_rows.grad)
 
 
+def test_the_pull_on_dead_latents_is_exact_in_bfloat16() -> None:
+    """It is a difference of sums, which a rounded product would leave little of."""
+    it, x, _ = made(BOTH)
+    few(it)
+    wanted = it.loss(x, None, CLOCK).terms["pre_act"]
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        torch.testing.assert_close(it.loss(x, None, CLOCK).terms["pre_act"], wanted)
+
+
 def test_what_is_no_number_is_told() -> None:
     it, x, _ = made({"arch": "jumprelu"})
     few(it)
     x[2, 3] = torch.nan
     losses = it.loss(x, None, CLOCK)
     assert losses.total.isnan() and losses.x_hat.isnan().any(1).tolist() == [row == 2 for row in range(B)]
+
+
+def test_values_of_other_weights_are_not_given() -> None:
+    it, x, _ = made({"arch": "l1"})
+    few(it)
+    assert isinstance(it, SAE)
+    losses = it.loss(x, None, CLOCK)
+    it.observe(losses)
+    with pytest.raises(RuntimeError, match="ask before"):
+        losses.latents.dense()
 
 
 @pytest.mark.slow
@@ -191,6 +217,8 @@ def test_values_are_there_for_whoever_asks() -> None:
     plain = it.loss(x, y, CLOCK).latents  # type: ignore[attr-defined]
     torch.testing.assert_close(mine.dense(), plain.dense())
     torch.testing.assert_close(mine.sum_per_row(it.b_enc), plain.sum_per_row(it.b_enc))
+    for table in (it.W_dec, it.W_enc_rows):
+        torch.testing.assert_close(latents.decode(mine, table), latents.decode(plain, table))
     assert isinstance(mine, Uncounted) and mine.batch == B and mine.d_sae == M
     assert torch.equal(mine.fired(), plain.fired()) and torch.equal(mine.detach().values, plain.values)
 
@@ -210,3 +238,10 @@ def test_which_way_is_taken_follows_what_was_last_seen(monkeypatch: pytest.Monke
     assert not uncounted.usable(pre, it.W_dec)
     monkeypatch.setattr(placement, "HOSTS", {"cpu", "cuda"})
     assert not isinstance(it.loss(x, None, CLOCK).latents, Uncounted)
+
+
+def test_values_are_raised_to_two_powers_where_the_exponent_falls() -> None:
+    it, x, _ = made({"arch": "p_anneal", "anneal_start": 0, "stages": 10})
+    few(it)
+    seen = [it.loss(x, None, CLOCK._replace(step=step)) for step in (58, 59)]  # it falls after step 59
+    assert [isinstance(losses.latents, Uncounted) for losses in seen] == [True, False]  # type: ignore[attr-defined]

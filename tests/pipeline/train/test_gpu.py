@@ -14,7 +14,7 @@ from sae.cache.runs import Run
 from sae.pipeline.parallel.ranks import SingleRank
 from sae.pipeline.runtime.interrupts import Interrupted
 from sae.pipeline.runtime.progress import Silent
-from sae.pipeline.saes import Clock
+from sae.pipeline.saes import Clock, uncounted
 from sae.pipeline.train.coupled import CoupledTrainers
 from sae.pipeline.train.stage import open_run, train
 from sae.pipeline.train.trainer import Trainer
@@ -23,11 +23,13 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 CASES: list[dict[str, Any]] = [{"arch": arch} for arch in DICTIONARIES]
 
 
+@pytest.mark.parametrize("few", [uncounted.FEW, 1.0])  # up to which latents are taken entry by entry
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equal_runs_and_one_that_was_stopped_end_with_the_same_bytes(
-    tmp_path: Path, case: dict[str, Any], precision: str
+    tmp_path: Path, case: dict[str, Any], precision: str, few: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(uncounted, "FEW", few)
     dataset = Dataset.of(planted_store(tmp_path))
     config = settings(small(case, dead_after=800).model_dump(), precision=precision)
 
