@@ -49,7 +49,7 @@ class NeuronActivations(Analysis):
         by_latent = {"rate": fired / rows, "mean_when_active": when, "most": most, "energy": share}
         first = energy.argsort(descending=True, stable=True)
         named = [
-            {"latent": i, **{name: values[i].item() for name, values in by_latent.items()}}
+            {"feature": i, **{name: values[i].item() for name, values in by_latent.items()}}
             for i in first[: subject.config.top].tolist()
             if fired[i] > 0
         ]

@@ -18,9 +18,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
@@ -30,7 +28,7 @@ from torch import Tensor
 from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import Run
 from sae.configs.base import Amount, Settings
-from sae.pipeline.analyses import __path__ as folder
+from sae.pipeline.declared.importing import import_files
 from sae.pipeline.runtime.progress import Progress
 from sae.pipeline.saes import SAE, Latents
 from sae.pipeline.saes.dictionary import Dictionary
@@ -163,8 +161,7 @@ def register(kind: type[Kind]) -> type[Kind]:
 
 def analyses() -> dict[str, type[Analysis]]:
     """Import the files of this folder, and return every registered analysis by its name."""
-    for module in iter_modules(folder):
-        import_module(f"{__package__}.{module.name}")
+    import_files(__package__)
     return dict(sorted(ANALYSES.items()))
 
 

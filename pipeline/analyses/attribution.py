@@ -84,7 +84,7 @@ class Attribution(Analysis):
         chosen = chosen_of(scores["gradient"], sums["activation"] != 0, subject.config.ablated)
         effects = self._effects(subject, batches, chosen) / predictions
         told = [
-            {"latent": i, "ablation": effect, **{name: scores[name][i].item() for name in ESTIMATES}}
+            {"feature": i, "ablation": effect, **{name: scores[name][i].item() for name in ESTIMATES}}
             for i, effect in zip(chosen.tolist(), effects.tolist(), strict=True)
         ]
         figures: dict[str, Value] = {

@@ -70,7 +70,7 @@ class Frequency(Analysis):
                 "rates": numbers(whole), "rate_quantiles": quantiles(living), "mean_rate_by_window": numbers(means),
                 "pearson_by_window": pearson, "spearman_by_window": spearman, "rows_by_window": rows.long().tolist(),
                 "drift": [
-                    {"latent": i, "first": halves[0][i].item(), "second": halves[1][i].item(), "z": drift[i].item()}
+                    {"feature": i, "first": halves[0][i].item(), "second": halves[1][i].item(), "z": drift[i].item()}
                     for i in most if halves and math.isfinite(drift[i].item())
                 ],
             },

@@ -92,9 +92,11 @@ def show(outcomes: "list[Outcome]", json: bool) -> None:
     rows = [{"run": run.name, **figures} for run, figures in zip(fine, judged_figures(outcomes), strict=True)]
     if json:
         failed = [
-            {"run": str(one.run.path), "error": typed(str(one.error))} for one in outcomes if one.error is not None
+            {"run": one.run.name, "path": str(one.run.path), "error": typed(str(one.error))}
+            for one in outcomes
+            if one.error is not None
         ]
-        told = [{**row, "run": str(run.path)} for run, row in zip(fine, rows, strict=True)]
+        told = [{"run": run.name, "path": str(run.path), **row} for run, row in zip(fine, rows, strict=True)]
         console.as_json({"runs": told, "failed": failed})
     elif rows:
         keys = [one.key for one in evaluation_table() if any(row.get(one.key) is not None for row in rows)]

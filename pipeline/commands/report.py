@@ -38,6 +38,6 @@ def report(
         here.progress.note(f"run: {one.path}")
     path = stage(found, here.cache, here.progress, config=values, activations=activations, device=here.device)
     if json:
-        console.as_json({"run": str(found[0].path), "runs": [str(one.path) for one in found], "report": str(path)})
+        console.as_json({"run": str(found[0].path), "runs": [one.name for one in found], "report": str(path)})
     else:
         console.say(f"report: {path}")

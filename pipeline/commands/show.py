@@ -92,7 +92,7 @@ def _explained(run: "Run") -> "dict[int, Explained]":
 
 def _as_json(run: "Run", known: "Statistics", one: "Feature") -> dict[str, Any]:
     """Everything about a latent; `vocabulary` has the text of every token that is mentioned."""
-    told = one.model_dump(mode="json")
+    told = one.model_dump(mode="json", by_alias=True)
     examples = [*one.top, *(example for band in one.bands for example in band.examples)]
     tokens = {token for example in examples for token in example.tokens}
     tokens |= {entry.token for entry in one.frequent} | {entry.token for entry in [*one.promoted, *one.suppressed]}

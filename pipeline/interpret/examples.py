@@ -3,15 +3,17 @@
 Nothing here needs a cache or a model: the records carry the bytes of every token they mention.
 """
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 BINS_PER_OCTAVE = 2
 LOWEST_OCTAVE = -16
 BINS = 64  # values from 2^-16 to 2^16; what lies outside counts in the first or last bin
 
 Group = Literal["strongest", "sampled", "asked"]
+Latent = Annotated[int, Field(serialization_alias="feature")]
+"""The number of a latent: `latent` in `features.json`, `feature` in whatever commands print."""
 
 
 class Record(BaseModel):
@@ -68,7 +70,7 @@ class Partner(Record):
     The error is one standard deviation, 0 where no row was left out of the sample.
     """
 
-    latent: int
+    latent: Latent
     jaccard: float
     phi: float | None
     error: float
@@ -77,7 +79,7 @@ class Partner(Record):
 class Neighbour(Record):
     """A latent whose decoder direction is near another's."""
 
-    latent: int
+    latent: Latent
     cosine: float
 
 
@@ -97,7 +99,7 @@ class Feature(Record):
     unembedding. What was not found is empty.
     """
 
-    latent: int
+    latent: Latent
     group: Group
     fired: int
     density: float

@@ -135,11 +135,11 @@ class Statistics:
         ]
 
     def table(self) -> dict[str, list[Any]]:
-        """Columns with a value a latent: latent, fired, density, max, mean, and its most frequent token (or None)."""
+        """Columns with a value a latent: feature, fired, density, max, mean, and its most frequent token (or None)."""
         token = np.where(self.frequent.times[:, :1] > 0, self.frequent.token[:, :1].astype(np.int64), -1)
         tokens = token[:, 0].tolist() if token.size else [-1] * self.d_sae
         return {
-            "latent": list(range(self.d_sae)),
+            "feature": list(range(self.d_sae)),
             "fired": self.fired.tolist(),
             "density": self.density.tolist(),
             "max": self.max.tolist(),

@@ -92,10 +92,17 @@ def tokenizer_of(store: TokenStore, given: str | None) -> str:
 
 def source_of(store: TokenStore, given: str | None) -> str:
     """Return the place of a store's text: its own name (the commit of a hub's data set), or files of this machine."""
-    spec = given or _named(store) or store.hints.get("source")
-    if spec is None:
-        raise SaeError(f"{store.path}: where its text is now is not known; say it with `source`")
-    return spec if given or _named(store) else followed(store, "source", None)
+    return given or _named(store) or files_of(store, None, "text is")
+
+
+def files_of(store: Store, given: str | None, what: str) -> str:
+    """Return where the files that a store was made from are now: where the user says, else where the store may say.
+
+    Raises SaeError, which calls them `what` ("rows are"), where neither does.
+    """
+    if given is None and "source" not in store.hints:
+        raise SaeError(f"{store.path}: where its {what} now is not known; say it with `source`")
+    return given or followed(store, "source", None)
 
 
 def followed(store: Store, what: str, name: str | None) -> str:

@@ -24,13 +24,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
-from importlib import import_module
-from pkgutil import iter_modules
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from sae.pipeline.metrics import __path__ as folder
+from sae.pipeline.declared.importing import import_files
 from sae.pipeline.metrics.figures import Figure, Need, declared
 from sae.pipeline.saes import Coder, Codes, Predictor
 from sae.pipeline.saes.dictionary import Dictionary
@@ -157,7 +155,6 @@ def register(kind: Kind) -> Kind:
 
 def metrics_of(subject: Subject, needs: Collection[Need]) -> list[Metric]:
     """Every metric that asks for nothing but `needs`, new, for a dictionary."""
-    for module in iter_modules(folder):
-        import_module(f"{__package__}.{module.name}")
+    import_files(__package__)
     there = {*needs} - subject.lacks()
     return [METRICS[one.name].of(subject) for one in declared() if {*one.needs} <= there]

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import reduce
-from importlib import import_module
 from operator import or_
-from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, TypeAdapter
+
+from sae.pipeline.declared.importing import import_files
 
 from .base import ARCHITECTURES, SAE, register
 from .config import FINISHED, Clock, Config, TrainableConfig
@@ -21,8 +21,7 @@ from .latents import Latents
 from .losses import Losses, Observed, PlainLosses, SparseLosses
 from .widths import Width, widths
 
-for _module in iter_modules(__path__):
-    import_module(f"{__name__}.{_module.name}")
+import_files(__name__)
 
 if TYPE_CHECKING:
     AnyConfig = TrainableConfig

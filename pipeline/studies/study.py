@@ -29,9 +29,7 @@ on their batches train in one pass over it, and so must fit into memory together
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import ValidationError, create_model, field_validator
@@ -39,10 +37,10 @@ from pydantic import ValidationError, create_model, field_validator
 from sae.cache.errors import SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.configs.base import Settings, distinct
+from sae.pipeline.declared.importing import import_files
 from sae.pipeline.metrics.figures import compared, label
 from sae.pipeline.report.compare import Row
 from sae.pipeline.saes import ARCHITECTURES, SAE, Config, parse
-from sae.pipeline.studies import __path__ as folder
 from sae.pipeline.studies.lab import Lab, Trial
 from sae.pipeline.studies.plots import Panel
 from sae.pipeline.studies.plots import draw as draw_panels
@@ -160,8 +158,7 @@ def register(kind: type[Kind]) -> type[Kind]:
 
 def studies() -> dict[str, type[Study]]:
     """Import the files of this folder, and return every registered study by its name."""
-    for module in iter_modules(folder):
-        import_module(f"{__package__}.{module.name}")
+    import_files(__package__)
     return dict(sorted(STUDIES.items()))
 
 

@@ -1,7 +1,6 @@
 """Sources of rows: one file per source, found by being there; see `base`."""
 
-from importlib import import_module
-from pkgutil import iter_modules
+from sae.pipeline.declared.importing import import_files
 
 from .base import (
     SOURCES,
@@ -16,8 +15,7 @@ from .base import (
     source_of,
 )
 
-for _module in iter_modules(__path__):
-    import_module(f"{__name__}.{_module.name}")
+import_files(__name__)
 
 __all__ = [
     "SOURCES", "RowSource", "Rows", "SourceConfig", "Stream", "Supply", "WindowTask", "register",

@@ -30,6 +30,7 @@ from sae.cache.store.codecs import codec, codec_recipe
 from sae.cache.store.manifest import Window, place_after
 from sae.cache.tokens import TokenStore
 from sae.configs.base import Amount, Distinct
+from sae.pipeline.harvest.files import by_worker
 from sae.pipeline.language_model import SITES, LanguageModel, Point, hints
 from sae.pipeline.language_model.token_mask import TokenMask, TokenPosition, TokenRows, rule_of
 from sae.pipeline.runtime.devices import moved
@@ -269,12 +270,10 @@ class Opener:
 def _model(opener: Opener) -> LanguageModel:
     """The model, loaded once in a worker process."""
     config = opener.config
-    try:
+    with by_worker("load the model"):
         model = LanguageModel.boot(
             config.model, device=opener.device, dtype=config.dtype, revision=config.revision, offline=opener.offline
         )
-    except SaeError as error:
-        raise type(error)(f"a worker on {socket.gethostname()} cannot load the model: {error}") from error
     if canonical(model.recipe()) != opener.identity:
         raise SaeError(
             f"model = {config.model}: a worker on {socket.gethostname()} has other weights of that name; give all "

@@ -12,8 +12,6 @@ The files are read up to three times, in order, and never held in memory.
 """
 
 import os
-import re
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +31,7 @@ from sae.cache.store.codecs import codec
 from sae.cache.store.head import RECIPE
 from sae.cache.store.store import MOST_PATH
 from sae.configs.base import Amount
+from sae.pipeline.harvest.files import by_worker, others, slug_of
 from sae.pipeline.harvest.recordings.clocks import expect_order
 from sae.pipeline.harvest.recordings.files import FORMATS
 from sae.pipeline.harvest.recordings.reader import Reader
@@ -123,11 +122,9 @@ class Opener:
     known: Known
 
     def __call__(self) -> "SeriesSource":
-        try:
+        with by_worker("read the series"):
             expect_same(self.config, self.known)
             return SeriesSource(self)
-        except SaeError as error:
-            raise type(error)(f"a worker on {socket.gethostname()} cannot read the series: {error}") from error
 
 
 @register
@@ -180,11 +177,7 @@ class SeriesSource(RowSource):
             raise DamagedStore(f"{store.path / RECIPE}: is no recipe of a series; remove the store") from error
         known = looked_at(config, Silent())
         if known.digest != digest:
-            raise SaeError(
-                f"source = {', '.join(config.recordings)}: has other steps than those {store.key} was made from, so "
-                "nothing was repaired; give those recordings with `source`, or remove the store (`remove()`) and make "
-                "it again"
-            )
+            raise others(store, ", ".join(config.recordings), "steps", "those recordings")
         return cls(Opener(config, (store.split,), (store.recipe.get("stream") or _stem(config),), known))
 
     def slug(self, stream: Stream, split: str) -> str:
@@ -260,15 +253,13 @@ class SeriesSource(RowSource):
 
 
 def _stem(config: SeriesConfig) -> str:
-    stem = re.sub(r"[^A-Za-z0-9_]+", "-", Path(config.recordings[0]).stem).strip("-")[:40] or "recording"
+    stem = slug_of(Path(config.recordings[0]), "recording")
     return stem if len(config.recordings) == 1 else f"{stem}-and-{len(config.recordings) - 1}"
 
 
 def _files(store: ActivationStore, origins: Origins) -> list[str]:
     """Where the recordings of a store are now: as it notes, or as the user says, a folder being all that are in it."""
-    if origins.source is None and "source" not in store.hints:
-        raise SaeError(f"{store.path}: where its recordings are now is not known; say it with `source`")
-    said = origins.source or hints.followed(store, "source", None)
+    said = hints.files_of(store, origins.source, "recordings are")
     folder = Path(said).expanduser()
     if folder.is_dir() and folder.suffix.lower() not in FORMATS:
         return [str(path) for path in sorted(folder.resolve().iterdir()) if path.suffix.lower() in FORMATS]

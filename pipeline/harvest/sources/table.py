@@ -9,8 +9,6 @@ Given up: a table that grows is another table.
 """
 
 import hashlib
-import re
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -29,6 +27,7 @@ from sae.cache.errors import DamagedStore, SaeError
 from sae.cache.store.codecs import codec
 from sae.cache.store.head import RECIPE
 from sae.configs.base import Amount
+from sae.pipeline.harvest.files import by_worker, others, slug_of
 from sae.pipeline.harvest.tables import Choice, Name, Table, opened
 from sae.pipeline.language_model import hints
 from sae.pipeline.runtime.origins import Origins
@@ -74,10 +73,8 @@ class Opener:
     digest: str
 
     def __call__(self) -> "TableSource":
-        try:
+        with by_worker("read the rows"):
             return _opened(self)
-        except SaeError as error:
-            raise type(error)(f"a worker on {socket.gethostname()} cannot read the rows: {error}") from error
 
 
 @register
@@ -110,9 +107,7 @@ class TableSource(RowSource):
     @classmethod
     def of_store(cls, store: ActivationStore, origins: Origins) -> "TableSource":
         said = store.recipe["source"]
-        if origins.source is None and "source" not in store.hints:
-            raise SaeError(f"{store.path}: where its rows are now is not known; say it with `source`")
-        path = origins.source or hints.followed(store, "source", None)
+        path = hints.files_of(store, origins.source, "rows are")
         try:
             where = str(Path(path).expanduser().resolve())
             config = TableConfig(
@@ -125,15 +120,11 @@ class TableSource(RowSource):
         table = opened(config.path, config.array, Choice(config.columns))
         stamp = _stamp(config.path)
         if _digest(table, Silent()) != digest:
-            raise SaeError(
-                f"source = {path}: has other rows than those {store.key} was made from, so nothing was repaired; give "
-                "that table with `source`, or remove the store (`remove()`) and make it again"
-            )
+            raise others(store, path, "rows", "that table")
         return cls(Opener(config, (store.split,), stamp, digest), table)
 
     def slug(self, stream: Stream, split: str) -> str:
-        stem = re.sub(r"[^A-Za-z0-9_]+", "-", self.config.path.stem).strip("-")[:40] or "rows"
-        return f"table-{stem}" + ("" if split == "train" else f"-{split}")
+        return f"table-{slug_of(self.config.path, 'rows')}" + ("" if split == "train" else f"-{split}")
 
     def identity(self) -> Recipe:
         config = self.config

@@ -7,14 +7,13 @@ A new source is one new file in this package with a function decorated by `sourc
 from __future__ import annotations
 
 import hashlib
-import importlib
-import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from sae.cache.errors import SaeError
+from sae.pipeline.declared.importing import import_files
 
 Document = str | np.ndarray  # text, or ready-made token ids (uint32)
 
@@ -92,9 +91,7 @@ def source(name: str, *, order: int, help: str) -> Callable[[Resolve], Resolve]:
 
 def registered() -> list[Registered]:
     """All sources, in the order in which they are asked."""
-    package = importlib.import_module("sae.pipeline.tokenize.sources")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"sae.pipeline.tokenize.sources.{module.name}")
+    import_files(__package__)
     return sorted(_REGISTRY)
 
 

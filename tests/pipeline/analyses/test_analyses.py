@@ -94,7 +94,7 @@ def test_figures_of_rows_by_hand(name: str, lab: sae.Session, runs: dict[str, An
     assert activations["mean_when_active"] == pytest.approx(f[f != 0].mean().item(), rel=1e-5)
     strongest = activations["details"]["strongest"]
     energy = f.square().sum(0) * dictionary.W_dec.double().square().sum(1)
-    assert [one["latent"] for one in strongest] == energy.argsort(descending=True)[: len(strongest)].tolist()
+    assert [one["feature"] for one in strongest] == energy.argsort(descending=True)[: len(strongest)].tolist()
     assert strongest[0]["energy"] == pytest.approx((energy.max() / energy.sum()).item(), rel=1e-5)
     means = f if name == "topk" else f * trained.in_training(runs[name]).target_scale  # type: ignore[union-attr]
     variance = means.var(0, correction=0)

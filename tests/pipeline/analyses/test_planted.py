@@ -122,7 +122,7 @@ def test_rates_that_drift_are_told_from_rates_that_stay() -> None:
     assert found.details["rates"] == pytest.approx(fires.mean(0).tolist(), rel=1e-5)
     assert found.figures["trend"] == pytest.approx(np.polyfit(range(8), by_window.mean(1), 1)[0] / by_window.mean())
     assert found.figures["windows"] == 8 and found.figures["drifting"] == 1
-    assert found.details["drift"][0]["latent"] == 0 and found.details["drift"][0]["z"] > 5
+    assert found.details["drift"][0]["feature"] == 0 and found.details["drift"][0]["z"] > 5
     assert ranks(torch.tensor([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1, 3.5, 2]
     assert trend(torch.ones(1)) is None and trend(torch.zeros(3)) is None
     assert apart(*(torch.tensor([value]).double() for value in (0, 10, 0, 10))).tolist() == [0]
@@ -248,7 +248,7 @@ def test_effects_on_a_language_model_are_those_of_editing_its_latents(text: Any,
     assert found["integrated_sum"] == pytest.approx(whole - without(None), abs=0.05 * abs(whole - without(None)) + 1e-3)
     assert len(found["details"]["latents"]) == 4
     for one in found["details"]["latents"]:
-        assert one["ablation"] == pytest.approx(whole - without(one["latent"]), abs=2e-5)
+        assert one["ablation"] == pytest.approx(whole - without(one["feature"]), abs=2e-5)
     assert found["spearman_gradient"] > 0.5
 
 

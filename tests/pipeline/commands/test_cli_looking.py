@@ -106,7 +106,8 @@ def test_an_empty_prompt_is_none(home: Path) -> None:
 
 def test_a_latent_in_the_terminal(home: Path) -> None:
     told = done("show coder --feature 3 --json").json
-    assert told["latent"] == 3 and told["rows"] > 0 and told["fired"] == sum(b["count"] for b in told["histogram"])
+    assert told["feature"] == 3 and told["rows"] > 0 and told["fired"] == sum(b["count"] for b in told["histogram"])
+    assert all("feature" in other and "latent" not in other for other in [*told["nearest"], *told["partners"]])
     mentioned = {str(token) for example in told["top"] for token in example["tokens"]}
     assert mentioned and mentioned <= {*told["vocabulary"]}
     shown = done("show coder --feature 3").out

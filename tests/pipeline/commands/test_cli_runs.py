@@ -119,7 +119,8 @@ def test_several_runs_are_judged_by_one_command(cache: Path, tmp_path: Path) -> 
     names = [row["run"] for row in done(command, *rest).json["runs"]]
     places = ("--cache", cache, "--runs", tmp_path, "--no-ce")
     found = done("eval", *names, names[0], *places, "--json").json
-    assert found["failed"] == [] and [Path(one.pop("run")).name for one in found["runs"]] == names
+    assert found["failed"] == [] and [one.pop("run") for one in found["runs"]] == names
+    assert [one.pop("path") for one in found["runs"]] == [str(tmp_path / name) for name in names]
     assert found["runs"] == [Run(tmp_path / name).evaluation() for name in names]
     assert found["runs"][0] == done("eval", names[0], *places, "--json").json
     table = done("eval", *names, *places).out
@@ -128,7 +129,7 @@ def test_several_runs_are_judged_by_one_command(cache: Path, tmp_path: Path) -> 
     answer = sae("eval", *names, *places, "--json")
     assert answer.code == 3 and answer.complaint.startswith(f"{names[0]}: ")
     (failed,), (fine,) = answer.json["failed"], answer.json["runs"]
-    assert Path(failed["run"]).name == names[0] and Path(fine["run"]).name == names[1]
+    assert [failed["run"], fine["run"]] == names and failed["path"] == str(tmp_path / names[0])
     refused = sae("eval", names[1], *places, "--tokens", "500")
     assert (
         refused.code == 2
