@@ -21,18 +21,8 @@ from sae.cache.disk.paths import is_remote, listing
 from sae.cache.disk.processes import final_name, left_behind, temporary
 from sae.cache.errors import SaeError
 from sae.cache.metrics_log import METRICS
-from sae.cache.runs import (
-    CONFIG,
-    EVALUATION,
-    FEATURES,
-    LATENTS,
-    SNAPSHOTS,
-    STAGED,
-    STATISTICS,
-    WEIGHTS,
-    WEIGHTS_CONFIG,
-    is_begun,
-)
+from sae.cache.run_folder import CONFIG, is_begun
+from sae.cache.runs import EVALUATION, FEATURES, LATENTS, SNAPSHOTS, STAGED, STATISTICS, WEIGHTS, WEIGHTS_CONFIG
 from sae.cache.upkeep.garbage import PATIENCE, Garbage
 
 EXPORT = "export"  # `export.<whose>.partial` in the cache holds the path of an export being written

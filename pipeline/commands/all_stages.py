@@ -12,7 +12,7 @@ from sae import configs
 from sae.cache import catalogue
 from sae.cache.errors import SaeError
 from sae.cache.loader.dataset import Dataset
-from sae.cache.runs import CONFIG, discarding
+from sae.cache.run_folder import CONFIG, discarding
 from sae.pipeline.evaluate.stage import EvalConfig, evaluate
 from sae.pipeline.harvest.sources.language_model import HarvestConfig, LanguageModelSource
 from sae.pipeline.harvest.stage import harvest

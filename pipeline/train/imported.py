@@ -18,7 +18,8 @@ from sae.cache.errors import NotFound, SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import common_rows
 from sae.cache.provenance import LanguageModelRows, provenance
-from sae.cache.runs import CONFIG, Run, discarding
+from sae.cache.run_folder import discarding
+from sae.cache.runs import CONFIG, Run
 from sae.cache.seen import Seen, SeenStore
 from sae.pipeline import formats
 from sae.pipeline.formats import saelens

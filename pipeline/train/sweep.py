@@ -20,7 +20,8 @@ from sae.cache.disk.identity import canonical
 from sae.cache.disk.paths import parse_path
 from sae.cache.errors import NotFound, SaeError
 from sae.cache.loader.dataset import Dataset
-from sae.cache.runs import Run, discarding
+from sae.cache.run_folder import discarding
+from sae.cache.runs import Run
 from sae.configs import parsed
 from sae.configs.base import WHOLE
 from sae.pipeline.loggers.base import ask
