@@ -29,8 +29,9 @@ LEARNED = ("l1", "hybrid", "shifted_relu", "p_anneal", "jumprelu", "gated")
 BOTH = {"arch": "jumprelu", "straight_through": "both", "pre_act_coefficient": 0.1, "bandwidth": 0.5}
 NORMS = {"arch": "gated", "penalty": "decoder_norm", "decoder_norm": "free"}
 PER_TOKEN = {"arch": "l1", "penalty": "per_token", "input_scale": "per_token", "reduction": "fvu"}
-FIRST: list[dict[str, Any]] = [BOTH, NORMS, PER_TOKEN]
+FIRST: list[dict[str, Any]] = [BOTH, NORMS]
 FURTHER: list[dict[str, Any]] = [case for case in CASES if case["arch"] in LEARNED] + [
+    PER_TOKEN,
     {"arch": "p_anneal", "anneal_start": 0, "p_end": 0.3},
     {"arch": "crosscoder", "k": 32, "sparsity": "l1", "coefficient": 0.2, "target_l0": None},
     {"arch": "clt", "sparsity": "jumprelu"},
