@@ -10,13 +10,19 @@ BIN    := $(VENV)/bin
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi 2>/dev/null),,--extra-index-url https://download.pytorch.org/whl/cpu --retries 1)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: demo test test-all lint docs wheel lock interop clean
+# What is installed is compiled where it is first imported; where this is set never, and every process compiles anew.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo test test-slow test-all lint docs wheel lock interop clean
 
 demo: $(VENV)/installed
 	$(BIN)/sae demo
 
 test: $(VENV)/tested
 	$(BIN)/python -m pytest -n auto
+
+test-slow: $(VENV)/tested
+	$(BIN)/python -m pytest -n auto -m slow --durations=15
 
 test-all: $(VENV)/tested
 	$(BIN)/python -m pytest -n auto -m "slow or not slow"
@@ -74,9 +80,9 @@ $(VENV)/installed: $(VENV)/torch pyproject.toml constraints.txt
 	$(PIP) --constraint constraints.txt --editable .
 	touch $@
 
-$(VENV)/tested: $(VENV)/installed
+$(VENV)/tested: $(VENV)/torch pyproject.toml constraints.txt
 	$(PIP) --constraint constraints.txt --editable ".[dev]"
-	touch $@
+	touch $(VENV)/installed $@
 
 clean:
 	rm -rf $(VENV) $(INTEROP) $(WHEEL) $(LOCK) dist site demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

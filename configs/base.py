@@ -1,5 +1,6 @@
 """The class that every settings class descends from."""
 
+import functools
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -23,7 +24,7 @@ class Settings(BaseModel):
         """Take true for a word where no yes or no is asked for; pydantic would take it for 1."""
         if not isinstance(values, dict):
             return values
-        asked = {name for name, field in cls.model_fields.items() if bool in _types(field.annotation)}
+        asked = _yes_or_no(cls)
         return {name: value if name in asked else _worded(value) for name, value in values.items()}
 
     @field_validator("*", mode="after")
@@ -35,6 +36,12 @@ class Settings(BaseModel):
             if isinstance(item, float) and item and not 1 / REAL <= abs(item) <= REAL:
                 raise ValueError(f"input should be 0, or between {1 / REAL:g} and {REAL:g}")
         return value
+
+
+@functools.cache
+def _yes_or_no(kind: type[BaseModel]) -> frozenset[str]:
+    """Names of the settings of a class that may be true or false."""
+    return frozenset(name for name, field in kind.model_fields.items() if bool in _types(field.annotation))
 
 
 def _worded(value: Any) -> Any:

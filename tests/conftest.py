@@ -1,5 +1,7 @@
 """Fixtures every test module may use."""
 
+import atexit
+import gc
 import os
 from pathlib import Path
 
@@ -7,12 +9,24 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network, e
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and start processes of their own
 
 import pytest
-import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels are tried without a GPU; read where Triton is imported
 
-torch.set_num_threads(1)  # two spinning pools on two cores are many times slower
+def pytest_configure(config: pytest.Config) -> None:
+    """Make torch ready where tests run: what only hands them to workers need not wait for it."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels are tried without a GPU; read where Triton is imported
+    torch.set_num_threads(1)  # two spinning pools on two cores are many times slower
+
+
+def pytest_collection_finish() -> None:
+    """Leave what has been imported out of every later search for garbage: it is a million objects, and stays."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # so that the interpreter takes everything down in order
 
 
 @pytest.fixture(scope="session")

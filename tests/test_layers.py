@@ -28,11 +28,19 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
+def statements(block: ast.AST) -> Iterator[ast.AST]:
+    """Every statement in a block, however deep, and nothing of what they are made of."""
+    for part in ("body", "orelse", "finalbody", "handlers", "cases"):
+        for one in getattr(block, part, ()):
+            yield one
+            yield from statements(one)
+
+
 def imports(name: str) -> Iterator[str]:
     """Dotted names a module imports, wherever in it, relative ones resolved; `from a import b` is a.b where that is."""
     path = MODULES[name]
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in statements(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

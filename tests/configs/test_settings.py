@@ -151,7 +151,7 @@ def test_the_settings_an_architecture_has_of_its_own_are_in_the_run(
     store: Path, model: type[BaseModel], arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Typed at the command line: with `--arch`, by `--set`, by a file, and by a sweep."""
-    monkeypatch.setattr("sae.pipeline.train.sweep.sweep", lambda *_, **__: None)  # nothing is trained, only begun
+    monkeypatch.setattr("sae.pipeline.train.sweep.sweep_each", lambda *_, **__: None)  # nothing is trained, only begun
     monkeypatch.setattr("sae.pipeline.report.compare.compare", lambda _: [{"run": "one"}])
     values: dict[str, Any] = {"d_sae": 64} if "d_sae" in model.model_fields else {}
     for name, more in other_values(model).items():
@@ -168,5 +168,7 @@ def test_the_settings_an_architecture_has_of_its_own_are_in_the_run(
         answer = sae(base, "--runs", tmp_path / name, *words)
         assert answer.code == 0, answer.err
         (folder,) = (tmp_path / name).iterdir()
-        said = Run(folder).config["train"]["sae"]
+        run = Run(folder)
+        assert run.metrics() == []
+        said = run.config["train"]["sae"]
         assert {key: said[key] for key in values} == values
