@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support.saes_kit import Planted
+from support.small_stores import write_activations
+
 HEAVY = ("torch", "transformers", "transformer_lens", "datasets", "matplotlib", "distributed")
 LOOKING = (
     "--version", "cache ls", "cache du", "cache verify", "cache gc", "cache inspect nothing", "cache rm nothing --yes",
@@ -40,6 +43,20 @@ REGISTRIES = (
     ("sae.pipeline.harvest.sources.base.SOURCES", "name"),
 )
 
+COMPUTING = """
+import json, sys
+from sae.cli import main
+heavy, commands = json.loads(sys.argv[1])
+for command in commands:
+    sys.argv = ["sae", *command.split()]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, command
+    print("imported", json.dumps([name for name in heavy if name in sys.modules]), flush=True)
+"""
+UNUSED = (*HEAVY[1:], "torch._dynamo", "torch._inductor", "triton", "sympy", "scipy", "pandas", "pyarrow", "requests")
+
 READ = """
 import json, sys
 from importlib import import_module
@@ -71,6 +88,17 @@ def test_looking_around_imports_nothing_heavy(tmp_path: Path) -> None:
     said = run(EACH, [HEAVY, LOOKING], SAE_CACHE=str(tmp_path), SAE_RUNS=str(tmp_path))
     found = [json.loads(line.partition(" ")[2]) for line in said.splitlines() if line.startswith("imported ")]
     assert found == [[command, []] for command in LOOKING]
+
+
+def test_training_and_judging_import_what_they_compute_with(tmp_path: Path) -> None:
+    """No language model's libraries where none is run, no plots, and not torch's compiler, which takes as long as torch."""
+    for split in ("train", "validation"):
+        write_activations(tmp_path, Planted()(256), split=split, ended=True)
+    commands = ["train --arch topk --k 2 --d-sae 16 --batch 32 --steps 2 --name it --device cpu"]
+    commands.append("eval it --no-ce --device cpu")
+    said = run(COMPUTING, [UNUSED, commands], SAE_CACHE=str(tmp_path), SAE_RUNS=str(tmp_path / "runs"))
+    found = [json.loads(line.partition(" ")[2]) for line in said.splitlines() if line.startswith("imported ")]
+    assert found == [[], []]
 
 
 def test_what_is_read_of_a_registry_is_what_importing_it_says() -> None:

@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sae.pipeline.analyses.analysis import Analysed, Analysis, Finding, distribution, numbers, quantiles, register
-from sae.pipeline.metrics.geometry import BLOCK, Geometry
+from sae.pipeline.metrics.geometry import Geometry
 from sae.pipeline.studies.plots import Panel
 
 DEGREES = 2  # of a bin
+BLOCK = 1 << 22  # cosines held at a time
 ALIKE = (0.5, 0.7, 0.9)
 
 

@@ -22,7 +22,8 @@ class DictionarySimilarity(Analysis):
     def find(self, subject: Analysed) -> Finding:
         sae = subject.sae
         table = sae.W_dec.detach().float().cpu()
-        mean_abs, cosines, partners = pairs(table)
+        found_pairs = pairs(table)
+        cosines, partners = found_pairs.largest, found_pairs.nearest
         alike = encoder_decoder_cosine(sae.W_enc.T, sae.W_dec).cpu() if sae.d_in == sae.d_out else torch.empty(0)
         first = cosines.argsort(descending=True, stable=True).tolist()
         alike_first = {tuple(sorted((i, int(partners[i])))): cosines[i].item() for i in first}
@@ -34,7 +35,7 @@ class DictionarySimilarity(Analysis):
         panels = [distribution("largest cosine with another", cosines)] if len(table) > 1 else []
         return Finding(
             {
-                "mean_abs_cosine": mean_abs, "random_abs_cosine": random_cosine(sae.d_out),
+                "mean_abs_cosine": found_pairs.mean_abs, "random_abs_cosine": random_cosine(sae.d_out),
                 "largest_cosine": cosines.max().item() if len(table) > 1 else None,
                 "mean_largest_cosine": cosines.mean().item() if len(table) > 1 else None,
                 "welch_bound": welch_bound(len(table), sae.d_out),

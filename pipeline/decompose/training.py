@@ -16,6 +16,7 @@ from sae.pipeline.decompose.config import DecomposeConfig
 from sae.pipeline.decompose.folder import fill, trained
 from sae.pipeline.decompose.losses import Decomposition, faithfulness, layerwise, minimality, reconstruction, stochastic
 from sae.pipeline.decompose.subjects import Subject
+from sae.pipeline.runtime.optimisers import Adam
 from sae.pipeline.saes.contract import generator_of
 
 
@@ -35,7 +36,7 @@ class Training:
     def __init__(self, config: DecomposeConfig, subject: Subject) -> None:
         self.config, self.subject = config, subject
         self.decomposition = blank(config, subject)
-        self.optimiser = torch.optim.Adam(self.decomposition.parameters(), lr=config.lr)
+        self.optimiser = Adam(self.decomposition.parameters(), lr=config.lr)
 
     def warm_up(self) -> None:
         """Train the components alone to add up to the matrices."""

@@ -14,7 +14,7 @@ from sae.pipeline.evaluate.subjects import Judged, alive
 from sae.pipeline.metrics.coefficients import KEPT, most_rows
 from sae.pipeline.metrics.metric import Encoded
 from sae.pipeline.runtime.progress import Progress
-from sae.pipeline.saes import Coder, Predictor
+from sae.pipeline.saes import Coder, Predictor, placement
 
 
 def judge_rows(group: Sequence[Judged], rows: int, batch: int, progress: Progress, places: TokenPlaces | None) -> None:
@@ -22,7 +22,9 @@ def judge_rows(group: Sequence[Judged], rows: int, batch: int, progress: Progres
     seen = [0 for _ in group[0].sides]
 
     def show(part: Batch, kept: bool) -> None:
-        where = None if places is None or part.position is None else places.of(part.position)
+        where = None
+        if places is not None and part.position is not None:
+            where = places.of(part.position).to(part.x.device)
         for one in alive(group):
             with one.failing():
                 encoded = _encoded(one.subject.sae, part)._replace(places=where)
@@ -43,7 +45,7 @@ def compare_rows(group: Sequence[Judged], rows: int, batch: int, progress: Progr
     making, dataset = group[0].making, group[0].held_out
     assert making is not None and making.coefficients is not None
     features = len(making.effect)
-    rows = min(rows, most_rows(features))
+    rows, device = min(rows, most_rows(features)), device_of(group[0].subject.sae)
     widest = max(one.subject.coder.width for one in group)
     step = max(1, min(batch, KEPT // max(features, widest)))
     progress.start("eval coefficients", rows, "rows")
@@ -52,11 +54,12 @@ def compare_rows(group: Sequence[Judged], rows: int, batch: int, progress: Progr
             stop = min(start + step, rows)
             part, coefficients = dataset.rows(start, stop), making.coefficients(start, stop)
             assert coefficients is not None
+            part, known = part.to(device), placement.moved(coefficients, device)
             for one in alive(group):
                 with one.failing():
-                    encoded = _encoded(one.subject.sae, part.to(device_of(one.subject.sae)))
+                    encoded = _encoded(one.subject.sae, part)
                     for metric in one.sides[0]:
-                        metric.compare(encoded, coefficients)
+                        metric.compare(encoded, known)
             progress.advance(stop - start)
     finally:
         progress.finish()

@@ -142,8 +142,12 @@ class Site:
 
 @dataclass(kw_only=True, eq=False)
 class Splice(Attempt):
-    """A function of rows [n, d_in] -> [n, d_out] in the place of a site's, and metrics that see what it costs."""
+    """A function of rows [n, d_in] -> [n, d_out] in the place of a site's, and metrics that see what it costs.
+
+    sound: bool, whether what it cost has been a number so far; None before anything was seen.
+    """
 
     sae: Callable[[Tensor], Tensor]
     site: Site
     metrics: Sequence[Metric]
+    sound: Tensor | None = None

@@ -19,6 +19,7 @@ from sae.pipeline.language_model import LanguageModel
 from sae.pipeline.language_model.token_mask import TokenMask, rule_of
 from sae.pipeline.metrics.metric import Places
 from sae.pipeline.runtime.progress import Progress
+from sae.pipeline.saes import placement
 
 
 def judge_tokens(
@@ -40,12 +41,19 @@ def judge_tokens(
             if not alive(splices):
                 return
             stop = min(start + step, contexts)
-            where = places.of_contexts(start, stop)
-            batch = _Batch.of(tokens, start, stop, Places(*(each[:, :-1] for each in where)))
+            where = Places(*(each[:, :-1] for each in places.of_contexts(start, stop)))
+            batch = _Batch.of(tokens, start, stop, where.to(model.device))
             _judge(model, batch, groups)
             progress.advance((stop - start) * length)
     finally:
         progress.finish()
+    for one in alive(splices):
+        with one.failing():
+            if one.sound is not None and not one.sound:
+                raise SaeError(
+                    f"{one.site.dataset.key}: with its rows' reconstruction or mean cross-entropy is not a number; "
+                    "they are too large for the model"
+                )
     for group in groups:
         if not group.counted:
             with together(group.splices):
@@ -74,11 +82,11 @@ class _Batch:
 
 @dataclass(eq=False)
 class _Group:
-    """All that is spliced in at one site. counted: predictions that counted."""
+    """All that is spliced in at one site. counted: predictions that counted, on the model's device."""
 
     splices: Sequence[Splice]
     rule: TokenMask
-    counted: int = 0
+    counted: Tensor | int = 0
 
     @property
     def site(self) -> Site:
@@ -109,21 +117,18 @@ def _pass(model: LanguageModel, batch: _Batch, groups: Sequence[tuple[_Group, Se
     into = torch.from_numpy(batch.ids)
     plans = []
     for group, splices in groups:
-        rows = torch.from_numpy(group.rule.mask(batch.ids, batch.lengths, batch.begin)).to(model.device)
+        rows = torch.from_numpy(group.rule.mask(batch.ids, batch.lengths, batch.begin))
         saes = {str(i): one.sae for i, one in enumerate(splices)}
-        plans.append(spliced(saes, model, into, rows, group.site.dataset, group.site.mean.to(model.device)))
+        plans.append(spliced(saes, model, into, rows, group.site.dataset, placement.moved(group.site.mean, model.device)))
     every = {f"{n} {name}": each for n, plan in enumerate(plans) for name, each in plan.interventions.items()}
     found = model.compare(into, every)
     for n, ((group, splices), plan) in enumerate(zip(groups, plans, strict=True)):
-        mask = plan.replaced()[:, :-1].cpu() & batch.real
-        group.counted += int(mask.sum())
+        mask = plan.replaced()[:, :-1] & placement.moved(batch.real, model.device)
+        group.counted = group.counted + mask.sum()
         for i, one in enumerate(splices):
             own = {name: found.spliced[f"{n} {of_plan}"] for name, of_plan in plan.of(str(i)).items()}
+            sound = torch.stack([each.ce.isfinite().all() for each in own.values()]).all()
+            one.sound = sound if one.sound is None else one.sound & sound
             with one.failing():
-                if not all(bool(each.ce.isfinite().all()) for each in own.values()):
-                    raise SaeError(
-                        f"{group.site.dataset.key}: with its rows' reconstruction or mean cross-entropy is not a "
-                        "number; they are too large for the model"
-                    )
                 for metric in one.metrics:
                     metric.splice(found.clean, own, mask, batch.places)

@@ -39,17 +39,16 @@ class Breakdown(Metric):
         y = in_float64(batch.y)
         if self._centre is None:
             self._centre = y.mean(0)
-        errors = (y - in_float64(batch.y_hat)).square().sum(1).cpu()
-        away = (y - self._centre).cpu()
-        l0 = batch.codes.l0().double().cpu() if isinstance(batch.codes, Latents) else None
+        errors, away = (y - in_float64(batch.y_hat)).square().sum(1), y - self._centre
+        l0 = batch.codes.l0().double() if isinstance(batch.codes, Latents) else None
         for one, buckets in self._in(batch.places):
             one.count_rows(buckets, away, errors, l0)
 
     def splice(self, clean: Tensor, spliced: Mapping[str, tuple[Tensor, Tensor]], mask: Tensor, places: Places) -> None:
         ce, kl = spliced[SAE]
-        values = torch.stack([one.double().cpu()[mask] for one in (clean, ce, kl, spliced[ZERO][0])], 1)
-        for one, buckets in self._in(Places(*(each[mask] for each in places))):
-            one.count_predictions(buckets, values)
+        values = torch.stack([in_float64(one).flatten() for one in (clean, ce, kl, spliced[ZERO][0])], 1)
+        for one, buckets in self._in(places):
+            one.count_predictions(torch.where(mask, buckets, -1).flatten(), values)
 
     def result(self) -> dict[str, Value]:
         return {}
@@ -62,48 +61,55 @@ class Breakdown(Metric):
 
     def _in(self, places: Places) -> list[tuple[_Buckets, Tensor]]:
         """The buckets of each table, and which of them each token is in; -1 for none."""
-        position, rarity = places.position.cpu(), places.rarity.cpu()
-        doubling = torch.where(position > 0, position.clamp_min(1).double().log2().floor().long() + 1, 0)
-        return [*zip(self._sides.values(), (doubling, rarity.long()), strict=True)]
+        doubling = torch.frexp(places.position.double()).exponent.long()
+        return [*zip(self._sides.values(), (doubling, places.rarity.long()), strict=True)]
 
 
 class _Buckets:
-    """Sums over the rows, and over the predictions, of each of `count` buckets."""
+    """Sums over the rows, and over the predictions, of each of `count` buckets, and of one more for those in none."""
 
     def __init__(self, count: int) -> None:
-        self._rows = torch.zeros(count, 4, dtype=torch.float64)  # 1, squared error, |y - centre|^2, L0
-        self._away: Tensor | None = None  # [count, d], y - centre
-        self._with_l0 = True
-        self._predictions = torch.zeros(count, 5, dtype=torch.float64)  # 1, CE clean, CE, KL, CE with zeros
+        self._count, self._with_l0 = count, True
+        self._rows = self._zeros(4)  # 1, squared error, |y - centre|^2, L0
+        self._away: Tensor | None = None  # [count + 1, d], y - centre
+        self._predictions = self._zeros(5)  # 1, CE clean, CE, KL, CE with zeros
 
     def count_rows(self, buckets: Tensor, away: Tensor, errors: Tensor, l0: Tensor | None) -> None:
         self._with_l0 = l0 is not None
         values = [torch.ones_like(errors), errors, away.square().sum(1), torch.zeros_like(errors) if l0 is None else l0]
         if self._away is None:
-            self._away = away.new_zeros(len(self._rows), away.shape[1])
-        known = buckets >= 0
-        self._rows.index_add_(0, buckets[known], torch.stack(values, 1)[known])
-        self._away.index_add_(0, buckets[known], away[known])
+            self._away = self._zeros(away.shape[1])
+        self._rows = self._added(self._rows, buckets, torch.stack(values, 1))
+        self._away = self._added(self._away, buckets, away)
 
     def count_predictions(self, buckets: Tensor, values: Tensor) -> None:
-        known = buckets >= 0
         both = torch.cat([values.new_ones(len(values), 1), values], 1)
-        self._predictions.index_add_(0, buckets[known], both[known])
+        self._predictions = self._added(self._predictions, buckets, both)
+
+    def _zeros(self, width: int) -> Tensor:
+        return torch.zeros(self._count + 1, width, dtype=torch.float64)
+
+    def _added(self, sums: Tensor, buckets: Tensor, values: Tensor) -> Tensor:
+        """Sums [count + 1, w] with those of values [n, w] in buckets [n], where they are; -1 is none."""
+        there = torch.where(buckets >= 0, buckets, self._count)
+        return sums.to(values.device).index_add_(0, there.to(values.device), values)
 
     def table(self, named: Any) -> list[dict[str, Any]]:
         """A line for each bucket that has rows or predictions."""
         lines = []
-        rows, tokens = self._rows[:, 0], self._predictions[:, 0]
-        mean = None if self._away is None else self._away.sum(0) / rows.sum().clamp_min(1)
+        of_rows, predictions = self._rows.cpu()[:-1], self._predictions.cpu()[:-1]
+        rows, tokens = of_rows[:, 0], predictions[:, 0]
+        away = None if self._away is None else self._away.cpu()[:-1]
+        mean = None if away is None else away.sum(0) / rows.sum().clamp_min(1)
         for bucket in ((rows > 0) | (tokens > 0)).nonzero().flatten().tolist():
             line = {**named(bucket), "rows": int(rows[bucket]), "fvu": None, "l0": None}
-            if self._away is not None and mean is not None and rows[bucket] > 0:
-                count, error, square, l0 = self._rows[bucket].tolist()
-                variance = square - 2 * (mean @ self._away[bucket]).item() + count * mean.square().sum().item()
+            if away is not None and mean is not None and rows[bucket] > 0:
+                count, error, square, l0 = of_rows[bucket].tolist()
+                variance = square - 2 * (mean @ away[bucket]).item() + count * mean.square().sum().item()
                 line["fvu"] = error / variance if variance > 0 else None
                 line["l0"] = l0 / count if self._with_l0 else None
             if tokens[bucket] > 0:
-                count, *sums = self._predictions[bucket].tolist()
+                count, *sums = predictions[bucket].tolist()
                 clean, ce, kl, zero = (one / count for one in sums)
                 recovered = (zero - ce) / (zero - clean) if zero - clean >= MIN_COST else None
                 line |= {

@@ -46,7 +46,7 @@ class CodeRate(Metric):
     def __init__(self, coder: Coder) -> None:
         self.coder = coder
         self._rows = 0
-        self._parameters = 0.0
+        self._parameters = torch.zeros((), dtype=torch.float64)
         self._counts = torch.zeros(coder.width, dtype=torch.int64)
         self._held: list[tuple[Tensor, Tensor]] = []
         self._left = max(1, min(ROWS, VALUES // max(1, coder.width)))
@@ -58,9 +58,11 @@ class CodeRate(Metric):
     def update(self, batch: Encoded) -> None:
         assert batch.codes is not None
         self._rows += batch.codes.batch
-        self._parameters += self.coder.active_parameters(batch.codes).double().sum().item()
+        parameters = self.coder.active_parameters(batch.codes).double().sum()
+        self._parameters = self._parameters.to(parameters.device) + parameters
         if self.coder.codebooks:
-            self._counts += batch.codes.fired().cpu()
+            fired = batch.codes.fired()
+            self._counts = self._counts.to(fired.device) + fired
         elif self._left:
             self._held.append((batch.x[: self._left], batch.y[: self._left]))
             self._left -= len(self._held[-1][0])
@@ -69,14 +71,15 @@ class CodeRate(Metric):
         bits: float | None
         usage = perplexity = None
         if books := self.coder.codebooks:
-            each = [entropy(counts) for counts in self._counts.split([*books])]
+            used = self._counts.cpu().split([*books])
+            each = [entropy(counts) for counts in used]
             bits = sum(each) / LOG2
-            usage = sum(int((counts > 0).sum()) for counts in self._counts.split([*books])) / sum(books)
+            usage = sum(int((counts > 0).sum()) for counts in used) / sum(books)
             perplexity = float(torch.tensor(each).mean().exp())
         else:
             bits = self._rounded_bits()
         return {
-            "bits": bits, "active_parameters": self._parameters / self._rows if self._rows else None,
+            "bits": bits, "active_parameters": self._parameters.item() / self._rows if self._rows else None,
             "codebook_usage": usage, "perplexity": perplexity, "active_units": self._active_units(),
         }  # fmt: skip
 

@@ -33,8 +33,8 @@ class Coefficients(Metric):
 
     def __init__(self, learned: Tensor, truth: Tensor) -> None:
         """learned: directions [m, d]. truth: features [G, d], those of zeros left out."""
-        self._shown = truth.any(1)
-        truth = truth[self._shown]
+        shown = truth.any(1)
+        truth, self._shown = truth[shown], shown.nonzero().view(-1)
         self._latent = best(truth, learned)
         by_chance = random_directions(len(learned), truth.shape[1])
         self._random = by_chance[best(truth, by_chance)]
@@ -52,15 +52,19 @@ class Coefficients(Metric):
         if room <= 0 or not len(self._latent):
             return
         assert batch.codes is not None
-        activations = batch.codes.dense().detach()[:room].cpu().float()[:, self._latent]
-        projections = batch.y[:room].cpu().float() @ self._random.T
-        self._kept.append((activations, projections, coefficients[:room].cpu()[:, self._shown]))
+        where = batch.y.device
+        self._latent, self._shown, self._random = (
+            each.to(where) for each in (self._latent, self._shown, self._random)
+        )
+        activations = batch.codes.dense().detach()[:room].float()[:, self._latent]
+        projections = batch.y[:room].float() @ self._random.T
+        self._kept.append((activations, projections, coefficients[:room, self._shown]))
         self.rows += len(activations)
 
     def result(self) -> dict[str, Value]:
         if not self.rows:
             return dict.fromkeys(one.key for one in self.figures)
-        activations, projections, true = (torch.cat(parts) for parts in zip(*self._kept, strict=True))
+        activations, projections, true = (torch.cat(parts).cpu() for parts in zip(*self._kept, strict=True))
         there = true > 0
         return {
             "coefficient_r": _mean(correlations(activations, true)), "coefficient_auroc": _mean(auroc(activations, there)),

@@ -52,8 +52,9 @@ class DeadLatents(Metric):
         self._held_out = len(self._upto)
 
     def search(self, codes: Codes) -> None:
-        counts = codes.fired().cpu()
-        self._first[(self.counts == 0) & (counts > 0)] = len(self._upto)
+        counts = codes.fired()
+        self.counts, self._first = self.counts.to(counts.device), self._first.to(counts.device)
+        self._first.masked_fill_((self.counts == 0) & (counts > 0), len(self._upto))
         self.counts += counts
         self._upto.append(self.rows + codes.batch)
 
@@ -63,7 +64,7 @@ class DeadLatents(Metric):
     def details(self) -> dict[str, Any]:
         """Every definition, the rows it was applied to, and the latents it is true of; None with fewer rows than it takes."""
         whole = len(self._upto)
-        rates = self.counts / max(1, self.rows)
+        rates, first = self.counts.cpu() / max(1, self.rows), self._first.cpu()
         by_rate = {
             f"rate below {LOW:g}": (rates < LOW, 1 / LOW), f"rate below {ULTRA_LOW:g}": (rates < ULTRA_LOW, 1 / ULTRA_LOW),
             f"rate above {DENSE:g}": (rates > DENSE, 1 / DENSE),
@@ -74,7 +75,7 @@ class DeadLatents(Metric):
         enough = [i + 1 for i, rows in enumerate(self._upto) if rows >= MANY]
         windows[f"no row of {MANY:,}"] = enough[0] if enough else None
         found = {
-            name: None if batches is None else self._found(self._first >= batches, self._upto[batches - 1] if batches else 0)
+            name: None if batches is None else self._found(first >= batches, self._upto[batches - 1] if batches else 0)
             for name, batches in windows.items()
         }  # fmt: skip
         found |= {

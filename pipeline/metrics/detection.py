@@ -28,7 +28,7 @@ class Detection(Metric):
     def __init__(self, learned: Tensor, truth: Tensor) -> None:
         """learned: directions [m, d]. truth: features [G, d]; those of zeros are shown by no row."""
         self._feature = best(learned, truth) if truth.any() else None
-        self._hits, self._fired, self._there = torch.zeros(3, len(learned), dtype=torch.float64)
+        self._sums = torch.zeros(3, len(learned), dtype=torch.float64)  # both, it fires, its feature is there
         self.rows = 0
 
     @classmethod
@@ -40,17 +40,18 @@ class Detection(Metric):
         if self._feature is None:
             return
         assert batch.codes is not None
-        fires, there = batch.codes.dense().detach().cpu() != 0, coefficients.cpu()[:, self._feature] > 0
-        self._hits += (fires & there).sum(0)
-        self._fired += fires.sum(0)
-        self._there += there.sum(0)
+        fires = batch.codes.dense().detach() != 0
+        self._feature, self._sums = self._feature.to(fires.device), self._sums.to(fires.device)
+        there = coefficients[:, self._feature] > 0
+        self._sums += torch.stack([(fires & there).sum(0), fires.sum(0), there.sum(0)])
         self.rows += len(fires)
 
     def result(self) -> dict[str, Value]:
         if not self.rows:
             return dict.fromkeys(one.key for one in self.figures)
-        precision, recall = self._hits / self._fired.clamp(min=1), self._hits / self._there.clamp(min=1)
-        f1 = 2 * self._hits / (self._fired + self._there).clamp(min=1)
+        hits, fired, there = self._sums.cpu()
+        precision, recall = hits / fired.clamp(min=1), hits / there.clamp(min=1)
+        f1 = 2 * hits / (fired + there).clamp(min=1)
         return {
             "detection_f1": f1.mean().item(), "detection_precision": precision.mean().item(),
             "detection_recall": recall.mean().item(),

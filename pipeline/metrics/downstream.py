@@ -82,7 +82,7 @@ class Downstream(Metric):
     )  # fmt: skip
 
     def __init__(self) -> None:
-        self._sums: dict[tuple[str, str], list[np.ndarray]] = {}
+        self._sums: dict[tuple[str, str], list[Tensor]] = {}
         self._found: dict[str, DownstreamScores] | None = None
 
     def splice(self, clean: Tensor, spliced: Mapping[str, tuple[Tensor, Tensor]], mask: Tensor, places: Places) -> None:
@@ -128,12 +128,11 @@ class Downstream(Metric):
             found[name, "ce"], found[name, "kl"] = ce, kl
         assert not self._sums or set(self._sums) == set(found), "every batch has the same replacements"
         for key, values in found.items():
-            sums = torch.where(kept, values.double(), 0.0).sum(1)
-            self._sums.setdefault(key, []).append(sums.cpu().numpy())
+            self._sums.setdefault(key, []).append(torch.where(kept, values.double(), 0.0).sum(1))
 
     def scores(self, *, resamples: int = 1000, seed: int = 0) -> dict[str, DownstreamScores]:
         """Scores of every replacement (the baselines too). Raises ValueError when there were no tokens."""
-        per_context = {key: np.concatenate(parts) for key, parts in self._sums.items()}
+        per_context = {key: torch.cat(parts).cpu().numpy() for key, parts in self._sums.items()}
         tokens = per_context.get(("", "tokens"), np.zeros(0))
         if not tokens.sum():
             raise ValueError("no tokens to score")

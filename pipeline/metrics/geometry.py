@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +18,9 @@ from torch.nn.functional import cosine_similarity, normalize
 from sae.pipeline.metrics.figures import Figure
 from sae.pipeline.metrics.metric import Metric, Subject, Value, register
 from sae.pipeline.metrics.similarity import chance
-from sae.pipeline.saes.coherence import jl
+from sae.pipeline.saes import coherence
 from sae.pipeline.saes.dictionary import Dictionary
 
-BLOCK = 1 << 22  # cosines held at a time
 SAMPLED = 256  # random directions whose nearest is looked for
 
 
@@ -54,7 +53,7 @@ class Geometry(Metric):
         m, d = sae.d_sae, sae.d_out
         several = m > 1
         return {
-            "orthogonality": pairs.mean_abs, "jl": jl(sae.W_dec.detach()).item(),
+            "orthogonality": pairs.mean_abs, "jl": pairs.jl,
             "largest_cosine": pairs.largest.max().item() if several else None,
             "mean_largest_cosine": pairs.largest.mean().item() if several else None,
             "mean_largest_cosine_chance": chance(min(m, SAMPLED), m - 1, d) if several else None,
@@ -78,31 +77,42 @@ class Geometry(Metric):
 
 
 class Pairs(NamedTuple):
-    """Of the rows of a table [m, d]: the mean |cosine| of two of them (None for a single row), each one's largest cosine
-    with another, float32 [m], and which that is, int64 [m] (both empty for a single row). On the CPU."""
+    """Of the rows of a table [m, d]: the mean |cosine| of two of them (None for a single row), the penalty of
+    `coherence`, each one's largest cosine with another, float32 [m], and which that is, int64 [m] (both empty for a
+    single row). On the CPU."""
 
     mean_abs: float | None
+    jl: float
     largest: Tensor
     nearest: Tensor
 
 
 @torch.no_grad()
 def pairs(table: Tensor) -> Pairs:
-    """Look at the cosines of all pairs of rows [m, d]. A row of zeros is at right angles to every other."""
-    m = len(table)
+    """Look at the cosines of all pairs of rows [m, d], each once. A row of zeros is at right angles to every other."""
+    m, d = table.shape
     if m < 2:
-        return Pairs(None, torch.empty(0), torch.empty(0, dtype=torch.int64))
-    unit, total, largest, nearest = normalize(table.float(), dim=1), 0.0, [], []
-    for rows in torch.arange(m, device=table.device).split(max(1, BLOCK // m)):
-        cosines = unit[rows] @ unit.T
-        itself = torch.arange(len(rows), device=table.device), rows
-        cosines[itself] = 0
-        total += cosines.abs().sum(dtype=torch.float64).item()
-        cosines[itself] = -torch.inf
-        found = cosines.max(1)
-        largest.append(found.values.cpu())
-        nearest.append(found.indices.cpu())
-    return Pairs(total / (m * (m - 1)), torch.cat(largest), torch.cat(nearest))
+        return Pairs(None, 0.0, torch.empty(0), torch.empty(0, dtype=torch.int64))
+    unit = normalize(table.float(), dim=1)
+    sizes, penalty = unit.new_zeros(2, dtype=torch.float64)
+    largest, nearest = torch.full_like(unit[:, 0], -torch.inf), torch.zeros_like(unit[:, 0], dtype=torch.int64)
+    for start, cosines in coherence.triangle(unit):
+        stop = start + len(cosines)
+        sizes += coherence.over_ordered_pairs(cosines.abs())
+        penalty += coherence.over_ordered_pairs(coherence.of_pairs(cosines, "abs"))
+        cosines[:, : len(cosines)].fill_diagonal_(-torch.inf)
+        if stop < m:  # those after have met rows of lower numbers alone so far, which go first where cosines are equal
+            _take(largest[stop:], nearest[stop:], cosines[:, len(cosines) :].max(0), start)
+        _take(largest[start:stop], nearest[start:stop], cosines.max(1), start)
+    jl = (penalty * coherence.scale(d, m * m)).float()
+    return Pairs(sizes.item() / (m * (m - 1)), jl.item(), largest.cpu(), nearest.cpu())
+
+
+def _take(largest: Tensor, nearest: Tensor, found: Any, first: int) -> None:
+    """Take up what is larger: values and indices, which count from `first` on."""
+    larger = found.values > largest
+    largest.copy_(torch.where(larger, found.values, largest))
+    nearest.copy_(torch.where(larger, found.indices + first, nearest))
 
 
 @torch.no_grad()

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from sae.pipeline.metrics.figures import Figure
 from sae.pipeline.metrics.metric import Encoded, Metric, Subject, Value, register
+from sae.pipeline.metrics.reconstruction import in_float64
+from sae.pipeline.saes import placement
 from sae.pipeline.saes.dictionary import Dictionary, FixedDictionary
 
 ROWS = 512  # held-out rows it is taken at
@@ -64,7 +66,7 @@ class JacobianCosine(Metric):
 
     def _found(self) -> Tensor:
         """The cosines of rows that have one."""
-        every = torch.cat(self._cosines) if self._cosines else torch.empty(0, dtype=torch.float64)
+        every = torch.cat(self._cosines).cpu() if self._cosines else torch.empty(0, dtype=torch.float64)
         return every[~every.isnan()]
 
 
@@ -77,8 +79,8 @@ def cosines(layer: Function, replacement: Function, x: Tensor) -> Tensor:
         at = x.detach().float().requires_grad_()
         sides = [function(at) for function in (layer, replacement)]
     if not all(side.requires_grad for side in sides):
-        return torch.full((len(x),), torch.nan, dtype=torch.float64)
-    sums = torch.zeros(3, len(x), dtype=torch.float64)
+        return in_float64(x.new_full((len(x),), torch.nan))
+    sums = in_float64(x.new_zeros(3, len(x)))
     for probe in _directions(*sides[0].shape):
         mine, its = (_pulled_back(side, at, probe) for side in sides)
         sums += torch.stack([torch.linalg.vecdot(*pair) for pair in ((mine, its), (mine, mine), (its, its))])
@@ -87,9 +89,10 @@ def cosines(layer: Function, replacement: Function, x: Tensor) -> Tensor:
 
 
 def _pulled_back(y: Tensor, x: Tensor, probe: Tensor) -> Tensor:
-    """float64 [n, d_in] on the CPU: q^T dy/dx of each row."""
-    (found,) = torch.autograd.grad(y, x, probe.to(y.device, y.dtype), retain_graph=True, materialize_grads=True)
-    return found.cpu().double()
+    """float64 [n, d_in]: q^T dy/dx of each row."""
+    probe = placement.moved(probe, y.device).to(y.dtype)
+    (found,) = torch.autograd.grad(y, x, probe, retain_graph=True, materialize_grads=True)
+    return in_float64(found)
 
 
 def _directions(rows: int, width: int) -> Iterator[Tensor]:

@@ -9,15 +9,17 @@
         figures = (Figure("worst", "worst row", "largest squared error of a row", "low"),)
 
         def __init__(self) -> None:
-            self._worst = 0.0
+            self._worst = torch.zeros(())
 
         def update(self, batch: Encoded) -> None:
-            self._worst = max(self._worst, (batch.y - batch.y_hat).square().sum(1).max().item())
+            worst = (batch.y - batch.y_hat).square().sum(1).max()
+            self._worst = worst.maximum(self._worst.to(worst.device))
 
         def result(self) -> dict[str, Value]:
-            return {"worst": self._worst}
+            return {"worst": self._worst.item()}
 
-What it overrides of `update`, `compare`, `search` and `splice` is called where what it `needs` is there.
+What it overrides of `update`, `compare`, `search` and `splice` is called where what it `needs` is there. Tensors come
+on the device that judges, which may run ahead: a metric keeps its sums there, and asks for numbers in `result`.
 """
 
 from __future__ import annotations
@@ -26,11 +28,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from sae.pipeline.declared.importing import import_files
 from sae.pipeline.metrics.figures import Figure, Need, declared
-from sae.pipeline.saes import Coder, Codes, Predictor
+from sae.pipeline.saes import Coder, Codes, Predictor, placement
 from sae.pipeline.saes.dictionary import Dictionary
 
 Value = float | int | None
@@ -43,6 +46,10 @@ class Places(NamedTuple):
 
     position: Tensor
     rarity: Tensor
+
+    def to(self, device: torch.device) -> Places:
+        """The same on a device, which is not waited for."""
+        return Places(*(placement.moved(each.contiguous(), device) for each in self))
 
 
 class Encoded(NamedTuple):
@@ -110,7 +117,7 @@ class Metric(ABC):
         """Count a batch of held-out rows."""
 
     def compare(self, batch: Encoded, coefficients: Tensor) -> None:  # noqa: B027
-        """Count a batch of held-out rows of which the coefficients [B, G] of the true features are known."""
+        """Count a batch of held-out rows of which the coefficients [B, G] of the true features are known, on its device."""
 
     def search(self, codes: Codes) -> None:  # noqa: B027
         """Count a batch of training rows, which are searched for latents that fire."""

@@ -23,13 +23,15 @@ class RowError(Metric):
     )
 
     def __init__(self) -> None:
-        self._errors: list[Tensor] = []  # float32 [B] of each batch: 4 bytes a row
+        self._errors: list[Tensor] = []  # float32 [B] of each batch, and bool [B], which have one: 5 bytes a row
+        self._there: list[Tensor] = []
 
     def update(self, batch: Encoded) -> None:
         y, y_hat = in_float64(batch.y), in_float64(batch.y_hat)
         squares = y.square().sum(1)
-        self._errors.append(((y - y_hat).square().sum(1) / squares)[squares > 0].float().cpu())
+        self._errors.append(((y - y_hat).square().sum(1) / squares).float())
+        self._there.append(squares > 0)
 
     def result(self) -> Mapping[str, Value]:
-        errors = torch.cat(self._errors) if self._errors else torch.empty(0)
+        errors = torch.cat(self._errors)[torch.cat(self._there)] if self._errors else torch.empty(0)
         return {"row_error": errors.median().item() if len(errors) else None}

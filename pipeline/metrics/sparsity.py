@@ -106,8 +106,9 @@ class Sparsity(Metric):
             fires.sum(), (size > TINY).sum(), (size > SMALL).sum(), (fires & (size > RELATIVE * largest)).sum(),
             size.sum(dtype=torch.float64), *self._hoyer(codes),
         ]  # fmt: skip
-        self._sums += torch.stack([one.double() for one in counts]).cpu()
-        self._fired += codes.fired().cpu()
+        sums = torch.stack([one.double() for one in counts])
+        self._sums = self._sums.to(sums.device) + sums
+        self._fired = self._fired.to(sums.device) + codes.fired()
         self.rows += codes.batch
 
     def _hoyer(self, codes: Latents) -> tuple[Tensor, Tensor]:
@@ -115,21 +116,22 @@ class Sparsity(Metric):
         sizes = codes.detach().map(lambda values: values.abs().double())
         l1, l2 = sizes.sum_per_row(), sizes.map(torch.square).sum_per_row().sqrt()
         there, root = l2 > 0, self.d_sae**0.5
-        each = (root - l1[there] / l2[there]) / (root - 1) if self.d_sae > 1 else l1[there] * 0 + 1
-        return each.sum(), there.sum()
+        each = (root - l1 / l2) / (root - 1) if self.d_sae > 1 else torch.ones_like(l1)
+        return torch.where(there, each, 0.0).sum(), there.sum()
 
     def density(self) -> Tensor:
         """float64 [d_sae]: the share of rows each latent fired in."""
         self._check()
-        return self._fired.double() / self.rows
+        return self._fired.cpu().double() / self.rows
 
     def scores(self) -> SparsityScores:
         """The scores of all rows so far. Raises ValueError when there were none."""
         self._check()
-        l0, tiny, small, relative, l1 = (self._sums[:5] / self.rows).tolist()
-        hoyer, there = self._sums[5:].tolist()
+        sums, fired = self._sums.cpu(), self._fired.cpu()
+        l0, tiny, small, relative, l1 = (sums[:5] / self.rows).tolist()
+        hoyer, there = sums[5:].tolist()
         density = self.density()
-        dead, dense = int((self._fired == 0).sum()), int((density > DENSE).sum())
+        dead, dense = int((fired == 0).sum()), int((density > DENSE).sum())
         return SparsityScores(
             rows=self.rows,
             l0=l0,
@@ -141,7 +143,7 @@ class Sparsity(Metric):
             zeros=1 - l0 / self.d_sae,
             dead=dead,
             dead_share=dead / self.d_sae,
-            rare=int(((density < RARE) & (self._fired > 0)).sum()) if self.rows * RARE > 1 else None,
+            rare=int(((density < RARE) & (fired > 0)).sum()) if self.rows * RARE > 1 else None,
             dense=dense,
             dense_share=dense / self.d_sae,
         )

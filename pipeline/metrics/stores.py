@@ -47,9 +47,11 @@ class Stores(Metric):
         ys, hats = (rows.split(self.widths, dim=1) for rows in (batch.y, batch.y_hat))
         for one, y, hat in zip(self.each, ys, hats, strict=True):
             one.count(y, hat)
-        self._squares += torch.stack([in_float64(y).square().sum() for y in ys]).cpu()
+        squares = torch.stack([in_float64(y).square().sum() for y in ys])
+        self._squares = self._squares.to(squares.device) + squares
         if batch.codes is not None:
-            self._fired |= (batch.codes.fired() > 0).cpu()
+            fired = batch.codes.fired() > 0
+            self._fired = self._fired.to(fired.device) | fired
 
     def result(self) -> dict[str, Value]:
         found = [one.scores().fvu for one in self.each]
@@ -84,7 +86,7 @@ class Stores(Metric):
         if not isinstance(self.sae, LatentCoder):
             return None
         rows = self.each[0].scores().rows
-        root_mean_square = (self._squares / rows).sqrt()
+        root_mean_square = (self._squares.cpu() / rows).sqrt()
         norms = self.sae.decoder_norms().double().cpu()
         return norms / root_mean_square.masked_fill(root_mean_square == 0, torch.inf)
 
@@ -93,7 +95,7 @@ class Stores(Metric):
         norms = self._norms()
         if norms is None:
             return None
-        living = norms[self._fired & (norms.sum(1) > 0)]
+        living = norms[self._fired.cpu() & (norms.sum(1) > 0)]
         return living / living.sum(1, keepdim=True)
 
     def _triangle(self) -> list[list[float | None]] | None:
@@ -101,7 +103,7 @@ class Stores(Metric):
         norms = self._norms()
         if norms is None or not isinstance(self.sae, LayerByLayer):
             return None
-        layers = zip(norms.chunk(len(self.widths)), self._fired.chunk(len(self.widths)), strict=True)
+        layers = zip(norms.chunk(len(self.widths)), self._fired.cpu().chunk(len(self.widths)), strict=True)
         return [
             [norm if living.any() and at >= layer else None for at, norm in enumerate(its[living].mean(0).tolist())]
             for layer, (its, living) in enumerate(layers)

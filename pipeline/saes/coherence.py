@@ -7,6 +7,7 @@ would be 256 MiB, several times over. What it gives up: no double backward.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -79,7 +80,7 @@ class _Coherence(torch.autograd.Function):
         m, d = unit.shape
         gradient = torch.zeros_like(unit) if ctx.needs_input_grad[0] else None
         total = _every_pair(unit, form, gradient) if rows is None else _pairs_of(unit, form, rows, gradient)
-        factor = math.sqrt(d) / (m * (m if rows is None else len(rows)))
+        factor = scale(d, m * (m if rows is None else len(rows)))
         if gradient is not None:
             ctx.save_for_backward(gradient.mul_(factor))
         return (total * factor).to(unit.dtype)
@@ -93,19 +94,38 @@ class _Coherence(torch.autograd.Function):
 
 def _every_pair(unit: Tensor, form: Form, gradient: Tensor | None) -> Tensor:
     """The sum over ordered pairs; each is looked at once, by the block of its first row, and counts for both orders."""
-    total, start = unit.new_zeros((), dtype=torch.float64), 0
+    total = unit.new_zeros((), dtype=torch.float64)
+    for start, cosines in triangle(unit):
+        total += over_ordered_pairs(of_pairs(cosines, form))
+        if gradient is not None:
+            slope, stop = _slope(cosines, form), start + len(cosines)
+            gradient[start:stop].addmm_(slope, unit[start:], alpha=2)
+            gradient[stop:].addmm_(slope[:, len(cosines) :].T, unit[start:stop], alpha=2)
+    return total
+
+
+def triangle(unit: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield the cosines of unit rows [m, d] with themselves and with those that come after, some rows n at a time: the
+    first one's number, and [n, m - first], 0 where a row meets itself.
+    """
+    start = 0
     while start < len(unit):
         stop = min(len(unit), start + max(1, BLOCK_ELEMENTS // (len(unit) - start)))
-        block, own = unit[start:stop], stop - start
-        cosines = block @ unit[start:].T
-        cosines[:, :own].fill_diagonal_(0)
-        value, slope = _pairs(cosines, form)
-        total += value[:, :own].sum(dtype=torch.float64) + 2 * value[:, own:].sum(dtype=torch.float64)
-        if gradient is not None:
-            gradient[start:stop].addmm_(slope, unit[start:], alpha=2)
-            gradient[stop:].addmm_(slope[:, own:].T, block, alpha=2)
+        cosines = unit[start:stop] @ unit[start:].T
+        cosines[:, : stop - start].fill_diagonal_(0)
+        yield start, cosines
         start = stop
-    return total
+
+
+def over_ordered_pairs(values: Tensor) -> Tensor:
+    """float64: the sum over ordered pairs of what a block of `triangle` has once for both orders."""
+    own = len(values)
+    return values[:, :own].sum(dtype=torch.float64) + 2 * values[:, own:].sum(dtype=torch.float64)
+
+
+def scale(d: int, pairs: int) -> float:
+    """What a sum over so many ordered pairs of directions in d dimensions is to be multiplied by."""
+    return math.sqrt(d) / pairs
 
 
 def _pairs_of(unit: Tensor, form: Form, rows: Tensor, gradient: Tensor | None) -> Tensor:
@@ -114,22 +134,27 @@ def _pairs_of(unit: Tensor, form: Form, rows: Tensor, gradient: Tensor | None) -
     for who in rows.split(max(1, BLOCK_ELEMENTS // len(unit))):
         cosines = unit[who] @ unit.T
         cosines[torch.arange(len(who), device=unit.device), who] = 0
-        value, slope = _pairs(cosines, form)
-        total += value.sum(dtype=torch.float64)
+        total += of_pairs(cosines, form).sum(dtype=torch.float64)
         if gradient is not None:
+            slope = _slope(cosines, form)
             gradient.index_add_(0, who, slope @ unit).addmm_(slope.T, unit[who])
     return total
 
 
-def _pairs(cosines: Tensor, form: Form) -> tuple[Tensor, Tensor]:
-    """The function of each cosine, and its derivative (0 beyond LARGEST)."""
-    size = cosines.abs() if form.startswith("abs") else cosines.relu()
+def of_pairs(cosines: Tensor, form: Form) -> Tensor:
+    """The function of each cosine."""
+    value = _size(cosines, form).clamp_max_(LARGEST).atanh_()
+    return value.square_() if form.endswith("squared") else value
+
+
+def _slope(cosines: Tensor, form: Form) -> Tensor:
+    """Its derivative, 0 beyond LARGEST."""
+    size = _size(cosines, form)
     inside = size < LARGEST
-    size = size.clamp_max(LARGEST)
-    value = size.atanh()
-    slope = (
-        inside * cosines.sign() / (1 - size * size)
-        if form.startswith("abs")
-        else inside * (size > 0) / (1 - size * size)
-    )
-    return (value * value, 2 * value * slope) if form.endswith("squared") else (value, slope)
+    size = size.clamp_max_(LARGEST)
+    slope = inside * (cosines.sign() if form.startswith("abs") else size > 0) / (1 - size * size)
+    return 2 * size.atanh() * slope if form.endswith("squared") else slope
+
+
+def _size(cosines: Tensor, form: Form) -> Tensor:
+    return cosines.abs() if form.startswith("abs") else cosines.relu()

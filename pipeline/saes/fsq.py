@@ -77,6 +77,7 @@ class FSQ(Scaled, LatentCoder):
     shift: Tensor
     strides: Tensor
     lowest: Tensor
+    levels: Tensor
 
     def __init__(self, config: FSQConfig, d_in: int, d_out: int | None = None, *, seed: int = 0) -> None:
         super().__init__(config, d_in, d_out, seed)
@@ -90,7 +91,7 @@ class FSQ(Scaled, LatentCoder):
         offset = torch.where(levels % 2 == 0, 0.5, 0.0)
         constants = {
             "bound": half, "offset": offset, "shift": (offset / half).atanh(), "lowest": (levels // 2).float(),
-            "strides": torch.tensor([math.prod(config.levels[:i]) for i in range(len(config.levels))]),
+            "strides": torch.tensor([math.prod(config.levels[:i]) for i in range(len(config.levels))]), "levels": levels,
         }  # fmt: skip
         for name, value in constants.items():
             self.register_buffer(name, value, persistent=False)
@@ -117,7 +118,7 @@ class FSQ(Scaled, LatentCoder):
     def table(self) -> Tensor:
         """[groups * codes, d_out]: what each code of each group gives, in the space the loss is taken in."""
         numbers = torch.arange(self.config.codebook, device=self.strides.device)[:, None]
-        places = numbers // self.strides % torch.tensor(self.config.levels, device=numbers.device)
+        places = numbers // self.strides % self.levels
         values = (places - self.lowest) / self.lowest
         decoder = self.W_dec.view(self.config.groups, len(self.config.levels), self.d_out)
         return (values @ decoder).flatten(0, 1)

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from sae.pipeline.runtime.optimisers import Adam
 from sae.pipeline.saes import Trainable, kernels
 
 
-def adam(sae: Trainable, rate: float, betas: tuple[float, float], eps: float) -> torch.optim.Adam:
+def adam(sae: Trainable, rate: float, betas: tuple[float, float], eps: float) -> Adam:
     """The optimiser of something at its first step."""
     groups = [
         {"params": one.parameters, "side": one.side, "times": one.times, "kept": one.kept}
         for one in sae.parameter_groups()
     ]
-    return torch.optim.Adam(groups, lr=rate, betas=betas, eps=eps, fused=True)
+    return Adam(groups, lr=rate, betas=betas, eps=eps, fused=True)
 
 
 def set_rates(optimiser: torch.optim.Optimizer, encoder: float, decoder: float) -> None:

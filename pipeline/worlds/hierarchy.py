@@ -12,7 +12,6 @@ from typing import Literal, NamedTuple, Self
 
 import numpy as np
 from pydantic import Field, model_validator
-from scipy.special import ndtri
 
 from sae.configs.base import Settings
 from sae.pipeline.worlds.draws import Bits, normal, uniform
@@ -123,6 +122,8 @@ class Forest(NamedTuple):
 
 
 def _forest(world: Hierarchy, features: int, fixed: Bits) -> Forest:
+    from scipy.special import ndtri
+
     factor = world.correlation * normal(fixed("factor"), features * world.rank).reshape(features, world.rank)
     shared = (factor**2).sum(1)
     large = shared > 1 - LEAST_OWN

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 from pydantic import Field
-from scipy.signal import lfilter
 
 from sae.configs.base import Settings
 from sae.pipeline.worlds.draws import normal, seeded, uniform
@@ -128,6 +127,8 @@ class _Autoregressions:
 
     def __call__(self, name: str, memory: np.ndarray, drawn: np.ndarray) -> np.ndarray:
         """Steps x_t = a x_{t-1} + sqrt(1 - a^2) e_t of memories a [c], given e [n, c]; the first begins as e_0."""
+        from scipy.signal import lfilter
+
         scale = np.sqrt(1 - memory**2)
         before = self._last.get(name, drawn[0])
         columns = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,7 +29,8 @@ VIEWS = {
 class Watch(TorchDispatchMode):
     """Counts the operations within, and names those that wait. Work on tensors of other kinds of devices is the host's.
 
-    launched: operations that a device does, by name. waited: those that wait for it.
+    launched: operations that a device does, by name. waited: those that wait for it. asked: the same, as "file.py name",
+    by the file that called torch.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -35,6 +38,7 @@ class Watch(TorchDispatchMode):
         self.device = device
         self.launched: Counter[str] = Counter()
         self.waited: list[str] = []
+        self.asked: Counter[str] = Counter()
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -43,6 +47,7 @@ class Watch(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if self._waits(name, args, kwargs):
             self.waited.append(str(func))
+            self.asked[f"{_caller()} {name}"] += 1
         found = func(*args, **kwargs)
         if name not in VIEWS and self._here((args, found)):
             self.launched[name] += 1
@@ -64,6 +69,14 @@ class Watch(TorchDispatchMode):
         if isinstance(values, Tensor):
             return values.device.type == self.device
         return isinstance(values, (list, tuple)) and any(self._here(one) for one in values)
+
+
+def _caller() -> str:
+    """The name of the file that called torch."""
+    frame = sys._getframe(2)
+    while f"{os.sep}torch{os.sep}" in frame.f_code.co_filename and frame.f_back is not None:
+        frame = frame.f_back
+    return os.path.basename(frame.f_code.co_filename)
 
 
 def watched(step: Callable[[], object], device: str = "cpu") -> Watch:

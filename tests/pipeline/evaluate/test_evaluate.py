@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from support.small_models import (
     small_stages,
     token_store,
 )
+from support.watching import watched
 from torch import Tensor
 
 from sae.cache import catalogue
@@ -37,17 +39,20 @@ from sae.cache.runs import EVALUATION, LATENTS, Run
 from sae.cache.store.notes import write_note
 from sae.cache.store.store import HINTS
 from sae.cache.tokens import TokenStore
+from sae.pipeline.evaluate.places import TokenPlaces
+from sae.pipeline.evaluate.rows_passes import judge_rows, search_rows
 from sae.pipeline.evaluate.stage import EvalConfig, evaluate, evaluate_all, expect_evaluated, expect_one_model
-from sae.pipeline.evaluate.subjects import Site, Splice
+from sae.pipeline.evaluate.subjects import Judged, Site, Splice
 from sae.pipeline.evaluate.token_passes import judge_tokens
 from sae.pipeline.formats import trained
 from sae.pipeline.harvest.sources.language_model import HarvestConfig
-from sae.pipeline.language_model import LanguageModel
+from sae.pipeline.language_model import LanguageModel, Point
 from sae.pipeline.metrics.downstream import Downstream, DownstreamScores
+from sae.pipeline.metrics.metric import Subject
 from sae.pipeline.report.neuronpedia import found_features
 from sae.pipeline.report.stage import report
 from sae.pipeline.runtime.progress import Silent
-from sae.pipeline.saes import parse
+from sae.pipeline.saes import create, parse, placement
 from sae.pipeline.saes.contract import LayerByLayer
 from sae.pipeline.train.stage import TrainConfig, open_run, train
 
@@ -1064,3 +1069,40 @@ def test_a_run_on_several_stores_is_judged_store_by_store(gpt2: World, tmp_path:
     with torch.no_grad():
         values = sae.encode(dataset.rows(0, dataset.n_rows).x).dense()[:, latent.latent]
     assert latent.top[0].value == pytest.approx(values.max().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_passes_ask_a_device_that_runs_ahead_for_nothing(
+    gpt2: World, monkeypatch: pytest.MonkeyPatch, limited: bool
+) -> None:
+    """Not for a number, nor for a shape that follows from one; what is found is asked for once they are over."""
+    monkeypatch.setattr(placement, "HOSTS", set())
+    stores = [gpt2.store(0, "resid_post", split) for split in ("train", "validation")]
+    limits = (float(np.quantile(stores[1].norms(0, stores[1].n_rows), 0.7)),) if limited else None
+    model, tokens = gpt2.booted(), gpt2.tokens()
+    assert model.width(Point(0, "resid_post")) == WIDTH  # once, it is tried out whether it keeps its promises
+    training, held_out = (Dataset.of(one).kept_up_to(limits) for one in stores)
+    sae = create(parse({"arch": "topk", "k": 3, "d_sae": D_SAE}), WIDTH).eval()
+    one = Judged(subject=Subject(sae), training=training, held_out=held_out, tokens=tokens)
+    one.begin(model)
+    places, found = TokenPlaces(tokens), []
+    for side, most in zip(one.sides, (None, limits), strict=False):
+        site = Site(held_out.kept_up_to(most), torch.ones(WIDTH))
+        found.append(Splice(sae=sae, site=site, metrics=side))
+    passes: list[Callable[[], None]] = [
+        lambda: judge_rows([one], held_out.n_rows, 64, Silent(), places),
+        lambda: search_rows([one], training.n_rows, 64, Silent()),
+        lambda: judge_tokens(found, model, tokens, CONFIG, Silent(), places),
+    ]
+    asked = sum((watched(each).asked for each in passes), Counter())
+    ends = asked.pop("token_passes.py _local_scalar_dense")
+    assert ends == 2 * len(found)  # whether it was a number, and whether anything counted
+    assert asked.pop("masking_utils.py _local_scalar_dense")  # transformers does, once a pass
+    assert not {*asked} - {*OF_THE_HOST}, asked
+
+
+OF_THE_HOST = (
+    "codecs.py lift_fresh", "places.py lift_fresh", "dataset.py lift_fresh", "token_passes.py lift_fresh",  # of numpy
+    "splicing.py nonzero", "model.py _local_scalar_dense", "activations.py _local_scalar_dense",  # of tokens, of far rows
+)  # fmt: skip
+"""What asks for numbers that are on the CPU, whatever computes."""

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.small_stores import few
 
-from sae.pipeline.metrics import geometry
 from sae.pipeline.metrics.geometry import encoder_decoder_cosine, pairs, random_cosine, welch_bound
+from sae.pipeline.saes import coherence
 
 
 @few
@@ -24,7 +24,7 @@ def test_the_mean_cosine_is_that_of_every_pair(m: int, d: int, seed: int, block:
                 norms = table[i].norm().item() * table[j].norm().item()
                 sizes.append(abs((table[i] @ table[j]).item()) / norms if norms else 0.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(geometry, "BLOCK", block)
+        patch.setattr(coherence, "BLOCK_ELEMENTS", block)
         assert pairs(table).mean_abs == pytest.approx(sum(sizes) / len(sizes), abs=1e-6)
 
 
