@@ -91,7 +91,7 @@ def test_looking_around_imports_nothing_heavy(tmp_path: Path) -> None:
 
 
 def test_training_and_judging_import_what_they_compute_with(tmp_path: Path) -> None:
-    """No language model's libraries where none is run, no plots, and not torch's compiler, which takes as long as torch."""
+    """No language model's libraries where none is run, no plots, and not torch's compiler, as slow to load as torch."""
     for split in ("train", "validation"):
         write_activations(tmp_path, Planted()(256), split=split, ended=True)
     commands = ["train --arch topk --k 2 --d-sae 16 --batch 32 --steps 2 --name it --device cpu"]

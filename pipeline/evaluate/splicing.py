@@ -59,7 +59,9 @@ def spliced(
         MEAN: lambda x: mean.to(x.dtype).expand(len(x), -1),
     }
     reads, writes = point_of(dataset.inputs[0]), point_of(dataset.written[0])
-    return Spliced({name: predicting(rows.by(new), reads, writes) for name, new in by.items()}, lambda: rows.at.replaced)
+    return Spliced(
+        {name: predicting(rows.by(new), reads, writes) for name, new in by.items()}, lambda: rows.at.replaced
+    )
 
 
 def point_of(store: ActivationStore) -> Point:

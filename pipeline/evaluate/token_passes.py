@@ -119,7 +119,8 @@ def _pass(model: LanguageModel, batch: _Batch, groups: Sequence[tuple[_Group, Se
     for group, splices in groups:
         rows = torch.from_numpy(group.rule.mask(batch.ids, batch.lengths, batch.begin))
         saes = {str(i): one.sae for i, one in enumerate(splices)}
-        plans.append(spliced(saes, model, into, rows, group.site.dataset, placement.moved(group.site.mean, model.device)))
+        mean = placement.moved(group.site.mean, model.device)
+        plans.append(spliced(saes, model, into, rows, group.site.dataset, mean))
     every = {f"{n} {name}": each for n, plan in enumerate(plans) for name, each in plan.interventions.items()}
     found = model.compare(into, every)
     for n, ((group, splices), plan) in enumerate(zip(groups, plans, strict=True)):

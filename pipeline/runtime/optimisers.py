@@ -1,4 +1,4 @@
-"""torch's Adam without the compiler that torch loads at an optimiser's first call, which takes as long as torch itself."""
+"""torch's Adam without the compiler, which torch loads at an optimiser's first call, in as long as itself."""
 
 from inspect import unwrap
 

@@ -91,7 +91,8 @@ class FSQ(Scaled, LatentCoder):
         offset = torch.where(levels % 2 == 0, 0.5, 0.0)
         constants = {
             "bound": half, "offset": offset, "shift": (offset / half).atanh(), "lowest": (levels // 2).float(),
-            "strides": torch.tensor([math.prod(config.levels[:i]) for i in range(len(config.levels))]), "levels": levels,
+            "strides": torch.tensor([math.prod(config.levels[:i]) for i in range(len(config.levels))]),
+            "levels": levels,
         }  # fmt: skip
         for name, value in constants.items():
             self.register_buffer(name, value, persistent=False)

@@ -29,8 +29,8 @@ VIEWS = {
 class Watch(TorchDispatchMode):
     """Counts the operations within, and names those that wait. Work on tensors of other kinds of devices is the host's.
 
-    launched: operations that a device does, by name. waited: those that wait for it. asked: the same, as "file.py name",
-    by the file that called torch.
+    launched: operations that a device does, by name. waited: those that wait for it. asked: the same, as
+    "file.py name", by the file that called torch.
     """
 
     def __init__(self, device: str = "cpu") -> None:

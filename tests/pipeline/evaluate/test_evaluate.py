@@ -1103,6 +1103,6 @@ def test_passes_ask_a_device_that_runs_ahead_for_nothing(
 
 OF_THE_HOST = (
     "codecs.py lift_fresh", "places.py lift_fresh", "dataset.py lift_fresh", "token_passes.py lift_fresh",  # of numpy
-    "splicing.py nonzero", "model.py _local_scalar_dense", "activations.py _local_scalar_dense",  # of tokens, of far rows
+    "splicing.py nonzero", "model.py _local_scalar_dense", "activations.py _local_scalar_dense",
 )  # fmt: skip
 """What asks for numbers that are on the CPU, whatever computes."""
