@@ -1,6 +1,11 @@
 """Everything that is asked of a card, measured in one run of less than eight minutes, each target beside its figure.
 
+<<<<<<< HEAD
     python bench/gpu.py [--small] [--only STAGES] [--peers PYTHON]
+=======
+    python bench/gpu.py [--small] [--peers PYTHON]
+                        [--only right,steps,dead,profile,many,loader,train,start,harvest,tests]
+>>>>>>> 548e9d0 (A bench of the start and the end of commands, and its stage on a card)
 
 Prints a table a stage as it goes, and all of it again at the end. A stage that fails is a line that says so, and the
 exit code is 1 then. Stages, of which `--only` names some, comma-separated: right, steps, update, dead, profile, many,
@@ -30,7 +35,7 @@ from support.small_stores import write_activations
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from bench import harvest as harvesting
-from bench import subjects
+from bench import start, subjects
 from bench.peer import Peer
 from bench.planted import planted_rows
 from bench.rows import timed
@@ -86,10 +91,11 @@ class Sizes(NamedTuple):
     rows: int  # of the store
     steps: int  # of the training
     contexts: int
+    judged: int  # tokens, and held-out rows
 
 
-CARD = Sizes("cuda", 768, 24_576, 32, (4096, 16_384), 400_000, 1500, 32_768)
-SMALL = Sizes("cpu", 32, 256, 4, (64, 128), 4096, 60, 4)
+CARD = Sizes("cuda", 768, 24_576, 32, (4096, 16_384), 400_000, 1500, 32_768, 64_512)
+SMALL = Sizes("cpu", 32, 256, 4, (64, 128), 4096, 60, 4, 256)
 
 
 class Bench:
@@ -308,6 +314,19 @@ def training(bench: Bench) -> Iterator[Line]:
     yield Line("its dead latents", last["dead"], "")
 
 
+def starting(bench: Bench) -> Iterator[Line]:
+    """Commands in processes of their own, twice: the first may compile kernels that Triton has not kept."""
+    s, folder = bench.sizes, bench.folder / "commands"
+    sizes = start.Sizes(s.m, s.batches[0], 8 * s.batches[0], s.judged, s.device)
+    start.prepare(folder, sizes)
+    for number, when in enumerate(("first", "again")):
+        for command, words in start.commands(sizes, f"run-{number}").items():
+            found = start.run(words, folder)
+            for moment, what in start.MOMENTS[command].items():
+                most = start.AT_MOST.get((command, moment)) if number else None
+                yield Line(f"{what}, {when}", found[moment].clock, "s", most=most)
+
+
 def harvests(bench: Bench) -> Iterator[Line]:
     """The whole stage at GPT-2 small's shape, of the bare forward; and what the folder takes, which bounds it."""
     where, dtype, contexts = bench.device, torch.bfloat16, 256 if bench.device.type == "cuda" else 2
@@ -366,7 +385,7 @@ def tests(bench: Bench) -> Iterator[Line]:
 
 STAGES: dict[str, Callable[[Bench], Iterator[Line]]] = {
     "right": right, "steps": steps, "update": update, "dead": dead, "profile": profile, "many": many, "loader": loader,
-    "train": training, "harvest": harvests, "tests": tests,
+    "train": training, "start": starting, "harvest": harvests, "tests": tests,
 }  # fmt: skip
 
 

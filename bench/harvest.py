@@ -54,16 +54,16 @@ class Stop(Exception):
     """Raised by the hook: nothing beyond it is needed."""
 
 
-def token_store(root: Path, contexts: int) -> TokenStore:
+def token_store(root: Path, contexts: int, split: str = "train") -> TokenStore:
     """Random GPT-2 tokens."""
     recipe = {
         "source": {"name": "random"},
         "tokenizer": {"name": "gpt2", "n_vocab": 50257, "begin": 50256},
         "context_length": CONTEXT,
         "packing": "concat",
-        "split": "train",
+        "split": split,
     }
-    with TokenWriter(root, "random", recipe) as writer:
+    with TokenWriter(root, "random" if split == "train" else f"random-{split}", recipe) as writer:
         while (left := contexts - writer.store.n_contexts) > 0:
             start, stop = writer.store.windows.bounds(len(writer.store.manifest.windows))
             shape = (min(left, stop - start), CONTEXT)

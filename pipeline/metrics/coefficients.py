@@ -53,9 +53,7 @@ class Coefficients(Metric):
             return
         assert batch.codes is not None
         where = batch.y.device
-        self._latent, self._shown, self._random = (
-            each.to(where) for each in (self._latent, self._shown, self._random)
-        )
+        self._latent, self._shown, self._random = (each.to(where) for each in (self._latent, self._shown, self._random))
         activations = batch.codes.dense().detach()[:room].float()[:, self._latent]
         projections = batch.y[:room].float() @ self._random.T
         self._kept.append((activations, projections, coefficients[:room, self._shown]))
