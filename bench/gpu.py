@@ -1,15 +1,10 @@
 """Everything that is asked of a card, measured in one run of less than eight minutes, each target beside its figure.
 
-<<<<<<< HEAD
     python bench/gpu.py [--small] [--only STAGES] [--peers PYTHON]
-=======
-    python bench/gpu.py [--small] [--peers PYTHON]
-                        [--only right,steps,dead,profile,many,loader,train,start,harvest,tests]
->>>>>>> 548e9d0 (A bench of the start and the end of commands, and its stage on a card)
 
 Prints a table a stage as it goes, and all of it again at the end. A stage that fails is a line that says so, and the
 exit code is 1 then. Stages, of which `--only` names some, comma-separated: right, steps, update, dead, profile, many,
-loader, train, harvest, tests. `--small` tries it without a card, with sizes of which the figures mean nothing.
+loader, train, start, harvest, tests. `--small` tries it without a card, with sizes of which the figures mean nothing.
 `--peers` names an interpreter with eai-sparsify and dictionary_learning (bench/step_peers.py).
 """
 
