@@ -113,6 +113,8 @@ def find(root: Path, kind: type[AnyStore], name: str | None, argument: str | Non
     usual, make = FOUND_BY[kind.kind]
     said = f"{argument or usual} = {'...' if name is None else name}"
     known = folders(root, kind.kind)
+    if name == "":
+        raise SaeError(f"{argument or usual} = '': is the beginning of every key; `stores()` lists them")
     if name is not None and (parse_path(name) / RECIPE).exists():
         matches = [parse_path(name)]
     elif name is not None:

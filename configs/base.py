@@ -1,9 +1,12 @@
 """The class that every settings class descends from."""
 
 import functools
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from sae.cache.errors import SaeError
+from sae.configs.problems import Origins, explained
 
 WHOLE = 2**63  # whole numbers are smaller: they go into files and generators of random numbers
 MOST = 10**9  # of what makes one side of a table in memory: two of them have a size that can be counted
@@ -12,8 +15,25 @@ Item = TypeVar("Item")
 Amount = Annotated[int, Field(ge=1)] | Literal["all"]
 
 
-class Settings(BaseModel):
-    """Settings. Unknown keys, empty words and numbers that are none, or out of any sense, are refused."""
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass as _OneLine
+else:
+
+    class _OneLine(type(BaseModel)):
+        """The class of settings classes: what a program gives wrongly is refused in one line, as what a file says."""
+
+        def __call__(cls, *args: Any, **given: Any) -> Any:
+            try:
+                return super().__call__(*args, **given)
+            except ValidationError as error:
+                raise SaeError(explained(cls, error, Origins(cls.__name__.removesuffix("Config"), [], {}))) from error
+
+
+class Settings(BaseModel, metaclass=_OneLine):
+    """Settings. Unknown keys, empty words and numbers that are none, or out of any sense, are refused.
+
+    A call of the class raises SaeError for such; `model_validate`, which reads files, pydantic's ValidationError.
+    """
 
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()  # one of them takes the place of what lower layers say
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, str_min_length=1)

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from sae.pipeline.saes.vsae_iso import VSAEIsoConfig as VSAEIso
     from sae.pipeline.saes.vsae_mix import VSAEMixConfig as VSAEMix
     from sae.pipeline.saes.vsae_multi import VSAEMultiConfig as VSAEMulti
-    from sae.session import Session, evaluate, harvest, tokenize, train
+    from sae.session import Session
+    from sae.stages import evaluate, harvest, tokenize, train
 
     __version__: str
 
@@ -54,7 +55,8 @@ _HOMES = {
     "sae.pipeline.language_model.places": ("intervene",),
     "sae.pipeline.saes.dictionary": ("Dictionary",),
     "sae.pipeline.saes.latents": ("Latents",),
-    "sae.session": ("Session", "evaluate", "harvest", "tokenize", "train"),
+    "sae.session": ("Session",),
+    "sae.stages": ("evaluate", "harvest", "tokenize", "train"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _ARCHITECTURES = "sae.pipeline.saes"

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from sae.cache import catalogue
+from sae.cache.arguments import checked
 from sae.cache.errors import NotFound
 from sae.cache.runs import Run
 from sae.pipeline import formats
@@ -17,6 +18,7 @@ from sae.pipeline.saes.dictionary import Dictionary
 Named = str | os.PathLike[str]
 
 
+@checked
 def load(run: Named | Run, *, runs: Named | None = None, device: str = "cpu") -> Dictionary:
     """The dictionary of a finished run, ready to encode: in evaluation mode, without gradients, in the data's units.
 
@@ -29,6 +31,7 @@ def load(run: Named | Run, *, runs: Named | None = None, device: str = "cpu") ->
     return trained.load_run(run).to(devices.resolve_device(device))
 
 
+@checked
 def read(source: Named, *, device: str = "cpu", offline: bool = False) -> Dictionary:
     """The dictionary of another tool (SAELens, sparsify, ...), likewise ready; `metadata` says what of.
 

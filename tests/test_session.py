@@ -1,6 +1,6 @@
 """`sae.Session`: from text and from rows in memory to trained and judged dictionaries, in a few lines each."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from sae.pipeline import formats
 from sae.pipeline.metrics.figures import compared
 from sae.pipeline.saes import create
 from sae.pipeline.studies.rates import Rates
-from sae.session import Figures, Session, Table, TrainedRun
+from sae.runs import TrainedRun
+from sae.session import Session
+from sae.tables import Figures, Table
 
 D, FEATURES = 8, 12
 
@@ -290,6 +292,73 @@ def test_errors_speak_of_arguments_and_settings(lab: Session, tmp_path: Path) ->
     with pytest.raises(sae.SaeError, match=r"^cache = .*file: is a file"):
         sae.Session(cache=tmp_path / "file")
     assert not lab.runs.exists() or not any(lab.runs.iterdir())
+
+
+WRONG: list[tuple[Callable[[Session], object], str]] = [
+    (lambda lab: sae.Session(cache=3), r"cache = 3: is not what is meant; give text or a path"),  # type: ignore[arg-type]
+    (lambda lab: sae.Session(runs=""), r"runs = '': is not the name of a folder"),
+    (lambda lab: sae.Session(cache="a\0b"), r"cache = 'a\\x00b': is not the name of a folder"),
+    (lambda lab: sae.Session(device=None), r"device = None: is not"),  # type: ignore[arg-type]
+    (lambda lab: sae.Session(progress="yes"), r"progress = 'yes': is not"),  # type: ignore[arg-type]
+    (lambda lab: sae.Session(offline="no"), r"offline = 'no': is not .*True or False"),  # type: ignore[arg-type]
+    (lambda lab: lab.tokenize(preset="tiny", workers=0), r"workers = 0: is no number of processes"),
+    (lambda lab: lab.tokenize(preset=["tiny"]), r"preset: is a list; give text or None"),  # type: ignore[arg-type]
+    (lambda lab: lab.tokenize(preset="tiny", tokenz=5), r"tokenize\.tokenz: unknown key; did you mean 'tokens'"),
+    (lambda lab: lab.harvest(3), r"tokens_from = 3: is not"),  # type: ignore[arg-type]
+    (lambda lab: lab.harvest(""), r"tokens_from = '': is the beginning of every key"),
+    (lambda lab: lab.harvest(model=torch.nn.Linear(2, 2)), r"model: is a Linear; give"),  # type: ignore[arg-type]
+    (lambda lab: lab.harvest(source="table"), r"harvest\.table: which file the rows are in is not said"),
+    (lambda lab: lab.dataset(planted(20), first="a"), r"first = 'a': is not .*a whole number"),  # type: ignore[arg-type]
+    (lambda lab: lab.dataset(planted(20), first=30), r"first = 30|30 rows asked for|.*30"),
+    (lambda lab: lab.dataset(planted(20), name=3), r"name = 3: is not"),  # type: ignore[arg-type]
+    (lambda lab: lab.dataset(planted(20), validation="a"), r"validation = 'a': is not"),  # type: ignore[arg-type]
+    (lambda lab: lab.dataset(planted(20)).batches(0), r"batch = 0: is too small; give 1 or more"),
+    (lambda lab: lab.dataset(planted(20)).batches(4, seed="a"), r"seed = 'a': is not"),  # type: ignore[arg-type]
+    (lambda lab: lab.train(sae.TopK(**TOPK), (planted(9),)), r"rows: a tuple of 1; give a pair"),
+    (lambda lab: lab.train(sae.TopK(**TOPK), planted(9), name=3), r"name = 3: is not"),  # type: ignore[call-overload]
+    (lambda lab: lab.train(sae.TopK(**TOPK), planted(9), log=3), r"log = 3: is not"),
+    (lambda lab: sae.TopK(k=0), r"TopK\.k = 0: input should be greater than or equal to 1$"),
+    (lambda lab: sae.TopK(kk=3), r"TopK\.kk: unknown key; did you mean 'k'\?$"),  # type: ignore[call-arg]
+    (lambda lab: lab.run(3), r"name = 3: is not what is meant; give an object of Run or text or a path or None$"),  # type: ignore[arg-type]
+    (lambda lab: lab.load(object()), r"run: is a object; give"),  # type: ignore[arg-type]
+    (lambda lab: sae.load(None), r"run = None: is not"),  # type: ignore[arg-type]
+    (lambda lab: sae.read(3), r"source = 3: is not"),  # type: ignore[arg-type]
+    (lambda lab: lab.adopt("nonesuch", ""), r"name = '': is not the name of a folder"),
+    (lambda lab: lab.push("nonesuch", 3), r"repository = 3: is not"),  # type: ignore[arg-type]
+    (lambda lab: lab.export(3, "e"), r"run = 3: is not"),  # type: ignore[arg-type]
+    (lambda lab: lab.evaluate([]), r"runs: an empty list"),
+    (lambda lab: lab.evaluate(["a", 3]), r"what: holds a int"),  # type: ignore[list-item]
+    (lambda lab: lab.evaluate("a", planted(9)), r"rows: a run is judged on held-out rows of its own"),
+    (lambda lab: lab.evaluate("a", cross_entropy="no"), r"cross_entropy = 'no': is not"),  # type: ignore[call-overload]
+    (lambda lab: lab.compare("nonesuch"), r"nonesuch: no such run"),
+    (lambda lab: lab.compare(3), r"runs = 3: is not"),  # type: ignore[arg-type]
+    (lambda lab: lab.study("rates"), r"study = 'rates': is not .* an object of Study"),  # type: ignore[arg-type]
+    (lambda lab: lab.analyze("a", ["sparsity"]), r"names: is a list; give text"),  # type: ignore[arg-type]
+    (lambda lab: lab.probe("a", 3), r"data: is a int; give a file"),
+    (lambda lab: lab.probe("a", {"a": (["x"],)}), r"data: what 'a' has is no pair of lists"),
+    (lambda lab: lab.match([]), r"runs: an empty list"),
+    (lambda lab: lab.decompose(kind="nope"), r"decompose\.kind = nope"),
+    (lambda lab: lab.latents_of("a", 3), r"text = 3: is not"),  # type: ignore[arg-type]
+    (lambda lab: lab.steer("a", 1.5, "x", 1), r"feature = 1\.5: is not .*a whole number"),  # type: ignore[arg-type]
+    (lambda lab: lab.steer("a", 1, "x", ["a"]), r"strength: holds a str; give"),  # type: ignore[list-item]
+    (lambda lab: lab.ablate_topic("a", None, "b"), r"topic = None: is not"),  # type: ignore[arg-type]
+    (lambda lab: lab.report([]), r"runs: an empty list"),
+    (lambda lab: lab.statistics("a", rowz=3), r"report\.rowz: unknown key; did you mean 'rows'"),
+    (lambda lab: sae.attach(torch.nn.Linear(2, 2), "a"), r"dictionary = 'a': is not"),  # type: ignore[arg-type]
+    (lambda lab: sae.LanguageModel.boot(3), r"name = 3: is not"),  # type: ignore[arg-type]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", range(len(WRONG)))
+def test_an_argument_that_is_wrong_is_named_in_a_line(case: int, lab: Session) -> None:
+    call, line = WRONG[case]
+    with pytest.raises(sae.SaeError, match=f"^{line}") as refused:
+        call(lab)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_first_rows_of_those_in_memory(lab: Session) -> None:
+    assert lab.dataset(planted(200), first=50).n_rows == 50
 
 
 def test_results_are_shown_as_tables_that_run_nothing() -> None:

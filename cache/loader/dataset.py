@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sae.cache import catalogue
 from sae.cache.activations import ActivationStore
+from sae.cache.arguments import checked
 from sae.cache.disk.identity import Recipe
 from sae.cache.errors import NotFound, SaeError
 from sae.cache.loader.loader import Batch, Batches, Settings, common_rows, expect_aligned, side_by_side
@@ -27,6 +28,7 @@ from sae.cache.outliers import Limits, within
 from sae.cache.provenance import Provenance, provenance
 
 Stores = tuple[ActivationStore, ...]
+LEAST = {"batch": 1, "seed": 0, "epochs": 1, "open_chunks": 1, "world": 1, "rank": 0}
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class Dataset:
         """The features that what is reconstructed was made of, float32 [G, d_out]; None where they are not known."""
         return self.written[0].truth if len(self.written) == 1 else None
 
+    @checked
     def first(self, rows: int) -> Self:
         """Its first rows alone. Raises SaeError where there are not so many."""
         return replace(type(self).of(self.inputs, self.targets, rows=rows), limits=self.limits)
@@ -165,8 +168,15 @@ class Dataset:
 
     # Rows
 
+    @checked
     def batches(self, batch: int = 4096, *, positions: bool = False, **settings: Unpack[Settings]) -> Batches:
-        """Shuffled batches of the kept rows; the loader says what else it can be told."""
+        """Shuffled batches of the kept rows; the loader says what else it can be told.
+
+        Raises SaeError for a number below the least that has a meaning.
+        """
+        for name, number in {"batch": batch, **settings}.items():
+            if name in LEAST and number is not None and number < LEAST[name]:  # type: ignore[operator]
+                raise SaeError(f"{name} = {number}: is too small; give {LEAST[name]} or more")
         settings.setdefault("rows", self.n_rows)
         settings.setdefault("largest", self.limits)
         return Batches(self.inputs, self.targets, batch, positions=positions, **settings)
@@ -186,6 +196,7 @@ class Dataset:
             return None
         return within(self.stores, self.limits, start, stop)
 
+    @checked
     def sample(self, count: int, *, first: int = 0, batch: int | None = None) -> Batch:
         """The next `count` kept rows from row `first` on; fewer where there are not so many."""
         parts = [*self.following(first, count, batch or count)]

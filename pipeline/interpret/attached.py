@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae.cache.arguments import checked
 from sae.cache.errors import SaeError
 from sae.pipeline.language_model.interventions import predicting
 from sae.pipeline.language_model.places import Said, intervene
@@ -25,6 +26,7 @@ Edit = Callable[[Tensor], Tensor]
 """Given the values of latents [B, T, d_sae], returns others."""
 
 
+@checked
 def attach(model: Any, dictionary: Dictionary, at: Said | None = None, *, writes: Said | None = None) -> Attached:
     """Say where in a model a dictionary reads, and where it writes; nothing is done to the model yet.
 

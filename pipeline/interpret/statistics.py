@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae.cache.arguments import checked
 from sae.cache.disk.parsing import as_written
 from sae.cache.disk.tensors import read_header, read_tensors, write_tensors
 from sae.cache.errors import DamagedStore, SaeError
@@ -153,6 +154,7 @@ class Statistics:
 
     # Of one
 
+    @checked
     def feature(self, latent: int, group: Group = "asked") -> Feature:
         """Everything about a latent. Raises SaeError for one that is not there."""
         expect_latents([latent], self.d_sae)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sae.cache.arguments import checked
 from sae.cache.errors import SaeError
 from sae.cache.points import hook_name
 from sae.pipeline.language_model.files import RANDOM, find_model, slug
@@ -61,6 +62,7 @@ class LanguageModel:
         self.context_length = self._bridge.context_length
 
     @classmethod
+    @checked
     def boot(
         cls,
         name: str = "gpt2",

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from sae.cache.arguments import checked
 from sae.cache.errors import SaeError
 from sae.cache.points import hook_name, point_in, point_of_hook
 from sae.pipeline.language_model.bridge import Hooked, hooked
@@ -42,6 +43,7 @@ class Place(NamedTuple):
 Said = Point | str
 
 
+@checked
 @contextmanager
 def intervene(model: Any, changes: Mapping[Said, Change]) -> Iterator[None]:
     """Within this context the activations at each place go through the function given for it, whoever runs the model.

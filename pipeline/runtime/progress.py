@@ -3,11 +3,12 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 PATIENCE = 1.0  # seconds that something may take without a word
 
 
+@runtime_checkable
 class Progress(Protocol):
     """One long task at a time: start, advance until done, finish. Notes may come at any moment."""
 

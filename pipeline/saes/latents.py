@@ -75,6 +75,8 @@ class Latents:
 
     def edited(self, values: Tensor) -> Latents:
         """Other values [..., d_sae] of the same rows, for `decode` to put where these rows were."""
+        if not isinstance(values, Tensor):
+            raise TypeError(f"values are a {type(values).__name__}; give a torch tensor, as torch.as_tensor(values)")
         if values.shape[-1:] != (self.d_sae,) or values.shape[:-1].numel() != self.batch:
             raise ValueError(f"{self.batch} rows of {self.d_sae} latents cannot have values {list(values.shape)}")
         return replace(Latents.of_dense(values), row_stats=self.row_stats, bypass=self.bypass)

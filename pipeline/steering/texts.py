@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from sae.cache.errors import SaeError
 from sae.pipeline.steering.opened import Opened
 
 
@@ -16,6 +17,8 @@ def fired_on(opened: Opened, text: str, top: int) -> list[dict[str, Any]]:
 
     Raises SaeError for a text without tokens, and for one that is longer than the model reads.
     """
+    if top < 1:
+        raise SaeError(f"top = {top}: is no number of latents; give 1 or more")
     ids = opened.encoded(text, "text = ...")
     rows = opened.model.activations(ids[None], [opened.reads])[opened.reads][0]
     values = opened.dictionary.encode(rows).dense().cpu()

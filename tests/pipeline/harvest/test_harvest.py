@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from pydantic import ValidationError
 from support.harvesting import harvest
 from support.killing import Killed
 from support.late_card import rows_come_late
@@ -228,7 +227,7 @@ def test_rows_of_two_models_and_two_precisions_align(tmp_path: Path, models: dic
 
 @pytest.mark.parametrize("twice", [{"layer": [1, 0, 1]}, {"site": ["mlp_out", "mlp_out"]}])
 def test_a_site_asked_for_twice_is_refused(twice: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match="is there twice"):
+    with pytest.raises(SaeError, match="is there twice"):
         HarvestConfig(**twice)
 
 

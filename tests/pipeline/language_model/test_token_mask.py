@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from support.small_models import BEGIN, CONTEXT, VOCAB, made_up, token_store
 from support.small_stores import few, shrunk, some
 
@@ -41,7 +40,7 @@ def test_the_rule_is_what_it_says(
     skip_first: int, skip_begin: bool, skip_tokens: list[int], kept: tuple[int, int] | None, seed: int
 ) -> None:
     if kept is not None and skip_first >= kept[1]:
-        with pytest.raises(ValidationError, match=f"with skip_first {skip_first} keeps no position"):
+        with pytest.raises(SaeError, match=f"with skip_first {skip_first} keeps no position"):
             TokenMask(skip_first=skip_first, positions=kept)
         return
     rule = TokenMask(skip_first=skip_first, skip_begin=skip_begin, skip_tokens=skip_tokens, positions=kept)

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from pydantic import Field, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt
 from support.command_line import done, sae
 
+from sae.cache.errors import SaeError
 from sae.pipeline.commands.described import studies as described
 from sae.pipeline.commands.voice import DECLARED
 from sae.pipeline.studies.lab import Trial
@@ -165,5 +166,5 @@ def test_what_no_study_can_be() -> None:
         register(Again)
     with pytest.raises(ValueError, match="study asking: more has no default"):
         register(Asking)
-    with pytest.raises(ValidationError, match="8 is there twice"):
+    with pytest.raises(SaeError, match=r"Widths\.widths = .*8 is there twice"):
         Widths(widths=(8, 8))

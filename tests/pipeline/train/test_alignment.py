@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from support.killing import killed_after
 from support.saes_kit import Planted
 from support.small_runs import COST, different, outcome, planted_store, settings, stop_at
@@ -288,7 +287,7 @@ def test_settings_of_a_group() -> None:
     pair = [settings(align=AlignConfig(), seed=seed, lr=lr) for lr in (1e-3, 1e-4) for seed in (3, 5)]
     assert [config.align.seeds for config in fill_in_align_seeds(pair) if config.align] == [(3, 5)] * 4
     assert fill_in_align_seeds([settings(), settings(seed=1)]) == [settings(), settings(seed=1)]
-    with pytest.raises(ValidationError):
+    with pytest.raises(SaeError, match=r"^Align\.by = 'encoder'"):
         AlignConfig(by="encoder")  # type: ignore[arg-type]
 
 

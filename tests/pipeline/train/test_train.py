@@ -17,7 +17,6 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from support.killing import Killed, killed_after
 from support.saes_kit import DICTIONARIES
 from support.small_runs import (
@@ -1032,9 +1031,8 @@ def test_a_run_that_says_nothing_of_outliers_keeps_all(tmp_path: Path, sinks: Ac
 
 @pytest.mark.parametrize("wrong", ["often", 1, 0.5, -3, True, float("inf"), float("nan"), "1e99", [5], {}])
 def test_what_is_no_rule_for_outliers(wrong: object) -> None:
-    with pytest.raises(ValidationError, match="Value error, input should be auto, none or a number above 1") as caught:
+    with pytest.raises(SaeError, match=r"^Train\.outliers( = .*)?: input should be auto, none or a number above 1"):
         settings(outliers=wrong)
-    assert [one["loc"] for one in caught.value.errors()] == [("outliers",)]
 
 
 def test_too_few_rows_that_are_kept_for_a_batch(tmp_path: Path, far: ActivationStore) -> None:

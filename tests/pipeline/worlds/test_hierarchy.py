@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 from scipy.stats import multivariate_normal, norm
 
+from sae.cache.errors import SaeError
 from sae.pipeline.harvest.sources.synthetic import SyntheticConfig
 from sae.pipeline.worlds.features import GroundTruth
 from sae.pipeline.worlds.hierarchy import Hierarchy, probabilities
@@ -108,8 +108,8 @@ def test_the_figures_of_the_published_generator() -> None:
 
 
 def test_settings_that_cannot_be() -> None:
-    with pytest.raises(ValidationError, match="4 trees of 2 levels, 3 children each, are 52 features, of 50"):
+    with pytest.raises(SaeError, match="4 trees of 2 levels, 3 children each, are 52 features, of 50"):
         SyntheticConfig(features=50, presence=FOREST)
-    with pytest.raises(ValidationError, match=r"least 0\.5 is above most 0\.4"):
+    with pytest.raises(SaeError, match=r"least 0\.5 is above most 0\.4"):
         Hierarchy(least=0.5)
     assert "bias" not in SyntheticConfig().recipe() and "apart" not in SyntheticConfig().recipe()
