@@ -6,10 +6,11 @@ counters and random draws never part; that they have not is checked whenever a c
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae.cache.errors import SaeError
 from sae.pipeline.saes import Observed
@@ -27,8 +28,11 @@ class Ranks(Protocol):
     def stop_requested(self) -> bool:
         """Return True if whoever started this process wants the training to stop."""
 
-    def all_reduce_mean(self, gradients: Iterable[Tensor]) -> None:
-        """Replace each tensor by its mean over the ranks."""
+    def averaging(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        """Within comes a backward pass; at the end every gradient of the parameters is its mean over the ranks.
+
+        Each is on its way as soon as it and those of the parameters before it are there: in one order on all ranks.
+        """
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by that of rank 0."""
@@ -51,7 +55,8 @@ class SingleRank:
 
     rank, world, stop_requested = 0, 1, False
 
-    def all_reduce_mean(self, gradients: Iterable[Tensor]) -> None: ...
+    def averaging(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None: ...
 

@@ -1,15 +1,16 @@
 """Ranks over torch.distributed: gloo between CPUs, NCCL between GPUs, one device a rank.
 
-Gradients are averaged after the backward pass by all-reduces that are under way together, not by
+Gradients are averaged by all-reduces that begin during the backward pass, each with the gradient it is of, not by
 DistributedDataParallel: what is trained is a loss and no `forward`, several dictionaries may share a backward pass, and
-the counters have to be exchanged anyway. Given up: the overlap of communication and backward pass. Flags, barriers and
-tensors of the CPU go over gloo in any case, so that asking whether to stop waits for no GPU.
+the counters have to be exchanged anyway. Flags, barriers and tensors of the CPU go over gloo in any case, so that
+asking whether to stop waits for no GPU.
 
 Who is which rank is said by torchrun's environment, on one machine or several, or by `pipeline.parallel.launcher`.
 """
 
 import os
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from sae.cache.errors import SaeError
 from sae.pipeline.saes import Observed
@@ -101,13 +102,34 @@ class DistributedRanks:
     def stop_requested(self) -> bool:
         return self._stop.is_set()
 
-    def all_reduce_mean(self, gradients: Iterable[Tensor]) -> None:
-        tensors = list(gradients)
-        with _explained():
-            works = [dist.all_reduce(tensor, group=self._group(tensor), async_op=True) for tensor in tensors]
-            for work in works:
-                work.wait()
-        torch._foreach_div_(tensors, self.world)
+    @contextmanager
+    def averaging(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        ready: set[nn.Parameter] = set()
+        waiting, sent = deque(parameters), list[Tensor]()
+        works: list[dist.Work] = []
+
+        def send(parameter: nn.Parameter) -> None:
+            if (gradient := parameter.grad) is not None:
+                works.append(dist.all_reduce(gradient, group=self._group(gradient), async_op=True))
+                sent.append(gradient)
+
+        def arrived(parameter: nn.Parameter) -> None:
+            ready.add(parameter)
+            while waiting and waiting[0] in ready:
+                send(waiting.popleft())
+
+        hooks = [one.register_post_accumulate_grad_hook(arrived) for one in parameters]
+        try:
+            with _explained():
+                yield
+                while waiting:  # what waited for a gradient that there was none of
+                    send(waiting.popleft())
+                for work in works:
+                    work.wait()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        torch._foreach_div_(sent, self.world)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         with _explained():

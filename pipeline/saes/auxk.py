@@ -47,14 +47,23 @@ def explained_ahead(pre: Preactivations, dead: Tensor, k_aux: int, table: Tensor
     """The same e_hat for dead (bool [m]) latents that nobody has counted, at a cost that does not depend on them.
 
     Where more than AHEAD_UP_TO times k_aux are dead, a row's k_aux are chosen among so many of them: those that follow
-    a place which moves on from step to step, so that all have their turn. k_aux is at most m.
+    a place which moves on from step to step, so that all have their turn. k_aux is at most m. Of a stack each
+    dictionary has its own dead (bool [N, m]), and e_hat is [N, B, d_out].
     """
     m, count = pre.d_sae, min(pre.d_sae, AHEAD_UP_TO * k_aux)
     turn = (torch.arange(m, device=dead.device) - clock.step * count % m) % m
     who = torch.where(dead, m - turn, 0).topk(count).indices
-    there = dead.index_select(0, who)
-    weight, bias = (one.index_select(0, who) for one in (pre.weight, pre.bias))  # its gradient is one row's of each
+    there = dead.gather(-1, who).unsqueeze(-2)
+    weight, bias, rows = (_taken(one, who) for one in (pre.weight, pre.bias, table))
     p = sparse.centred_linear(pre.x, pre.centre, weight, bias)
-    top = p.detach().masked_fill(~there, -torch.inf).topk(k_aux, dim=1, sorted=False)
-    keep = torch.zeros_like(p).scatter_(1, top.indices, 1.0) * there
-    return (p.relu() * keep) @ table.index_select(0, who)
+    top = p.detach().masked_fill(~there, -torch.inf).topk(k_aux, dim=-1, sorted=False)
+    keep = torch.zeros_like(p).scatter_(-1, top.indices, 1.0) * there
+    return (p.relu() * keep) @ rows
+
+
+def _taken(table: Tensor, who: Tensor) -> Tensor:
+    """Rows [..., c] of a table, or of each of a stack of tables; the gradient of each is one row's."""
+    if who.dim() == 1:
+        return table.index_select(0, who)
+    firsts = torch.arange(0, table.shape[:2].numel(), table.shape[1], device=who.device)
+    return table.flatten(0, 1).index_select(0, (who + firsts[:, None]).view(-1)).unflatten(0, who.shape)

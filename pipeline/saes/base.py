@@ -87,17 +87,21 @@ class SAE(Dictionary, OverStores):
 
     config_type: ClassVar[type[Config]]
     config: Config
+    stacks: ClassVar[bool] = False
+    """Whether what it does of its own (`_activate`, `_terms`) is written for a stack of them, too (`stacks`)."""
+    configs: tuple[Config, ...]
+    """The settings of each dictionary of a stack; of one that is none, its own."""
     latent_units: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Parameters and buffers measured in units of a latent's activation, which `fold` scales along."""
 
     rows_since_fired: Tensor
     firing_rate: Tensor
-    _none_dead_before = 0  # the step from which on a latent can be dead, as far as that is known
+    none_dead_before = 0  # the step from which on a latent can be dead, as far as that is known
     _few_active = False  # whether so few latents were active, when that was looked at, that entries are cheaper
 
     def __init__(self, config: Config, d_in: Width, d_out: Width | None = None, *, seed: int = 0) -> None:
         OverStores.__init__(self, config, d_in, d_out, seed)
-        self.d_sae, self._acts = config.d_sae, False
+        self.d_sae, self.configs, self._acts = config.d_sae, (config,), False
         several = [len(each) > 1 for each in self._widths]
         generator = torch.Generator().manual_seed(seed)
         table = initial.rows(config.init, self.d_sae, self.d_out, generator)
@@ -248,7 +252,9 @@ class SAE(Dictionary, OverStores):
             past = self._past_latents(active)
             return sparse.compare(active.values, active.entries, weights.W_dec, past, y)
         y_hat = self._reconstruct(active, weights)
-        return y_hat, F.mse_loss(y_hat, y, reduction="sum")
+        if y.dim() == 2:
+            return y_hat, F.mse_loss(y_hat, y, reduction="sum")
+        return y_hat, F.mse_loss(y_hat, y, reduction="none").sum((-2, -1))  # of each of a stack
 
     def chosen(self, x: Tensor, clock: Clock) -> Chosen:
         """What the encoder makes of a batch [B, d_in] at a step of training."""
@@ -287,7 +293,8 @@ class SAE(Dictionary, OverStores):
         active = losses.latents
         if isinstance(active, Uncounted):
             active.close()
-        return Observed(losses.clock, active.batch, active.fired(), self._observe(losses))
+        fired = active.fired().view_as(self.rows_since_fired)
+        return Observed(losses.clock, losses.rows, fired, self._observe(losses))
 
     @torch.no_grad()
     def track(self, *parts: Observed) -> None:
@@ -306,12 +313,12 @@ class SAE(Dictionary, OverStores):
 
     def look_ahead(self, clock: Clock) -> None:
         left = clock.rows(self.config.dead_after) - int(self.rows_since_fired.max())
-        self._none_dead_before = clock.step + 1 + (-(-left // clock.batch) if clock.batch else 0)
+        self.none_dead_before = clock.step + 1 + (-(-left // clock.batch) if clock.batch else 0)
         self._few_active = 0 < float(self.firing_rate.mean()) <= uncounted.FEW
 
     def none_dead(self, clock: Clock) -> bool:
         """Return True if it is known, without waiting, that no latent is dead at a step (`look_ahead`)."""
-        return clock.step < self._none_dead_before
+        return clock.step < self.none_dead_before
 
     @torch.no_grad()
     def directions(self, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -227,12 +227,12 @@ class Trainable(Predictor):
         return self.reduced(F.mse_loss(y_hat, y, reduction="sum"), y)
 
     def reduced(self, total: Tensor, y: Tensor) -> Tensor:
-        """A sum of squares over a batch whose targets are y [B, d_out], in the settings' reduction."""
+        """A sum of squares over a batch whose targets are y [..., B, d_out], in the settings' reduction."""
         match self.config.reduction:
             case "sum_d":
-                return total / y.shape[0]
+                return total / y.shape[-2]
             case "mean_d":
-                return total / y.numel()
+                return total / y.shape[-2:].numel()
             case "fvu":
                 return share(total, spread(y))
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +61,8 @@ class Preactivations:
     x [B, d_in], centre [d_in], weight [m, d_in] (W_enc stored latent by latent), bias [m].
     Under autocast, and in TF32, the product runs in the reduced precision; the entries kept are then recomputed in
     full, so that only the choice of entries is approximate and never their values.
+
+    Of a stack of N dictionaries (`stacks`) x is [N, B, d_in], centre [N, 1, d_in], weight [N, m, d_in], bias [N, m].
     """
 
     def __init__(self, x: Tensor, centre: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -68,7 +71,7 @@ class Preactivations:
 
     @property
     def d_sae(self) -> int:
-        return self.weight.shape[0]
+        return self.weight.shape[-2]
 
     def blocks(self, first: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """(rows, p of those rows [b, m]) without a graph; p is overwritten when the next block is asked for.
@@ -120,16 +123,51 @@ class Preactivations:
         """The pre-activations at the entries, differentiable: `values` [n] are what the scan saw there."""
         if values.dtype != self.weight.dtype or placement.rounds(self.x):
             with torch.no_grad():
-                values = sparse.sddmm(entries, self.centred, self.weight) + self.bias[entries.indices]
+                centred, weight = self.centred.flatten(0, -2), self.weight.flatten(0, -2)
+                values = sparse.sddmm(entries, centred, weight) + self.bias.flatten()[entries.indices]
         return sparse.with_gradient(values, self.x, self.centre, self.weight, self.bias, self.centred, entries)
 
-    def topk(self, k: int) -> Latents:
-        """The k largest of every row: values [B, k] (of either sign), exactly k of them whatever the ties."""
+    def topk(self, *ks: int) -> Latents:
+        """The k largest of every row: values [B, k] (of either sign), exactly k of them whatever the ties.
+
+        Of a stack, as many as is said of each dictionary: values [N B, k], or [n] where that differs.
+        """
+        if self.x.dim() > 2:
+            return self._topk_of_each(ks)
+        (k,) = ks
         kept = [_row_topk(p, k) for _, p in self.blocks()]
         values, indices = kept[0] if len(kept) == 1 else (torch.cat(parts) for parts in zip(*kept, strict=True))
         entries = SparsePattern.per_row(indices, self.d_sae)
         values = self.gather(entries, values.reshape(-1))
         return Latents(values.view(-1, k), entries, self.d_sae)
+
+    def _topk_of_each(self, ks: Sequence[int]) -> Latents:
+        p, m, begin = self._of_each(), self.d_sae, 0
+        kept, patterns = [], []
+        for k, alike in groupby(ks):
+            end = begin + len([*alike])
+            values, indices = _row_topk(p[begin:end].flatten(0, 1), k)
+            firsts = torch.arange(begin * m, end * m, m, device=p.device)
+            kept.append(values)
+            own = (indices.view(end - begin, -1) + firsts[:, None]).view(-1, k)
+            patterns.append(SparsePattern.per_row(own, m * len(ks)))
+            begin = end
+        alone = len(kept) == 1
+        entries = patterns[0] if alone else SparsePattern.following(patterns)
+        values = self.gather(entries, torch.cat([values.reshape(-1) for values in kept]))
+        return Latents(values.view_as(kept[0]) if alone else values, entries, m * len(ks))
+
+    def _of_each(self) -> Tensor:
+        """All of a stack's p [N, B, m], in the precision autocast asks for, without a graph.
+
+        Each product is by itself: it is large enough for a device, and the same as that of its dictionary alone.
+        """
+        dtype = placement.reduced(self.x) or self.x.dtype
+        x, weight, bias = (one.detach().to(dtype) for one in (self.centred, self.weight, self.bias))
+        p = x.new_empty(*x.shape[:2], self.d_sae)
+        for out, *factors in zip(p, bias, x, weight.mT, strict=True):
+            torch.addmm(*factors, out=out)
+        return p
 
     def batch_topk(self, count: int) -> Latents:
         """The `count` largest of the whole batch among the positive ones, exactly so many whatever the ties.

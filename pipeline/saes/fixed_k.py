@@ -52,6 +52,15 @@ class FixedKConfig(Config):
         return start + round((self.k - start) * ramp(self.k_anneal, clock))
 
 
+def ks_at(sae: SAE, clock: Clock) -> list[int]:
+    """k of this step; of a stack, that of each dictionary."""
+    found = []
+    for config in sae.configs:
+        assert isinstance(config, FixedKConfig)
+        found.append(config.k_at(clock))
+    return found
+
+
 def auxk_term(sae: SAE, batch: LossInputs) -> dict[str, Tensor]:
     """{"auxk": the weighted term}, or nothing where it is switched off."""
     config = sae.config
@@ -59,7 +68,7 @@ def auxk_term(sae: SAE, batch: LossInputs) -> dict[str, Tensor]:
     if config.aux_coefficient == 0:
         return {}
     if sae.none_dead(batch.clock):
-        return {"auxk": batch.y.new_zeros(())}
+        return {"auxk": batch.y.new_zeros(batch.y.shape[:-2])}
     k_aux, dead = config.aux_k or auxk.default_k(sae.d_out), sae.dead(batch.clock)
     ahead = placement.runs_ahead(dead)
     if ahead:
@@ -70,7 +79,7 @@ def auxk_term(sae: SAE, batch: LossInputs) -> dict[str, Tensor]:
             return {"auxk": batch.y.new_zeros(())}
         e_hat = auxk.explained(batch.pre, who, min(k_aux, len(who)), batch.W_dec)
     residual = (batch.y - batch.y_hat).detach()
-    error = (residual - e_hat).square().sum()
+    error = (residual - e_hat).square().sum((-2, -1))
     match config.aux_share:
         case "error":
             term = sae.reduced(error, batch.y)
@@ -79,4 +88,4 @@ def auxk_term(sae: SAE, batch: LossInputs) -> dict[str, Tensor]:
         case "none":
             term = share(error, spread(residual))
     term = config.aux_coefficient * term
-    return {"auxk": term.masked_fill(~dead.any(), 0) if ahead else term}
+    return {"auxk": term.masked_fill(~dead.any(-1), 0) if ahead else term}

@@ -82,7 +82,7 @@ class SparseLosses(Losses):
     """The loss of a dictionary, and what it was computed from.
 
     reconstruction and y, what it should have been: [B, d_out] in the space the loss is taken in; `x_hat` is the former
-    in the data's units.
+    in the data's units. Of a stack (`stacks`) both are [N, B, d_out], and terms [N].
     """
 
     latents: Latents
@@ -92,7 +92,7 @@ class SparseLosses(Losses):
 
     @property
     def rows(self) -> int:
-        return self.latents.batch
+        return self.y.shape[-2]
 
     @property
     def x_hat(self) -> Tensor:
@@ -103,8 +103,11 @@ class SparseLosses(Losses):
 
 
 def spread(y: Tensor) -> Tensor:
-    """Scalar: the sum of squares of rows [B, d] around their mean, which is the error of the best constant."""
-    return (y - y.mean(0)).square().sum()
+    """Scalar: the sum of squares of rows [B, d] around their mean, which is the error of the best constant.
+
+    Of a stack's rows [N, B, d] it is [N].
+    """
+    return (y - y.mean(-2, keepdim=True)).square().sum((-2, -1))
 
 
 def share(part: Tensor, whole: Tensor) -> Tensor:

@@ -12,7 +12,9 @@ Shapes in this package: B rows (batch), d_in and d_out widths, m = d_sae latents
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
+from itertools import accumulate
 from types import ModuleType
 from typing import Any
 
@@ -44,6 +46,16 @@ class SparsePattern:
         found = cls(indices.reshape(-1), starts, d_sae)
         if placement.runs_ahead(indices):
             found.row_ids = torch.arange(batch * k, device=indices.device) // k
+        return found
+
+    @classmethod
+    def following(cls, parts: Sequence[SparsePattern]) -> SparsePattern:
+        """The rows of several patterns of the same latents, one pattern's after another's."""
+        entries = [0, *accumulate(len(part.indices) for part in parts)]
+        rows = [0, *accumulate(part.batch for part in parts)]
+        starts = [part.offsets + before for part, before in zip(parts, entries, strict=False)]
+        found = cls(torch.cat([part.indices for part in parts]), torch.cat(starts), parts[0].d_sae)
+        found.row_ids = torch.cat([part.row_ids + before for part, before in zip(parts, rows, strict=False)])
         return found
 
     def regrouped(self, starts: Tensor) -> SparsePattern:
@@ -192,7 +204,7 @@ class _WithGradient(torch.autograd.Function):
         at: SparsePattern,
     ) -> Tensor:
         ctx.save_for_backward(weight, centred)
-        ctx.entries = at
+        ctx.entries, ctx.stack = at, len(centre) if centre.dim() > 1 else None
         return values.clone()  # an input returned as it is would share its identity with the result
 
     @staticmethod
@@ -211,7 +223,7 @@ class _WithGradient(torch.autograd.Function):
         return (
             None,
             spmm(entries, grad, weight) if wants_x else None,
-            -(per_latent @ weight) if wants_centre and per_latent is not None else None,
+            _towards_centre(per_latent, weight, ctx.stack) if wants_centre and per_latent is not None else None,
             of_weight,
             per_latent if wants_bias else None,
             None,
@@ -219,39 +231,57 @@ class _WithGradient(torch.autograd.Function):
         )
 
 
+def _towards_centre(per_latent: Tensor, weight: Tensor, stack: int | None = None) -> Tensor:
+    """The gradient of a centre [d] from those of the latents [m]; of a stack's [N, 1, d] from those of [N m]."""
+    if stack is None:
+        return -(per_latent @ weight)
+    return -(per_latent.view(stack, 1, -1) @ weight.view(stack, -1, weight.shape[-1]))
+
+
 class _Compare(torch.autograd.Function):
     """`decode` plus `rest`, and the sum of its squared errors, whose gradient at the values comes with it.
 
     Nothing but that sum is differentiated as a rule; where y_hat is, too, the inner products are taken once more.
+    rest [r, d] is beside B / r rows each; of a stack of N there are N sums, each over B / N rows.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, table: Tensor, rest: Tensor, aim: Tensor, entries: SparsePattern
+        ctx: Any, values: Tensor, table: Tensor, rest: Tensor, aim: Tensor, entries: SparsePattern, stack: int | None
     ) -> tuple[Tensor, Tensor]:
         y_hat, error, squares, dots = _products().compared(entries.offsets, entries.indices, values, table, rest, aim)
         ctx.save_for_backward(values, table, error, dots)
-        ctx.entries, ctx.by_row = entries, rest.dim() == 2
+        ctx.entries, ctx.rests = entries, len(rest)
         ctx.set_materialize_grads(False)
-        return y_hat, squares.sum()
+        return y_hat, squares.sum() if stack is None else squares.view(stack, -1).sum(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_y_hat: Tensor | None, of_total: Tensor | None) -> tuple[Tensor | None, ...]:
         values, table, error, dots = ctx.saved_tensors
-        wants_values, wants_table, wants_rest, wants_aim, _ = ctx.needs_input_grad
+        wants_values, wants_table, wants_rest, wants_aim, *_ = ctx.needs_input_grad
         twice = error.new_zeros(()) if of_total is None else 2 * of_total
-        of_aim = -(error * twice) if wants_aim else None
+        by_row, by_entry = twice, twice
+        if twice.dim():  # a stack's, which as a rule are equal
+            by_row = twice[:, None].expand(-1, len(error) // len(twice)).reshape(-1, 1)
+            by_entry = by_row.view(-1).index_select(0, ctx.entries.row_ids)
+        of_aim = -(error * by_row) if wants_aim else None
         if of_y_hat is None:  # the gradient at y_hat is the error times a number, so it is not made
-            of_values = dots * twice if wants_values else None
-            of_table = spmm_t(ctx.entries, values * twice, error) if wants_table else None
-            of_rest = (error if ctx.by_row else error.sum(0)) * twice if wants_rest else None
+            of_values = dots * by_entry if wants_values else None
+            of_table = spmm_t(ctx.entries, values * by_entry, error) if wants_table else None
+            by_rest = by_row if ctx.rests == len(error) else twice.view(-1, 1)
+            of_rest = _summed(error, ctx.rests) * by_rest if wants_rest else None
         else:
-            towards = of_y_hat + error * twice
+            towards = of_y_hat + error * by_row
             of_values = sddmm(ctx.entries, towards, table) if wants_values else None
             of_table = spmm_t(ctx.entries, values, towards) if wants_table else None
-            of_rest = (towards if ctx.by_row else towards.sum(0)) if wants_rest else None
-        return of_values, of_table, of_rest, of_aim, None
+            of_rest = _summed(towards, ctx.rests) if wants_rest else None
+        return of_values, of_table, of_rest, of_aim, None, None
+
+
+def _summed(rows: Tensor, count: int) -> Tensor:
+    """[count, d]: the sums of stretches of rows [B, d] that are as long as one another."""
+    return rows if count == len(rows) else rows.view(count, -1, rows.shape[1]).sum(1)
 
 
 class _CentredLinear(torch.autograd.Function):
@@ -267,46 +297,62 @@ class _CentredLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, centre: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         centred = x - centre
         ctx.save_for_backward(weight, centred)
-        ctx.dtype = placement.reduced(x) or weight.dtype
-        return F.linear(centred, weight, bias).to(weight.dtype)  # which under autocast it is not
+        ctx.dtype, ctx.stack = placement.reduced(x) or weight.dtype, len(weight) if weight.dim() > 2 else None
+        stacked = ctx.stack is not None
+        p = torch.baddbmm(bias[:, None], centred, weight.mT) if stacked else F.linear(centred, weight, bias)
+        return p.to(weight.dtype)  # which under autocast it is not
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, centred = ctx.saved_tensors
         wants_x, wants_centre, wants_weight, wants_bias = ctx.needs_input_grad
-        per_latent = grad.sum(0) if wants_bias or wants_centre else None
-        of_centre = -(per_latent @ weight) if wants_centre and per_latent is not None else None
+        per_latent = grad.sum(-2) if wants_bias or wants_centre else None
+        of_centre = _towards_centre(per_latent, weight, ctx.stack) if wants_centre and per_latent is not None else None
         grad, to, of = grad.to(ctx.dtype), weight.to(ctx.dtype), centred.to(ctx.dtype)
         return (
             (grad @ to).to(weight.dtype) if wants_x else None,
             of_centre,
-            (grad.T @ of).to(weight.dtype) if wants_weight else None,
+            (grad.mT @ of).to(weight.dtype) if wants_weight else None,
             per_latent if wants_bias else None,
         )
 
 
 def decode(values: Tensor, entries: SparsePattern, table: Tensor) -> Tensor:
-    """Weighted sums of the table's rows: values of any shape with n elements, table [m, d] -> [B, d]."""
-    return _Decode.apply(values.reshape(-1), table, entries)
+    """Weighted sums of the table's rows: values of any shape with n elements, table [m, d] -> [B, d].
+
+    Of a stack's tables [N, m, d] -> [N, B, d].
+    """
+    found: Tensor = _Decode.apply(values.reshape(-1), table.flatten(0, -2), entries)
+    return found if table.dim() == 2 else found.view(len(table), -1, table.shape[-1])
 
 
 def comparable(table: Tensor, aim: Tensor) -> bool:
-    """Return True if `compare` can take a table [m, d] and rows [B, d]."""
+    """Return True if `compare` can take a table [..., m, d] and rows [..., B, d]."""
     usable = kernels.usable(table) and kernels.usable(aim)
-    return usable and table.shape[1] <= _products().MOST_COLUMNS
+    return usable and table.shape[-1] <= _products().MOST_COLUMNS
 
 
 def compare(values: Tensor, entries: SparsePattern, table: Tensor, rest: Tensor, aim: Tensor) -> tuple[Tensor, Tensor]:
-    """y_hat [B, d] = `decode` + rest ([d] or [B, d]), and the sum of (y_hat - aim)^2, in one pass over the rows."""
-    return _Compare.apply(values.reshape(-1), table, rest, aim, entries)
+    """y_hat [B, d] = `decode` + rest ([d] or [B, d]), and the sum of (y_hat - aim)^2, in one pass over the rows.
+
+    Of a stack's tables [N, m, d] and rows [N, B, d] there are N sums; rest is [N, 1, d] or [N, B, d].
+    """
+    stack = len(table) if table.dim() > 2 else None
+    rows, rest = aim.flatten(0, -2), rest.reshape(-1, aim.shape[-1])
+    y_hat, total = _Compare.apply(values.reshape(-1), table.flatten(0, -2), rest, rows, entries, stack)
+    return y_hat.view_as(aim), total
 
 
 def with_gradient(
     values: Tensor, x: Tensor, centre: Tensor, weight: Tensor, bias: Tensor, centred: Tensor, at: SparsePattern
 ) -> Tensor:
-    """The same values [n], differentiable in x [B, d], centre [d], weight [m, d] and bias [m]; see _WithGradient."""
-    return _WithGradient.apply(values, x, centre, weight, bias, centred, at)
+    """The same values [n], differentiable in x [B, d], centre [d], weight [m, d] and bias [m]; see _WithGradient.
+
+    Of a stack, in what its pre-activations are made from.
+    """
+    x, weight, centred = (one.flatten(0, -2) for one in (x, weight, centred))
+    return _WithGradient.apply(values, x, centre, weight, bias.flatten(), centred, at)
 
 
 def centred_linear(x: Tensor, centre: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .base import SAE, register
 from .config import Clock
 from .encoder import Preactivations
-from .fixed_k import FixedKConfig, auxk_term
+from .fixed_k import FixedKConfig, auxk_term, ks_at
 from .inference import TopKRule
 from .latents import Latents
 from .losses import LossInputs
@@ -31,6 +31,7 @@ class TopK(SAE):
     """
 
     config_type = TopKConfig
+    stacks = True
     config: TopKConfig
 
     @property
@@ -38,7 +39,7 @@ class TopK(SAE):
         return TopKRule(self.config.k)
 
     def _activate(self, pre: Preactivations, clock: Clock) -> Latents:
-        return TopKRule(self.config.k_at(clock))(pre)
+        return pre.topk(*ks_at(self, clock)).map(Tensor.relu)
 
     def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
         return auxk_term(self, batch)

@@ -13,6 +13,7 @@ from sae.cache.runs import CHECKPOINT
 from sae.pipeline.parallel.ranks import Ranks
 from sae.pipeline.saes import SAE, Clock, Losses, SparseLosses
 from sae.pipeline.train.alignment import Alignment
+from sae.pipeline.train.gradients import take_gradients
 from sae.pipeline.train.trainer import Trainer, products
 
 
@@ -35,27 +36,25 @@ class CoupledTrainers:
 
     def _step(self, batch: Batch, clock: Clock, ranks: Ranks) -> list[dict[str, float] | None]:
         begun = time.perf_counter()
-        for member in self.members:
-            member.optimiser.zero_grad(set_to_none=True)
         parts: list[list[Losses]] = [[] for _ in self.members]
         apart: list[Tensor] = []
-        first = ranks.rank * len(batch.x)
-        for part in batch.split(self.members[0].config.accumulate):
-            at = clock._replace(first=first)
+
+        def total(part: Batch, at: Clock) -> Tensor:
             each = [member.losses(part, at) for member in self.members]
-            first += len(part.x)
-            total = torch.stack([one.total for one in each]).sum() if len(each) > 1 else each[0].total
-            if self.alignment is not None:
-                sparse = [one for one in each if isinstance(one, SparseLosses)]
-                if not apart:
-                    self.alignment.search(sparse, clock.step)
-                    self.alignment.share(ranks)
-                apart.append(self.alignment.term(sparse))
-                total = total + self.alignment.weighted(apart[-1], sparse, clock.step)
-            share = len(part.x) / len(batch.x)
-            (total if share == 1 else total * share).backward()
+            found = torch.stack([one.total for one in each]).sum() if len(each) > 1 else each[0].total
             for kept, one in zip(parts, each, strict=True):
                 kept.append(one)
+            if self.alignment is None:
+                return found
+            sparse = [one for one in each if isinstance(one, SparseLosses)]
+            if not apart:
+                self.alignment.search(sparse, clock.step)
+                self.alignment.share(ranks)
+            apart.append(self.alignment.term(sparse))
+            return found + self.alignment.weighted(apart[-1], sparse, clock.step)
+
+        saes, cut = [member.sae for member in self.members], self.members[0].config.accumulate
+        take_gradients(saes, total, batch, cut, clock, ranks)
         logged = [
             member.update(batch, losses, clock, ranks) for member, losses in zip(self.members, parts, strict=True)
         ]

@@ -39,6 +39,7 @@ from sae.pipeline.saes import ARCHITECTURES, Clock, Config, kernels
 from sae.pipeline.saes.contract import LayerByLayer
 from sae.pipeline.train.config import REVISION, STREAM, TrainConfig, expect_same_meaning, settings_of
 from sae.pipeline.train.coupled import CoupledTrainers, grouped
+from sae.pipeline.train.stacked import Turn, in_turns, taken
 from sae.pipeline.train.trainer import Diverged, Trainer
 
 # settings that names of runs do not know of, and what they were before; of dictionaries, and of training
@@ -199,9 +200,19 @@ class TrainState:
     started: float = field(default_factory=time.monotonic)
     diverged: list[Diverged] = field(default_factory=list)
 
+    _due: list[CoupledTrainers] = field(default_factory=list)
+    _turns: list[Turn] = field(default_factory=list)
+
     @property
     def members(self) -> list[Trainer]:
         return [member for group in self.groups for member in group.members]
+
+    def turns(self, rows: int) -> list[Turn]:
+        """What takes the next step on a batch of so many rows: all groups but those that are ahead."""
+        due = [group for group in self.groups if group.done <= self.step]
+        if [*map(id, due)] != [*map(id, self._due)]:
+            self._due, self._turns = due, in_turns(due, rows)
+        return self._turns
 
     def save(self, ranks: Ranks) -> None:
         """Write the checkpoints, but for those that are ahead: they have a later one."""
@@ -281,21 +292,19 @@ def train(
 def _step(state: TrainState, batch: Batch, ranks: Ranks) -> dict[str, float]:
     """One step of every group that has not taken it yet; the figures worth showing, where there are some."""
     shown: dict[str, float] = {}
-    for group in [*state.groups]:
-        if group.done > state.step:
-            continue
-        try:
-            logged = group.step(batch, Clock(state.step, state.total, state.batch), ranks)
-        except Diverged as error:
-            state.end(group, error, ranks)
-            continue
-        for member, metrics in zip(group.members, logged, strict=True):
-            if metrics is None:
+    clock = Clock(state.step, state.total, state.batch)
+    for groups, turn in state.turns(len(batch.x)):
+        for group, logged in zip(groups, taken(turn, batch, clock, ranks), strict=True):
+            if isinstance(logged, Diverged):
+                state.end(group, logged, ranks)
                 continue
-            if ranks.rank == 0 and member.logs(state.total):
-                took = {"seconds": round(time.monotonic() - state.started, 3), **member.cost()}
-                member.log({**metrics, **took})
-            shown = {name: metrics[name] for name in SHOWN if name in metrics}
+            for member, metrics in zip(group.members, logged, strict=True):
+                if metrics is None:
+                    continue
+                if ranks.rank == 0 and member.logs(state.total):
+                    took = {"seconds": round(time.monotonic() - state.started, 3), **member.cost()}
+                    member.log({**metrics, **took})
+                shown = {name: metrics[name] for name in SHOWN if name in metrics}
     state.step += 1
     return shown
 

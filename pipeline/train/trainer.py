@@ -28,6 +28,7 @@ from sae.pipeline.saes import SAE, Clock, Losses, Trainable, kernels, placement,
 from sae.pipeline.saes.dictionary import Dictionary
 from sae.pipeline.train import optimising
 from sae.pipeline.train.config import TrainConfig
+from sae.pipeline.train.gradients import loss_of
 from sae.pipeline.train.resampling import NoRevival, Resample, firing_rate_skew, reinitialise, resample
 
 LEAST_RATE = 1e-9  # a firing rate of 0 has no logarithm
@@ -82,30 +83,32 @@ class Trainer:
         """The loss of a part of a batch."""
         if not self._shown and placement.runs_ahead(part.x):  # what who trained before this process had seen
             self.sae.look_ahead(clock._replace(step=clock.step - 1))
-        with torch.autocast(part.x.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            return self.sae.loss(part.x, part.y, clock)
+        return loss_of(self.sae, self.config, part, clock)
 
     def update(self, batch: Batch, parts: Sequence[Losses], clock: Clock, ranks: Ranks) -> dict[str, float] | None:
         """Take the step that follows the gradients of a batch whose parts had these losses; return metrics where it is
         logged, and of the first step that this process takes, so that they are seen at once.
 
-        With several ranks `batch` and `parts` are this rank's.
+        With several ranks `batch` and `parts` are this rank's, and the gradients those of all.
         """
-        step, total = clock.step, clock.steps
-        ranks.all_reduce_mean(parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None)
-        optimising.set_rates(self.optimiser, *self.config.rates_at(step, total))
-        optimising.take_step(self.sae, self.optimiser, self.config.clip)
+        self.learn(clock)
         self.sae.track(*ranks.all_gather([self.sae.observe(part) for part in parts]))
-        self.done = step + 1
+        return self.metrics(batch.y, parts, clock, ranks) if self.conclude(clock, ranks) else None
+
+    def learn(self, clock: Clock) -> None:
+        """Move the parameters by their gradients."""
+        optimising.set_rates(self.optimiser, *self.config.rates_at(clock.step, clock.steps))
+        optimising.take_step(self.sae, self.optimiser, self.config.clip)
+
+    def conclude(self, clock: Clock, ranks: Ranks) -> bool:
+        """What follows a step; return whether its metrics are to be shown."""
+        total = clock.steps
+        self.done = clock.step + 1
         self._revive(clock, ranks)
         if ranks.rank == 0 and self.done in self.config.snapshot_steps(total):
             self._keep_snapshot()
         first, self._shown = not self._shown, True
-        if not first and not self.logs(total):
-            return None
-        if placement.runs_ahead(batch.x) and self.logs(total):  # metrics wait for it
-            self.sae.look_ahead(clock)
-        return self._metrics(batch.y, parts, clock, ranks)
+        return first or self.logs(total)
 
     def _keep_snapshot(self) -> None:
         """Write directions at length 1, in half precision, and firing rates, before the checkpoint of the step."""
@@ -186,7 +189,12 @@ class Trainer:
         drawn = self.dataset.following(first, count, self.config.batch)
         return (batch.to(self.device) for batch in drawn)
 
-    def _metrics(self, y: Tensor, parts: Sequence[Losses], clock: Clock, ranks: Ranks) -> dict[str, float]:
+    def metrics(self, y: Tensor, parts: Sequence[Losses], clock: Clock, ranks: Ranks) -> dict[str, float]:
+        """The figures of a step whose batch had these targets and losses, for which a device is waited. Diverged where
+        the loss is no number.
+        """
+        if placement.runs_ahead(y) and self.logs(clock.steps):
+            self.sae.look_ahead(clock)
         batch = ranks.world * len(y)
         terms = {name: _mean([part.terms[name] for part in parts], parts) for name in parts[0].terms}
         error = (y - torch.cat([part.x_hat for part in parts])).square().sum()

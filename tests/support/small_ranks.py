@@ -59,10 +59,17 @@ def stopped(store: Path, runs: list[Path], ranks: Ranks, steps: int = STOP_AT) -
 def numbers(ranks: Ranks) -> None:
     """What every `Ranks` must do, against results by hand."""
     rank, world = ranks.rank, ranks.world
-    tensors = [torch.full((3, 2), float(rank)), torch.tensor([1.0 + rank, -1.0])]
-    ranks.all_reduce_mean(tensors)
+    parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in ((2,), (3, 2), (4,), (1,))]
+    a, b, _, late = parameters  # one has no gradient; the order of the others differs between the ranks
+    with ranks.averaging(parameters):
+        for turn in (a * torch.tensor([1.0 + rank, -1.0]), b * rank, late * 2)[:: 1 if rank else -1]:
+            turn.sum().backward()
     mean = (world - 1) / 2
-    assert torch.equal(tensors[0], torch.full((3, 2), mean)) and torch.equal(tensors[1], torch.tensor([1 + mean, -1]))
+    found = [parameter.grad for parameter in parameters]
+    wanted = [torch.tensor([1 + mean, -1]), torch.full((3, 2), mean), None, torch.tensor([2.0])]
+    assert all(one is other or torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    (3 * a).sum().backward()
+    assert torch.equal(a.grad, wanted[0] + 3), "nothing is exchanged afterwards"
     large = torch.tensor([2**60 + rank, -1])  # no float holds them
     assert ranks.sum(large).tolist() == [world * 2**60 + sum(range(world)), -world]
     assert large.tolist() == [2**60 + rank, -1]

@@ -74,9 +74,12 @@ def _dots(starts, indices, rows, table, out, groups, n, d, ENTRIES: tl.constexpr
 
 
 @triton.jit
-def _compare(starts, indices, weights, table, rest, aim, y_hat, error, squares, dots, groups, n, d, rest_stride,
+def _compare(starts, indices, weights, table, rest, aim, y_hat, error, squares, dots, groups, n, d, alike,
              ENTRIES: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """A row's mixture and what is beside it, its error, the error's square, and its inner products with the entries."""
+    """A row's mixture and what is beside it, its error, the error's square, and its inner products with the entries.
+
+    alike: how many rows, one after another, have the same beside them.
+    """
     group = tl.program_id(0)
     begin = tl.load(starts + group)
     end = tl.load(starts + group + 1, mask=group + 1 < groups, other=n)
@@ -92,7 +95,7 @@ def _compare(starts, indices, weights, table, rest, aim, y_hat, error, squares, 
         held = there[:, None] & within[None, :]
         values = tl.load(table + latents[:, None] * d + columns[None, :], mask=held, other=0.0)
         total += tl.sum(tl.where(held, weight[:, None] * values, 0.0), axis=0)
-    total += tl.load(rest + group.to(tl.int64) * rest_stride + columns, mask=within, other=0.0)
+    total += tl.load(rest + (group // alike).to(tl.int64) * d + columns, mask=within, other=0.0)
     off = tl.where(within, total - tl.load(aim + row, mask=within, other=0.0), 0.0)
     tl.store(y_hat + row, total, mask=within)
     tl.store(error + row, off, mask=within)
@@ -148,8 +151,8 @@ def dots(starts: Tensor, indices: Tensor, rows: Tensor, table: Tensor) -> Tensor
 def compared(
     starts: Tensor, indices: Tensor, weights: Tensor, table: Tensor, rest: Tensor, aim: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y_hat [B, d] = the mixture + rest ([d] or [B, d]), its error y_hat - aim, the error's squares [B], and the inner
-    products [n] of a row's error with the table's rows that it mixed: d is at most MOST_COLUMNS.
+    """y_hat [B, d] = the mixture + rest ([r, d], each of B / r rows), its error y_hat - aim, the error's squares [B],
+    and the inner products [n] of a row's error with the table's rows that it mixed: d is at most MOST_COLUMNS.
     """
     d = table.shape[1]
     y_hat, error = torch.empty_like(aim), torch.empty_like(aim)
@@ -158,6 +161,6 @@ def compared(
     launch(
         _compare, (len(starts),), starts, indices, weights.contiguous(), table.contiguous(), rest.contiguous(),
         aim.contiguous(), y_hat, error, squares, products, len(starts), len(indices), d,
-        d if rest.dim() == 2 else 0, ENTRIES=max(1, 8192 // columns), COLUMNS=columns, num_warps=8,
+        len(aim) // len(rest), ENTRIES=max(1, 8192 // columns), COLUMNS=columns, num_warps=8,
     )  # fmt: skip
     return y_hat, error, squares, products

@@ -110,7 +110,7 @@ def test_products(d: int) -> None:
     gradient, totals = products.by_latent(latent_starts, order, row_ids, weights, batch)
     close(gradient, dense.T @ batch)
     close(totals, dense.sum(0))
-    for rest in (made(d, seed=3), made(b, d, seed=3)):
+    for rest in (made(1, d, seed=3), made(b, d, seed=3)):
         y_hat, error, squares, dots = products.compared(starts, indices, weights, table, rest, batch)
         wanted = dense @ table + rest
         close(y_hat, wanted)
