@@ -268,9 +268,12 @@ def many(bench: Bench) -> Iterator[Line]:
     batch, narrow = bench.sizes.batches[0], bench.sizes.m // 6
     members = [bench.member("topk", batch, "bfloat16", narrow, seed=seed) for seed in range(8)]
     x = planted_rows(batch, bench.sizes.d, 0).to(bench.device)
-    one = bench.milliseconds(lambda: subjects.take_step(members[0], x))
-    all_of_them = bench.milliseconds(lambda: [subjects.take_step(member, x) for member in members])
-    yield Line(f"8 topk of {narrow} latents, of one", all_of_them / one, "", most=5)
+    one = bench.milliseconds(functools.partial(subjects.together(members[:1], batch), x))
+    in_turn = bench.milliseconds(lambda: [subjects.take_step(member, x) for member in members])
+    for count in (2, 8):
+        taken = bench.milliseconds(functools.partial(subjects.together(members[-count:], batch), x))
+        yield Line(f"{count} topk of {narrow} latents, of one", taken / one, "", most=5 if count == 8 else None)
+    yield Line("the 8 one after another, of one", in_turn / one, "")
 
 
 def loader(bench: Bench) -> Iterator[Line]:

@@ -2,7 +2,7 @@
 
     python bench/step.py [--arch topk,l1] [--precision float32,bfloat16] [--threads 1,2] [--peers PYTHON] [--json]
                          [--d-sae 1024,4096,8192,16384,65536] [--batch 256,1024,2048,8192] [--no-clip] [--device cuda]
-    python bench/step.py --count [--arch topk,l1]
+    python bench/step.py --count [--arch topk,l1] [--dictionaries 1,2,8]
 
 A step is all that `sae train` does with a batch (`CoupledTrainers.step`): loss, backward, clipping, dead counters,
 decoder projection, fused Adam, renormalisation. Every repetition runs the floor and then the step, so that a busy
@@ -14,7 +14,8 @@ is where they spend most of a training. With several widths or batches, each has
 ours, in the same shape, in a process of their own (bench/step_peers.py).
 
 With `--device cuda` all of that is on the card, which is given ten steps before it is waited for. `--count` times
-nothing and needs no card: it says how many operations a step gives to a device that runs ahead, and how often it waits.
+nothing and needs no card: it says how many operations a step gives to a device that runs ahead, and how often it waits,
+of one dictionary or of several of one shape on the same batch.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +137,7 @@ def peers(args: argparse.Namespace, threads: int, size: tuple[int, int]) -> dict
     return {case: lambda case=case: peer.rate(case) for case in CASES}  # type: ignore[misc]
 
 
-def counts(archs: list[str]) -> Iterator[Row]:
+def counts(archs: list[str], dictionaries: list[int]) -> Iterator[Row]:
     """How many operations a step gives to a device that runs ahead, by torch's own operations and by kernels.
 
     Nothing of it depends on sizes but blocks of very large batches, so they are small: kernels run in the interpreter.
@@ -153,19 +155,22 @@ def counts(archs: list[str]) -> Iterator[Row]:
     for family in ("lists", "products", "rows", "select", "uncounted", "update"):
         kernels.family(family).launch = counted
     x = planted_rows(4, 8, 0)
-    for arch in archs:
-        for way in ("plain", "auto"):
-            with tempfile.TemporaryDirectory() as folder:
-                store = subjects.planted_store(Path(folder), 256, 8)
-                sae = {"arch": arch, "d_sae": 64} | ({"k": 2} if arch in ("topk", "batchtopk", "matryoshka") else {})
-                member = subjects.member(subjects.settings(sae, batch=4, kernels=way), store, Path(folder), "it")
+    for arch, way, count in product(archs, ("plain", "auto"), dictionaries):
+        sae = {"arch": arch, "d_sae": 64} | ({"k": 2} if arch in ("topk", "batchtopk", "matryoshka") else {})
+        config = subjects.settings(sae, batch=4, kernels=way)
+        with tempfile.TemporaryDirectory() as folder:
+            store = subjects.planted_store(Path(folder), 256, 8)
+            members = [subjects.member(config, store, Path(folder), str(number)) for number in range(count)]
+        for member in members:
             if subjects.learns_its_sparsity(member.config.sae):
                 subjects.make_sparse(member.sae, x, uncounted.FEW / 2)
-            subjects.take_step(member, x)  # the first logs
-            launched.clear()
-            found = watched(functools.partial(subjects.take_step, member, x))
-            total, own = found.launched.total() + launched.total(), launched.total()
-            yield Row(f"{arch}, {way}", total, "ops", own, f"kernels; {len(found.waited)} waits")
+        step = subjects.together(members, len(x))
+        step(x)  # the first logs
+        launched.clear()
+        found = watched(functools.partial(step, x))
+        total, own = found.launched.total() + launched.total(), launched.total()
+        title = f"{arch}, {way}" + (f", {count} together" if count > 1 else "")
+        yield Row(title, total, "ops", own, f"kernels; {len(found.waited)} waits")
 
 
 def main() -> None:
@@ -182,9 +187,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="machine-readable rows on stdout")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--count", action="store_true", help="count operations and waits; time nothing")
+    parser.add_argument("--dictionaries", default="1", help="how many together, of --count; one or several numbers")
     args = parser.parse_args()
     if args.count:
-        show("operations of a step on a GPU", [*counts(args.arch.split(","))], as_json=args.json)
+        found = counts(args.arch.split(","), [*map(int, args.dictionaries.split(","))])
+        show("operations of a step on a GPU", [*found], as_json=args.json)
         return
     threads, batches, widths = ([*map(int, text.split(","))] for text in (args.threads, args.batch, args.d_sae))
     rows = [

@@ -5,6 +5,7 @@ nothing of a real step is left out.
 """
 
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from sae.pipeline.parallel.ranks import SingleRank
 from sae.pipeline.saes.jl import JLConfig
 from sae.pipeline.saes.jumprelu import JumpReLUConfig
 from sae.pipeline.train.coupled import CoupledTrainers
+from sae.pipeline.train.stacked import in_turns, taken
 from sae.pipeline.train.stage import TrainConfig, open_run
 from sae.pipeline.train.trainer import Trainer
 
@@ -52,6 +54,17 @@ def member(config: TrainConfig, store: ActivationStore, runs: Path, name: str, d
 def take_step(member: Trainer, x: torch.Tensor) -> None:
     """One training step of a dictionary by itself on a batch [batch, d]."""
     CoupledTrainers([member], None).step(Batch(x, x), saes.Clock(member.done, STEPS, len(x)), SingleRank())
+
+
+def together(members: Sequence[Trainer], rows: int) -> Callable[[torch.Tensor], None]:
+    """A training step of each of some dictionaries on a batch [rows, d], taken as one where they can be."""
+    turns = in_turns([CoupledTrainers([member], None) for member in members], rows)
+
+    def step(x: torch.Tensor) -> None:
+        for groups, turn in turns:
+            taken(turn, Batch(x, x), saes.Clock(groups[0].done, STEPS, len(x)), SingleRank())
+
+    return step
 
 
 def learns_its_sparsity(config: saes.Config) -> bool:

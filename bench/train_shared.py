@@ -1,12 +1,14 @@
 """What a second, third, ... dictionary on the same stream of batches costs: its own step, and nothing else.
 
     python bench/train_shared.py [--dictionaries 1,4,8] [--arch topk] [--batch 4096] [--d-in 768] [--d-sae 4096]
-                                 [--rounds 3] [--threads 1] [--json]
+                                 [--rounds 3] [--threads 1] [--device cuda] [--json]
 
 Real trainings (`train`) of so many dictionaries, in turns, over one pass of an int8 store of 49,152 rows, opening and
 decoding of the store's chunks included, without what is done once at the beginning and the end. Overhead is the time of
 the loop less that of the dictionaries' own steps, over the latter. With one thread CPU time counts: the whole
 process's (with the threads that read and decode) for the loop, the training thread's for a step. With more the clock.
+On a card (`--device cuda`) dictionaries take their steps as one where they can: that of each is its part of it. There
+every step is waited for.
 """
 
 import argparse
@@ -30,8 +32,7 @@ from bench.rows import Row, show
 from sae.cache.activations import ActivationStore
 from sae.cache.loader.dataset import Dataset
 from sae.pipeline.runtime.progress import Silent
-from sae.pipeline.train.coupled import CoupledTrainers
-from sae.pipeline.train.stage import train
+from sae.pipeline.train import stacked, stage
 from sae.pipeline.train.sweep import open_all
 
 ROWS = 49_152  # three chunks
@@ -58,17 +59,18 @@ class Times(Silent):
         return (self.ended - self.began) / sum(self.steps) - 1
 
 
-def noting(taken: list[float], now: Callable[[], float]) -> AbstractContextManager[object]:
+def noting(seconds: list[float], now: Callable[[], float], device: str) -> AbstractContextManager[object]:
     """Note the seconds of every step of a dictionary."""
-    step = CoupledTrainers.step
 
-    def timed(group: CoupledTrainers, *args: Any) -> list[dict[str, float] | None]:
+    def timed(*args: Any) -> list[stacked.Logged]:
         begun = now()
-        logged = step(group, *args)
-        taken.append(now() - begun)
+        logged = stacked.taken(*args)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.extend(len(logged) * [(now() - begun) / len(logged)])
         return logged
 
-    return patch.object(CoupledTrainers, "step", timed)
+    return patch.object(stage, "taken", timed)
 
 
 def trained(store: ActivationStore, dictionaries: int, args: argparse.Namespace) -> Times:
@@ -78,11 +80,12 @@ def trained(store: ActivationStore, dictionaries: int, args: argparse.Namespace)
         subjects.settings(sae, batch=args.batch, rows="all", seed=seed, checkpoint_every=10**9)
         for seed in range(dictionaries)
     ]
-    times = Times(time.process_time if args.threads == 1 else time.perf_counter)
+    by_clock = args.threads > 1 or args.device != "cpu"
+    times = Times(time.perf_counter if by_clock else time.process_time)
     with tempfile.TemporaryDirectory() as folder:
         runs = open_all(configs, Dataset.of(store), Path(folder))
-        with noting(times.steps, time.thread_time if args.threads == 1 else time.perf_counter):
-            train(runs, Dataset.of(store), times, device="cpu")
+        with noting(times.steps, time.perf_counter if by_clock else time.thread_time, args.device):
+            stage.train(runs, Dataset.of(store), times, device=args.device)
     return times
 
 
@@ -115,6 +118,7 @@ def main() -> None:
     parser.add_argument("--arch", default="topk")
     for name, default in {"batch": 4096, "d-in": 768, "d-sae": 4096, "rounds": 3, "threads": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--json", action="store_true", help="machine-readable rows on stdout")
     args = parser.parse_args()
     shape = f"batch {args.batch}, {args.d_in} -> {args.d_sae}"

@@ -68,7 +68,10 @@ DIFFERENT: dict[str, list[TrainConfig]] = {
 }
 
 
-@pytest.mark.parametrize("name", DIFFERENT)
+FIRST, *REST = DIFFERENT
+
+
+@pytest.mark.parametrize("name", [FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in REST)])
 def test_each_ends_as_it_does_alone(name: str, dataset: Dataset, tmp_path: Path, made: list[int]) -> None:
     """To the byte, with dead latents, beside others that cannot be in the stack; also if it was stopped in between."""
     other = settings({"arch": "l1", "d_sae": 8}, steps=14, batch=32, checkpoint_every=5)
