@@ -31,7 +31,7 @@ class Stack:
     def __init__(self, members: Sequence[Trainer]) -> None:
         self.members = [*members]
         self.saes = [member.sae for member in members if isinstance(member.sae, SAE)]
-        self.sae = stacks.stacked(self.saes)
+        self.sae, self._begun = stacks.stacked(self.saes), False
 
     def step(self, batch: Batch, clock: Clock, ranks: Ranks) -> list[Logged]:
         """One optimiser step of each on a batch (this rank's share of it)."""
@@ -44,6 +44,9 @@ class Stack:
 
     def _step(self, batch: Batch, clock: Clock, ranks: Ranks) -> list[Logged]:
         config, losses = self.members[0].config, list[SparseLosses]()
+        if not self._begun:
+            self.sae.look_ahead(clock._replace(step=clock.step - 1))
+            self._begun = True
 
         def total(part: Batch, at: Clock) -> Tensor:
             found = loss_of(self.sae, config, part, at)
