@@ -58,7 +58,8 @@ def explained_ahead(pre: Preactivations, dead: Tensor, k_aux: int, table: Tensor
     p = sparse.centred_linear(pre.x, pre.centre, weight, bias)
     top = p.detach().masked_fill(~there, -torch.inf).topk(k_aux, dim=-1, sorted=False)
     keep = torch.zeros_like(p).scatter_(-1, top.indices, 1.0) * there
-    return (p.relu() * keep) @ rows
+    values = p.relu() * keep
+    return values @ rows if who.dim() == 1 else sparse.of_each(torch.mm, values, rows)
 
 
 def _taken(table: Tensor, who: Tensor) -> Tensor:

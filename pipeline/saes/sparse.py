@@ -12,8 +12,8 @@ Shapes in this package: B rows (batch), d_in and d_out widths, m = d_sae latents
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from itertools import accumulate
 from types import ModuleType
 from typing import Any
@@ -163,6 +163,15 @@ def sum_by_latent(entries: SparsePattern, weights: Tensor) -> Tensor:
     return weights.new_zeros(entries.d_sae).index_add_(0, entries.indices, weights)
 
 
+def of_each(function: Callable[..., Tensor], *given: Tensor) -> Tensor:
+    """A function of tensors, of each dictionary of a stack by itself: sums and products then round as they do alone."""
+    return torch.stack([function(*each) for each in zip(*given, strict=True)])
+
+
+def _added(rows: Tensor) -> Tensor:
+    return rows.sum(0)
+
+
 class _Decode(torch.autograd.Function):
     """values [n], W_dec [m, d_out] -> [B, d_out], differentiable in both."""
 
@@ -235,7 +244,8 @@ def _towards_centre(per_latent: Tensor, weight: Tensor, stack: int | None = None
     """The gradient of a centre [d] from those of the latents [m]; of a stack's [N, 1, d] from those of [N m]."""
     if stack is None:
         return -(per_latent @ weight)
-    return -(per_latent.view(stack, 1, -1) @ weight.view(stack, -1, weight.shape[-1]))
+    each = of_each(torch.mv, weight.view(stack, -1, weight.shape[-1]).mT, per_latent.view(stack, -1))
+    return -each.unsqueeze(1)
 
 
 class _Compare(torch.autograd.Function):
@@ -253,7 +263,7 @@ class _Compare(torch.autograd.Function):
         ctx.save_for_backward(values, table, error, dots)
         ctx.entries, ctx.rests = entries, len(rest)
         ctx.set_materialize_grads(False)
-        return y_hat, squares.sum() if stack is None else squares.view(stack, -1).sum(1)
+        return y_hat, squares.sum() if stack is None else of_each(torch.sum, squares.view(stack, -1))
 
     @staticmethod
     @once_differentiable
@@ -281,7 +291,9 @@ class _Compare(torch.autograd.Function):
 
 def _summed(rows: Tensor, count: int) -> Tensor:
     """[count, d]: the sums of stretches of rows [B, d] that are as long as one another."""
-    return rows if count == len(rows) else rows.view(count, -1, rows.shape[1]).sum(1)
+    if count == 1:
+        return rows.sum(0, keepdim=True)
+    return rows if count == len(rows) else of_each(_added, rows.view(count, -1, rows.shape[1]))
 
 
 class _CentredLinear(torch.autograd.Function):
@@ -298,8 +310,8 @@ class _CentredLinear(torch.autograd.Function):
         centred = x - centre
         ctx.save_for_backward(weight, centred)
         ctx.dtype, ctx.stack = placement.reduced(x) or weight.dtype, len(weight) if weight.dim() > 2 else None
-        stacked = ctx.stack is not None
-        p = torch.baddbmm(bias[:, None], centred, weight.mT) if stacked else F.linear(centred, weight, bias)
+        given = centred, weight, bias
+        p = F.linear(*given) if ctx.stack is None else of_each(F.linear, *given)
         return p.to(weight.dtype)  # which under autocast it is not
 
     @staticmethod
@@ -307,13 +319,16 @@ class _CentredLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, centred = ctx.saved_tensors
         wants_x, wants_centre, wants_weight, wants_bias = ctx.needs_input_grad
-        per_latent = grad.sum(-2) if wants_bias or wants_centre else None
+        added, product = (
+            (_added, torch.mm) if ctx.stack is None else (partial(of_each, _added), partial(of_each, torch.mm))
+        )
+        per_latent = added(grad) if wants_bias or wants_centre else None
         of_centre = _towards_centre(per_latent, weight, ctx.stack) if wants_centre and per_latent is not None else None
         grad, to, of = grad.to(ctx.dtype), weight.to(ctx.dtype), centred.to(ctx.dtype)
         return (
-            (grad @ to).to(weight.dtype) if wants_x else None,
+            product(grad, to).to(weight.dtype) if wants_x else None,
             of_centre,
-            (grad.mT @ of).to(weight.dtype) if wants_weight else None,
+            product(grad.mT, of).to(weight.dtype) if wants_weight else None,
             per_latent if wants_bias else None,
         )
 

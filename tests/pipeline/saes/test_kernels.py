@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from sae.pipeline import saes
-from sae.pipeline.saes import Clock, encoder, kernels, placement, sparse
+from sae.pipeline.saes import Clock, encoder, kernels, placement, sparse, stacks
 from sae.pipeline.saes.kernels import products, rows, select
 
 single = pytest.fixture(autouse=True, scope="module")(one_thread)
@@ -164,6 +165,34 @@ def test_two_steps_are_those_of_the_plain_way(case: dict[str, Any], monkeypatch:
     grads = [{name: p.grad for name, p in one.named_parameters()} for one in (it, other)]
     torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(it.state_dict(), other.state_dict(), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("ks", [(3, 3), pytest.param((3, 3, 2), marks=pytest.mark.slow)], ids=str)
+def test_a_stack_is_each_dictionary_alone(ks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter to the bit; a card may add up in another order where there are more rows."""
+    monkeypatch.setattr(placement, "HOSTS", set())
+    tolerance = {"rtol": 0, "atol": 0} if DEVICE == "cpu" else {"rtol": 1e-4, "atol": 1e-5}
+    close = functools.partial(torch.testing.assert_close, **tolerance)
+    x, clock = next(batches(None, 1))[0][:4].to(DEVICE), Clock(0, 100, 4)
+    configs = [small({"arch": "topk", "k": k, "aux_k": 2}, d_sae=12) for k in ks]
+    each = [saes.create(one, D, seed=seed).to(DEVICE) for seed, one in enumerate(configs)]
+    for one in each:
+        one.initialise(x)
+        one.rows_since_fired[3:8] = 10**9
+    alone = copy.deepcopy(each)
+    stack = stacks.stacked(each)
+    losses = stack.loss(x, clock=clock)
+    losses.total.sum().backward()
+    stack.track(stack.observe(losses))
+    stacks.give_gradients(stack, each)
+    for one, mine, part in zip(alone, each, stacks.split(losses, ks), strict=True):
+        own = one.loss(x, clock=clock)
+        own.total.backward()
+        one.track(one.observe(own))
+        close(part.terms, own.terms)
+        close([part.x_hat, part.l0()], [own.x_hat, own.l0()])
+        close(*({name: p.grad for name, p in its.named_parameters()} for its in (mine, one)))
+        close(mine.state_dict(), one.state_dict())
 
 
 def test_values_of_a_choice_in_bfloat16_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:

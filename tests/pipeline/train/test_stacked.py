@@ -60,8 +60,7 @@ DIFFERENT: dict[str, list[TrainConfig]] = {
     "rates, k and clipping": [
         config(),
         config(seed=1, lr=1e-3, clip=None, log_every=3),
-        config({"k": 1}, seed=2, clip=0.01),
-        config({"k": 1, "k_start": 5, "k_anneal": 0.5}, warmup=0.5, betas=(0.5, 0.9), snapshots=3),
+        config({"k": 1, "k_start": 5, "k_anneal": 0.5}, clip=0.01, warmup=0.5, betas=(0.5, 0.9), snapshots=3),
     ],
     "revived": [config(accumulate=2, seed=seed, revive=Resample(every=7, rows=64)) for seed in range(2)],
     "in bfloat16": [config({"aux_share": "variance"}, precision="bfloat16", seed=seed) for seed in range(2)],
