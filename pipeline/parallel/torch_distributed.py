@@ -138,12 +138,13 @@ class DistributedRanks:
 
     def all_gather(self, parts: Sequence[Observed]) -> list[Observed]:
         first = parts[0]  # of the same step and as many rows as each rank's first, and so on
-        mine = torch.stack([torch.cat([part.fired, part.numbers.double().view(torch.int64)]) for part in parts])
+        size = first.fired.numel()
+        mine = torch.stack([torch.cat([part.fired.view(-1), _bits(part.numbers)]) for part in parts])
         everybody = [torch.empty_like(mine) for _ in range(self.world)]
         with _explained():
             dist.all_gather(everybody, mine, group=self._group(mine))
         return [
-            Observed(part.clock, part.rows, row[: len(first.fired)], _floats(row[len(first.fired) :], first.numbers))
+            Observed(part.clock, part.rows, row[:size].view_as(first.fired), _floats(row[size:], first.numbers))
             for rows in everybody
             for part, row in zip(parts, rows, strict=True)
         ]
@@ -175,6 +176,11 @@ class DistributedRanks:
 
     def _group(self, tensor: Tensor) -> dist.ProcessGroup | None:
         return self._control if tensor.device.type == "cpu" else None
+
+
+def _bits(numbers: Tensor) -> Tensor:
+    """Numbers as what the bits of them as float64 are as integers."""
+    return numbers.double().view(torch.int64)
 
 
 def _floats(bits: Tensor, like: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ class LossInputs(NamedTuple):
 
 class Observed(NamedTuple):
     """Statistics of a part of a batch that training follows: how many rows, how often each latent fired (int64
-    [d_sae]), and some numbers the architecture follows (float [n]).
+    [d_sae], of a stack [N, d_sae]), and some numbers the architecture follows (float [n]).
     """
 
     clock: Clock

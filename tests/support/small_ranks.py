@@ -17,7 +17,7 @@ from sae.cache.runs import Run
 from sae.pipeline.parallel.ranks import Ranks, SingleRank, expect_same
 from sae.pipeline.parallel.torch_distributed import DistributedRanks
 from sae.pipeline.runtime.progress import Silent
-from sae.pipeline.saes import Clock, Observed
+from sae.pipeline.saes import Clock, Observed, placement
 from sae.pipeline.train.stage import train
 
 STOP_AT = 5
@@ -101,6 +101,10 @@ def seen(ranks: Ranks) -> None:
         assert (one.clock, one.rows) == (other.clock, other.rows)
         assert torch.equal(one.fired, other.fired) and one.numbers.dtype == torch.float32
         assert torch.equal(one.numbers.view(torch.int32), other.numbers.view(torch.int32))
+    stacks = [part._replace(fired=torch.stack([part.fired, -part.fired])) for part in parts(ranks.rank)]
+    assert all(
+        torch.equal(one.fired[1], -other.fired) for one, other in zip(ranks.all_gather(stacks), expected, strict=True)
+    )
     nothing = ranks.all_gather([part._replace(numbers=torch.empty(0)) for part in parts(ranks.rank)])
     assert all(part.numbers.shape == (0,) for part in nothing)
 
@@ -129,6 +133,9 @@ def everything(ranks: DistributedRanks, device: str, store: Path, root: Path, to
     torch.save(torch.stack(rows), root / f"rows{ranks.rank}.pt")
     for names in together[1:]:
         one(store, [root / name for name in names], ranks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placement, "HOSTS", set())
+        one(store, [root / f"stacked-{i}" for i in range(2)], ranks)
     for name in ("parts", "mixed"):
         stopped(store, [root / name], ranks)
     if ranks.rank == 0:

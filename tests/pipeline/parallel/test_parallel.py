@@ -86,6 +86,7 @@ def world(store: ActivationStore, tmp_path_factory: pytest.TempPathFactory) -> P
     together = [list(configs()), ["whole"]]
     opened(configs(), store, root)
     opened({name: configs()["arch-batchtopk"] for name in ("whole", "parts")}, store, root)
+    opened({f"stacked-{seed}": configs(seed=seed)["plain"] for seed in range(2)}, store, root)
     opened({"mixed": configs()["plain"], "endless": configs(steps=10**6)["plain"]}, store, root)
     with pytest.raises(KeyboardInterrupt):
         launch(2, "cpu", small_ranks.everything, store.path, root, together)
@@ -141,6 +142,12 @@ def test_two_processes_train_what_accumulation_trains(world: Path, accumulated: 
     if name == "resampled":
         assert (tensors["sae.rows_since_fired"] == 7 * BATCH).sum() > 100, "latents that died were restarted at step 5"
     assert one.finished and one.load_weights()[0].keys() == other.load_weights()[0].keys()
+
+
+def test_dictionaries_in_a_stack_are_shared_as_one_is(world: Path, accumulated: tuple[Path, Tensor]) -> None:
+    """As on GPUs: one set of operations, whose gradients are exchanged together."""
+    expect_equal(Run(world / "stacked-0"), Run(accumulated[0] / "plain"))
+    assert Run(world / "stacked-1").finished
 
 
 def test_the_ranks_rows_are_the_batch(world: Path, accumulated: tuple[Path, Tensor]) -> None:
