@@ -308,10 +308,13 @@ def test_batchtopk_recovers_the_ground_truth() -> None:
 
 
 STEERED = [arch for arch in DICTIONARIES if "target_l0" in saes.ARCHITECTURES[arch].config_type.model_fields]
+LIKE_L1 = ("p_anneal", "vsae_iso", "vsae_mix", "vsae_multi")  # whose L0 falls and rises with l1's, to two digits
 
 
-@pytest.mark.parametrize("arch", STEERED)
-@pytest.mark.parametrize("start", [0.1, 0.5])
+@pytest.mark.parametrize(
+    ("arch", "start"),
+    [(arch, start) for arch in STEERED for start in (0.1, 0.5) if start == 0.1 or arch not in LIKE_L1],
+)
 def test_a_target_of_l0_is_reached_from_far_off(arch: str, start: float) -> None:
     """From a coefficient that by itself leaves nearly all latents active, or nearly none."""
     rows = Planted(width=16, features=48, active=4)
