@@ -271,14 +271,19 @@ class Store:
             if name in (REQUEST, HINTS):
                 _ = self.requested if name == REQUEST else self.hints
             elif name.endswith("zarr.json"):
-                committed = self.refreshed().metadata()[name]  # the store may have grown since it was opened
-                if read(path) != committed and not held(self.path):  # a living writer is about to bring it up to date
+                # a living writer is about to bring it up to date; one that has ended did so between two of our looks
+                if not (self._as_committed(name) or held(self.path) or self._as_committed(name)):
                     return f"{path}: missing or not as committed; repeat the command that made the store"
             else:
                 self.stored(name)
         except DamagedStore as error:
             return str(error)
         return None
+
+    def _as_committed(self, name: str) -> bool:
+        """Return True if a `zarr.json` is as it must be for the rows that are committed now."""
+        committed = self.refreshed().metadata()[name]  # the store may have grown since it was opened
+        return read(self.path / name) == committed
 
 
 def rows_shown(metadata: bytes) -> int | None:

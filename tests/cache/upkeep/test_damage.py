@@ -285,3 +285,20 @@ def test_lines_cut_off_the_manifest_are_missed(store: Store, lines: int) -> None
     path.write_bytes(data)
     assert files(store.path) == before
     assert files(closed_store(store.kind, store.path.parents[1]).path) == before
+
+
+def test_a_writer_that_ends_between_two_looks_damages_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is committed is read first, then the file: meanwhile a store grows, and nobody holds it any more."""
+    store = write_tokens(tmp_path, CHUNK)
+    plain, rows = type(store).refreshed, [2 * CHUNK]
+
+    def late(one: Store) -> Store:
+        found = plain(one)
+        if rows:
+            write_tokens(tmp_path, rows.pop())
+        return found
+
+    monkeypatch.setattr(type(store), "refreshed", late)
+    assert store.damage("tokens/zarr.json") is None and not rows
+    (store.path / "tokens" / "zarr.json").write_bytes(b"{}")
+    assert "not as committed" in str(store.damage("tokens/zarr.json"))
