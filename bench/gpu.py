@@ -31,6 +31,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from bench import harvest as harvesting
 from bench import start, subjects
+from bench.loader import linked
 from bench.peer import Peer
 from bench.planted import planted_rows
 from bench.rows import timed
@@ -83,14 +84,16 @@ class Sizes(NamedTuple):
     m: int
     k: int
     batches: tuple[int, ...]
-    rows: int  # of the store
+    rows: int  # of the stores that differ, a whole number of chunks
+    stored: int  # of the stores, which have them again and again: more than a loader keeps
     steps: int  # of the training
     contexts: int
     judged: int  # tokens, and held-out rows
+    seconds: float  # that a loader is watched
 
 
-CARD = Sizes("cuda", 768, 24_576, 32, (4096, 16_384), 400_000, 1500, 32_768, 64_512)
-SMALL = Sizes("cpu", 32, 256, 4, (64, 128), 4096, 60, 4, 256)
+CARD = Sizes("cuda", 768, 24_576, 32, (4096, 16_384), 24 << 14, 4 << 20, 1500, 32_768, 64_512, 2)
+SMALL = Sizes("cpu", 32, 256, 4, (64, 128), 1 << 14, 1 << 16, 60, 4, 256, 0.1)
 
 
 class Bench:
@@ -136,14 +139,11 @@ class Bench:
             call()
         return 1e3 * min(timed(call, self.sizes.device, time.perf_counter) for _ in range(3))
 
-    def store(self) -> ActivationStore:
-        """Rows in the default codec."""
-        path = self.folder / "many"
-        if not path.exists():
-            rows = planted_rows(min(self.sizes.rows, 50_000), self.sizes.d, 0)
-            again = -(-self.sizes.rows // len(rows))
-            self._store = write_activations(path, rows.repeat(again, 1)[: self.sizes.rows], ended=True)
-        return self._store
+    @functools.cache  # noqa: B019  it lives as long as the program
+    def store(self, codec: str = "int8") -> ActivationStore:
+        """Rows in a codec, by default the default one."""
+        few = write_activations(self.folder / "distinct", planted_rows(self.sizes.rows, self.sizes.d, 0), codec)
+        return ActivationStore(linked(few, self.folder / "linked", self.sizes.stored))
 
 
 def right(bench: Bench) -> Iterator[Line]:
@@ -277,17 +277,24 @@ def many(bench: Bench) -> Iterator[Line]:
 
 
 def loader(bench: Bench) -> Iterator[Line]:
-    """Rows of the default codec to float32 on the card."""
-    with Loader(bench.store(), bench.sizes.batches[0], seed=0, device=bench.device) as batches:
-        stream = iter(batches)
-        for _ in range(8):
-            next(stream)
-        taken, begun = 0, time.perf_counter()
-        for x in stream:
-            taken += len(x)
-            if time.perf_counter() - begun > 6:
-                break
-    yield Line("loader, int8, to the card", taken / (time.perf_counter() - begun) / 1e6, "M rows/s", least=4)
+    """Rows to float32 on the card, of the default codec by the usual threads and by some numbers of them."""
+    cases: list[tuple[str, int | None, float | None]] = [("int8", None, 4), ("int8:zstd=none", None, None)]
+    cases += [("int8", threads, None) for threads in (1, 2, 4, 8, 12)]
+    for codec, threads, least in cases:
+        store, batch = bench.store(codec), bench.sizes.batches[0]
+        with Loader(store, batch, threads=threads, device=bench.device) as batches:
+            stream, waited = iter(batches), 0.0
+            for _ in range(16 * store.chunk_rows // batch):  # past what is read ahead
+                next(stream)
+            taken, begun = 0, time.perf_counter()
+            while (spent := time.perf_counter() - begun) < bench.sizes.seconds:
+                taken += len(next(stream))
+            if bench.device.type == "cuda":
+                torch.cuda.synchronize()
+                waited = time.perf_counter() - begun - spent
+            yield Line(
+                f"loader, {codec}, {batches.threads} threads", taken / (spent + waited) / 1e6, "M rows/s", least=least
+            )
 
 
 def training(bench: Bench) -> Iterator[Line]:
@@ -373,7 +380,7 @@ def flushed(folder: Path, size: int, files: int) -> float:
 def tests(bench: Bench) -> Iterator[Line]:
     """What only a card can show: kernels as compiled, no wait that the driver sees, equal bytes of equal runs."""
     files = [f"tests/pipeline/{name}.py" for name in ("saes/test_kernels", "train/test_optimising", "train/test_gpu")]
-    files.append("tests/cache/test_window_buffer.py")  # the bytes that a harvest stores
+    files += ["tests/cache/test_window_buffer.py", "tests/cache/loader/test_rooms.py"]  # bytes stored, rows read
     few = ["-k", "test_gpu and topk"] if bench.device.type == "cpu" else ["-n", "4"]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", "-rf", "--tb=line", *few, *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)

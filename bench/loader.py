@@ -186,25 +186,30 @@ def resident(folder: Path, text: str) -> list[Row]:
     ]
 
 
-def linked(one: ActivationStore, root: Path, rows: int) -> Path:
-    """A store of so many rows, all of them in links to the files of a store of one chunk."""
-    path = root / one.path.name
+def linked(few: ActivationStore, root: Path, rows: int) -> Path:
+    """A store of so many rows or some more, all of them in links to the files of a store whose chunks are full."""
+    path = root / few.path.name
     if path.exists():
         return path
-    shutil.copytree(one.path, path)
+    assert few.n_rows % few.chunk_rows == 0, few.n_rows
+    shutil.copytree(few.path, path, copy_function=os.link)
     (path / manifest.MANIFEST).unlink()
-    (only,) = one.manifest.windows
-    for index in range(one.windows.count(rows)):
-        start, stop = one.windows.bounds(index)
-        files = dict(only.files) if index == 0 else {}
-        for spec in (spec for spec in one.arrays.values() if spec.grows):
-            for chunk in range(start // one.chunk_rows, stop // one.chunk_rows):
-                files[spec.chunk_file(chunk)] = only.files[spec.chunk_file(0)]
-                link = path / spec.chunk_file(chunk)
-                link.parent.mkdir(parents=True, exist_ok=True)
-                if chunk:
-                    os.link(path / spec.chunk_file(0), link)
-        manifest.commit(path, manifest.Window(index, start, stop, files, only.notes))
+    committed = {name: file for window in few.manifest.windows for name, file in window.files.items()}
+    growing = [spec for spec in few.arrays.values() if spec.grows]
+    for index in range(few.windows.count(rows)):
+        start, stop = few.windows.bounds(index)
+        files = (
+            {} if index else {name: committed[name] for name in committed if not few.arrays[name.split("/")[0]].grows}
+        )
+        for spec in growing:
+            for chunk in range(start // few.chunk_rows, stop // few.chunk_rows):
+                source = spec.chunk_file(chunk % few.n_chunks)
+                files[spec.chunk_file(chunk)] = committed[source]
+                if chunk >= few.n_chunks:
+                    link = path / spec.chunk_file(chunk)
+                    link.parent.mkdir(parents=True, exist_ok=True)
+                    os.link(path / source, link)
+        manifest.commit(path, manifest.Window(index, start, stop, files, few.manifest.windows[0].notes))
     return path
 
 
