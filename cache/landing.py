@@ -1,4 +1,4 @@
-"""Tensors of a device that runs ahead, brought to the host behind what it computes next.
+"""Tensors of a device that runs ahead, brought to the host behind what it computes next; and the way there.
 
 Whoever sends them goes on at once. They are copied to pinned memory beside the device's other work, and a thread of
 their own takes each to its place when it is there, in the order in which they were sent.
@@ -69,3 +69,10 @@ def landing(device: torch.device) -> Landing | None:
             return copies, beside.record_event().synchronize
 
     return Landing(copied)
+
+
+def moved(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, without waiting for what that is at work on."""
+    if device.type != "cuda" or x.device.type != "cpu":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sae.cache.errors import SaeError
-from sae.cache.landing import landing
+from sae.cache.landing import landing, moved
 from sae.cache.store import scratch
 from sae.cache.store.codecs import Columns, Encoded, calibrate, from_numpy, to_numpy
 from sae.cache.store.writer import Permuted
@@ -171,7 +171,7 @@ class WindowBuffer:
         if self.columns is None:
             return [rows]
         if rows.device not in self._columns_on:
-            self._columns_on[rows.device] = Columns(*(values.to(rows.device) for values in self.columns))
+            self._columns_on[rows.device] = Columns(*(moved(values, rows.device) for values in self.columns))
         encoded = self.store.codec.encode(rows, self._columns_on[rows.device])
         return [encoded.rows, norms_of(rows), *([] if encoded.row_scale is None else [encoded.row_scale])]
 
@@ -210,10 +210,11 @@ def norms_of(rows: Tensor) -> Tensor:
     """
     import torch
 
-    squares = rows.to(torch.float64, copy=True).square_()
+    squares = rows.to(torch.float64, copy=True)
+    squares.mul_(squares)
     left = squares.shape[-1]
     while left > 1:
         half = left // 2
-        squares[..., :half] += squares[..., left - half : left]
+        squares[..., :half].add_(squares[..., left - half : left])
         left -= half
     return squares[..., 0].sqrt().float().bfloat16().float()

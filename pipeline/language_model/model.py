@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sae.cache.arguments import checked
 from sae.cache.errors import SaeError
+from sae.cache.landing import moved
 from sae.cache.points import hook_name
 from sae.pipeline.language_model.files import RANDOM, find_model, slug
 from sae.pipeline.language_model.interventions import Intervention, changed
@@ -250,7 +251,7 @@ class LanguageModel:
                 f"token {low if low < 0 else high}: {self.name} knows tokens 0 to {self.n_vocab - 1}; "
                 "tokenize with the model's own tokenizer (`tokenizer`)"
             )
-        return devices.moved(tokens.long(), self.device)
+        return moved(tokens.long(), self.device)
 
     def _hooks(self) -> list[Hooked]:
         """The interventions of every context that is open, as hooks; the outermost first."""

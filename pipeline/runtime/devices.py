@@ -30,12 +30,6 @@ def resolve_device(name: str) -> torch.device:
     return found
 
 
-def moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on a device; where it comes from the CPU to a GPU, without waiting for what that is at work on."""
-    pinned = x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x
-    return pinned.to(device, non_blocking=True)
-
-
 def take_threads(said: int | None, note: Callable[[str], None]) -> None:
     """Compute with so many threads on the CPU from now on; None: as many as there are cores free, which is noted where
     it is not all.

@@ -26,6 +26,7 @@ from sae.cache.activations import ActivationStore
 from sae.cache.disk.identity import Recipe, canonical
 from sae.cache.disk.locks import reading
 from sae.cache.errors import NotFound, SaeError
+from sae.cache.landing import moved
 from sae.cache.store.codecs import codec, codec_recipe
 from sae.cache.store.manifest import Window, place_after
 from sae.cache.tokens import TokenStore
@@ -33,7 +34,6 @@ from sae.configs.base import Amount, Distinct
 from sae.pipeline.harvest.files import by_worker
 from sae.pipeline.language_model import SITES, LanguageModel, Point, hints
 from sae.pipeline.language_model.token_mask import TokenMask, TokenPosition, TokenRows, rule_of
-from sae.pipeline.runtime.devices import moved
 from sae.pipeline.runtime.origins import Origins
 from sae.pipeline.runtime.progress import Progress, Silent, said_if_slow
 from sae.pipeline.tokenizers.matching import matches
