@@ -96,8 +96,7 @@ class WindowBuffer:
         self.position[self.filled : self.filled + len(rows)] = positions
         self._send(rows, self.filled)
         self.filled += len(rows)
-        while self._under_way and self._under_way[0].done():
-            self._under_way.popleft().result()
+        self._landed(wait=False)
 
     def made(self, start: int, stop: int) -> list[np.ndarray]:
         """Return rows [start, stop) in the source's order, as `take` takes them up: as stored, with norms (and scales),
@@ -188,10 +187,11 @@ class WindowBuffer:
         for kept, values in zip(self._stored.values(), made, strict=True):
             kept[start:stop] = values
 
-    def _landed(self) -> None:
-        """Return when all rows are at their place."""
-        while self._under_way:
-            self._under_way.popleft().result()
+    def _landed(self, *, wait: bool = True) -> None:
+        """Return when all rows are at their place. Rows that were refused are so each time somebody asks."""
+        while self._under_way and (wait or self._under_way[0].done()):
+            self._under_way[0].result()
+            self._under_way.popleft()
 
     def _expect_numbers(self, values: Tensor) -> None:
         """Raise SaeError unless rows, or their norms, are finite."""
