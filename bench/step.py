@@ -152,7 +152,7 @@ def counts(archs: list[str], dictionaries: list[int]) -> Iterator[Row]:
         with _disable_current_modes():  # the interpreter's own operations are no device's
             launch(kernel, grid, *args, **constants)
 
-    for family in ("lists", "products", "rows", "select", "uncounted", "update"):
+    for family in ("counting", "lists", "products", "rows", "select", "uncounted", "update"):
         kernels.family(family).launch = counted
     x = planted_rows(4, 8, 0)
     for arch, way, count in product(archs, ("plain", "auto"), dictionaries):

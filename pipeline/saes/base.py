@@ -53,7 +53,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import initial, sparse, uncounted
+from . import counting, initial, sparse, uncounted
 from .config import FINISHED, Clock, Config
 from .contract import ParameterGroup, Trainable
 from .dictionary import Dictionary, Weights
@@ -302,9 +302,8 @@ class SAE(Dictionary, OverStores):
         clock = parts[0].clock
         alone = parts[0] if len(parts) == 1 else None
         rows, fired = sum(part.rows for part in parts), alone.fired if alone else _stacked(parts, "fired").sum(0)
-        self.rows_since_fired.add_(rows).masked_fill_(fired > 0, 0)
         newest = max(1 / (clock.step + 1), RATE_MEMORY)
-        self.firing_rate.lerp_((fired / rows).to(self.firing_rate.dtype), newest)
+        counting.follow_(self.rows_since_fired, self.firing_rate, fired, rows, newest)
         self._update(alone.numbers if alone else _stacked(parts, "numbers").nanmean(0), clock)
 
     def dead(self, clock: Clock) -> Tensor:

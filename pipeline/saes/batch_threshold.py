@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from . import counting
 from .base import SAE
 from .config import Clock
 from .encoder import Preactivations
@@ -62,15 +63,11 @@ class BatchThreshold(SAE):
         values = losses.latents.values.detach()
         if not values.numel():
             return values.new_full((1,), torch.nan)
-        least = torch.where(values > 0, values, torch.inf).min()
-        return torch.where(least.isfinite(), least, torch.nan).view(1)
+        return counting.least(values)
 
     def _update(self, seen: Tensor, clock: Clock) -> None:
         start = min(self.config.threshold_start, clock.steps / 2)
-        kept = ~seen.isnan()[0]  # where nothing was, the batch does not count
-        self.threshold_batches.add_(kept & (clock.step >= start))
-        newest = torch.clamp(1 / self.threshold_batches.clamp_min(1), min=1 - MEMORY).to(self.threshold.dtype)
-        self.threshold.copy_(torch.where(kept, self.threshold.lerp(seen[0], newest), self.threshold))
+        counting.lead_(self.threshold, self.threshold_batches, seen, clock.step >= start, 1 - MEMORY)
 
     def _take(self, formula: Formula) -> None:
         assert isinstance(formula.rule, ThresholdRule)

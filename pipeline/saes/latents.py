@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import sparse
+from . import counting, sparse
 from .sparse import SparsePattern
 
 RowScaling = Literal["none", "standard", "norm"]
@@ -129,8 +129,7 @@ class Latents:
 
     def fired(self) -> Tensor:
         """int64 [d_sae]: in how many of the rows each latent fired."""
-        on = (self.values != 0).long()
-        return on.sum(0) if self.entries is None else sparse.sum_by_latent(self.entries, on.reshape(-1))
+        return (self.values != 0).sum(0) if self.entries is None else counting.fired(self.values, self.entries)
 
     def sum_per_row(self, weights: Tensor | None = None) -> Tensor:
         """[B]: the sum of each row's values, each times its latent's weight [d_sae] when given; differentiable."""

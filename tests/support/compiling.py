@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sae.pipeline.saes import kernels
-from sae.pipeline.saes.kernels import lists, products, rows, select, uncounted, update
+from sae.pipeline.saes.kernels import counting, lists, products, rows, select, uncounted, update
 from sae.pipeline.saes.uncounted import Asked
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
@@ -44,7 +44,7 @@ def main() -> None:
     def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         seen.append((kernel, args, constants))
 
-    for family in (lists, products, rows, select, uncounted, update):
+    for family in (counting, lists, products, rows, select, uncounted, update):
         family.launch = launch
     b, m, d, k = 8, 24_576, 768, 32
     table, batch, indices = torch.empty(m, d), torch.empty(b, d), torch.zeros(b * k, dtype=torch.int64)
@@ -76,6 +76,10 @@ def main() -> None:
         for one in (kept, {"unit": long}):
             tables = [update.Table(*4 * (of,), weights[:1], 0.1, how) for how, of in one.items()]
             update.adam(tables, clip, (0.9, 0.999), 1e-8)
+    counts = torch.zeros(m, dtype=torch.int64)
+    counting.fired(weights, indices, m)
+    counting.follow_(counts, table[:, 0], counts, b, 0.5)
+    counting.lead_(weights[:1], counts[:1], counting.least(weights), True, 0.02)
     done: set[str] = set()
     for kernel, args, constants in seen:
         said = str((kernel.fn.__name__, [kind(one) for one in args], constants))

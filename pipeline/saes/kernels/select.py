@@ -80,11 +80,12 @@ def _group_maxima(row, m, SHIFT: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.c
 
 
 @triton.jit
-def _maxima(p, out, m, SHIFT: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr):
-    """The maxima of a row's groups."""
+def _maxima(p, out, counts, m, SHIFT: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr):
+    """The maxima of a row's groups, and how many these are."""
     row = tl.program_id(0).to(tl.int64)
     best = _group_maxima(p + row * m, m, SHIFT, GROUPS, CHUNK)
     tl.store(out + row * GROUPS + tl.arange(0, GROUPS), best)
+    tl.store(counts + row, GROUPS)
 
 
 @triton.jit
@@ -174,7 +175,9 @@ def _digits(p, keys, counts, prefix, histograms, programs, rows, m, DIGIT: tl.co
 
     DIGIT: the bit it begins at. TOP: whether it is the first. FALL_BACK: whether rows may have had too little room.
     """
-    begun = tl.load(prefix)
+    begun = 0
+    if not TOP:
+        begun = tl.load(prefix)
     total = tl.zeros([2 * BINS], tl.int32)
     for turn in range(tl.cdiv(rows, programs)):
         number = (tl.program_id(0) + turn * programs).to(tl.int64)
@@ -204,23 +207,24 @@ def _histogram(key, there, begun, DIGIT: tl.constexpr, TOP: tl.constexpr, BINS: 
 
 
 @triton.jit
-def _narrow(histograms, prefix, needed, programs, TOP: tl.constexpr, BINS: tl.constexpr):
-    """The digit of the number sought: prefix takes it up, and needed is how many are still sought among its like."""
+def _narrow(histograms, prefix, needed, sought, programs, TOP: tl.constexpr, BINS: tl.constexpr):
+    """The digit of the number sought, the `sought`-th: prefix takes it up, and needed is which it is among its like."""
     bins = tl.arange(0, BINS)
     total = tl.zeros([BINS], tl.int32)
     for program in range(programs):
         total += tl.load(histograms + program * 2 * BINS + bins)
-    seek = tl.load(needed)
+    seek = sought
+    if not TOP:
+        seek = tl.load(needed)
     reached = tl.sum(total) - tl.cumsum(total, 0) + total  # how many have this digit or a larger one
     digit = tl.max(tl.where(reached >= seek, bins, 0))
     above = tl.sum(tl.where(bins > digit, total, 0))
-    begun = tl.load(prefix)
     tl.store(needed, seek - above)
     if TOP:
         digit = tl.where(digit >= BINS // 2, digit - BINS, digit)  # as a shift of a negative number leaves it
         tl.store(prefix, digit)
     else:
-        tl.store(prefix, begun * BINS + digit)
+        tl.store(prefix, tl.load(prefix) * BINS + digit)
 
 
 @triton.jit
@@ -239,6 +243,22 @@ def _count(p, keys, counts, prefix, above, equal, m, LAST: tl.constexpr, ROOM: t
         same = _reaching(p + number * m, least, m, 0, CHUNK) - more
     tl.store(above + number, more)
     tl.store(equal + number, same)
+
+
+@triton.jit
+def _share(above, equal, equals, spare, begins, rows, CHUNK: tl.constexpr):
+    """How many of each row's equals are kept, `equals` in all and the first ones, and where what it keeps begins."""
+    left = tl.load(equals)
+    begin = 0
+    for start in range(0, rows, CHUNK):
+        at = start + tl.arange(0, CHUNK)
+        same = tl.load(equal + at, mask=at < rows, other=0)
+        mine = tl.minimum(same, tl.maximum(left - tl.cumsum(same, 0) + same, 0))
+        kept = tl.load(above + at, mask=at < rows, other=0) + mine
+        tl.store(spare + at, mine, mask=at < rows)
+        tl.store(begins + at, begin + tl.cumsum(kept, 0) - kept, mask=at < rows)
+        left -= tl.sum(same)
+        begin += tl.sum(kept)
 
 
 @triton.jit
@@ -286,19 +306,17 @@ def batch(p: Tensor, count: int) -> Tensor:
     groups, chunk = _sizes(m, -(-count // b))
     sizes = {"ROOM": groups, "CHUNK": chunk}
     maxima, places, keys = (p.new_empty(b, groups, dtype=torch.int32) for _ in range(3))
-    all_groups, counts = p.new_full((b,), groups, dtype=torch.int32), p.new_empty(b, dtype=torch.int32)
-    launch(_maxima, (b,), p, maxima, m, SHIFT=0, GROUPS=groups, CHUNK=chunk)
-    bound, _ = _nth(p, maxima, all_groups, count, sizes, fall_back=False)
+    counts, above, equal, spare, begins = (p.new_empty(b, dtype=torch.int32) for _ in range(5))
+    launch(_maxima, (b,), p, maxima, counts, m, SHIFT=0, GROUPS=groups, CHUNK=chunk)
+    bound, _ = _nth(p, maxima, counts, count, sizes, fall_back=False)
     launch(
         _candidates, (b,), p, bound, places, keys, counts, m, 0, SHIFT=0, GROUPS=groups, BOUND=True, LAST=last, **sizes
     )
     least, equals = _nth(p, keys, counts, count, sizes, fall_back=True)
-    above, equal = (p.new_empty(b, dtype=torch.int32) for _ in range(2))
     launch(_count, (b,), p, keys, counts, least, above, equal, m, LAST=last, **sizes)
-    spare = torch.minimum(equal, (equals - equal.cumsum(0) + equal).clamp_min(0))
-    kept = above + spare
+    launch(_share, (1,), above, equal, equals, spare, begins, b, CHUNK=covering(b, 16, CHUNK))
     out = p.new_empty(count, dtype=torch.int64)
-    launch(_emit, (b,), p, places, keys, counts, least, spare, kept.cumsum(0) - kept, out, m, LAST=last, **sizes)
+    launch(_emit, (b,), p, places, keys, counts, least, spare, begins, out, m, LAST=last, **sizes)
     return out
 
 
@@ -309,7 +327,7 @@ def _nth(
 
     Both int32 [1] on the device; the first is the key's bits down to the last digit there is.
     """
-    prefix, needed = keys.new_zeros(1), keys.new_full((1,), count)
+    prefix, needed = keys.new_empty(1), keys.new_empty(1)
     programs = min(PROGRAMS, len(keys))
     histograms = keys.new_empty(programs, 2 * BINS)
     for digit in range(24, _unused_bits(p) - 1, -8):
@@ -318,7 +336,7 @@ def _nth(
             _digits, (programs,), p, keys, counts, prefix, histograms, programs, len(keys), p.shape[1], DIGIT=digit,
             TOP=top, BINS=BINS, FALL_BACK=fall_back, **sizes,
         )  # fmt: skip
-        launch(_narrow, (1,), histograms, prefix, needed, programs, TOP=top, BINS=BINS)
+        launch(_narrow, (1,), histograms, prefix, needed, count, programs, TOP=top, BINS=BINS)
     return prefix, needed
 
 

@@ -86,6 +86,11 @@ def test_the_largest_of_a_batch(name: str, dtype: torch.dtype) -> None:
     assert select.batch(p, count).tolist() == first_largest(p.reshape(-1), count)
 
 
+def test_the_largest_of_more_rows_than_are_shared_among_at_once() -> None:
+    p = ties(34, 2, 1)
+    assert select.batch(p, 30).tolist() == first_largest(p.reshape(-1), 30)
+
+
 def test_what_is_no_number_comes_first() -> None:
     p = made(2, 40)
     p[1, 7] = torch.nan
@@ -247,4 +252,5 @@ def test_every_kernel_compiles_for_a_card(tmp_path: Path) -> None:
     assert {line.split()[0] for line in done.stdout.splitlines()} == {
         "_mix", "_dots", "_compare", "_tangent", "_unit", "_maxima", "_candidates", "_keep", "_digits", "_narrow",
         "_count", "_emit", "_list", "_by_row", "_by_latent", "_squares", "_prepare", "_update",
+        "_share", "_fired", "_follow", "_least", "_lead",
     }  # fmt: skip
