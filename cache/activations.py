@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import hashlib
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -280,8 +279,3 @@ def _permutation(source: str, window: int, rows: int) -> np.ndarray:
     order = np.argsort(bits)  # in a quarter of the time of a stable sort, which differs only where two are equal
     ranked = bits[order]
     return np.argsort(bits, kind="stable") if (ranked[1:] == ranked[:-1]).any() else order
-
-
-def activations_root(root: Path) -> Path:
-    """Folder of all activation stores of a cache."""
-    return root / ActivationStore.kind

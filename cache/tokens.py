@@ -9,7 +9,6 @@ A row of this store is a context. The first window is about 65,536 tokens, the l
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -175,8 +174,3 @@ def expect_split(recipe: Recipe) -> None:
     """Raise ValueError unless the recipe says which documents its store has."""
     if text(recipe, "split") not in SPLITS:
         raise ValueError(f"split is {shown(recipe['split'])}, not {' or '.join(SPLITS)}")
-
-
-def tokens_root(root: Path) -> Path:
-    """Folder of all token stores of a cache."""
-    return root / TokenStore.kind

@@ -6,18 +6,14 @@ Top contexts alone flatter a feature: the weaker ones are random draws from each
 from typing import Annotated
 
 import numpy as np
-import torch
 from pydantic import Field
 
 from sae.cache.loader.dataset import Dataset
-from sae.cache.tokens import TokenStore
 from sae.configs.base import Distinct
 from sae.pipeline.interpret.best import rank_in_run
 from sae.pipeline.interpret.examples import Features, Group
-from sae.pipeline.interpret.gather import StatisticsConfig, gather
-from sae.pipeline.interpret.statistics import Statistics, expect_latents
-from sae.pipeline.interpret.survey import Dictionary
-from sae.pipeline.runtime.progress import Progress
+from sae.pipeline.interpret.gather import StatisticsConfig
+from sae.pipeline.interpret.statistics import Statistics
 
 STRONGEST_SHARE = 4  # one in so many of the latents shown is there for its strength
 LOOKS_ALIKE = 0.7  # cosine of decoder directions from which two latents are not both shown for their strength
@@ -31,18 +27,6 @@ class FeaturesConfig(StatisticsConfig):
         description="latents to show, as 3,17,256 or 0-9; null: a varied choice of the strongest and of the others",
     )
     count: int = Field(32, ge=1, description="how many latents to show first, where none are named")
-
-
-def find_features(
-    sae: Dictionary, dataset: Dataset, tokens: TokenStore, config: FeaturesConfig, progress: Progress, *,
-    device: torch.device | str = "cpu",
-) -> Features:  # fmt: skip
-    """Survey what a dictionary on `device` reads of a dataset, and describe some of its latents; see `gather`.
-
-    Raises SaeError for a latent that does not exist.
-    """
-    expect_latents(config.latents or (), sae.d_sae)
-    return records(gather(sae, dataset, tokens, config, progress, device=device), dataset, config)
 
 
 def records(found: Statistics, dataset: Dataset, config: FeaturesConfig) -> Features:

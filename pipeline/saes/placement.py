@@ -38,5 +38,7 @@ def rounds(x: Tensor) -> bool:
 
 
 def moved(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on a device, without waiting for it."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    """A tensor on a device, without waiting for what that is at work on, as where one comes from the host."""
+    if device.type != "cuda" or x.device.type != "cpu":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)

@@ -22,7 +22,7 @@ from support.small_tokens import VOCABULARY_OF_TESTS
 
 from sae.cache import tokens
 from sae.cache.errors import DamagedStore, NotFound
-from sae.cache.tokens import VOCABULARY, TokenStore, TokenWriter, contexts_per_chunk, sibling, tokens_root
+from sae.cache.tokens import VOCABULARY, TokenStore, TokenWriter, contexts_per_chunk, sibling
 
 REAL_CHUNK_TOKENS = tokens.CHUNK_TOKENS
 
@@ -125,4 +125,4 @@ def test_siblings(tmp_path: Path) -> None:
     assert sibling(sibling(train.recipe, "validation"), "train") == train.recipe
     rows = write_activations(tmp_path, torch.ones(CHUNK, 3))
     assert sibling(rows.recipe, "validation")["tokens"] == token_recipe("validation")
-    assert train.path.parent == tokens_root(tmp_path)
+    assert train.path.parent == tmp_path / "tokens"

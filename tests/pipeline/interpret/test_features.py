@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from sae.cache.errors import SaeError
 from sae.cache.loader.dataset import Dataset
+from sae.cache.tokens import TokenStore
 from sae.pipeline.interpret.best import Best, random_scores
 from sae.pipeline.interpret.examples import Example, Feature, Features
-from sae.pipeline.interpret.features import FeaturesConfig, find_features
+from sae.pipeline.interpret.features import FeaturesConfig, records
+from sae.pipeline.interpret.gather import gather
+from sae.pipeline.interpret.statistics import expect_latents
 from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.saes import Latents, create, parse
 
@@ -37,7 +40,11 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Stores:
 
 def find(stores: Stores, sae: Any = None, **settings: Any) -> Features:
     tokens, store = stores
-    return find_features(sae or Readout(), Dataset.of(store), tokens, FeaturesConfig(**settings), Silent())
+    return described(sae or Readout(), Dataset.of(store), tokens, FeaturesConfig(**settings))
+
+
+def described(sae: Any, dataset: Dataset, tokens: TokenStore, config: FeaturesConfig) -> Features:
+    return records(gather(sae, dataset, tokens, config, Silent()), dataset, config)
 
 
 def examples(feature: Feature) -> Iterator[Example]:
@@ -246,7 +253,7 @@ def test_rows_that_training_left_out_are_not_looked_at(small: Stores) -> None:
     largest = float(np.quantile(store.norms(0, store.n_rows), 0.8))
     kept = {*store.positions(0, store.n_rows)[store.norms(0, store.n_rows) <= largest].tolist()}
     config = FeaturesConfig(latents=tuple(range(1, D)), top=6)
-    found = find_features(Readout(), Dataset.of(store).kept_up_to((largest,)), tokens, config, Silent())
+    found = described(Readout(), Dataset.of(store).kept_up_to((largest,)), tokens, config)
     assert found.rows == len(kept) < store.n_rows
     dense = Readout().encode(store.rows(0, store.n_rows)[torch.from_numpy(store.norms(0, store.n_rows) <= largest)])
     assert [f.fired for f in found.features] == dense.fired()[1:].tolist()
@@ -299,7 +306,9 @@ def test_inference_behaviour_for_the_duration(small: Stores) -> None:
 
 def test_refusals(small: Stores, large: Stores) -> None:
     with pytest.raises(SaeError, match=r"latents = 12, -1: the dictionary has latents 0 to 11"):
-        find(small, latents=[3, 12, -1])
+        expect_latents([3, 12, -1], 12)
+    with pytest.raises(SaeError, match=r"latents = 12: the dictionary has"):
+        find(small, latents=[3, 12])
     with pytest.raises(SaeError, match="not the tokens"):
         find((small[0], large[1]))
     with pytest.raises(ValueError, match="2 tokens, 1 activations"):
