@@ -92,7 +92,7 @@ def probe(
             notes.append(f"{texts.name}: left out, its {len(texts.classes):,} labels are numbers")
             continue
         texts.expect_classes(config.classes)
-        for subject, found in zip(subjects, _of_set(config, subjects, texts, place), strict=True):
+        for subject, found in zip(subjects, _of_set(config, subjects, texts), strict=True):
             for row in subject.rows(found.rows):
                 rows.setdefault(tuple(row[name] for name in (*LABELS, "seed")), row)
             chosen.setdefault(subject.run.name, {})[texts.name] = found.chosen
@@ -129,7 +129,7 @@ def subjects_of(runs: Sequence[Run], place: Workplace, model: str | None, tokeni
     return found
 
 
-def _of_set(config: ProbeConfig, subjects: Sequence[Subject], texts: Labelled, place: Workplace) -> list[Probed]:
+def _of_set(config: ProbeConfig, subjects: Sequence[Subject], texts: Labelled) -> list[Probed]:
     """What there is to say of every subject on a set, computing what is missing."""
     recipes = {one.run.name: _recipe(config, one, texts) for one in subjects}
     found = {one.run.name: _kept(one.run, texts.name, recipes[one.run.name]) for one in subjects}

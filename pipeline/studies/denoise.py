@@ -103,7 +103,7 @@ class Denoise(Study):
         try:
             for run in runs:
                 dictionary = finished.load_run(Run(setup.lab.place.runs / run["run"])).to(device)
-                inputs = Inputs(self, train, held_out, dictionary, run)
+                inputs = Inputs(self, train, dictionary, run)
                 for name in self.inputs:
                     seen = [(inputs.of(name, one).to(device), one.rows.to(device)) for one in (train, held_out)]
                     model = trained(*seen[0], train.order, size, run["seed"], lambda n: progress.advance(n))
@@ -191,7 +191,7 @@ def in_time(store: ActivationStore) -> tuple[Tensor, np.ndarray]:
 class Inputs:
     """What forecasters read of a series. Everything is fitted to the training rows."""
 
-    def __init__(self, study: Denoise, train: Series, held_out: Series, dictionary: Dictionary, run: Row) -> None:
+    def __init__(self, study: Denoise, train: Series, dictionary: Dictionary, run: Row) -> None:
         self._study, self._train, self._dictionary, self._seed = study, train, dictionary, int(run["seed"])
         d = train.rows.shape[1]
         self.components = min(d, study.components or max(1, round(run["l0"])))

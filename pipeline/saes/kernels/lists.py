@@ -30,7 +30,7 @@ def above(value, bound):
 
 
 @triton.jit
-def members(lists, counts, group, all_of_them, room):
+def members(counts, group, all_of_them, room):
     """How many members of a group are to be gone through, and how many of these a list names: all, or else none."""
     count = tl.load(counts + group)
     return tl.where(count <= room, count, all_of_them), tl.where(count <= room, count, 0)

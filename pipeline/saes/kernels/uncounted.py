@@ -66,7 +66,7 @@ def _by_row(p, lists, counts, bounds, x, weight, bias, theta, gain, offset, tabl
             IN: tl.constexpr, OUT: tl.constexpr, ENTRIES: tl.constexpr):  # fmt: skip
     """A row's mixtures of the table's rows and sums, and how many of its values are not 0, of which `fired` is told."""
     row = tl.program_id(0).to(tl.int64)
-    many, named = members(lists, counts, row, m, room)
+    many, named = members(counts, row, m, room)
     ins = tl.arange(0, IN)
     outs = tl.arange(0, OUT)
     total = tl.zeros([OUT], tl.float32)
@@ -137,7 +137,7 @@ def _by_latent(p, lists, counts, bounds, x, weight, bias, theta, gain, offset, t
                ENTRIES: tl.constexpr):  # fmt: skip
     """A latent's gradients, its rows of both weights' among them. LEARNS: whether its threshold has a kernel."""
     latent = tl.load(order + tl.program_id(0))
-    many, named = members(lists, counts, latent, rows, room)
+    many, named = members(counts, latent, rows, room)
     ins = tl.arange(0, IN)
     outs = tl.arange(0, OUT)
     bound = tl.load(bounds + latent)
