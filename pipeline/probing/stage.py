@@ -104,8 +104,6 @@ def probe(
 
 def subjects_of(runs: Sequence[Run], place: Workplace, model: str | None, tokenizer: str | None) -> list[Subject]:
     """What is probed, runs of one model with one reader. Raises SaeError where a run is there twice."""
-    if not runs:
-        raise SaeError("runs: none is named; name those to probe")
     found: list[Subject] = []
     readers: dict[str, Reader] = {}
     sites: dict[str, tuple[str, Points]] = {}

@@ -149,7 +149,7 @@ def test_what_cannot_be_probed_is_said(
         (lambda: lab.probe("vae", data), "trained a vae, whose codes are no latents"),
         (lambda: lab.probe("rows", data), "its rows come from no language model"),
         (lambda: lab.probe(["one", "one"], data), "one: is named twice"),
-        (lambda: lab.probe([], data), "runs: none is named"),
+        (lambda: lab.probe([], data), "runs: an empty list"),
         (lambda: lab.probe("one"), "data: no labelled texts"),
         (lambda: lab.probe("one", data, ks=(41,)), r"^ks = 41: one has 40 latents"),
         (lambda: lab.probe("one", data, ks=()), "ks"),
