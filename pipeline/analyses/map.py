@@ -50,8 +50,8 @@ class Map(Analysis):
         together, fired = Together(subject.sae.d_sae, SEED), torch.zeros(subject.sae.d_sae, dtype=torch.float64)
         for batch in subject.batches():
             at = np.arange(together.seen, together.seen + len(batch.x))
-            row, latent = (batch.latents.dense() != 0).cpu().nonzero(as_tuple=True)
-            together.add(row.numpy(), latent.numpy(), at)
+            row, latent = batch.latents.dense().nonzero(as_tuple=True)
+            together.add(row, latent, at)
             fired += batch.latents.fired().cpu()
         rates, partners = fired / max(1, together.seen), together.partners(PARTNERS)
         groups = communities(partners)

@@ -9,14 +9,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sae.cache.errors import DamagedStore
 from sae.cache.loader.dataset import Dataset
 from sae.cache.store.codecs import Encoded
 from sae.cache.tokens import TokenStore
 from sae.pipeline.interpret.best import first_of_run, rank_in_run
-from sae.pipeline.interpret.survey import BATCH_ROWS, Dictionary, Survey, firings
+from sae.pipeline.interpret.survey import BATCH_ROWS, Dictionary, Survey
 from sae.pipeline.runtime.progress import Progress
+from sae.pipeline.saes import Latents, placement
 
 QUARTERS = ((0.75, 1.0), (0.5, 0.75), (0.25, 0.5), (0.0, 0.25))
 """The bands of a latent's values, by quantiles; band 0 of contexts are the strongest, band i is of quarter i - 1."""
@@ -134,12 +136,14 @@ def _values(
 ) -> np.ndarray:
     """float32 [n]: the value of a latent on a token, for pairs [n] of them; NaN where the token has no row.
 
-    Reads every window's positions, but decodes and encodes only the rows it needs.
+    Reads every window's positions, but decodes and encodes only the rows it needs. The device is asked at the end.
     """
     store = dataset.inputs[0]
     order = np.argsort(place, kind="stable")
     wanted = place[order]
     values = np.full(len(place), np.nan, np.float32)
+    found: list[Tensor] = []
+    pairs: list[np.ndarray] = []
     windows = [window for window in store.manifest.windows if window.start < dataset.n_rows]
     progress.start("features: reading contexts", len(windows), "windows")
     try:
@@ -152,14 +156,15 @@ def _values(
             pair, row = order[pair[by_row]], row[by_row] + window.start
             for part in _batches(row, store.chunk_rows):
                 rows, which = np.unique(row[part], return_inverse=True)
-                found = firings(sae, _gather(dataset, rows).to(device))
-                keys = found.row * sae.d_sae + found.latent
-                sorted_keys = np.argsort(keys)
-                asked = which * sae.d_sae + latent[pair[part]]
-                values[pair[part]] = _looked_up(keys[sorted_keys], found.value[sorted_keys], asked)
+                codes = sae.encode(placement.moved(_gather(dataset, rows), device))
+                asked = placement.moved(torch.from_numpy(np.stack([which, latent[pair[part]]])), device)
+                found.append(_looked_up(codes, *asked))
+                pairs.append(pair[part])
             progress.advance(1)
     finally:
         progress.finish()
+    if found:
+        values[np.concatenate(pairs)] = (torch.cat(found) + 0.0).cpu().numpy()  # no zero has a sign
     return values
 
 
@@ -185,12 +190,16 @@ def _batches(row: np.ndarray, chunk_rows: int) -> list[slice]:
     return [slice(int(a), int(b)) for a, b in zip(edges, [*edges[1:], len(row)], strict=True)]
 
 
-def _looked_up(keys: np.ndarray, values: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """The values [n] of what is asked for by ascending keys, 0 where there is none."""
+def _looked_up(codes: Latents, row: Tensor, latent: Tensor) -> Tensor:
+    """float32 [n]: the values of latents in rows, 0 where they do not fire. A device is not waited for."""
+    if codes.entries is None:
+        return codes.values[row, latent].float()
+    keys, order = (codes.entries.row_ids * codes.d_sae + codes.entries.indices).sort()
+    asked = row * codes.d_sae + latent
     if not len(keys):
-        return np.zeros(len(asked), np.float32)
-    at = np.minimum(np.searchsorted(keys, asked), len(keys) - 1)
-    return np.where(keys[at] == asked, values[at], np.float32(0))
+        return asked.new_zeros(len(asked), dtype=torch.float32)
+    at = torch.searchsorted(keys, asked).clamp(max=len(keys) - 1)
+    return torch.where(keys[at] == asked, codes.values.reshape(-1)[order[at]].float(), 0.0)
 
 
 def _gather(dataset: Dataset, rows: np.ndarray) -> torch.Tensor:

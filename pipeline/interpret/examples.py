@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 BINS_PER_OCTAVE = 2
 LOWEST_OCTAVE = -16
 BINS = 64  # values from 2^-16 to 2^16; what lies outside counts in the first or last bin
+EDGES = [2.0 ** (LOWEST_OCTAVE + i / BINS_PER_OCTAVE) for i in range(BINS + 1)]
 
 Group = Literal["strongest", "sampled", "asked"]
 Latent = Annotated[int, Field(serialization_alias="feature")]

@@ -58,7 +58,7 @@ def gather(
             f"{tokens.key}: not the tokens {dataset.inputs[0].key} was harvested from; name the store its recipe names"
         )
     rows, where = rows_of(dataset, config), torch.device(device)
-    seen = Survey(sae.d_sae, rows=rows, top=config.top, sample=config.sample, seed=config.seed)
+    seen = Survey(sae.d_sae, rows=rows, top=config.top, sample=config.sample, seed=config.seed, device=where)
     with judging(sae):
         survey(sae, dataset, tokens, rows, seen, progress, where)
         contexts = chosen(seen, config.weaker)
@@ -77,10 +77,11 @@ def gather(
         raise DamagedStore(f"{tokens.path / VOCABULARY}: lacks tokens that are there; tokenize again to restore it")
     best = seen.top.entries()
     largest = np.zeros(sae.d_sae)
-    np.maximum.at(largest, best[0], best[1])
+    np.maximum.at(largest, best[0], np.abs(best[2]))
+    windows, total, histogram = (counts.cpu().numpy() for counts in (seen.windows, seen.total, seen.histogram))
     begin = None if tokens is None else int(tokens.recipe["tokenizer"]["begin"])
     return Statistics(
-        {"begin": begin}, seen.windows, seen.window_rows, seen.total, largest.astype(np.float32), seen.histogram,
+        {"begin": begin}, windows, seen.window_rows, total, largest.astype(np.float32), histogram,
         contexts, frequent, partners, near, None, vocabulary,
     )  # fmt: skip
 

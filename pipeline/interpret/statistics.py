@@ -28,8 +28,7 @@ from sae.pipeline.interpret.contexts import QUARTERS, Contexts
 from sae.pipeline.interpret.directions import Lens, Nearest
 from sae.pipeline.interpret.examples import (
     BINS,
-    BINS_PER_OCTAVE,
-    LOWEST_OCTAVE,
+    EDGES,
     Band,
     Bin,
     Example,
@@ -186,9 +185,8 @@ class Statistics:
         filled = np.flatnonzero(counts)
         if not len(filled):
             return []
-        edges = 2.0 ** (LOWEST_OCTAVE + np.arange(len(counts) + 1) / BINS_PER_OCTAVE)
         inside = range(int(filled[0]), int(filled[-1]) + 1)
-        return [Bin(low=short(edges[i]), high=short(edges[i + 1]), count=int(counts[i])) for i in inside]
+        return [Bin(low=short(EDGES[i]), high=short(EDGES[i + 1]), count=int(counts[i])) for i in inside]
 
     def partners_of(self, latent: int) -> list[Partner]:
         """The latents that fire most in the same rows."""

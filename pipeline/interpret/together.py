@@ -12,6 +12,8 @@ deviation.
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from sae.pipeline.interpret.best import random_scores, rank_in_run
 
@@ -63,12 +65,15 @@ class Together:
         self._kept: list[_Sampled] = []
         self._size = np.zeros(3, np.int64)
 
-    def add(self, row: np.ndarray, latent: np.ndarray, position: np.ndarray) -> None:
-        """Add rows at `position` [rows], with their firings by row (ascending) and latent, each [n]."""
+    def add(self, row: Tensor, latent: Tensor, position: np.ndarray) -> None:
+        """Add rows at `position` [rows], with their firings by row (ascending) and latent, each [n], on any device."""
         self.seen += len(position)
         draws = random_scores(np.zeros(1, np.int64), position, self.seed)
-        found = _Sampled(draws, np.bincount(row, minlength=len(position)), latent.astype(np.int32))
-        found = found.below(self.threshold)
+        keep = draws < self.threshold
+        counts = torch.bincount(row, minlength=len(position)).cpu().numpy()
+        if not keep.all():
+            latent = latent[torch.from_numpy(keep).to(row.device)[row]]
+        found = _Sampled(draws[keep], counts[keep], latent.int().cpu().numpy())
         self._kept.append(found)
         self._size += found.size
         while (self._size > MOST).any():

@@ -72,7 +72,8 @@ def test_latents_that_fire_together_are_a_community() -> None:
         on[row, 4 * group : 4 * group + 4] = True
         on[row, random.integers(12)] = True
     together = Together(13, 0)
-    together.add(*np.nonzero(on), np.arange(400))
+    rows, latents = torch.from_numpy(on).nonzero(as_tuple=True)
+    together.add(rows, latents, np.arange(400))
     assert communities(together.partners(12)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]  # 13 never fires
 
 

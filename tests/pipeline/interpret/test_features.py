@@ -77,7 +77,8 @@ def test_streaming_equals_brute_force(seed: int, n: int, batches: int, one_per_d
     position = random.permutation(size)
     table = Best(4, n, one_per_document=one_per_document)
     for part in np.array_split(random.permutation(size), batches):
-        table.update(latent[part], value[part].astype(float), value[part], position[part], document[part])
+        columns = latent, value.astype(np.int64), value, position, document
+        table.update(*(torch.from_numpy(column[part]) for column in columns))
     for j in range(4):
         found = sorted(
             (-float(value[i]), int(position[i]), int(document[i])) for i in range(size) if latent[i] == j

@@ -15,7 +15,9 @@ from support.small_runs import planted_rows
 from support.small_runs import settings as training
 from support.small_stores import extend
 from support.token_rows import D, Readout, Stores, T, build
+from support.watching import watched
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from sae.cache.activations import ActivationWriter
 from sae.cache.disk.tensors import read_tensors, write_tensors
@@ -23,15 +25,18 @@ from sae.cache.errors import DamagedStore, SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import STATISTICS, Run
 from sae.cache.store.codecs import codec, codec_recipe
+from sae.pipeline.interpret import survey as surveying
 from sae.pipeline.interpret import together as module
+from sae.pipeline.interpret.contexts import chosen, with_text
 from sae.pipeline.interpret.directions import lens, nearest
+from sae.pipeline.interpret.examples import BINS, EDGES
 from sae.pipeline.interpret.gather import StatisticsConfig, gather
 from sae.pipeline.interpret.stage import statistics_of
 from sae.pipeline.interpret.statistics import Statistics
-from sae.pipeline.interpret.survey import WINDOWS, Firings, Survey
+from sae.pipeline.interpret.survey import WINDOWS, Survey, boxes, survey
 from sae.pipeline.interpret.together import Partners, Together
 from sae.pipeline.runtime.progress import Silent
-from sae.pipeline.saes import Latents
+from sae.pipeline.saes import Latents, placement
 from sae.pipeline.train.stage import open_run, train
 
 
@@ -85,8 +90,7 @@ def test_a_stream_of_codes_equals_brute_force(seed: int, batches: int, n: int, s
     position, document = random.permutation(1000)[:rows], random.integers(0, 5, rows)
     seen = Survey(m, rows=rows, top=n, sample=max(4, n), seed=seed)
     for part in np.array_split(np.arange(rows), batches):
-        row, latent = values[part].nonzero()
-        seen.add(Firings(row, latent, values[part][row, latent]), part, position[part], document[part])
+        seen.add(Latents.of_dense(torch.from_numpy(values[part])), part, position[part], document[part])
     active = values != 0
     edges = np.searchsorted(np.arange(rows) * WINDOWS // rows, np.arange(WINDOWS + 1))
     for window in range(WINDOWS):
@@ -114,8 +118,8 @@ def test_a_sample_of_rows_is_the_same_in_any_order_and_tells_its_error(monkeypat
     for order in (np.arange(4000), random.permutation(4000)):
         together = Together(6, seed=3)
         for part in np.array_split(order, 9):
-            row, latent = active[part].nonzero()
-            together.add(row, latent, part)
+            rows, latents = torch.from_numpy(active[part]).nonzero(as_tuple=True)
+            together.add(rows, latents, part)
         found.append(together.partners(3))
     first, other = found
     assert all(np.array_equal(a, b) for a, b in zip(first[:4], other[:4], strict=True))
@@ -129,7 +133,8 @@ def test_a_sample_of_rows_is_the_same_in_any_order_and_tells_its_error(monkeypat
 def test_many_blocks_of_pairs_are_counted_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     active = np.random.default_rng(1).random((200, 11)) < 0.3
     together = Together(11, seed=0)
-    together.add(*active.nonzero(), np.arange(200))
+    row, latent = torch.from_numpy(active).nonzero(as_tuple=True)
+    together.add(row, latent, np.arange(200))
     monkeypatch.setattr(module, "BLOCK", 40)
     expect_partners(together.partners(4), active)
 
@@ -162,6 +167,61 @@ def test_all_latents_of_a_store(small: Stores) -> None:
                 assert value is None if row is None else value == pytest.approx(float(values[row, latent]), rel=1e-5)
     assert found.table()["token"][3] == found.feature(3).frequent[0].token
     assert len(found.stability()) == WINDOWS - 1 and all(-1 <= one.pearson <= 1 for one in found.stability())
+
+
+OF_THE_HOST = {"codecs.py lift_fresh", "activations.py _local_scalar_dense", "contexts.py lift_fresh"}
+"""What asks for numbers that are on the CPU, whatever computes."""
+
+
+@pytest.mark.parametrize("sae", [Mixed(), Readout(sparse=True)], ids=["dense", "sparse"])
+def test_a_device_that_runs_ahead_is_waited_for_when_enough_is_held(
+    small: Stores, monkeypatch: pytest.MonkeyPatch, sae: Readout
+) -> None:
+    """And not from batch to batch; what is found is what the host finds."""
+    tokens, store = small
+    expected, dataset = gathered(small, sae, rows="all", before=2, after=1), Dataset.of(store)
+    monkeypatch.setattr(placement, "HOSTS", set())
+    monkeypatch.setattr(surveying, "BATCH_ROWS", 64)
+    monkeypatch.setattr(surveying, "HELD", 5 * 64 * D * 4)
+    settle, added, settled = Survey.settle, Survey.add, []
+    batches: list[int] = []
+
+    def settling(seen: Survey) -> None:
+        settled.append(len(batches))
+        with _disable_current_modes():
+            settle(seen)
+
+    def adding(seen: Survey, *args: Any) -> None:
+        batches.append(len(args[1]))
+        added(seen, *args)
+
+    monkeypatch.setattr(Survey, "settle", settling)
+    monkeypatch.setattr(Survey, "add", adding)
+    seen = Survey(D, rows=store.n_rows, top=8, sample=64, seed=0)
+    cpu = torch.device("cpu")
+    reading = watched(lambda: survey(sae, dataset, tokens, store.n_rows, seen, Silent(), cpu))
+    assert sum(batches) == store.n_rows and settled == [*range(5, len(batches) + 1, 5), len(batches)]
+    assert not {*reading.asked} - OF_THE_HOST, reading.asked
+    assert np.array_equal(seen.windows, expected.windows) and np.array_equal(seen.histogram, expected.histogram)
+    assert seen.total == pytest.approx(expected.total)
+    shown = chosen(seen, 2)
+    looking = watched(lambda: with_text(shown, sae, dataset, tokens, (2, 1), Silent(), cpu))
+    assert not {*looking.asked} - OF_THE_HOST, looking.asked
+    found = with_text(shown, sae, dataset, tokens, (2, 1), Silent(), cpu)
+    assert all(np.array_equal(*pair, equal_nan=True) for pair in zip(found, expected.contexts, strict=True))
+    partners = seen.together.partners(8)
+    assert np.array_equal(partners.latent, expected.partners.latent)
+    assert np.array_equal(partners.union, expected.partners.union) and partners.rows == expected.partners.rows
+
+
+def test_bins_begin_at_numbers_that_are_fixed() -> None:
+    """At each edge, just below it, just above it, and beyond all of them."""
+    edges = np.array(EDGES, np.float32)
+    beside = [np.nextafter(edges, np.float32(to)) for to in (0, np.inf)]
+    values = np.concatenate([edges, *beside, np.array([1e-45, 1e-38, 3e38, np.inf], np.float32)])
+    expected = np.searchsorted(edges[1:-1], values, side="right")
+    assert np.array_equal(boxes(torch.from_numpy(values).view(torch.int32).long()), expected)
+    assert {*expected.tolist()} == {*range(BINS)}
 
 
 def test_directions_and_the_tokens_they_make_likelier() -> None:
