@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from bench.peer import Peer
-from bench.quality_peers import DECAY, WARMUP, Job, batches, load
+from bench.quality_peers import DECAY, WARMUP, Job, batches, load, widths
 from sae.cache.activations import ActivationStore
 from sae.pipeline import saes
 from sae.pipeline.harvest.sources.synthetic import GroundTruth, Independent, SyntheticConfig
@@ -46,11 +46,12 @@ from sae.pipeline.train.config import TrainConfig
 TRAIN, HELD = 400_000, 20_000
 SHAPES = {"tiny": (512, 16), "planted": (256, 8)}  # d_sae and k for each set of rows
 TOOLS = {
-    "ours": ("topk", "batchtopk", "l1", "jumprelu"),
-    "saelens": ("topk", "batchtopk", "l1", "jumprelu"),
-    "dictionary_learning": ("topk", "batchtopk", "l1", "jumprelu"),
+    "ours": ("topk", "batchtopk", "matryoshka", "l1", "jumprelu"),
+    "saelens": ("topk", "batchtopk", "matryoshka", "l1", "jumprelu"),
+    "dictionary_learning": ("topk", "batchtopk", "matryoshka", "l1", "jumprelu"),
     "sparsify": ("topk",),
 }
+PREFIXES = (0.03125, 0.09375, 0.21875, 0.46875)  # of matryoshka, the same for every tool: ours
 COEFFICIENTS = {
     ("saelens", "l1"): (3.0,),
     ("saelens", "jumprelu"): (3.0,),
@@ -93,8 +94,10 @@ def write_rows(root: Path, out: Path) -> None:
 def ours(rows: Tensor, held: Tensor, job: Job, settings: dict[str, Any]) -> dict[str, Any]:
     """Train one of ours as `sae train` does, and judge it."""
     sae_settings = {"arch": job.arch, "d_sae": job.d_sae}
-    if job.arch in ("topk", "batchtopk"):
+    if job.arch in ("topk", "batchtopk", "matryoshka"):
         sae_settings["k"] = round(job.k * job.coefficient)
+        if job.prefixes:
+            sae_settings["prefixes"] = job.prefixes
     else:
         sae_settings["target_l0"] = job.k * job.coefficient
     own = {key: value for key, value in settings.items() if not key.startswith("sae.")}
@@ -121,15 +124,24 @@ def ours(rows: Tensor, held: Tensor, job: Job, settings: dict[str, Any]) -> dict
     with torch.no_grad():
         latents = [sae.encode(x) for x in held.split(4096)]
         x_hat = torch.cat([sae.decode(part) for part in latents])
+        nested = [0.0] * len(widths(job) if job.prefixes else ())
+        for x, part in zip(held.split(4096), latents, strict=True):
+            for place, width in enumerate(widths(job)[: len(nested)]):
+                first = part.edited(part.dense() * (torch.arange(job.d_sae) < width))
+                nested[place] += (x - sae.decode(first)).double().square().sum().item()
     fired = sum(part.fired() for part in latents)
     assert isinstance(fired, Tensor)
-    return figures(held, x_hat, fired, fired.sum().item() / len(held), sae.W_dec.detach(), Path(job.rows))
+    return figures(held, x_hat, fired, fired.sum().item() / len(held), sae.W_dec.detach(), Path(job.rows), nested)
 
 
-def figures(held: Tensor, x_hat: Tensor, fired: Tensor, l0: float, table: Tensor, folder: Path) -> dict[str, Any]:
-    """What a dictionary is judged by: FVU, L0, dead share, and recovery of the truth where it is known."""
-    error = (held - x_hat).double().square().sum()
-    found = {"fvu": (error / (held - held.mean(0)).double().square().sum()).item(), "l0": l0}
+def figures(
+    held: Tensor, x_hat: Tensor, fired: Tensor, l0: float, table: Tensor, folder: Path, nested: Sequence[float]
+) -> dict[str, Any]:
+    """What a dictionary is judged by: FVU, L0, dead share, recovery of the truth where it is known, nested FVU."""
+    error, whole = (held - x_hat).double().square().sum(), (held - held.mean(0)).double().square().sum().item()
+    found: dict[str, Any] = {"fvu": error.item() / whole, "l0": l0}
+    if nested:
+        found["nested"] = [one / whole for one in nested]
     found["dead"] = (fired == 0).double().mean().item()
     if (folder / "truth.npy").exists():
         scores = Recovery(table, load(str(folder), "truth")).result()
@@ -147,7 +159,9 @@ class Trainer(Peer):
         arrays = {name: torch.from_numpy(value) for name, value in np.load(path).items()}
         path.unlink()
         held = load(job.rows, "held")
-        return figures(held, arrays["x_hat"], arrays["fired"], arrays["l0"].item(), arrays["W_dec"], Path(job.rows))
+        shown = [arrays[name] for name in ("x_hat", "fired")]
+        l0, nested = arrays["l0"].item(), arrays["nested"].tolist()
+        return figures(held, *shown, l0, arrays["W_dec"], Path(job.rows), nested)
 
 
 def jobs(args: argparse.Namespace, done: Sequence[dict[str, Any]]) -> Iterator[Job]:
@@ -161,7 +175,8 @@ def jobs(args: argparse.Namespace, done: Sequence[dict[str, Any]]) -> Iterator[J
         of_arch = COEFFICIENTS.get((tool, arch), args.l0)
         coefficients = args.penalty or (of_arch if tool == "ours" or (tool, arch) in COEFFICIENTS else (1.0,))
         for lr, coefficient in itertools.product(args.lr, coefficients):
-            job = Job(tool, arch, folder, lr, seed, d_sae, k, args.steps, args.batch, coefficient)
+            prefixes = PREFIXES if arch == "matryoshka" else ()
+            job = Job(tool, arch, folder, lr, seed, d_sae, k, args.steps, args.batch, coefficient, prefixes)
             if not (args.best and seed) or lr == best(done, job):
                 yield job
 
@@ -177,6 +192,15 @@ def best(done: Sequence[dict[str, Any]], job: Job) -> float:
     return min(found, key=lambda lr: found[lr])
 
 
+def read(results: Path) -> list[dict[str, Any]]:
+    """The lines of a file of results, if there is one."""
+    entries = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    for entry in entries:
+        job = Job(**entry["job"])
+        entry["job"] = job._replace(prefixes=tuple(job.prefixes))._asdict()
+    return entries
+
+
 def of_tool(tool: str, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of `--set`, which are ours alone."""
     return settings if tool == "ours" else {}
@@ -185,8 +209,7 @@ def of_tool(tool: str, settings: dict[str, Any]) -> dict[str, Any]:
 def train(args: argparse.Namespace) -> None:
     """Train what the results lack, a line each."""
     settings = {key: json.loads(value) for key, value in (given.split("=", 1) for given in args.set)}
-    lines = args.results.read_text().splitlines() if args.results.exists() else []
-    done = [entry for entry in map(json.loads, lines) if entry["settings"] == of_tool(entry["job"]["tool"], settings)]
+    done = [entry for entry in read(args.results) if entry["settings"] == of_tool(entry["job"]["tool"], settings)]
     peers: Trainer | None = None
     for job in jobs(args, done):
         mine = of_tool(job.tool, settings)
@@ -224,7 +247,7 @@ def at_l0(curve: Sequence[dict[str, Any]], l0: float) -> float:
 def table(args: argparse.Namespace) -> None:
     """Print, for rows and rate, our figures and the ratio of our FVU at another tool's L0 to its own, over seeds."""
     runs: dict[tuple[str, str, str], dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for entry in map(json.loads, args.results.read_text().splitlines()):
+    for entry in read(args.results):
         job = Job(**entry["job"])
         if not entry["settings"]:
             runs[job.arch, Path(job.rows).name, job.tool][job.lr].append(entry)

@@ -1,7 +1,8 @@
 """The trainers of SAELens, dictionary_learning and sparsify on given rows: what `quality.py` runs in their interpreter.
 
 Says "ready", then reads jobs (JSON, one a line, the fields of `Job`), trains each and answers with the path of an .npz:
-x_hat [n, d] and the active latents' counts (`fired` [d_sae], `l0`) on held-out rows, and W_dec [d_sae, d].
+x_hat [n, d] and the active latents' counts (`fired` [d_sae], `l0`) on held-out rows, W_dec [d_sae, d], and the squared
+errors of nested dictionaries (`nested`).
 
 All see the same batches and the same schedule: 5 % of the steps rising, the last 20 % falling to 0. Each keeps its own
 defaults otherwise (initial weights, biases, input scale, clipping, Adam's betas, auxiliary losses, thresholds). Where a
@@ -10,13 +11,14 @@ starts) the share of the training is what ours uses. sparsify's trainer wants a 
 trained with Adam in the way its trainer does.
 """
 
+import itertools
 import json
 import logging
 import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,6 +43,8 @@ class Job(NamedTuple):
     steps: int
     batch: int
     coefficient: float = 0.0
+    prefixes: tuple[float, ...] = ()
+    """Of matryoshka: what share of the latents each nested dictionary has."""
 
 
 def load(folder: str, name: str) -> Tensor:
@@ -59,18 +63,26 @@ def batches(rows: Tensor, job: Job) -> Iterator[Tensor]:
         order = order[job.batch :]
 
 
-def judge(inference: Inference, held: Tensor, path: str) -> None:
-    """Write what a dictionary does with held-out rows."""
+def judge(inference: Inference, held: Tensor, path: str, nested: Sequence[int]) -> None:
+    """Write what a dictionary does with held-out rows; of nested ones also the error of each of these widths."""
     encode, decode, directions = inference
-    fired, parts, active = torch.zeros(len(directions)), [], 0.0
+    fired, parts, active, errors = torch.zeros(len(directions)), [], 0.0, torch.zeros(len(nested)).double()
     with torch.no_grad():
         for x in held.split(4096):
             latents = encode(x)
             parts.append(decode(latents))
+            for place, width in enumerate(nested):
+                first = latents * (torch.arange(latents.shape[1]) < width)
+                errors[place] += (x - decode(first)).double().square().sum()
             fired += (latents != 0).sum(0)
             active += (latents != 0).sum().item()
-        arrays = {"x_hat": torch.cat(parts), "fired": fired, "W_dec": directions}
+        arrays = {"x_hat": torch.cat(parts), "fired": fired, "W_dec": directions, "nested": errors}
     np.savez(path, l0=active / len(held), **{name: value.detach().float().numpy() for name, value in arrays.items()})
+
+
+def widths(job: Job) -> list[int]:
+    """How many latents each of the nested dictionaries has, the whole one last."""
+    return [round(share * job.d_sae) for share in (*job.prefixes, 1.0)]
 
 
 def saelens(rows: Tensor, job: Job) -> Inference:
@@ -81,6 +93,7 @@ def saelens(rows: Tensor, job: Job) -> Inference:
     name, settings = {
         "topk": ("TopK", {"k": job.k}),
         "batchtopk": ("BatchTopK", {"k": job.k}),
+        "matryoshka": ("MatryoshkaBatchTopK", {"k": job.k, "matryoshka_widths": widths(job)}),
         "l1": ("Standard", {"l1_coefficient": job.coefficient, "l1_warm_up_steps": int(job.steps * WARMUP)}),
         "jumprelu": ("JumpReLU", {"l0_coefficient": job.coefficient, "l0_warm_up_steps": int(job.steps * WARMUP)}),
     }[job.arch]
@@ -112,6 +125,7 @@ def saelens(rows: Tensor, job: Job) -> Inference:
 def dictionary_learning(rows: Tensor, job: Job) -> Inference:
     from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
     from dictionary_learning.trainers.jumprelu import JumpReluTrainer
+    from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
     from dictionary_learning.trainers.standard import StandardTrainer
     from dictionary_learning.trainers.top_k import TopKTrainer
 
@@ -120,9 +134,11 @@ def dictionary_learning(rows: Tensor, job: Job) -> Inference:
     common |= {"layer": 0, "lm_name": "", "device": "cpu", "warmup_steps": warmup, "decay_start": decay_start}
     common["seed"] = job.seed
     fixed = {"k": job.k, "threshold_start_step": job.steps // 2}
+    shares = [(high - low) / job.d_sae for low, high in itertools.pairwise([0, *widths(job)])]
     trainer_class, settings = {
         "topk": (TopKTrainer, fixed),
         "batchtopk": (BatchTopKTrainer, fixed),
+        "matryoshka": (MatryoshkaBatchTopKTrainer, fixed | {"group_fractions": shares}),
         "l1": (StandardTrainer, {"l1_penalty": job.coefficient, "sparsity_warmup_steps": warmup}),
         "jumprelu": (JumpReluTrainer, {"target_l0": job.k * job.coefficient, "sparsity_warmup_steps": warmup}),
     }[job.arch]
@@ -132,7 +148,7 @@ def dictionary_learning(rows: Tensor, job: Job) -> Inference:
     for step, x in enumerate(batches(rows, job)):
         trainer.update(step, x / scale)
     trained = trainer.ae
-    table = trained.W_dec if job.arch == "jumprelu" else trained.decoder.weight.T
+    table = trained.W_dec if job.arch in ("jumprelu", "matryoshka") else trained.decoder.weight.T
     return (lambda x: trained.encode(x / scale)), (lambda f: trained.decode(f) * scale), table
 
 
@@ -178,7 +194,7 @@ def main() -> None:
         torch.manual_seed(job.seed)
         inference = globals()[job.tool](load(job.rows, "train"), job)
         path = tempfile.mkstemp(suffix=".npz")[1]
-        judge(inference, load(job.rows, "held"), path)
+        judge(inference, load(job.rows, "held"), path, widths(job) if job.prefixes else ())
         print(path, file=answers, flush=True)
 
 
