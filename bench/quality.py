@@ -108,7 +108,8 @@ def ours(rows: Tensor, held: Tensor, job: Job, settings: dict[str, Any]) -> dict
     groups = [{"params": one.parameters, "side": one.side, "times": one.times} for one in sae.parameter_groups()]
     optimiser = torch.optim.Adam(groups, lr=job.lr, betas=config.betas, eps=config.eps, fused=True)
     for step, x in enumerate(batches(rows, job)):
-        losses = sae.loss(x, clock=saes.Clock(step, job.steps, job.batch))
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
+            losses = sae.loss(x, clock=saes.Clock(step, job.steps, job.batch))
         optimiser.zero_grad()
         losses.total.backward()
         sae.track(sae.observe(losses))
