@@ -12,6 +12,7 @@ from sae.configs.base import Settings
 
 from .widths import Width, widths
 
+DecoderNorm = Literal["unit", "free", "none"]
 BiasStart = Literal["none", "zeros", "mean", "geometric_median"]
 InputScale = Literal["rms", "unit", "per_token", "none"]
 Reduction = Literal["sum_d", "mean_d", "fvu"]
@@ -63,7 +64,7 @@ class Config(TrainableConfig):
     encoder_scale: float = Field(
         1.0, gt=0, description="starting encoder rows as a multiple of the decoder's; short rows turn sooner under Adam"
     )
-    decoder_norm: Literal["unit", "free", "none"] = Field(
+    decoder_norm: DecoderNorm = Field(
         "unit",
         description="decoder rows: brought back to norm 1 after every step (unit), left free while a latent counts by "
         "its value times its row's norm, in what is chosen and in what is penalised (free), or left free (none)",

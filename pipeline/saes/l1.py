@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import penalties
 from .base import register
-from .config import Clock
+from .config import Clock, Config, DecoderNorm
 from .dictionary import Weights
 from .encoder import Preactivations
 from .inference import ReLURule
@@ -23,6 +23,8 @@ class L1Config(PenaltyConfig):
     """ReLU and an L1 penalty."""
 
     arch: Literal["l1"] = Field("l1", description="architecture")
+    decoder_norm: DecoderNorm = Field("free", description=Config.model_fields["decoder_norm"].description)
+    coefficient: float = Field(1.0, ge=0, description=PenaltyConfig.model_fields["coefficient"].description)
 
 
 @final
@@ -35,6 +37,7 @@ class L1(Steered):
 
     config_type = L1Config
     config: L1Config
+    prompt = 1.0  # L0 answers within some steps, by more than the coefficient changes: more would make it swing
 
     @property
     def rule(self) -> ReLURule:

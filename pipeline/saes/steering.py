@@ -3,14 +3,14 @@ fewer.
 
 What coefficient leads to which L0 depends on the rows, the width and the learning rate, so nobody can say it
 beforehand; L0 is what people choose. With e = log(L0 / target) of the last step, the coefficient is multiplied by
-exp(PROMPT e) at once, and for good by exp(GAIN e / steps) after every step: a controller with a proportional and an
+exp(prompt e) at once, and for good by exp(GAIN e / steps) after every step: a controller with a proportional and an
 integral part on its logarithm, whose reach does not depend on how long the training is. The first part damps what the
 second overshoots: thresholds move slowly, so by itself the second swings.
 """
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -20,9 +20,6 @@ from .base import SAE
 from .config import Clock, Config, TrainableConfig, ramp, steps_of
 from .contract import Trainable
 from .losses import SparseLosses
-
-PROMPT = 3.0
-"""Power of L0 / target that the coefficient follows at once."""
 
 GAIN = 30.0
 """How many times over, in a training, a lasting e of 1 would multiply the coefficient by the number e."""
@@ -78,6 +75,8 @@ class SteeredConfig(CoefficientConfig, Config):
 class Steering(Trainable):
     """The part of what is trained that has a penalty's coefficient, which may be steered to an L0."""
 
+    prompt: ClassVar[float] = 3.0
+    """Power of L0 / target that the coefficient follows at once."""
     config: CoefficientConfig
     pressure: Tensor
     excess: Tensor
@@ -90,7 +89,7 @@ class Steering(Trainable):
     def weight(self, clock: Clock) -> Tensor | float:
         """The coefficient of this step, a scalar."""
         weight = self.config.coefficient * ramp(self.config.warmup, clock)
-        return weight * self.pressure * (PROMPT * self.excess).exp() if self.config.steered else weight
+        return weight * self.pressure * (self.prompt * self.excess).exp() if self.config.steered else weight
 
     def _steer(self, l0: Tensor, clock: Clock) -> None:
         """After a step: let the coefficient follow its L0, a scalar."""

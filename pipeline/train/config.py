@@ -16,9 +16,10 @@ from sae.pipeline.train.schedules import DecoderRate, Schedule
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Revival = Annotated[NoRevival | Resample | Reinitialise, Field(discriminator="kind")]
 Outliers = Annotated[OutlierRule, BeforeValidator(lambda said: _outlier_rule(said))]
-REVISION = 3
-"""Of what settings mean. Before 3 thresholds learned at the encoder's rate, and before 2 AuxK's coefficient was a
-weight by itself; there was no word for either."""
+REVISION = 4
+"""Of what settings mean. Before 4 the coefficient of an L1 penalty followed L0 three times as closely, before 3
+thresholds learned at the encoder's rate, and before 2 AuxK's coefficient was a weight by itself; there was no word for
+these."""
 LEAST_STEPS, MOST_PASSES = 1000, 20  # of a training that nobody says the length of
 STREAM = ("batch", "steps", "rows", "data_seed", "outliers")  # what dictionaries trained together must agree on
 
@@ -170,14 +171,13 @@ def _as_now(settings: dict[str, Any], revision: int) -> dict[str, Any]:
 
 
 def expect_same_meaning(run: Run, config: TrainConfig) -> None:
-    """Raise SaeError for a run of before revision 2 whose training would go on as another one than it began."""
-    if run.revision >= 2:
-        return
+    """Raise SaeError for a run of before whose training would go on as another one than it began."""
     free = getattr(config.sae, "decoder_norm", None) == "free"
+    steered = getattr(config.sae, "target_l0", None) is not None
     meant = {
-        "train.align.weight": config.align is not None,
-        "train.sae.target_l0": getattr(config.sae, "target_l0", None) is not None,
-        "train.sae.decoder_norm = free": free and config.sae.arch != "l1",
+        "train.align.weight": run.revision < 2 and config.align is not None,
+        "train.sae.target_l0": steered and (run.revision < 2 or (run.revision < 4 and config.sae.arch == "l1")),
+        "train.sae.decoder_norm = free": run.revision < 2 and free and config.sae.arch != "l1",
     }
     for name, asked in meant.items():
         if asked:

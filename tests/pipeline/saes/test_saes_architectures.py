@@ -216,7 +216,7 @@ def test_ghosts_teach_dead_latents_what_is_left_over() -> None:
     """Without them a dead latent has no gradient; with them its ghosts come closer to the residual."""
     x, away = next(batches(None, 1))[0], []
     for ghosts in (False, True):
-        sae = made(settings({"arch": "l1", "ghost_grads": ghosts, "dead_after": 1}))
+        sae = made(settings({"arch": "l1", "decoder_norm": "unit", "ghost_grads": ghosts, "dead_after": 1}))
         sae.rows_since_fired[:8] = 1
         with torch.no_grad():
             sae.b_enc[:8] = -6
