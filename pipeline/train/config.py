@@ -46,10 +46,11 @@ class TrainConfig(Schedule):
     )
     clip: float | None = Field(1.0, gt=0, description="largest gradient norm; null for none")
     accumulate: int = Field(1, ge=1, description="parts a batch is computed in, to hold less of it at a time")
-    precision: Literal["float32", "tf32", "bfloat16"] = Field(
-        "float32",
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = Field(
+        "auto",
         description="of matrix products, tf32 being float32 whose factors an Nvidia card rounds to 11 bits; weights, "
-        "optimiser and the values kept are float32 in any case",
+        "optimiser and the values kept are float32 in any case; auto: bfloat16 on a CUDA device for what keeps k "
+        "latents, float32 otherwise",
     )
     kernels: Literal["auto", "plain"] = Field(
         "auto",
@@ -93,9 +94,20 @@ class TrainConfig(Schedule):
             raise ValueError(f"steps = {self.steps} and rows = {self.rows}: give one of them")
         if self.accumulate > self.batch:
             raise ValueError(f"accumulate = {self.accumulate} parts of a batch of {self.batch} rows; lower it")
-        if isinstance(self.revive, Reinitialise) and (not hasattr(self.sae, "k") or "k" in self.sae.idle):
+        if isinstance(self.revive, Reinitialise) and not self._keeps_k:
             raise ValueError(f"revive.kind = reinitialise needs an architecture with k; sae.arch = {self.sae.arch}")
         return self
+
+    @property
+    def _keeps_k(self) -> bool:
+        """Whether the number of latents that are kept is given."""
+        return hasattr(self.sae, "k") and "k" not in self.sae.idle
+
+    def precision_on(self, device: str) -> str:
+        """The precision of products on a kind of device."""
+        if self.precision != "auto":
+            return self.precision
+        return "bfloat16" if device == "cuda" and self._keeps_k else "float32"
 
     def total_steps(self, store_rows: int) -> int:
         """Steps this run takes on a store of that many rows."""

@@ -51,6 +51,8 @@ def _named_by(config: TrainConfig) -> dict[str, Any]:
     for name, unset in LATER_OF_TRAINING.items():
         if said[name] == unset:
             del said[name]
+    # before there was a choice by device, float32 was what nobody had asked for
+    said["precision"] = {"auto": "float32", "float32": "float32 anywhere"}.get(said["precision"], said["precision"])
     return said
 
 
@@ -88,6 +90,8 @@ def _differing(run: Run, config: TrainConfig) -> list[str]:
     """The settings in which a run differs from a configuration."""
     saved, given = settings_of(run).model_dump(mode="json"), config.settled(run.seen.rows).model_dump(mode="json")
     saved["store_rows"] = run.seen.rows  # in version 0.1.0 it was said there alone
+    if run.revision < 4 and (saved["precision"], given["precision"]) == ("float32", "auto"):
+        given["precision"] = "float32"  # as it was then for those who said nothing
     return sorted(name for name in saved if saved[name] != given[name])
 
 

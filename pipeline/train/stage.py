@@ -201,6 +201,8 @@ def _begin(runs: Sequence[Run], dataset: Dataset, device: torch.device, progress
         progress.note(
             "kernels: Triton is not installed, so torch's own operations take their place; the extra gpu has it"
         )
+    if any(config.precision == "auto" and config.precision_on(device.type) == "bfloat16" for config in configs):
+        progress.note("precision: products in bfloat16 on this device; `train.precision = float32` says otherwise")
     if any(run.has_checkpoint for run in runs):
         progress.note(f"{runs[0].name}: continuing at step {state.step:,} of {state.total:,}")
     else:

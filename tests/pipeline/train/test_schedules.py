@@ -111,6 +111,15 @@ def test_what_is_said_is_not_settled_otherwise() -> None:
     assert TrainConfig(steps=7).settled(65_536).total_steps(65_536) == 7
 
 
+def test_precision_by_itself_is_that_of_the_device() -> None:
+    """bfloat16 on a card for what keeps k latents; what is said holds anywhere."""
+    for arch, on_card in {"topk": "bfloat16", "batchtopk": "bfloat16", "l1": "float32", "vae": "float32"}.items():
+        config = TrainConfig.model_validate({"sae": {"arch": arch}})
+        assert (config.precision_on("cuda"), config.precision_on("cpu")) == (on_card, "float32")
+        for said in ("float32", "bfloat16"):
+            assert config.model_copy(update={"precision": said}).precision_on("cuda") == said
+
+
 @pytest.mark.parametrize(("d_sae", "lr"), [(32, 4e-3), (1024, 2.8e-3), (4096, 1.4e-3), (16_384, 7e-4)])
 def test_the_rate_follows_the_width(d_sae: int, lr: float) -> None:
     config = TrainConfig.model_validate({"sae": {"arch": "topk", "d_sae": d_sae}})
