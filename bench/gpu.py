@@ -2,10 +2,11 @@
 
     python bench/gpu.py [--small] [--only STAGES] [--peers PYTHON]
 
-Prints a table a stage as it goes, and all of it again at the end. A stage that fails is a line that says so, and the
-exit code is 1 then. Stages, of which `--only` names some, comma-separated: right, steps, update, dead, profile, many,
-loader, train, start, harvest, tests. `--small` tries it without a card, with sizes of which the figures mean nothing.
-`--peers` names an interpreter with eai-sparsify and dictionary_learning (bench/step_peers.py).
+Prints a table a stage as it goes, and all of it again at the end. What fails is a line that says so; the rest is
+measured all the same (in a new process where the card does not answer this one any more), and the exit code is 1.
+`--only` names some stages, comma-separated, of: right, steps, update, dead, profile, many, loader, train, peers, start,
+harvest, tests. `--small` tries it without a card, with sizes of which the figures mean nothing. `--peers` names an
+interpreter with eai-sparsify and dictionary_learning (bench/step_peers.py).
 """
 
 import argparse
@@ -19,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,8 +103,31 @@ class Bench:
 
     def __init__(self, sizes: Sizes, folder: Path, peers: str | None) -> None:
         self.sizes, self.folder, self.peers, self.made = sizes, folder, peers, 0
+        self.lines: list[str] = []
+        self.failed = False
         self.device = torch.device(sizes.device)
         self.few = subjects.planted_store(folder / "few", 2048, sizes.d)
+
+    @contextmanager
+    def tried(self, what: str) -> Iterator[None]:
+        """Have what fails within be a line, and go on: the rest is worth its minutes."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001
+            traceback.print_exc()
+            self.failed = True
+            self.say(f"| {what} FAILED: {type(error).__name__}: {str(error)[:200]} | | | NO |")
+
+    def say(self, line: object) -> None:
+        self.lines.append(str(line))
+        print(line, flush=True)
+
+    def answers(self) -> bool:
+        """Whether the card does what it is asked: after some errors it does nothing more for a process."""
+        try:
+            return self.device.type == "cpu" or bool((torch.ones(1, device=self.device) == 1).item())
+        except RuntimeError:
+            return False
 
     def member(self, arch: str, batch: int, precision: str, d_sae: int | None = None, **train: Any) -> Trainer:
         """A dictionary at its first steps, as sparse as it is most of the time."""
@@ -156,50 +181,51 @@ def right(bench: Bench) -> Iterator[Line]:
         config = saes.parse({"arch": arch, "d_sae": m})
         learns = subjects.learns_its_sparsity(config)
         for share in (None, 0.02, 0.5) if learns else (None,):
-            found: list[list[torch.Tensor]] = []
-            for device in ("cpu", bench.sizes.device):
-                torch.manual_seed(0)
-                sae = saes.create(config, d)
-                sae.initialise(x)
-                clock = saes.FINISHED if "vsae" in arch else saes.Clock(5, 100, 256)
-                if share is not None:  # taken for few; of half of them entries have no room in lists
-                    subjects.make_sparse(sae, x, share)
-                    sae.firing_rate.fill_(uncounted.FEW)
-                    sae.look_ahead(clock)
-                sae.to(device).loss(x.to(device), clock=clock).total.backward()
-                found.append([p.grad.detach().cpu().double() for p in sae.parameters() if p.grad is not None])
-            worst = max(float((a - b).norm() / (a.norm() + 1e-12)) for a, b in zip(*found, strict=True))
-            active = "" if share is None else f" with {share:g} active"
-            yield Line(f"{arch}{active}: worst gradient against the CPU's, relative", worst, "", most=2e-3)
+            what = f"{arch}: worst" if share is None else f"{arch} with {share:g} active: worst"
+            with bench.tried(what):
+                here, there = (gradients(config, x, share, device) for device in ("cpu", bench.sizes.device))
+                worst = max(float((here[name] - there[name]).norm() / (here[name].norm() + 1e-12)) for name in here)
+                yield Line(f"{what} gradient against the CPU's, relative", worst, "", most=2e-3)
+
+
+def gradients(config: saes.Config, x: torch.Tensor, share: float | None, device: str) -> dict[str, torch.Tensor]:
+    """A loss's gradients on a device, by parameter; share: of the latents that are active, where it is learned."""
+    torch.manual_seed(0)
+    sae = saes.create(config, x.shape[1])
+    sae.initialise(x)
+    clock = saes.FINISHED if "vsae" in config.arch else saes.Clock(5, 100, len(x))
+    if share is not None:  # taken for few; of half of them entries have no room in lists
+        subjects.make_sparse(sae, x, share)
+        sae.firing_rate.fill_(uncounted.FEW)
+        sae.look_ahead(clock)
+    sae.to(device).loss(x.to(device), clock=clock).total.backward()
+    grads = {name: torch.zeros_like(one) if one.grad is None else one.grad for name, one in sae.named_parameters()}
+    return {name: grad.cpu().double() for name, grad in grads.items()}
 
 
 def steps(bench: Bench) -> Iterator[Line]:
     """Whole steps, and the encoder's product alone."""
     s = bench.sizes
-    wanted = dict(zip(s.batches, ((2.0, 0.45), (5.0, 0.4)), strict=True))
-    for batch in s.batches:
+    for batch, wanted in zip(s.batches, (2.0, 5.0), strict=True):
         x, weight = (torch.randn(n, s.d, device=bench.device).bfloat16() for n in (batch, s.m))
         product = bench.milliseconds(functools.partial(torch.mm, x, weight.T))
         yield Line(f"batch {batch}: the encoder's product in bfloat16", product, "ms")
-        theirs = dict(others(bench, batch))
-        for case, taken in theirs.items():
-            yield Line(f"batch {batch}: {case}", taken, "ms")
         own = bench.step(bench.member("topk", batch, "bfloat16"), batch)
-        yield Line(f"batch {batch}: topk", own, "ms", most=wanted[batch][0])
-        if sparsify := theirs.get(PEERS[0]):
-            yield Line(f"batch {batch}: topk, of sparsify's", own / sparsify, "", most=wanted[batch][1])
-        plain = bench.step(bench.member("topk", batch, "bfloat16", kernels="plain"), batch)
-        yield Line(f"batch {batch}: topk, plain", plain, "ms")
+        yield Line(f"batch {batch}: topk", own, "ms", most=wanted)
+        with bench.tried("topk, plain"):
+            plain = bench.step(bench.member("topk", batch, "bfloat16", kernels="plain"), batch)
+            yield Line(f"batch {batch}: topk, plain", plain, "ms")
         for arch, most in OF_TOPK.items():
-            member = bench.member(arch, batch, "bfloat16")
-            yield Line(f"batch {batch}: {arch}, of topk's", bench.step(member, batch) / own, "", most=most)
-            if s.device == "cuda":
-                held = bench.held(member, batch)
-                yield Line(f"batch {batch}: {arch}, held in a step, of batch times latents in float32", held, "")
+            with bench.tried(f"batch {batch}: {arch}"):
+                member = bench.member(arch, batch, "bfloat16")
+                yield Line(f"batch {batch}: {arch}, of topk's", bench.step(member, batch) / own, "", most=most)
+                if s.device == "cuda":
+                    held = bench.held(member, batch)
+                    yield Line(f"batch {batch}: {arch}, held in a step, of batch times latents in float32", held, "")
     batch = s.batches[0]
-    for precision in ("float32", "tf32"):
-        if precision == "float32" or s.device == "cuda":
-            for arch in ("topk", "l1"):
+    for precision in ("float32", "tf32") if s.device == "cuda" else ("float32",):
+        for arch in ("topk", "l1"):
+            with bench.tried(f"{arch} in {precision}"):
                 taken = bench.step(bench.member(arch, batch, precision), batch)
                 yield Line(f"batch {batch}: {arch} in {precision}", taken, "ms")
 
@@ -218,16 +244,19 @@ def update(bench: Bench) -> Iterator[Line]:
             yield Line(f"update of {bench.sizes.m} latents, {said}, kernels {way}", taken, "ms", most=most)
 
 
-def others(bench: Bench, batch: int) -> Iterator[tuple[str, float]]:
-    """Milliseconds of other tools' steps, those that are there."""
+def peers(bench: Bench) -> Iterator[Line]:
+    """Steps of other tools, those that `--peers` has, and ours beside them."""
     s = bench.sizes
-    if bench.peers is None:
-        return
-    peer = Peer(bench.peers, "step_peers.py", str(batch), str(s.d), str(s.m), str(s.k), "1", "wall", s.device)
-    for case in PEERS if not peer.missing else ():
-        taken = [peer.rate(case) for _ in range(2)][-1]
-        if not math.isnan(taken):
-            yield case, 1e3 * taken
+    for batch, most in zip(s.batches, (0.45, 0.4), strict=True) if bench.peers else ():
+        peer = Peer(str(bench.peers), "step_peers.py", *map(str, (batch, s.d, s.m, s.k, 1, "wall", s.device)))
+        if peer.missing:
+            raise RuntimeError(f"--peers {bench.peers}: is no interpreter with torch")
+        own = bench.step(bench.member("topk", batch, "bfloat16"), batch)
+        for case in PEERS:
+            taken = 1e3 * [peer.rate(case) for _ in range(2)][-1]
+            if not math.isnan(taken):
+                yield Line(f"batch {batch}: {case}", taken, "ms")
+                yield Line(f"batch {batch}: topk, of it", own / taken, "", most=most if case == PEERS[0] else None)
 
 
 def dead(bench: Bench) -> Iterator[Line]:
@@ -379,18 +408,20 @@ def flushed(folder: Path, size: int, files: int) -> float:
 
 def tests(bench: Bench) -> Iterator[Line]:
     """What only a card can show: kernels as compiled, no wait that the driver sees, equal bytes of equal runs."""
-    files = [f"tests/pipeline/{name}.py" for name in ("saes/test_kernels", "train/test_optimising", "train/test_gpu")]
+    files = [f"tests/pipeline/{name}.py" for name in ("train/test_gpu", "train/test_optimising")]
+    files += [f"tests/pipeline/saes/test_{name}.py" for name in ("kernels", "counting", "uncounted")]
     files += ["tests/cache/test_window_buffer.py", "tests/cache/loader/test_rooms.py"]  # bytes stored, rows read
-    few = ["-k", "test_gpu and topk"] if bench.device.type == "cpu" else ["-n", "4"]
+    few = ["-k", "test_gpu and topk"] if bench.device.type == "cpu" else ["-n", "12"]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", "-rf", "--tb=line", *few, *files]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
-    print(done.stdout[-3000:], done.stderr[-1000:])
+    command += ["-W", "default"]  # versions beside this one may warn of what ours do not
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, timeout=240)
     yield Line("tests on the card: exit code", done.returncode, "", most=0)
 
 
 STAGES: dict[str, Callable[[Bench], Iterator[Line]]] = {
     "right": right, "steps": steps, "update": update, "dead": dead, "profile": profile, "many": many, "loader": loader,
-    "train": training, "start": starting, "harvest": harvests, "tests": tests,
+    "train": training, "peers": peers, "start": starting, "harvest": harvests, "tests": tests,
 }  # fmt: skip
 
 
@@ -408,22 +439,20 @@ def main() -> None:
     card = "the CPU" if args.small else torch.cuda.get_device_name()
     triton = "there" if kernels.available() else "absent"
     print(f"{card}, torch {torch.__version__}, Triton {triton}, {os.cpu_count()} cores")
-    lines, failed = ["| what | figure | wanted | held |", "|---|---|---|---|"], False
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(SMALL if args.small else CARD, Path(folder), args.peers)
-        for name in names:
+        for place, name in enumerate(names, 1):
             begun = time.perf_counter()
-            try:
+            with bench.tried(name):
                 for line in STAGES[name](bench):
-                    lines.append(str(line))
-                    print(line, flush=True)
-            except Exception as error:  # noqa: BLE001  the other stages are worth their minutes
-                traceback.print_exc()
-                lines.append(f"| {name} FAILED: {type(error).__name__}: {str(error)[:200]} | | | NO |")
-                failed = True
+                    bench.say(line)
             print(f"-- {name}: {time.perf_counter() - begun:.0f} s", flush=True)
-    print("\n".join(lines))
-    sys.exit(1 if failed else 0)
+            if names[place:] and not bench.answers():
+                further = ["--peers", args.peers] if args.peers else []
+                subprocess.run([sys.executable, __file__, "--only", ",".join(names[place:]), *further])
+                break
+    print("\n".join(["| what | figure | wanted | held |", "|---|---|---|---|", *bench.lines]))
+    sys.exit(1 if bench.failed else 0)
 
 
 if __name__ == "__main__":

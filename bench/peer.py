@@ -1,5 +1,6 @@
 """Another tool, measured in an interpreter of its own in turns with ours."""
 
+import contextlib
 import shutil
 import subprocess
 from pathlib import Path
@@ -23,10 +24,16 @@ class Peer:
         self.missing = self._line() != "ready"
 
     def rate(self, what: str = "go") -> float:
-        """What the script measures in one run (tokens per second, say), of the kind it was asked for."""
+        """What the script measures in one run (tokens per second, say), of the kind it was asked for.
+
+        RuntimeError where it has ended.
+        """
         assert self.process.stdin is not None
-        print(what, file=self.process.stdin, flush=True)
-        return float(self._line())
+        with contextlib.suppress(BrokenPipeError):
+            print(what, file=self.process.stdin, flush=True)
+        if not (said := self._line()):
+            raise RuntimeError(f"{self.process.args}: ended, asked for {what}")
+        return float(said)
 
     def _line(self) -> str:
         assert self.process.stdout is not None

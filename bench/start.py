@@ -36,6 +36,9 @@ MOMENTS = {
 AT_MOST = {("train", "first"): 4.0, ("eval", "end"): 5.0}
 """Seconds of the clock that are wanted on a machine with a card, of 63k tokens and as many held-out rows."""
 
+HANGS = 150
+"""Seconds after which a command is not waited for any more."""
+
 
 class Taken(NamedTuple):
     """Seconds of the clock and of the CPU."""
@@ -84,14 +87,18 @@ def commands(sizes: Sizes, name: str) -> dict[str, list[str]]:
 
 
 def run(words: list[str], folder: Path, project: Path = ROOT) -> dict[str, Taken]:
-    """What one command of a version of the project took until each moment. RuntimeError where it failed."""
+    """What one command of a version of the project took until each moment. RuntimeError where it failed, or hangs."""
     python = project / ".venv" / "bin" / "python"
+    paths = os.pathsep.join([str(project), *filter(None, [os.environ.get("PYTHONPATH")])])  # where packages may lie
     env = os.environ | {
-        "PYTHONPATH": str(project), "SAE_CACHE": str(folder / "cache"), "SAE_RUNS": str(folder / "runs"),
+        "PYTHONPATH": paths, "SAE_CACHE": str(folder / "cache"), "SAE_RUNS": str(folder / "runs"),
         "SAE_OFFLINE": "1", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
     line = [str(python) if python.exists() else sys.executable, __file__, "--child", repr(time.time()), *words]
-    ran = subprocess.run(line, env=env, cwd=folder, capture_output=True, text=True)
+    try:
+        ran = subprocess.run(line, env=env, cwd=folder, capture_output=True, text=True, timeout=HANGS)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{' '.join(words)}: not done after {HANGS} seconds") from error
     said = ran.stdout.rpartition("moments ")[2]
     if ran.returncode or not said:
         raise RuntimeError(f"{' '.join(words)}: {ran.stderr[-2000:]}")

@@ -3,7 +3,7 @@
     PYTHON bench/step_peers.py BATCH D_IN D_SAE K THREADS CLOCK [DEVICE]
 
 PYTHON has sae_lens (6.54), dictionary_learning (0.1) and eai-sparsify (1.3), or some of them. Says "ready", then for
-every case named on stdin (`CASES`) makes one step and says its seconds, or "nan" where its tool is missing. A step is
+every case named on stdin (`CASES`) makes one step and says its seconds, or "nan" where it cannot. A step is
 what the tool's own trainer does with a batch, in float32: SAELens' `SAETrainer.step`, dictionary_learning's
 `trainer.update`. sparsify has no such method, so its `SparseCoder` is driven as its trainer drives it, with that
 trainer's torch.optim.Adam (and once with a fused one, and with that under autocast), without its count of dead latents.
@@ -15,7 +15,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,15 @@ def sparsify(kind: str, batch: int, d_in: int, d_sae: int, k: int) -> Step:
     return step
 
 
+@contextlib.contextmanager
+def said(case: str) -> Iterator[None]:
+    """Say what goes wrong within, and go on: a tool that is missing, or of another version, is not the only one."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        print(f"{case}: {type(error).__name__}: {error}", file=sys.stderr)
+
+
 def main() -> None:
     os.environ |= {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
     if DEVICE == "cpu":
@@ -124,18 +133,17 @@ def main() -> None:
     def made(case: str) -> Step | None:
         tool, _, kind = case.partition(" ")
         make = {"SAELens": saelens, "dictionary_learning": dictionary_learning, "sparsify": sparsify}[tool]
-        try:
+        with said(case):
             return make(kind, batch, d_in, d_sae, k)
-        except ImportError as error:
-            print(f"{case}: {error}", file=sys.stderr)
-            return None
+        return None
 
     print("ready", flush=True)
     for line in sys.stdin:
         taken = float("nan")
         with contextlib.redirect_stdout(sys.stderr):  # some of them print
             if (step := made(line.strip())) is not None:
-                taken = timed(lambda: step(x), DEVICE, clock)
+                with said(line.strip()):
+                    taken = timed(lambda: step(x), DEVICE, clock)
         print(taken, flush=True)
 
 

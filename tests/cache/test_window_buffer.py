@@ -249,6 +249,7 @@ def test_a_card_stores_the_bytes_of_the_cpu(tmp_path: Path, codec_text: str, dty
 
 
 @on_a_gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # that it is a prototype
 @every_codec
 def test_the_driver_sees_no_wait(tmp_path: Path, codec_text: str) -> None:
     rows = heavy_rows(2 * CHUNK, 769, massive=0)

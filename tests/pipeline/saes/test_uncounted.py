@@ -206,7 +206,7 @@ def test_a_step_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
         it.after_step()
         it.track(it.observe(losses))
 
-    assert watched(step).waited == []
+    assert watched(step, DEVICE).waited == []
 
 
 def test_values_are_there_for_whoever_asks() -> None:
@@ -235,10 +235,10 @@ def test_which_way_is_taken_follows_what_was_last_seen(monkeypatch: pytest.Monke
     with kernels.chosen("plain"):
         assert not isinstance(it.loss(x, None, CLOCK).latents, Uncounted)
     assert uncounted.usable(pre, it.W_dec) and not uncounted.usable(pre, it.W_dec.double())
-    monkeypatch.setattr(uncounted, "MOST_COLUMNS", D - 1)
-    assert not uncounted.usable(pre, it.W_dec)
-    monkeypatch.setattr(placement, "HOSTS", {"cpu", "cuda"})
-    assert not isinstance(it.loss(x, None, CLOCK).latents, Uncounted)
+    for owner, name, value in ((uncounted, "MOST_COLUMNS", D - 1), (placement, "HOSTS", {"cpu", "cuda"})):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            assert not uncounted.usable(pre, it.W_dec)
 
 
 def test_values_are_raised_to_two_powers_where_the_exponent_falls() -> None:

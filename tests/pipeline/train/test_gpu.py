@@ -45,6 +45,7 @@ def test_equal_runs_and_one_that_was_stopped_end_with_the_same_bytes(
     assert different([go("third", Silent(), resume=True)], [first]) == []
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # that it is a prototype
 @pytest.mark.parametrize("kernels", ["auto", "plain"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_driver_sees_no_wait_in_a_step(tmp_path: Path, case: dict[str, Any], kernels: str) -> None:
