@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, Unpack, cast, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 from sae.cache.errors import SaeError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -18,8 +20,9 @@ MOST = 40  # letters of a value that are shown
 def checked(function: Function) -> Function:
     """Make a function refuse, before it does anything, an argument that is not of the kind its annotation says.
 
-    Raises SaeError, which names the argument and what it takes. Arguments without an annotation, or of any kind, are
-    the function's own matter; what is none of its arguments is Python's.
+    A number of NumPy or torch reaches it as one of Python's. Raises SaeError, which names the argument and what it
+    takes. Arguments without an annotation, or of any kind, are the function's own matter; what is none of its
+    arguments is Python's.
     """
     signature = inspect.signature(function)
     kinds = functools.cache(lambda: get_type_hints(function))  # when it is called first: a module may not be whole yet
@@ -27,13 +30,20 @@ def checked(function: Function) -> Function:
     @functools.wraps(function)
     def call(*args: Any, **named: Any) -> Any:
         try:
-            given = signature.bind(*args, **named).arguments
+            given = signature.bind(*args, **named)
         except TypeError:
             return function(*args, **named)  # Python says what is wrong
-        for name, value in given.items():
-            for argument, one, kind in _each(signature.parameters[name], value, kinds().get(name, Any)):
-                expect(argument, one, kind)
-        return function(*args, **named)
+        for name, value in given.arguments.items():
+            parameter, kind = signature.parameters[name], kinds().get(name, Any)
+            each = [*_each(parameter, value, kind)]
+            for argument, one, of in each:
+                expect(argument, one, of)
+            plain = [_plain(one, of) for _, one, of in each]
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                given.arguments[name] = dict(zip(value, plain, strict=True))
+            else:
+                given.arguments[name] = tuple(plain) if parameter.kind is inspect.Parameter.VAR_POSITIONAL else plain[0]
+        return function(*given.args, **given.kwargs)
 
     return cast(Function, call)
 
@@ -64,7 +74,7 @@ def expect(name: str, value: Any, kind: Any) -> None:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Return True if a value is of a kind. A number of NumPy or torch is a number; a text is no list."""
+    """Return True if a value is of a kind: a number of NumPy or torch is one, and NumPy's bool; a text is no list."""
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any or isinstance(kind, TypeVar):
         return True
@@ -74,9 +84,24 @@ def fits(value: Any, kind: Any) -> bool:
         return value in inner
     if origin in (Sequence, list):
         return _is_listed(value) and all(fits(one, inner[0]) for one in value)
+    if kind is bool:
+        return isinstance(value, bool | np.bool_)
     if kind in (int, float):
         return _is_number(value, operator.index if kind is int else float)
     return isinstance(value, origin or kind)
+
+
+def _plain(value: Any, kind: Any) -> Any:
+    """A value of a kind, where it is a number (or a bool) of NumPy or torch as one of Python's."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if isinstance(value, np.bool_) and bool in kinds:
+        return bool(value)
+    if isinstance(value, bool | int | float | str) or _is_listed(value):
+        return value
+    for one, converted in ((int, operator.index), (float, float)):
+        if one in kinds and fits(value, one):
+            return converted(value)
+    return value
 
 
 def _is_listed(value: Any) -> bool:

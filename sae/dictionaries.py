@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
+
 from sae.cache import catalogue
 from sae.cache.arguments import checked
 from sae.cache.errors import NotFound
@@ -16,10 +18,11 @@ from sae.pipeline.runtime import devices
 from sae.pipeline.saes.dictionary import Dictionary
 
 Named = str | os.PathLike[str]
+Device = str | torch.device
 
 
 @checked
-def load(run: Named | Run, *, runs: Named | None = None, device: str = "cpu") -> Dictionary:
+def load(run: Named | Run, *, runs: Named | None = None, device: Device = "cpu") -> Dictionary:
     """The dictionary of a finished run, ready to encode: in evaluation mode, without gradients, in the data's units.
 
     It is an `SAE` where it was trained here. `run` is a run folder, or its name in the folder `runs` (default:
@@ -32,7 +35,7 @@ def load(run: Named | Run, *, runs: Named | None = None, device: str = "cpu") ->
 
 
 @checked
-def read(source: Named, *, device: str = "cpu", offline: bool = False) -> Dictionary:
+def read(source: Named, *, device: Device = "cpu", offline: bool = False) -> Dictionary:
     """The dictionary of another tool (SAELens, sparsify, ...), likewise ready; `metadata` says what of.
 
     `source` is a folder or file, or one in a repository on the hub: owner/name/folder@revision. It is in the units of

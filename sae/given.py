@@ -41,7 +41,7 @@ def place(argument: str, said: Named) -> Path:
 
 def told(wanted: bool | Progress) -> Progress:
     """Who is told how far things are: on stderr, nobody, or whoever is given."""
-    if not isinstance(wanted, bool):
+    if isinstance(wanted, Progress):
         return wanted
     if not wanted:
         return Silent()
@@ -66,7 +66,7 @@ def run_of(runs: Path, said: Run | Named | None, *, decompositions: bool = False
     """A run, itself or by its name or folder; without one, the newest finished one."""
     if isinstance(said, Run):
         return said
-    return catalogue.find_run(runs, None if said is None else os.fspath(said), decompositions=decompositions)
+    return catalogue.find_run(runs, text_of(said), decompositions=decompositions)
 
 
 def runs_of(runs: Path, said: Runs | None, *, decompositions: bool = False) -> list[Run]:
@@ -78,9 +78,14 @@ def runs_of(runs: Path, said: Runs | None, *, decompositions: bool = False) -> l
     return [run_of(runs, run, decompositions=decompositions) for run in each]
 
 
-def model_of(said: LanguageModel | str | None) -> tuple[str | None, LanguageModel | None]:
+def text_of(said: Named | None) -> str | None:
+    """The name of something that may be a folder, where one is said."""
+    return None if said is None else os.fspath(said)
+
+
+def model_of(said: LanguageModel | Named | None) -> tuple[str | None, LanguageModel | None]:
     """The place of a language model, where one is said, or the model itself, where that is given."""
-    return (None, said) if isinstance(said, LanguageModel) else (said, None)
+    return (None, said) if isinstance(said, LanguageModel) else (text_of(said), None)
 
 
 def pair_of(rows: Any) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from sae.cache import catalogue
 from sae.cache.activations import ActivationStore
 from sae.cache.errors import SaeError
 from sae.cache.loader.dataset import Dataset
+from sae.given import text_of
 from sae.pipeline.harvest.sources.memory import MemoryConfig, MemorySource
 from sae.pipeline.harvest.sources.table import TableConfig, TableSource
 from sae.pipeline.harvest.stage import harvest
@@ -57,13 +59,13 @@ def _of_parts(place: Workplace, parts: Iterator[Any], name: str, validation: flo
 def _names_stores(said: Any) -> bool:
     """Return True for a store or its name, and for a list of such."""
     each = said if isinstance(said, list) and said else [said]
-    return all(isinstance(one, ActivationStore | str) for one in each)
+    return all(isinstance(one, ActivationStore | str | os.PathLike) for one in each)
 
 
 def _stores(place: Workplace, said: Any, what: str) -> tuple[ActivationStore, ...]:
     """The stores of one side, which a list names where there are several."""
     each = said if isinstance(said, list) else [said]
     return tuple(
-        one if isinstance(one, ActivationStore) else catalogue.find(place.cache, ActivationStore, one, what)
+        one if isinstance(one, ActivationStore) else catalogue.find(place.cache, ActivationStore, text_of(one), what)
         for one in each
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sae.cache.runs import Run
-from sae.dictionaries import load
+from sae.dictionaries import Device, load
 from sae.pipeline.decompose import folder
 from sae.pipeline.decompose.losses import Decomposition
 from sae.pipeline.saes.dictionary import Dictionary
@@ -13,7 +13,7 @@ from sae.tables import Figures, Table
 class TrainedRun(Run):
     """A run folder, with the dictionary that it trained."""
 
-    def load(self, *, device: str = "cpu") -> Dictionary:
+    def load(self, *, device: Device = "cpu") -> Dictionary:
         """The dictionary, ready to encode. Raises NotFound where training has not finished."""
         return load(self, device=device)
 

@@ -21,7 +21,7 @@ from sae.cache.runs import CONFIG, Run
 from sae.cache.store.store import Store
 from sae.cache.tokens import TokenStore
 from sae.configs.layers import leaves
-from sae.dictionaries import Named, load, runs_folder
+from sae.dictionaries import Device, Named, load, runs_folder
 from sae.pipeline import formats
 from sae.pipeline.analyses.analysis import AnalyzeConfig
 from sae.pipeline.analyses.stage import analyze as analyze_run
@@ -88,7 +88,7 @@ class Session(Workplace):
 
     @checked
     def __init__(
-        self, cache: Named | None = None, runs: Named | None = None, *, device: str = "auto", offline: bool = False,
+        self, cache: Named | None = None, runs: Named | None = None, *, device: Device = "auto", offline: bool = False,
         progress: bool | Progress = True,
     ) -> None:  # fmt: skip
         import platformdirs
@@ -99,7 +99,7 @@ class Session(Workplace):
             "runs": given.place("runs", runs_folder(None) if runs is None else runs),
         }
         devices.resolve_device(device)  # said at once where there is none
-        super().__init__(**folders, progress=given.told(progress), device=device, offline=offline)
+        super().__init__(**folders, progress=given.told(progress), device=str(device), offline=offline)
 
     def __repr__(self) -> str:
         return f"Session(cache={str(self.cache)!r}, runs={str(self.runs)!r}, device={self.device!r})"
@@ -120,7 +120,7 @@ class Session(Workplace):
 
     @checked
     def harvest(
-        self, tokens_from: TokenStore | str | None = None, *, model: LanguageModel | str | None = None,
+        self, tokens_from: TokenStore | Named | None = None, *, model: LanguageModel | Named | None = None,
         preset: str | None = None, workers: int = 1, **settings: Any,
     ) -> dict[str, Dataset]:  # fmt: skip
         """Rows into the cache, as `sae harvest`: a dataset for each stream, which for a model are its `layer.site`.
@@ -133,12 +133,12 @@ class Session(Workplace):
         named, booted = given.model_of(model)
         if model is not None:
             settings["model"] = named if booted is None else booted.name
-        settings |= {name: [settings[name]] for name in ("layer", "site") if isinstance(settings.get(name), int | str)}
+        settings |= {name: [settings[name]] for name in ("layer", "site") if fits(settings.get(name), int | str)}
         config = configs.resolve("harvest", settings_of_sources(), preset=preset, given=settings)
         source: RowSource
         if isinstance(config, HarvestConfig):
             if not isinstance(tokens_from, TokenStore):
-                tokens_from = catalogue.find(self.cache, TokenStore, tokens_from)
+                tokens_from = catalogue.find(self.cache, TokenStore, given.text_of(tokens_from))
             held_out = catalogue.sibling_of(self.cache, tokens_from, "validation")
             stores = [tokens_from, *([held_out] if held_out is not None and held_out.n_contexts else [])]
             source = LanguageModelSource.over(
@@ -262,18 +262,18 @@ class Session(Workplace):
     @overload
     def evaluate(
         self, what: Dictionary | Run | Named | None = None, rows: Any = None, /, *,
-        model: LanguageModel | str | None = None, cross_entropy: bool = True, **settings: Any,
+        model: LanguageModel | Named | None = None, cross_entropy: bool = True, **settings: Any,
     ) -> Figures: ...  # fmt: skip
     @overload
     def evaluate(
-        self, what: Sequence[Run | Named], /, *, model: LanguageModel | str | None = None, cross_entropy: bool = True,
+        self, what: Sequence[Run | Named], /, *, model: LanguageModel | Named | None = None, cross_entropy: bool = True,
         **settings: Any,
     ) -> list[Figures]: ...  # fmt: skip
 
     @checked
     def evaluate(
         self, what: Dictionary | Run | Named | Sequence[Run | Named] | None = None, rows: Any = None, /, *,
-        model: LanguageModel | str | None = None, cross_entropy: bool = True, **settings: Any,
+        model: LanguageModel | Named | None = None, cross_entropy: bool = True, **settings: Any,
     ) -> Figures | list[Figures]:  # fmt: skip
         """Judge a dictionary: figures by name, None where one is not defined; everything else under `details`.
 
@@ -303,7 +303,7 @@ class Session(Workplace):
         )  # fmt: skip
         expect_evaluated(found)
         figures = [Figures(one.evaluation.as_json()) for one in found if one.evaluation is not None]
-        return figures if isinstance(what, Sequence) and not isinstance(what, str) else figures[0]
+        return figures[0] if what is None or isinstance(what, Run | str | os.PathLike) else figures
 
     @checked
     def compare(self, runs: Sequence[Run | Named] | Run | Named | None = None) -> Table:
@@ -335,7 +335,7 @@ class Session(Workplace):
 
     @checked
     def analyze(
-        self, run: Run | Named | None = None, *names: str, model: str | None = None, **settings: Any
+        self, run: Run | Named | None = None, *names: str, model: Named | None = None, **settings: Any
     ) -> dict[str, dict[str, Any]]:
         """Look at a run's dictionary from the sides that are named (`sae list`: analyses), or all, as `sae analyze`.
 
@@ -346,16 +346,17 @@ class Session(Workplace):
         config = given.settings("analyze", AnalyzeConfig, None, settings)
         run = given.run_of(self.runs, run)
         found = analyze_run(
-            run, self.cache, self.progress, names, config=config, device=self.device, model=model, offline=self.offline
-        )
+            run, self.cache, self.progress, names, config=config, device=self.device, model=given.text_of(model),
+            offline=self.offline,
+        )  # fmt: skip
         files = {name: {"json": str(one.json), "plot": str(one.plot)} for name, one in found.items()}
         return {name: {**one.finding.as_json(), **files[name]} for name, one in found.items()}
 
     @checked
     def probe(
         self, runs: Sequence[Run | Named] | Run | Named | None = None, data: Any = None, *,
-        sae_probes: Named | None = None, sets: Sequence[str] | None = None, model: str | None = None,
-        tokenizer: str | None = None, **settings: Any,
+        sae_probes: Named | None = None, sets: Sequence[str] | None = None, model: Named | None = None,
+        tokenizer: Named | None = None, **settings: Any,
     ) -> Result:  # fmt: skip
         """How well a few latents of runs tell labels of texts, as `sae probe`.
 
@@ -366,8 +367,8 @@ class Session(Workplace):
         config = given.settings("probe", ProbeConfig, None, settings)
         texts = given.texts_of(data, sae_probes, sets, (config.text_column, config.label_column))
         return probe_runs(
-            config, given.runs_of(self.runs, runs), texts, self, model=model, tokenizer=tokenizer,
-            leave_out_numbers=sae_probes is not None and sets is None,
+            config, given.runs_of(self.runs, runs), texts, self, model=given.text_of(model),
+            tokenizer=given.text_of(tokenizer), leave_out_numbers=sae_probes is not None and sets is None,
         )  # fmt: skip
 
     @checked
@@ -401,8 +402,8 @@ class Session(Workplace):
     @checked
     def decompose(
         self, rows: Any = None, target: Any = None, /, *, kind: str = "local",
-        tokens_from: TokenStore | str | None = None, model: LanguageModel | str | None = None, name: str | None = None,
-        preset: str | None = None, **settings: Any,
+        tokens_from: TokenStore | Named | None = None, model: LanguageModel | Named | None = None,
+        name: str | None = None, preset: str | None = None, **settings: Any,
     ) -> DecomposedRun:  # fmt: skip
         """Weight matrices to components, as `sae decompose`. A run that is there is continued, or given back.
 
@@ -416,11 +417,11 @@ class Session(Workplace):
             said["model"] = named if booted is None else booted.name
         config = configs.resolve("decompose", KINDS, preset=preset, given=said)
         if isinstance(config, LocalConfig):
-            opened = opening.local(config, self.dataset(rows, target), self, model)
+            opened = opening.local(config, self.dataset(rows, target), self, booted or named)
         elif isinstance(config, LiveConfig):
             tokens = tokens_from
             if not isinstance(tokens, TokenStore):
-                tokens = catalogue.find(self.cache, TokenStore, tokens)
+                tokens = catalogue.find(self.cache, TokenStore, given.text_of(tokens))
             opened = opening.live(config, tokens, self, booted)
         else:
             assert isinstance(config, ToyConfig)
@@ -435,7 +436,7 @@ class Session(Workplace):
 
     @checked
     def latents_of(
-        self, run: Run | Named | None, text: str, *, top: int = 5, model: LanguageModel | str | None = None
+        self, run: Run | Named | None, text: str, *, top: int = 5, model: LanguageModel | Named | None = None
     ) -> Table:
         """A row a token of a text, as `sae show --text`: the latents that fire on it, the `top` strongest first."""
         return Table(fired_on(self._opened(run, model), text, top))
@@ -443,7 +444,7 @@ class Session(Workplace):
     @checked
     def steer(
         self, run: Run | Named | None, feature: int, prompt: str, strength: float | Sequence[float] | None = None, *,
-        target: str | None = None, model: LanguageModel | str | None = None, **settings: Any,
+        target: str | None = None, model: LanguageModel | Named | None = None, **settings: Any,
     ) -> dict[str, Any]:  # fmt: skip
         """What a run's language model makes of a prompt, as it is (`baseline`) and with a latent changed (`steered`).
 
@@ -460,7 +461,7 @@ class Session(Workplace):
 
     @checked
     def ablate_topic(
-        self, run: Run | Named | None, topic: Named, general: Named, *, model: LanguageModel | str | None = None,
+        self, run: Run | Named | None, topic: Named, general: Named, *, model: LanguageModel | Named | None = None,
         **settings: Any,
     ) -> dict[str, Any]:  # fmt: skip
         """Zero the latents that tell a topic best: what that adds to the cross-entropy of its text, and of other.
@@ -470,7 +471,7 @@ class Session(Workplace):
         config = given.settings("steer", SteerConfig, None, settings)
         return ablate_topic(self._opened(run, model), Path(topic), Path(general), self.progress, config=config)
 
-    def _opened(self, run: Run | Named | None, model: LanguageModel | str | None) -> Opened:
+    def _opened(self, run: Run | Named | None, model: LanguageModel | Named | None) -> Opened:
         """A run in its language model."""
         named, booted = given.model_of(model)
         return opened(

@@ -21,7 +21,7 @@ def tokenize(**settings: Any) -> TokenStore:
     return Session().tokenize(**settings)
 
 
-def harvest(tokens_from: TokenStore | str | None = None, **settings: Any) -> dict[str, Dataset]:
+def harvest(tokens_from: TokenStore | Named | None = None, **settings: Any) -> dict[str, Dataset]:
     """`Session.harvest` in the usual places."""
     return Session().harvest(tokens_from, **settings)
 

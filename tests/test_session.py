@@ -1,5 +1,6 @@
 """`sae.Session`: from text and from rows in memory to trained and judged dictionaries, in a few lines each."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -294,6 +295,24 @@ def test_errors_speak_of_arguments_and_settings(lab: Session, tmp_path: Path) ->
     assert not lab.runs.exists() or not any(lab.runs.iterdir())
 
 
+def test_what_stands_for_one_or_several_is_taken_in_each_of_its_forms(lab: Session) -> None:
+    """Names and folders of runs and stores as text or paths, in lists and arrays; numbers and devices of libraries."""
+    x = planted(300)
+    rows = lab.dataset(x, first=np.int32(200))
+    assert lab.dataset(rows.inputs[0].path, first=200).key == rows.key and type(rows.n_rows) is int
+    state = rows.batches(np.int64(64), seed=np.uint8(3), positions=np.False_).state_dict()
+    assert state == rows.batches(64, seed=3).state_dict() and json.loads(json.dumps(state)) == state
+    assert len(rows.sample(np.uint8(200), first=np.uint8(150)).x) == 200
+    names = [lab.train(sae.TopK(k=k, d_sae=16), rows, name=f"k{k}", steps=2, batch=64).name for k in (1, 2)]
+    judged = lab.evaluate(names)
+    for several in (tuple(names), np.array(names), dict.fromkeys(names).keys(), [lab.runs / name for name in names]):
+        assert lab.evaluate(several) == judged  # type: ignore[arg-type]
+    here = sae.Session(lab.cache, lab.runs, device=torch.device("cpu"), offline=np.True_, progress=np.False_)  # type: ignore[arg-type]
+    assert here.device == "cpu" and here.evaluate(Path(names[0]), cross_entropy=np.False_) == judged[0]  # type: ignore[call-overload]
+    for run in (lab.run("k2").load(device=torch.device("cpu")), sae.load(lab.runs / "k2", device=torch.device("cpu"))):
+        assert torch.equal(run.W_dec, lab.load("k2").W_dec)
+
+
 WRONG: list[tuple[Callable[[Session], object], str]] = [
     (lambda lab: sae.Session(cache=3), r"cache = 3: is not what is meant; give text or a path"),  # type: ignore[arg-type]
     (lambda lab: sae.Session(runs=""), r"runs = '': is not the name of a folder"),
@@ -314,6 +333,14 @@ WRONG: list[tuple[Callable[[Session], object], str]] = [
     (lambda lab: lab.dataset(planted(20), validation="a"), r"validation = 'a': is not"),  # type: ignore[arg-type]
     (lambda lab: lab.dataset(planted(20)).batches(0), r"batch = 0: is too small; give 1 or more"),
     (lambda lab: lab.dataset(planted(20)).batches(4, seed="a"), r"seed = 'a': is not"),  # type: ignore[arg-type]
+    (lambda lab: lab.dataset(planted(20)).batches(4, threads=0), r"threads = 0: is too small; give 1 or more"),
+    (lambda lab: lab.dataset(planted(20)).batches(4, rank=2, world=2), r"rank = 2: is none of the 2 from 0 on"),
+    (lambda lab: lab.dataset(planted(20)).batches(4, device="gpu"), r"device = gpu: is none; try cpu or cuda:1"),
+    (lambda lab: lab.dataset(planted(20)).batches(4, largest=[9.0, 9.0]), r"largest: 2 norms for 1 stores"),
+    (lambda lab: lab.dataset(planted(20)).sample(-1), r"count = -1: is too small; give 0 or more"),
+    (lambda lab: lab.dataset(planted(20)).sample(1, first=-1), r"first = -1: is too small"),
+    (lambda lab: sae.Session(device="meta"), r"device = meta: not usable here"),
+    (lambda lab: sae.Session(device="hpu"), r"device = hpu: not usable here"),
     (lambda lab: lab.train(sae.TopK(**TOPK), (planted(9),)), r"rows: a tuple of 1; give a pair"),
     (lambda lab: lab.train(sae.TopK(**TOPK), planted(9), name=3), r"name = 3: is not"),  # type: ignore[call-overload]
     (lambda lab: lab.train(sae.TopK(**TOPK), planted(9), log=3), r"log = 3: is not"),

@@ -228,7 +228,10 @@ class DecodingReader(Chunks[int]):
             self.store.decoded_chunk(name, self.store.stored(name), self._rows[place])
             return place
         size = self.store.committed(name)[0]
-        stored = self._stored.pop() if self._stored else np.empty(0, np.uint8)
+        try:
+            stored = self._stored.pop()  # in one go: other threads take from it, too
+        except IndexError:
+            stored = np.empty(0, np.uint8)
         if len(stored) <= size:  # one byte more, so that a file that grew is noticed
             stored = np.empty(size + size // 8 + 1, np.uint8)
         handle = opened_file(self.store, name)

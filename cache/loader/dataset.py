@@ -7,7 +7,7 @@ side has several stores, as for a crosscoder, their rows lie side by side in the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,9 @@ from sae.cache.outliers import Limits, within
 from sae.cache.provenance import Provenance, provenance
 
 Stores = tuple[ActivationStore, ...]
-LEAST = {"batch": 1, "seed": 0, "epochs": 1, "open_chunks": 1, "world": 1, "rank": 0}
+LEAST = {
+    "batch": 1, "seed": 0, "epochs": 1, "open_chunks": 1, "threads": 1, "world": 1, "rank": 0, "first": 0, "count": 0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -172,11 +174,17 @@ class Dataset:
     def batches(self, batch: int = 4096, *, positions: bool = False, **settings: Unpack[Settings]) -> Batches:
         """Shuffled batches of the kept rows; the loader says what else it can be told.
 
-        Raises SaeError for a number below the least that has a meaning.
+        Raises SaeError for a number below the least that has a meaning, and for a device that is none.
         """
-        for name, number in {"batch": batch, **settings}.items():
-            if name in LEAST and number is not None and number < LEAST[name]:  # type: ignore[operator]
-                raise SaeError(f"{name} = {number}: is too small; give {LEAST[name]} or more")
+        expect_least({"batch": batch, **settings})
+        if (rank := settings.get("rank", 0)) >= (world := settings.get("world", 1)):
+            raise SaeError(
+                f"rank = {rank}: is none of the {world} from 0 on; give less, or say the number with `world`"
+            )
+        try:
+            torch.device(settings.get("device", "cpu"))
+        except RuntimeError:
+            raise SaeError(f"device = {settings['device']}: is none; try cpu or cuda:1") from None
         settings.setdefault("rows", self.n_rows)
         settings.setdefault("largest", self.limits)
         return Batches(self.inputs, self.targets, batch, positions=positions, **settings)
@@ -198,7 +206,11 @@ class Dataset:
 
     @checked
     def sample(self, count: int, *, first: int = 0, batch: int | None = None) -> Batch:
-        """The next `count` kept rows from row `first` on; fewer where there are not so many."""
+        """The next `count` kept rows from row `first` on; fewer where there are not so many.
+
+        Raises SaeError for a number below the least that has a meaning.
+        """
+        expect_least({"count": count, "first": first, "batch": batch})
         parts = [*self.following(first, count, batch or count)]
         if not parts:
             return self.rows(0, 0)
@@ -264,3 +276,10 @@ class Dataset:
         rows = self.rows(start, stop) if len(chosen) else self.rows(start, start)
         x = rows.x[chosen]
         return Batch(x, rows.y[chosen] if self.targets else x)
+
+
+def expect_least(said: Mapping[str, object]) -> None:
+    """Raise SaeError for a number, by its name, below the least that has a meaning."""
+    for name, number in said.items():
+        if name in LEAST and number is not None and number < LEAST[name]:  # type: ignore[operator]
+            raise SaeError(f"{name} = {number}: is too small; give {LEAST[name]} or more")

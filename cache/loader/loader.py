@@ -106,6 +106,8 @@ class _Stored:
         limits: list[float | None] | None = None
         if largest is not None:
             limits = [largest] * len(self.stores) if isinstance(largest, float | int) else [*largest]
+            if len(limits) != len(self.stores):
+                raise SaeError(f"largest: {len(limits)} norms for {len(self.stores)} stores; give one for each, or one")
         elif outliers is not None:
             limits = [largest_norm(store, outliers) for store in self.stores]
         alike = limits is not None and len({*limits}) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -66,9 +67,9 @@ class LanguageModel:
     @checked
     def boot(
         cls,
-        name: str = "gpt2",
+        name: str | os.PathLike[str] = "gpt2",
         *,
-        device: str = "auto",
+        device: str | torch.device = "auto",
         dtype: str = "float32",
         revision: str | None = None,
         offline: bool = False,
@@ -80,6 +81,7 @@ class LanguageModel:
 
         Raises SaeError (one line, what to try) for a name that is unknown, out of reach, incomplete or damaged.
         """
+        name = os.fspath(name)
         if dtype not in _DTYPES:
             raise SaeError(f"harvest.dtype = {dtype}: the forward pass runs in {' or '.join(_DTYPES)}")
         where = devices.resolve_device(device)

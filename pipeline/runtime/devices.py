@@ -11,7 +11,7 @@ from sae.pipeline.runtime import cores
 _said = False  # whether the number of threads is the user's word, which a checkpoint's does not change
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str | torch.device) -> torch.device:
     """The device a name stands for: auto (a GPU where there is one), cpu, cuda, cuda:1, ...
 
     Raises SaeError where it cannot be used.
@@ -23,8 +23,8 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError:
         raise SaeError(f"device = {name}: not usable here (no such device); try auto, cpu or cuda:1") from None
     try:
-        torch.empty(1, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.empty(1, device=found).item()  # the device `meta` keeps no values
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         first = str(error).partition("\n")[0]
         raise SaeError(f"device = {name}: not usable here ({first[:200]}); try auto or cpu") from None
     return found

@@ -30,7 +30,7 @@ class Kept:
 @pytest.mark.parametrize(
     "given",
     [
-        {}, {"share": 1}, {"share": np.float32(1)}, {"number": np.int64(3)}, {"number": torch.tensor(3)}, {"on": False},
+        {}, {"share": 1}, {"share": np.float64(1)}, {"on": False}, {"items": (1, "b")},
         {"name": "a"}, {"name": Path("a")}, {"items": "ab"}, {"items": [1, "b"]}, {"items": np.arange(3)},
         {"items": torch.arange(3)}, {"items": {1: 2}.keys()}, {"way": "down"}, {"anything": object()}, {"seed": 3},
     ],
@@ -38,6 +38,20 @@ class Kept:
 def test_what_fits_reaches_the_function_as_it_is(given: dict[str, Any]) -> None:
     found = Kept().kept(**{"number": 1, **given})
     assert all({**found, **found["more"]}[name] is value for name, value in given.items())
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        ({"number": np.int64(3)}, 3), ({"number": np.uint8(3)}, 3), ({"number": np.array(3)}, 3),
+        ({"number": torch.tensor(3)}, 3), ({"share": np.float32(0.25)}, 0.25), ({"share": torch.tensor(0.25)}, 0.25),
+        ({"share": np.int64(2)}, 2.0), ({"on": np.False_}, False), ({"seed": np.int32(3)}, 3),
+    ],
+)  # fmt: skip
+def test_numbers_of_numpy_and_torch_reach_it_as_those_of_python(given: dict[str, Any], plain: float) -> None:
+    found = Kept().kept(**{"number": 1, **given})
+    [one] = [{**found, **found["more"]}[name] for name in given]
+    assert one == plain and type(one) is type(plain)
 
 
 @pytest.mark.parametrize(
