@@ -37,7 +37,7 @@ class L1(Steered):
 
     config_type = L1Config
     config: L1Config
-    prompt = 1.0  # L0 answers within some steps, by more than the coefficient changes: more would make it swing
+    prompt, gain = 0.3, 10.0  # L0 answers within some steps, by more than the coefficient changes: more would swing
 
     @property
     def rule(self) -> ReLURule:

@@ -3,7 +3,7 @@ fewer.
 
 What coefficient leads to which L0 depends on the rows, the width and the learning rate, so nobody can say it
 beforehand; L0 is what people choose. With e = log(L0 / target) of the last step, the coefficient is multiplied by
-exp(prompt e) at once, and for good by exp(GAIN e / steps) after every step: a controller with a proportional and an
+exp(prompt e) at once, and for good by exp(gain e / steps) after every step: a controller with a proportional and an
 integral part on its logarithm, whose reach does not depend on how long the training is. The first part damps what the
 second overshoots: thresholds move slowly, so by itself the second swings.
 """
@@ -20,9 +20,6 @@ from .base import SAE
 from .config import Clock, Config, TrainableConfig, ramp, steps_of
 from .contract import Trainable
 from .losses import SparseLosses
-
-GAIN = 30.0
-"""How many times over, in a training, a lasting e of 1 would multiply the coefficient by the number e."""
 
 MOST = 1.0
 """Largest e that counts, half of it for good: where a training starts, half of the latents may be active."""
@@ -77,6 +74,8 @@ class Steering(Trainable):
 
     prompt: ClassVar[float] = 3.0
     """Power of L0 / target that the coefficient follows at once."""
+    gain: ClassVar[float] = 30.0
+    """How many times over, in a training, a lasting e of 1 would multiply the coefficient by the number e."""
     config: CoefficientConfig
     pressure: Tensor
     excess: Tensor
@@ -97,7 +96,7 @@ class Steering(Trainable):
             return
         assert self.config.target_l0 is not None, "which steering needs"
         self.excess.copy_((l0.clamp_min(LEAST) / self.config.target_l0).log().clamp(-MOST, MOST))
-        self.pressure.mul_((self.excess.clamp(-MOST / 2, MOST / 2) * (GAIN / clock.steps)).exp())
+        self.pressure.mul_((self.excess.clamp(-MOST / 2, MOST / 2) * (self.gain / clock.steps)).exp())
 
 
 class Steered(Steering, SAE):
