@@ -64,7 +64,7 @@ class TestStep:
 
 
 def test_overhead_is_the_loop_less_its_steps(store: ActivationStore) -> None:
-    args = Namespace(arch="topk", d_sae=64, batch=64, threads=1)
+    args = Namespace(arch="topk", d_sae=64, batch=64, threads=1, device="cpu")
     times = train_shared.trained(store, 3, args)
     assert len(times.steps) == 3 * (512 // 64)
     assert times.overhead > 0
