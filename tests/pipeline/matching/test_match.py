@@ -107,7 +107,7 @@ def test_other_widths_are_compared_by_when_they_fire(lab: sae.Session, runs: dic
 def test_what_cannot_be_compared_is_said(lab: sae.Session, runs: dict[str, Any]) -> None:
     for names, settings, said in (
         (["one"], {}, "runs: 1 given; name two or more"),
-        ([], {}, "runs: 0 given"),
+        ([], {}, "runs: an empty list; name at least one"),
         (["one", "other", "one"], {}, "is named twice, and is like itself"),
         (["one", "wide"], {}, r"writes rows of 8 values, wide of 12, .* compares when they fire"),
         (["one", "transcoder"], {}, r"writes rows of 8 values, transcoder of 12"),
