@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from support.command_line import done, sae
 from support.harvesting import synthesize
 from support.killing import killed_after
+from support.saes_kit import one_thread
 from support.small_stores import CHUNK, few, files, shrunk
 
 from sae.cache import catalogue
@@ -467,7 +468,11 @@ def test_the_defaults_that_the_help_states() -> None:
         assert (text if isinstance(value, str) else float(text)) == value, name
 
 
+alone = pytest.fixture(one_thread)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("presence", [Independent(), Groups(active=8)], ids=["iid", "groups"])
 def test_topk_finds_the_truth(presence: Groups | Independent, tmp_path: Path) -> None:
     """512 features in 256 dimensions, 8 in a row, 700 steps of a dictionary of 512."""
