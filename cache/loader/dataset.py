@@ -178,9 +178,7 @@ class Dataset:
         """
         expect_least({"batch": batch, **settings})
         if (rank := settings.get("rank", 0)) >= (world := settings.get("world", 1)):
-            raise SaeError(
-                f"rank = {rank}: is none of the {world} from 0 on; give less, or say the number with `world`"
-            )
+            raise SaeError(f"rank = {rank}: is none of the {world} from 0 on; give less, or a larger world")
         try:
             torch.device(settings.get("device", "cpu"))
         except RuntimeError:
