@@ -1139,6 +1139,16 @@ def test_thresholds_learn_faster_and_those_of_before_as_before(tmp_path: Path, s
     assert moved == {"now": pytest.approx(0.03, rel=1e-3), "before": pytest.approx(0.01, rel=1e-3)}
 
 
+def test_l1_has_free_rows_and_its_published_presets_the_rows_they_had() -> None:
+    """Whatever the default has come to be."""
+    norms = {
+        preset: getattr(resolve("train", TrainConfig, preset=preset).sae, "decoder_norm")  # noqa: B009
+        for preset in ("gpt_sae_l1", "anthropic_april")
+    }
+    assert norms == {"gpt_sae_l1": "unit", "anthropic_april": "free"}
+    assert getattr(TrainConfig.model_validate({"sae": {"arch": "l1"}}).sae, "decoder_norm") == "free"  # noqa: B009
+
+
 def test_the_preset_of_gemma_scope_keeps_what_was_published() -> None:
     """One rate for all parameters and no pull on the dead, whatever the defaults have come to be."""
     config = resolve("train", TrainConfig, preset="gemma_scope_jumprelu")
