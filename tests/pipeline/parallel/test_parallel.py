@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -212,14 +213,23 @@ def test_three_processes_with_parts_of_their_own(tmp_path: Path, store: Activati
         expect_equal(one, other)
 
 
-def children() -> set[str]:
-    """Processes this one has started, but for multiprocessing's own helper."""
+def children(pid: int | None = None) -> set[int]:
+    """Processes that one has started (this one where none is named), but for multiprocessing's own helper.
+
+    Threads and processes end while `/proc` is read: what has gone by then is not counted.
+    """
     found = set()
-    for task in Path("/proc/self/task").iterdir():
-        for pid in (task / "children").read_text().split():
-            if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.add(pid)
-    return found
+    for task in Path(f"/proc/{pid or os.getpid()}/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):
+            found |= {int(child) for child in (task / "children").read_text().split()}
+    return {child for child in found if is_worker(child)}
+
+
+def is_worker(pid: int) -> bool:
+    try:
+        return b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 # Devices
@@ -308,8 +318,7 @@ class Command:
 
     def workers(self) -> list[int]:
         """The processes it has started to train."""
-        found = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return [int(pid) for pid in found if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return sorted(children(self.process.pid))
 
 
 def until(what: Callable[[], bool]) -> None:
@@ -323,7 +332,7 @@ def alive(pid: int) -> bool:
     """Whether a process is there and not merely waiting to be asked how it ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
