@@ -13,7 +13,9 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, leaky_relu
+
+from sae.pipeline.decompose.gates import ScalarGates
 
 Gate = Literal["scalar", "vector"]
 LEAK = 0.01  # slope of the hard sigmoids where they would have none
@@ -21,12 +23,12 @@ LEAK = 0.01  # slope of the hard sigmoids where they would have none
 
 def lower_leaky(x: Tensor) -> Tensor:
     """x between 0 and 1; a hundredth of it below 0, so that what is off can come back; 1 above."""
-    return torch.where(x < 0, LEAK * x, x.clamp(max=1))
+    return leaky_relu(x, LEAK).clamp(max=1)
 
 
 def upper_leaky(x: Tensor) -> Tensor:
     """0 below 0; x between 0 and 1; above 1 and a hundredth of the rest, so that what is on feels its price."""
-    return torch.where(x > 1, 1 + LEAK * (x - 1), x.clamp(min=0))
+    return torch.add(x.clamp(0, 1), torch.relu(x - 1), alpha=LEAK)
 
 
 class Mask(NamedTuple):
@@ -71,12 +73,20 @@ class Components(nn.Module):
     def importance(self, x: Tensor) -> Tensor:
         """How important each component is for what is read [..., d_in], before a hard sigmoid: [..., C]."""
         if self.gate == "scalar":
-            inner = (x @ self.V)[..., None] * self._beside(self.gate_in[..., 0, :], x)
-        else:
-            flat = self.gate_in.transpose(-3, -2).flatten(-2)  # [..., d_in, C * hidden]
-            inner = (x @ flat).unflatten(-1, self.gate_in_bias.shape[-2:])
+            return self._scalar(x)
+        flat = self.gate_in.transpose(-3, -2).flatten(-2)  # [..., d_in, C * hidden]
+        inner = (x @ flat).unflatten(-1, self.gate_in_bias.shape[-2:])
         inner = gelu(inner + self._beside(self.gate_in_bias, x))
         return (inner * self._beside(self.gate_out, x)).sum(-1) + self._beside(self.gate_out_bias, x)
+
+    def _scalar(self, x: Tensor) -> Tensor:
+        rows = x if self.weight.ndim == 3 else x.reshape(-1, x.shape[-1])
+        h = self.V.mT @ rows.mT  # [..., C, n]
+        hidden = self.gate_in.shape[-1]
+        gates = (part.reshape(-1, hidden) for part in (self.gate_in, self.gate_in_bias, self.gate_out))
+        found = ScalarGates.apply(h.reshape(-1, h.shape[-1]), *gates)
+        found = found.view(h.shape) + self.gate_out_bias[..., None]
+        return found.mT.reshape(*x.shape[:-1], self.count)
 
     def product(self, x: Tensor, mask: Mask) -> Tensor:
         """What stands in the place of W x, [..., d_out], for x [..., d_in]."""
