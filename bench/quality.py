@@ -41,6 +41,7 @@ from sae.cache.activations import ActivationStore
 from sae.pipeline import saes
 from sae.pipeline.harvest.sources.synthetic import GroundTruth, Independent, SyntheticConfig
 from sae.pipeline.metrics.recovery import Recovery
+from sae.pipeline.train import optimising
 from sae.pipeline.train.config import TrainConfig
 
 TRAIN, HELD = 400_000, 20_000
@@ -105,8 +106,7 @@ def ours(rows: Tensor, held: Tensor, job: Job, settings: dict[str, Any]) -> dict
     config = TrainConfig(sae=saes.parse(sae_settings), lr=job.lr, warmup=WARMUP, decay=DECAY, **own)
     sae = saes.create(config.sae, rows.shape[1], seed=job.seed)
     sae.initialise(rows[: config.initial_rows])
-    groups = [{"params": one.parameters, "side": one.side, "times": one.times} for one in sae.parameter_groups()]
-    optimiser = torch.optim.Adam(groups, lr=job.lr, betas=config.betas, eps=config.eps, fused=True)
+    optimiser = optimising.adam(sae, job.lr, job.steps, config.betas, config.eps)
     for step, x in enumerate(batches(rows, job)):
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
             losses = sae.loss(x, clock=saes.Clock(step, job.steps, job.batch))
@@ -116,9 +116,7 @@ def ours(rows: Tensor, held: Tensor, job: Job, settings: dict[str, Any]) -> dict
         sae.before_step()
         if config.clip is not None:
             torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip)
-        rates = dict(zip(("encoder", "decoder"), config.rates_at(step, job.steps), strict=True))
-        for group in optimiser.param_groups:
-            group["lr"] = rates[group["side"]] * group["times"]
+        optimising.set_rates(optimiser, *config.rates_at(step, job.steps))
         optimiser.step()
         sae.after_step()
     sae.eval()

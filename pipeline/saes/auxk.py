@@ -3,20 +3,73 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from . import latents, sparse
-from .config import Clock
+from . import latents, placement, sparse
+from .base import SAE
+from .config import Clock, Config
 from .encoder import Preactivations
 from .latents import Latents
+from .losses import LossInputs, share, spread
+
+AuxShare = Literal["error", "variance", "none"]
 
 DENSE_UP_TO = 8
 """With at most this many times k_aux dead latents, products over all of them are cheaper than k_aux entries a row."""
 
 AHEAD_UP_TO = 4
 """As many times k_aux dead latents are looked at in a step on a device that runs ahead, others in the next steps."""
+
+
+class AuxKConfig(Config):
+    """Settings of AuxK."""
+
+    aux_coefficient: float = Field(
+        2.0, ge=0, description="weight of AuxK, in which dead latents reconstruct the residual; 0: off"
+    )
+    aux_share: AuxShare = Field(
+        "error",
+        description="what AuxK is a share of: its squared error counts as the reconstruction's does (error), or it is "
+        "divided by the residual's variance and counts as a share of the data's (variance, as published), or by itself "
+        "(none, as in versions before 0.2)",
+    )
+    aux_k: int | None = Field(
+        None, ge=1, description="dead latents AuxK uses per input; unset: half the width, rounded to a power of two"
+    )
+
+
+def term(sae: SAE, batch: LossInputs) -> dict[str, Tensor]:
+    """{"auxk": the weighted term}, or nothing where it is switched off."""
+    config = sae.config
+    assert isinstance(config, AuxKConfig)
+    if config.aux_coefficient == 0:
+        return {}
+    if sae.none_dead(batch.clock):
+        return {"auxk": batch.y.new_zeros(batch.y.shape[:-2])}
+    k_aux, dead = config.aux_k or default_k(sae.d_out), sae.dead(batch.clock)
+    ahead = placement.runs_ahead(dead)
+    if ahead:
+        e_hat = explained_ahead(batch.pre, dead, min(k_aux, sae.d_sae), batch.W_dec, batch.clock)
+    else:
+        who = dead.nonzero().view(-1)
+        if not len(who):
+            return {"auxk": batch.y.new_zeros(())}
+        e_hat = explained(batch.pre, who, min(k_aux, len(who)), batch.W_dec)
+    residual = (batch.y - batch.y_hat).detach()
+    error = (residual - e_hat).square().sum((-2, -1))
+    match config.aux_share:
+        case "error":
+            found = sae.reduced(error, batch.y)
+        case "variance":
+            found = sae.reduced(spread(batch.y), batch.y) * share(error, spread(residual))
+        case "none":
+            found = share(error, spread(residual))
+    found = config.aux_coefficient * found
+    return {"auxk": found.masked_fill(~dead.any(-1), 0) if ahead else found}
 
 
 def default_k(d: int) -> int:

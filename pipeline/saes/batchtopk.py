@@ -7,9 +7,9 @@ from typing import Literal, final
 from pydantic import Field
 from torch import Tensor
 
+from . import auxk
 from .base import register
 from .batch_threshold import BatchThreshold, BatchThresholdConfig
-from .fixed_k import auxk_term
 from .losses import LossInputs
 
 
@@ -31,4 +31,4 @@ class BatchTopK(BatchThreshold):
     config: BatchTopKConfig
 
     def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
-        return auxk_term(self, batch)
+        return auxk.term(self, batch)

@@ -13,6 +13,7 @@ several stores they lie side by side: d_in is the sum of widths, and a `Width` s
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -34,13 +35,20 @@ class ParameterGroup(NamedTuple):
     """Parameters that learn at one rate: the encoder's or the decoder's of a step, times a number.
 
     kept: what holds of them before and after each step: nothing, that their rows are of norm 1, or that no number is
-    below 0.
+    below 0. reach: how far each number must be able to move in a training, however short it is and low its rate, in
+    steps of at most `stride`.
     """
 
     parameters: list[nn.Parameter]
     side: Literal["encoder", "decoder"] = "encoder"
     times: float = 1.0
     kept: Literal["free", "unit", "not negative"] = "free"
+    reach: float = 0.0
+    stride: float = math.inf
+
+    def multiple(self, rate: float, steps: int) -> float:
+        """What a training's rate is multiplied by for them: Adam moves a number by about its rate in a step."""
+        return max(self.times, min(self.reach / steps, self.stride) / rate)
 
 
 class Predictor(nn.Module, ABC):

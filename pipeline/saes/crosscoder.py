@@ -15,14 +15,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from . import penalties
+from . import auxk, penalties
 from .base import register
 from .batch_threshold import BatchThreshold, BatchThresholdConfig
 from .batchtopk import BatchTopKConfig
 from .config import Clock, Config
 from .dictionary import Weights
 from .encoder import Preactivations
-from .fixed_k import auxk_term
 from .inference import ReLURule
 from .latents import Latents
 from .losses import LossInputs, SparseLosses
@@ -82,7 +81,7 @@ class Crosscoder(BatchThreshold, Steered):
 
     def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
         if not self._penalised:
-            return auxk_term(self, batch)
+            return auxk.term(self, batch)
         return {"l1": self.weight(batch.clock) * penalties.l1("plain", batch.latents, batch, batch.W_dec)}
 
     def _observe(self, losses: SparseLosses) -> Tensor:

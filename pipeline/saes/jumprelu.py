@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from . import placement
+from . import auxk, placement
+from .auxk import AuxKConfig
 from .base import register
 from .config import Clock, Config
 from .contract import ParameterGroup
@@ -20,12 +21,21 @@ from .encoder import Preactivations
 from .inference import ThresholdRule
 from .latents import Latents
 from .losses import LossInputs, spread
-from .steering import Steered, SteeredConfig
+from .steering import CoefficientConfig, Steered, SteeredConfig
 from .uncounted import Asked, Uncounted
 
+REACH = 4.0
+"""How many times as far as a usual pre-activation thresholds are able to move in a training, on their way and back."""
 
-class JumpReLUSettings(SteeredConfig):
-    """Settings of thresholds; the defaults are for input_scale: rms, where pre-activations are alike at all widths."""
+USUAL_L0: float = CoefficientConfig.model_fields["target_l0"].default
+"""What L0 is taken to be where none is aimed at."""
+
+
+class JumpReLUSettings(AuxKConfig, SteeredConfig):
+    """Settings of thresholds, beside those of AuxK.
+
+    The defaults are for input_scale: rms, where pre-activations are alike at all widths.
+    """
 
     encoder_scale: float = Field(0.3, gt=0, description=Config.model_fields["encoder_scale"].description)
     penalty: Literal["l0", "tanh", "l0_target"] = Field(
@@ -49,11 +59,11 @@ class JumpReLUSettings(SteeredConfig):
         "unit",
     )
 
-    threshold_rate: float = Field(
-        3.0,
+    threshold_rate: float | None = Field(
+        None,
         gt=0,
-        description="learning rate of the thresholds, as a multiple of the encoder's: a step moves a pre-activation by "
-        "a rate's worth of every column, and a threshold by one",
+        description="learning rate of the thresholds, as a multiple of the encoder's; unset: 1, or as many times as "
+        "let them come to where pre-activations are within the training",
     )
     straight_through: Literal["threshold", "both"] = Field(
         "threshold",
@@ -137,7 +147,7 @@ class JumpReLU(Steered):
             terms = {config.penalty: weight * self._l0(batch)}
         if config.pre_act_coefficient > 0:
             terms["pre_act"] = config.pre_act_coefficient * self._below(batch, norms).mean()
-        return terms
+        return terms | auxk.term(self, batch)
 
     def _below(self, batch: LossInputs, norms: Tensor) -> Tensor:
         """[B]: how far dead latents are below their thresholds, each times the norm of its decoder row, [m]."""
@@ -175,8 +185,19 @@ class JumpReLU(Steered):
         encoder, *rest = super().parameter_groups()
         *others, threshold = encoder.parameters  # the last that was made
         assert threshold is self.threshold
-        learned = ParameterGroup([threshold], times=self.config.threshold_rate, kept="not negative")
-        return [ParameterGroup(others), learned, *rest]
+        return [ParameterGroup(others), self._learned_at([threshold]), *rest]
+
+    def _learned_at(self, thresholds: list[nn.Parameter]) -> ParameterGroup:
+        """How thresholds learn: a step moves a pre-activation by a rate's worth of every column, and them by one.
+
+        A row's norm shared out among the latents that are to be active is what a pre-activation comes to be about.
+        """
+        config = self.config
+        if config.threshold_rate is not None:
+            return ParameterGroup(thresholds, times=config.threshold_rate, kept="not negative")
+        norm = {"rms": self.d_in**0.5, "per_token": self.d_in**0.5, "unit": 1.0, "none": 0.0}[config.input_scale]
+        reach = REACH * norm / (config.target_l0 or USUAL_L0) ** 0.5
+        return ParameterGroup(thresholds, kept="not negative", reach=reach, stride=config.bandwidth / 2)
 
     def latent_parameters(self) -> dict[str, nn.Parameter]:
         return super().latent_parameters() | self._learned("threshold")

@@ -8,10 +8,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from . import placement, sparse
+from . import auxk, placement, sparse
 from .base import register
 from .batch_threshold import BatchThreshold, BatchThresholdConfig
-from .fixed_k import auxk_term
 from .losses import LossInputs
 
 
@@ -55,7 +54,7 @@ class Matryoshka(BatchThreshold):
             f"prefix_{size}": self.squared_error(part + rest, batch.y)
             for size, part in zip(self.config.sizes, parts, strict=True)
         }
-        return terms | auxk_term(self, batch)
+        return terms | auxk.term(self, batch)
 
     def _prefix_sums(self, batch: LossInputs) -> list[Tensor]:
         """[B, d_out] for every prefix: what its latents add up to, decoded group by group in one pass."""

@@ -7,10 +7,11 @@ from typing import Literal, final
 from pydantic import Field
 from torch import Tensor
 
+from . import auxk
 from .base import SAE, register
 from .config import Clock
 from .encoder import Preactivations
-from .fixed_k import FixedKConfig, auxk_term, ks_at
+from .fixed_k import FixedKConfig, ks_at
 from .inference import TopKRule
 from .latents import Latents
 from .losses import LossInputs
@@ -42,4 +43,4 @@ class TopK(SAE):
         return pre.topk(*ks_at(self, clock)).map(Tensor.relu)
 
     def _terms(self, batch: LossInputs) -> dict[str, Tensor]:
-        return auxk_term(self, batch)
+        return auxk.term(self, batch)

@@ -16,10 +16,10 @@ from sae.pipeline.train.schedules import DecoderRate, Schedule
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Revival = Annotated[NoRevival | Resample | Reinitialise, Field(discriminator="kind")]
 Outliers = Annotated[OutlierRule, BeforeValidator(lambda said: _outlier_rule(said))]
-REVISION = 4
-"""Of what settings mean. Before 4 the coefficient of an L1 penalty followed L0 three times as closely, before 3
-thresholds learned at the encoder's rate, and before 2 AuxK's coefficient was a weight by itself; there was no word for
-these."""
+REVISION = 5
+"""Of what settings mean. Before 5 JumpReLU had no AuxK, and thresholds learned at three times the encoder's rate;
+before 4 the coefficient of an L1 penalty followed L0 three times as closely; before 3 thresholds learned at the
+encoder's rate, and before 2 AuxK's coefficient was a weight by itself; there was no word for these."""
 LEAST_STEPS, MOST_PASSES = 1000, 20  # of a training that nobody says the length of
 STREAM = ("batch", "steps", "rows", "data_seed", "outliers")  # what dictionaries trained together must agree on
 
@@ -177,9 +177,13 @@ def _as_now(settings: dict[str, Any], revision: int) -> dict[str, Any]:
         if settings.get("steps") is None and settings.get("rows") is None:
             settings |= {"rows": "all"}
         assumed |= {"aux_share": "none"} if isinstance(sae, dict) and "aux_coefficient" in sae else {}
-    if revision < 3 and isinstance(sae, dict) and sae.get("arch") in ("jumprelu", "clt"):
-        assumed |= {"threshold_rate": 1.0}
-    return settings | {"sae": assumed | sae} if assumed and isinstance(sae, dict) else settings
+    if revision < 5 and isinstance(sae, dict) and sae.get("arch") in ("jumprelu", "clt"):
+        if sae["arch"] == "jumprelu" or sae.get("sparsity") == "jumprelu":
+            assumed |= {"threshold_rate": 1.0 if revision < 3 else 3.0}
+            sae = sae | {"aux_coefficient": 0.0}  # a clt's was there and counted for nothing
+        else:
+            sae = {name: value for name, value in sae.items() if name != "threshold_rate"}
+    return settings | {"sae": assumed | sae} if isinstance(sae, dict) else settings
 
 
 def expect_same_meaning(run: Run, config: TrainConfig) -> None:

@@ -14,10 +14,10 @@ from sae.pipeline.runtime.optimisers import Adam
 from sae.pipeline.saes import Trainable, kernels
 
 
-def adam(sae: Trainable, rate: float, betas: tuple[float, float], eps: float) -> Adam:
-    """The optimiser of something at its first step."""
+def adam(sae: Trainable, rate: float, steps: int, betas: tuple[float, float], eps: float) -> Adam:
+    """The optimiser of something before the first of so many steps."""
     groups = [
-        {"params": one.parameters, "side": one.side, "times": one.times, "kept": one.kept}
+        {"params": one.parameters, "side": one.side, "times": one.multiple(rate, steps), "kept": one.kept}
         for one in sae.parameter_groups()
     ]
     return Adam(groups, lr=rate, betas=betas, eps=eps, fused=True)

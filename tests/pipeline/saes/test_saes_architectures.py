@@ -186,6 +186,27 @@ def test_dead_latents_are_pulled_up_to_their_thresholds() -> None:
 # p-annealing
 
 
+@pytest.mark.parametrize(
+    ("given", "rate", "steps", "multiple"),
+    [
+        ({}, 3e-3, 2000, 4 / 3),  # 4 times the root of 64 / 16 in so many steps
+        ({}, 6e-3, 2000, 1),  # they come as far at the encoder's rate
+        ({}, 1e-3, 10, 25),  # half a kernel a step, and no more
+        ({"target_l0": None}, 1e-3, 1000, 32**0.5),
+        ({"input_scale": "unit", "theta_init": 1e-3, "bandwidth": 1e-3}, 1e-4, 100_000, 1),
+        ({"input_scale": "unit", "theta_init": 1e-3, "bandwidth": 1e-3}, 1e-4, 4000, 2.5),
+        ({"input_scale": "none"}, 1e-3, 10, 1),  # nobody knows how far that is
+        ({"threshold_rate": 3.0}, 1e-3, 10, 3),
+    ],
+)
+def test_thresholds_come_to_where_preactivations_are(
+    given: dict[str, Any], rate: float, steps: int, multiple: float
+) -> None:
+    sae = saes.create(saes.parse({"arch": "jumprelu", "d_sae": 8, "target_l0": 16.0} | given), 64)
+    found = [one for one in sae.parameter_groups() if one.kept == "not negative"]
+    assert [one.multiple(rate, steps) for one in found] == [pytest.approx(multiple)]
+
+
 def test_the_exponent_falls_in_stages_and_the_penalty_keeps_its_size() -> None:
     config: Any = settings({"arch": "p_anneal", "anneal_start": 10, "stages": 4, "p_end": 0.2, "warmup": 0})
     powers = [config.p_at(Clock(step, 50)) for step in range(50)]

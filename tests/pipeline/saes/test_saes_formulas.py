@@ -171,7 +171,8 @@ def jumprelu(sae: Any, y: Tensor) -> Terms:
     p = before(sae, y)
     both = sae.config.straight_through == "both"
     f, step = jumped(p, theta, eps, both=both)
-    terms = {"reconstruction": squared_error(y, f @ acting(sae).W_dec + sae.b_dec)}
+    y_hat = f @ acting(sae).W_dec + sae.b_dec
+    terms = {"reconstruction": squared_error(y, y_hat)}
     l0 = jumped(p if both else p.detach(), theta, eps, both=both)[1].sum(1).mean()
     if sae.config.penalty == "tanh":
         terms["tanh"] = 0.35 * (4 * f * norms).tanh().sum(1).mean()
@@ -182,6 +183,8 @@ def jumprelu(sae: Any, y: Tensor) -> Terms:
     if sae.config.pre_act_coefficient:
         below = (theta - p).relu() * norms
         terms["pre_act"] = sae.config.pre_act_coefficient * below[:, sae.dead(AT)].sum(1).mean()
+    if sae.config.aux_coefficient:
+        terms["auxk"] = auxk(sae, p, y, y_hat)
     assert step.sum() > 0
     return terms
 
@@ -299,10 +302,17 @@ FORMULAS: list[tuple[Any, dict[str, Any]]] = [
         },
     ),
     (hybrid, {"arch": "hybrid", "jl_coefficient": 0.5, "jl_warmup": 0, **HALFWAY}),
-    (jumprelu, {"arch": "jumprelu", "theta_init": 0.3, "bandwidth": 0.4, **HALFWAY}),
-    (jumprelu, {"arch": "jumprelu", "theta_init": 0.3, "bandwidth": 0.4, "straight_through": "both", **HALFWAY}),
-    (jumprelu, {"arch": "jumprelu", "penalty": "l0_target", "target_l0": 3.0, "pre_act_coefficient": 0.2, **HALFWAY}),
-    (jumprelu, {"arch": "jumprelu", "penalty": "tanh", "decoder_norm": "free", "bandwidth": 0.4, **HALFWAY}),
+    (jumprelu, {"arch": "jumprelu", "theta_init": 0.3, "bandwidth": 0.4, **AUXK, **HALFWAY}),
+    (
+        jumprelu,
+        {"arch": "jumprelu", "theta_init": 0.3, "bandwidth": 0.4, "straight_through": "both", "aux_coefficient": 0}
+        | HALFWAY,
+    ),
+    (
+        jumprelu,
+        {"arch": "jumprelu", "penalty": "l0_target", "target_l0": 3.0, "pre_act_coefficient": 0.2, **AUXK} | HALFWAY,
+    ),
+    (jumprelu, {"arch": "jumprelu", "penalty": "tanh", "decoder_norm": "free", "bandwidth": 0.4, **AUXK, **HALFWAY}),
     (gated, {"arch": "gated", **HALFWAY}),
     (p_anneal, {"arch": "p_anneal", "anneal_start": 1, "stages": 1, "p_end": 0.6, **HALFWAY}),
     (shifted_relu, {"arch": "shifted_relu"}),

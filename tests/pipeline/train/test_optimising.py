@@ -43,7 +43,7 @@ def rows(it: Trainable) -> tuple[Tensor, Tensor | None]:
 
 
 def adam(it: Trainable) -> torch.optim.Adam:
-    return optimising.adam(it, 1e-3, BETAS, EPS)
+    return optimising.adam(it, 1e-3, 100, BETAS, EPS)
 
 
 def steps(it: Trainable, optimiser: torch.optim.Adam, way: kernels.Way, clip: float | None, which: range) -> None:

@@ -1123,20 +1123,39 @@ def test_a_run_of_before_keeps_what_its_settings_meant(tmp_path: Path, store: Ac
 
 
 def test_thresholds_learn_faster_and_those_of_before_as_before(tmp_path: Path, store: ActivationStore) -> None:
-    """Adam's first step is one learning rate, whatever the gradient."""
+    """Adam's first step is one learning rate, whatever the gradient: half a kernel, where one step is all there is.
+
+    Those of before have no AuxK either.
+    """
     sae = {"arch": "jumprelu", "d_sae": D_SAE, "target_l0": 4.0}
-    moved = {}
-    for name, revision in (("now", REVISION), ("before", 2)):
+    moved, aux = {}, {}
+    for name, revision in (("now", REVISION), ("before", 4), ("long before", 2)):
         config = settings(sae, steps=1, lr=0.01, warmup=0.0, decay=0.0, clip=None)
         run = open_run(config, Dataset.of(store), tmp_path, name, resume=False)
         described = run.read_json("config.json") | {"revision": revision}
         if revision < REVISION:
-            del described["train"]["sae"]["threshold_rate"]
+            del described["train"]["sae"]["threshold_rate"], described["train"]["sae"]["aux_coefficient"]
         run.write_json("config.json", described)
         train([Run(run.path)], Dataset.of(store), Silent(), device="cpu")
         tensors, _ = Run(run.path).load_checkpoint()
         moved[name] = (tensors["sae.threshold"] - 0.5).abs().max().item()
-    assert moved == {"now": pytest.approx(0.03, rel=1e-3), "before": pytest.approx(0.01, rel=1e-3)}
+        aux[name] = getattr(settings_of(Run(run.path)).sae, "aux_coefficient")  # noqa: B009
+    assert moved == {name: pytest.approx(step, rel=1e-3) for name, step in zip(moved, (0.025, 0.03, 0.01), strict=True)}
+    assert aux == {"now": 2, "before": 0, "long before": 0}
+
+
+@pytest.mark.parametrize("sparsity", ["topk", "jumprelu"])
+def test_a_clt_of_before_is_read_whatever_counted_for_nothing(
+    tmp_path: Path, store: ActivationStore, sparsity: str
+) -> None:
+    """Which AuxK did with thresholds, and the thresholds' rate without."""
+    run = open_run(settings({"arch": "jumprelu", "d_sae": D_SAE}), Dataset.of(store), tmp_path, "older", resume=False)
+    described = run.read_json("config.json") | {"revision": 4}
+    given = {"arch": "clt", "d_sae": D_SAE, "sparsity": sparsity, "threshold_rate": 3.0, "aux_coefficient": 2.0}
+    run.write_json("config.json", described | {"train": described["train"] | {"sae": given}})
+    meant = settings_of(Run(run.path)).sae
+    found = [getattr(meant, name) for name in ("threshold_rate", "aux_coefficient")]
+    assert found == ([None, 2.0] if sparsity == "topk" else [3.0, 0.0])
 
 
 def test_l1_has_free_rows_and_its_published_presets_the_rows_they_had() -> None:
@@ -1150,7 +1169,8 @@ def test_l1_has_free_rows_and_its_published_presets_the_rows_they_had() -> None:
 
 
 def test_the_preset_of_gemma_scope_keeps_what_was_published() -> None:
-    """One rate for all parameters and no pull on the dead, whatever the defaults have come to be."""
+    """One rate for all parameters and nothing done about the dead, whatever the defaults have come to be."""
     config = resolve("train", TrainConfig, preset="gemma_scope_jumprelu")
-    assert {group.times for group in trainable(config.sae, 8, seed=0).parameter_groups()} == {1}
-    assert getattr(config.sae, "pre_act_coefficient") == 0 and config.decoder is None  # noqa: B009
+    groups = trainable(config.sae, 8, seed=0).parameter_groups()
+    assert {group.multiple(1e-9, 1) for group in groups} == {1} and config.decoder is None
+    assert all(getattr(config.sae, name) == 0 for name in ("pre_act_coefficient", "aux_coefficient"))
