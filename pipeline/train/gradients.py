@@ -14,8 +14,7 @@ from sae.pipeline.train.config import TrainConfig
 
 def loss_of(sae: Trainable, config: TrainConfig, part: Batch, clock: Clock) -> Losses:
     """The loss of a part of a batch."""
-    device = part.x.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=config.precision_on(device) == "bfloat16"):
+    with torch.autocast(part.x.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         return sae.loss(part.x, part.y, clock)
 
 

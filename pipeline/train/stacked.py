@@ -114,4 +114,4 @@ def _kind(group: CoupledTrainers) -> Hashable:
     sae, config = member.sae, member.config
     if others or not isinstance(sae, SAE) or not placement.runs_ahead(sae.W_dec) or stacks.shape(sae) is None:
         return id(group)
-    return stacks.shape(sae), config.precision_on(sae.W_dec.device.type), config.kernels, config.accumulate
+    return stacks.shape(sae), config.precision, config.kernels, config.accumulate

@@ -201,8 +201,9 @@ def _begin(runs: Sequence[Run], dataset: Dataset, device: torch.device, progress
         progress.note(
             "kernels: Triton is not installed, so torch's own operations take their place; the extra gpu has it"
         )
-    if any(config.precision == "auto" and config.precision_on(device.type) == "bfloat16" for config in configs):
-        progress.note("precision: products in bfloat16 on this device; `train.precision = float32` says otherwise")
+    found = {one.config.precision for one, config in zip(members, configs, strict=True) if config.precision == "auto"}
+    if found and found != {"float32"}:
+        progress.note("precision: products in bfloat16; `train.precision = float32` says otherwise")
     if any(run.has_checkpoint for run in runs):
         progress.note(f"{runs[0].name}: continuing at step {state.step:,} of {state.total:,}")
     else:

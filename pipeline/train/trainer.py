@@ -61,7 +61,8 @@ class Trainer:
 
     @classmethod
     def begin(cls, run: Run, config: TrainConfig, dataset: Dataset, device: torch.device) -> "Trainer":
-        """A dictionary at step 0. Raises SaeError where the rows allow none."""
+        """A dictionary at step 0, in the precision that its settings mean here. SaeError where the rows allow none."""
+        config = config.model_copy(update={"precision": config.precision_on(device.type)})
         if config.precision == "tf32" and device.type != "cuda":
             raise SaeError(f"train.precision = tf32: is for Nvidia cards, and this trains on {device}; try float32")
         outputs = dataset.widths_out if dataset.targets else None
@@ -230,8 +231,8 @@ class Trainer:
                 f"{self.run.path}: the weights are not numbers any more at step {self.done}; try a smaller `lr`"
             )
         if ranks.rank == 0:
-            threads = torch.get_num_threads() * ranks.world
-            self.run.stage_checkpoint(tensors | shared, {"step": self.done, "loader": loader, "threads": threads})
+            numerics = {"threads": torch.get_num_threads() * ranks.world, "precision": self.config.precision}
+            self.run.stage_checkpoint(tensors | shared, {"step": self.done, "loader": loader, **numerics})
 
     def restore(self, ranks: Ranks) -> tuple[dict[str, Tensor], dict[str, int]] | None:
         """Take up the checkpoint: its tensors, and the loader's state. None where there is none yet."""
@@ -242,6 +243,8 @@ class Trainer:
             self._take(tensors)
             if isinstance(before := state.get("threads"), int):  # older ones do not say
                 devices.take_threads_again(before // ranks.world)
+            if (products := state.get("precision")) in ("float32", "tf32", "bfloat16"):
+                self.config = self.config.model_copy(update={"precision": products})
         self.done = state["step"]
         expect_same({"the steps done": torch.tensor(self.done)}, ranks, str(self.run.path))
         expect_same(self._tensors(), ranks, f"{self.run.path}: step {self.done}")

@@ -402,6 +402,25 @@ def test_resumed_training_computes_with_the_threads_of_before(
         torch.set_num_threads(1)
 
 
+def test_resumed_training_takes_products_in_the_precision_of_before(
+    store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody said one, that of the device it began on, which is another here."""
+    bfloat16 = PAIR[0].model_copy(update={"precision": "bfloat16"})
+    stopping = At(12, lambda: signal.raise_signal(signal.SIGINT))
+    with monkeypatch.context() as card:
+        card.setattr(TrainConfig, "precision_on", lambda self, device: "bfloat16")
+        with pytest.raises(Interrupted):
+            go(PAIR[0], store, tmp_path / "auto", progress=stopping)
+    resumed = At(-1, lambda: None)
+    (found,) = go(PAIR[0], store, tmp_path / "auto", resume=True, progress=resumed)
+    assert resumed.lines[0] == "precision: products in bfloat16; `train.precision = float32` says otherwise"
+    (asked,), (other,) = go(bfloat16, store, tmp_path / "asked"), go(PAIR[0], store, tmp_path / "float32")
+    weights = [trained.load_run(run).W_dec for run in (found, asked, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert found.load_checkpoint()[1]["precision"] == "bfloat16"
+
+
 def test_killed_at_every_write_and_resumed(tmp_path_factory: pytest.TempPathFactory, store: ActivationStore) -> None:
     """Also between the checkpoints of two dictionaries, and while the finished ones are written."""
     pair = [settings(steps=6, checkpoint_every=2, log_every=1), settings(L1, steps=6, checkpoint_every=2)]
