@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -20,6 +20,9 @@ Reduction = Literal["sum_d", "mean_d", "fvu"]
 
 class TrainableConfig(Settings):
     """Settings of anything that is trained. The widths are the data's, so they are not here."""
+
+    half_products: ClassVar[bool] = False
+    """Whether matrix products in bfloat16 were measured to cost nothing, so that a card takes them unasked."""
 
     arch: str
     reduction: Reduction = Field(

@@ -24,6 +24,7 @@ from .uncounted import Asked, Uncounted
 class GatedConfig(PenaltyConfig):
     """Gate and magnitude with tied weights, an L1 penalty on the gate, and an auxiliary reconstruction through it."""
 
+    half_products = True
     arch: Literal["gated"] = Field("gated", description="architecture")
 
 

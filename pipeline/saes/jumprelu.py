@@ -94,6 +94,7 @@ class JumpReLUSettings(AuxKConfig, SteeredConfig):
 class JumpReLUConfig(JumpReLUSettings):
     """JumpReLU."""
 
+    half_products = True
     arch: Literal["jumprelu"] = Field("jumprelu", description="architecture")
 
 

@@ -22,6 +22,7 @@ from .uncounted import Asked
 class L1Config(PenaltyConfig):
     """ReLU and an L1 penalty."""
 
+    half_products = True
     arch: Literal["l1"] = Field("l1", description="architecture")
     decoder_norm: DecoderNorm = Field("free", description=Config.model_fields["decoder_norm"].description)
     coefficient: float = Field(1.0, ge=0, description=PenaltyConfig.model_fields["coefficient"].description)

@@ -49,8 +49,8 @@ class TrainConfig(Schedule):
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = Field(
         "auto",
         description="of matrix products, tf32 being float32 whose factors an Nvidia card rounds to 11 bits; weights, "
-        "optimiser and the values kept are float32 in any case; auto: bfloat16 on a CUDA device for what keeps k "
-        "latents, float32 otherwise",
+        "optimiser and the values kept are float32 in any case; auto: bfloat16 on a CUDA device where that was "
+        "measured to cost nothing (what keeps k latents, jumprelu, l1, gated), float32 otherwise",
     )
     kernels: Literal["auto", "plain"] = Field(
         "auto",
@@ -107,7 +107,7 @@ class TrainConfig(Schedule):
         """The precision of products on a kind of device."""
         if self.precision != "auto":
             return self.precision
-        return "bfloat16" if device == "cuda" and self._keeps_k else "float32"
+        return "bfloat16" if device == "cuda" and (self._keeps_k or self.sae.half_products) else "float32"
 
     def total_steps(self, store_rows: int) -> int:
         """Steps this run takes on a store of that many rows."""

@@ -207,7 +207,7 @@ def _begin(runs: Sequence[Run], dataset: Dataset, device: torch.device, progress
     if any(run.has_checkpoint for run in runs):
         progress.note(f"{runs[0].name}: continuing at step {state.step:,} of {state.total:,}")
     else:
-        _say(configs, rows, state.total, progress)
+        _say(configs, members, rows, state.total, progress)
     return state
 
 
@@ -220,16 +220,18 @@ def _far_rows(dataset: Dataset) -> Iterator[str]:
             yield f"{store.key}: {found}; they are trained on, `train.outliers = {MEDIANS:g}` leaves them out"
 
 
-def _say(configs: Sequence[TrainConfig], rows: int, steps: int, progress: Progress) -> None:
+def _say(configs: Sequence[TrainConfig], members: Sequence[Trainer], rows: int, steps: int, progress: Progress) -> None:
     """Say what settings that follow from the store and the width have become."""
     clock = Clock(0, steps, configs[0].batch)
     rates = ", ".join(sorted({f"{config.rate:g}" for config in configs}))
     said = {one.sae.dead_after for one in configs if isinstance(one.sae, Config)}
     windows = ", ".join(f"{n:,}" for n in sorted(map(clock.rows, said)))
+    others = sorted({group["times"] for one in members for group in one.optimiser.param_groups} - {1.0})
+    faster = f" (thresholds {', '.join(f'{times:.3g}' for times in others)} times)" if others else ""
     dead = f"; a latent counts as dead after {windows} rows without firing" if windows else ""
     passes = steps * clock.batch / rows
     progress.note(
-        f"train: {steps:,} steps of {clock.batch:,} rows, {passes:.2g} passes over {rows:,}; lr {rates}{dead}"
+        f"train: {steps:,} steps of {clock.batch:,} rows, {passes:.2g} passes over {rows:,}; lr {rates}{faster}{dead}"
     )
 
 

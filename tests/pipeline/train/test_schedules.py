@@ -112,8 +112,9 @@ def test_what_is_said_is_not_settled_otherwise() -> None:
 
 
 def test_precision_by_itself_is_that_of_the_device() -> None:
-    """bfloat16 on a card for what keeps k latents; what is said holds anywhere."""
-    for arch, on_card in {"topk": "bfloat16", "batchtopk": "bfloat16", "l1": "float32", "vae": "float32"}.items():
+    """bfloat16 on a card where that costs nothing; what is said holds anywhere."""
+    half = dict.fromkeys(("topk", "batchtopk", "matryoshka", "jumprelu", "l1", "gated"), "bfloat16")
+    for arch, on_card in (half | {"p_anneal": "float32", "vae": "float32"}).items():
         config = TrainConfig.model_validate({"sae": {"arch": arch}})
         assert (config.precision_on("cuda"), config.precision_on("cpu")) == (on_card, "float32")
         for said in ("float32", "bfloat16"):
