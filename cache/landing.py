@@ -66,7 +66,8 @@ def landing(device: torch.device) -> Landing | None:
             for tensor in tensors:
                 copies.append(torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True))
                 tensor.record_stream(beside)
-            return copies, beside.record_event().synchronize
+            # one that sleeps: the core that another would keep busy has windows to compress
+            return copies, beside.record_event(torch.cuda.Event(blocking=True)).synchronize
 
     return Landing(copied)
 
@@ -75,4 +76,4 @@ def moved(x: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on a device, without waiting for what that is at work on."""
     if device.type != "cuda" or x.device.type != "cpu":
         return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
+    return x.contiguous().pin_memory().to(device, non_blocking=True)  # pinned as it is, it would share memory again

@@ -185,7 +185,8 @@ class WindowBuffer:
         self._expect_numbers(norm)
         self.store.codec.expect(Encoded(rows, scale[0] if scale else None))
         for kept, values in zip(self._stored.values(), made, strict=True):
-            kept[start:stop] = values
+            # by this thread alone: torch would have all cores at it, which compress the window before
+            np.copyto(to_numpy(kept[start:stop]), to_numpy(values))
 
     def _landed(self, *, wait: bool = True) -> None:
         """Return when all rows are at their place. Rows that were refused are so each time somebody asks."""

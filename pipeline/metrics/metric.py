@@ -49,7 +49,7 @@ class Places(NamedTuple):
 
     def to(self, device: torch.device) -> Places:
         """The same on a device, which is not waited for."""
-        return Places(*(placement.moved(each.contiguous(), device) for each in self))
+        return Places(*(placement.moved(each, device) for each in self))
 
 
 class Encoded(NamedTuple):
