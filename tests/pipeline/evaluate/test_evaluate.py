@@ -1101,6 +1101,18 @@ def test_passes_ask_a_device_that_runs_ahead_for_nothing(
     assert not {*asked} - {*OF_THE_HOST}, asked
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_a_card_finds_what_the_host_finds(gpt2: World, run: Run, tmp_path: Path) -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        shutil.copytree(run.path, tmp_path / device)
+        found.append(judged(gpt2, Run(tmp_path / device), device=device))
+    here, there = ({name: value for name, value in one.items() if isinstance(value, float | int)} for one in found)
+    assert here.keys() == there.keys()
+    for name, value in here.items():  # bits are of the largest step that costs little, so they may be of the next one
+        assert there[name] == pytest.approx(value, rel=0.2 if name == "bits" else 1e-3, abs=1e-4), name
+
+
 OF_THE_HOST = (
     "codecs.py lift_fresh", "places.py lift_fresh", "dataset.py lift_fresh", "token_passes.py lift_fresh",  # of numpy
     "splicing.py nonzero", "model.py _local_scalar_dense", "activations.py _local_scalar_dense",

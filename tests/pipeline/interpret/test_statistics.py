@@ -173,6 +173,20 @@ OF_THE_HOST = {"codecs.py lift_fresh", "activations.py _local_scalar_dense", "co
 """What asks for numbers that are on the CPU, whatever computes."""
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_card_counts_what_the_host_counts(small: Stores, sparse: bool) -> None:
+    """To the number, where a dictionary only looks: sums of magnitudes are the only thing that is rounded."""
+    tokens, store = small
+    here, there = (
+        gather(Readout(sparse=sparse), Dataset.of(store), tokens, StatisticsConfig(), Silent(), device=device)
+        for device in ("cpu", "cuda")
+    )
+    assert there.total == pytest.approx(here.total, rel=1e-12)
+    for name in ("windows", "window_rows", "max", "histogram", "contexts", "frequent", "partners"):
+        np.testing.assert_equal(getattr(there, name), getattr(here, name), err_msg=name)
+
+
 @pytest.mark.parametrize("sae", [Mixed(), Readout(sparse=True)], ids=["dense", "sparse"])
 def test_a_device_that_runs_ahead_is_waited_for_when_enough_is_held(
     small: Stores, monkeypatch: pytest.MonkeyPatch, sae: Readout

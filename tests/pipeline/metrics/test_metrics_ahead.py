@@ -12,6 +12,7 @@ from torch import nn
 
 from sae.pipeline import saes
 from sae.pipeline.metrics.figures import available
+from sae.pipeline.metrics.jacobian import JacobianCosine
 from sae.pipeline.metrics.metric import Encoded, Metric, Places, Subject, Value, metrics_of
 from sae.pipeline.saes import Coder, placement
 
@@ -19,6 +20,7 @@ TRUE = 6
 EVERYTHING = available(
     model=False, truth=True, coefficients=True, pairs=True, mlp=True, stores=True, text=True
 )  # but what is spliced in, which tests/pipeline/evaluate judges
+ON_A_DEVICE = available(model=True, truth=True, coefficients=True, pairs=True, mlp=False, stores=True, text=True)
 
 
 def shown(arch: str) -> tuple[list[Metric], list[list[str]]]:
@@ -67,3 +69,28 @@ def test_no_metric_waits_and_all_find_what_the_host_finds(arch: str, monkeypatch
     assert found.keys() == on_the_host.keys() and ("detection_f1" in found) == (arch in DICTIONARIES)
     for key, value in on_the_host.items():
         assert found[key] == (value if value is None else pytest.approx(value, rel=1e-6, abs=1e-9)), key
+
+
+@pytest.mark.parametrize("arch", ["topk", "batchtopk", "l1", "crosscoder"])
+def test_no_metric_mixes_what_is_on_the_device_with_what_is_not(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a device without numbers refuses, and the host as its own twin would not notice."""
+    monkeypatch.setattr(placement, "HOSTS", set())
+    monkeypatch.setattr(placement, "moved", lambda x, device: torch.empty_like(x, device=device))
+    it = saes.trainable(small({"arch": arch}), D)
+    x = next(batches(None, 1))[0]
+    it.initialise(x)
+    truth, layer = torch.randn(TRUE, D), nn.Linear(D, D)
+    metrics = metrics_of(Subject(it.eval(), truth, truth, ((0, 1),), None, ("one",)), ON_A_DEVICE)
+    it, x = it.to("meta"), x.to("meta")
+    assert isinstance(it, Coder)
+    metrics.append(JacobianCosine.of(Subject(it, mlp=layer.to("meta"))))  # which takes the weights as it is made
+    spliced = dict.fromkeys(("sae", "zero", "mean"), (x.new_zeros(3, 5), x.new_zeros(3, 5)))
+    rows, tokens = (Places(*x.new_zeros(2, *shape, dtype=torch.int64)) for shape in ((len(x),), (3, 5)))
+    with torch.no_grad():
+        codes = it.encode(x)
+        for metric in metrics:
+            for _ in range(2):
+                metric.update(Encoded(x, x, codes, it.decode(codes), rows))
+                metric.compare(Encoded(x, x, codes, it.decode(codes), rows), x.new_zeros(len(x), TRUE))
+                metric.search(codes)
+                metric.splice(x.new_zeros(3, 5), spliced, x.new_ones(3, 5, dtype=torch.bool), tokens)
