@@ -459,8 +459,10 @@ def main() -> None:
         sys.exit("there is no CUDA device; --small tries it on the CPU")
     devices.take_threads(None, print)  # as the command line does
     card = "the CPU" if args.small else torch.cuda.get_device_name()
-    triton = "there" if kernels.available() else "absent"
-    print(f"{card}, torch {torch.__version__}, Triton {triton}, {torch.get_num_threads()} threads", flush=True)
+    hindrance = None if args.small else kernels.hindrance(torch.device("cuda"))
+    print(f"{card}, torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
+    if hindrance is not None:
+        print(f"no kernels: {hindrance}", flush=True)
     bench = Bench(SMALL if args.small else CARD, Path(tempfile.mkdtemp(dir=args.folder)), args.peers)
     for name in args.names.split(","):
         begun = time.perf_counter()

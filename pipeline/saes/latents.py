@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import counting, sparse
+from . import counting, placement, sparse
 from .sparse import SparsePattern
 
 RowScaling = Literal["none", "standard", "norm"]
@@ -137,6 +137,8 @@ class Latents:
             return _per_row(self, self.values)
         if self.entries is None:
             return self.values @ weights
+        if placement.runs_ahead(self.values):  # which adds the weights' gradients in the order in which they come
+            return self.decoded(weights[:, None]).view(-1)
         return _per_row(self, self.values * self.per_entry(weights))
 
     def decoded(self, table: Tensor) -> Tensor:

@@ -49,13 +49,14 @@ class TrainConfig(Schedule):
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = Field(
         "auto",
         description="of matrix products, tf32 being float32 whose factors an Nvidia card rounds to 11 bits; weights, "
-        "optimiser and the values kept are float32 in any case; auto: bfloat16 on a CUDA device where that was "
-        "measured to cost nothing (what keeps k latents, jumprelu, l1, gated), float32 otherwise",
+        "optimiser and the values kept are float32 in any case; auto: bfloat16 on a CUDA device that has it in "
+        "hardware (from compute capability 8.0 on), where that was measured to cost nothing (what keeps k latents, "
+        "jumprelu, l1, gated), float32 otherwise",
     )
     kernels: Literal["auto", "plain"] = Field(
         "auto",
-        description="sparse products, choices and the update on a CUDA device: by Triton kernels where it is installed "
-        "(auto), or by torch's own operations (plain)",
+        description="sparse products, choices and the update on a CUDA device: by Triton kernels where these can be "
+        "compiled (auto), or by torch's own operations (plain)",
     )
     revive: Revival = Field(NoRevival(), description="what is done about dead latents between steps")
     align: AlignConfig | None = Field(
@@ -103,11 +104,11 @@ class TrainConfig(Schedule):
         """Whether the number of latents that are kept is given."""
         return hasattr(self.sae, "k") and "k" not in self.sae.idle
 
-    def precision_on(self, device: str) -> str:
-        """The precision of products on a kind of device."""
+    def precision_on(self, halves: bool) -> str:
+        """The precision of products; halves: on a device that takes them many times as fast in bfloat16."""
         if self.precision != "auto":
             return self.precision
-        return "bfloat16" if device == "cuda" and (self._keeps_k or self.sae.half_products) else "float32"
+        return "bfloat16" if halves and (self._keeps_k or self.sae.half_products) else "float32"
 
     def total_steps(self, store_rows: int) -> int:
         """Steps this run takes on a store of that many rows."""

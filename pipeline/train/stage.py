@@ -197,10 +197,9 @@ def _begin(runs: Sequence[Run], dataset: Dataset, device: torch.device, progress
     if ranks.rank == 0:
         for run in runs:
             run.clear_failure()
-    if device.type == "cuda" and not kernels.available() and any(config.kernels == "auto" for config in configs):
-        progress.note(
-            "kernels: Triton is not installed, so torch's own operations take their place; the extra gpu has it"
-        )
+    wanted = device.type == "cuda" and any(config.kernels == "auto" for config in configs)
+    if wanted and (hindrance := kernels.hindrance(device)) is not None:
+        progress.note(f"kernels: {hindrance}; torch's own operations take their place")
     found = {one.config.precision for one, config in zip(members, configs, strict=True) if config.precision == "auto"}
     if found and found != {"float32"}:
         progress.note("precision: products in bfloat16; `train.precision = float32` says otherwise")

@@ -62,7 +62,7 @@ class Trainer:
     @classmethod
     def begin(cls, run: Run, config: TrainConfig, dataset: Dataset, device: torch.device) -> "Trainer":
         """A dictionary at step 0, in the precision that its settings mean here. SaeError where the rows allow none."""
-        config = config.model_copy(update={"precision": config.precision_on(device.type)})
+        config = config.model_copy(update={"precision": config.precision_on(devices.halves(device))})
         if config.precision == "tf32" and device.type != "cuda":
             raise SaeError(f"train.precision = tf32: is for Nvidia cards, and this trains on {device}; try float32")
         outputs = dataset.widths_out if dataset.targets else None

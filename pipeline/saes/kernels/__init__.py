@@ -7,8 +7,10 @@ module is imported without it. Numbers are float32, or those that a product in a
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -19,6 +21,9 @@ from torch import Tensor
 
 Way = Literal["auto", "plain"]
 
+LEAST_CARD = (7, 0)
+"""The compute capability of the oldest cards that Triton compiles for."""
+
 INTERPRETED = False
 """Whether tensors on the CPU are computed by kernels, too: in Triton's interpreter, which only tests do."""
 
@@ -26,15 +31,29 @@ _way: Way = "auto"
 _there = find_spec("triton") is not None
 
 
-def available() -> bool:
-    """Return True if Triton is installed."""
-    return _there
+@cache
+def hindrance(device: torch.device) -> str | None:
+    """What keeps kernels from running on a CUDA device, in words; None where nothing does.
+
+    Triton compiles what launches a kernel by the machine's own C compiler, with Python's headers.
+    """
+    if not _there:
+        return "Triton is not installed (the extra gpu has it)"
+    if (card := torch.cuda.get_device_capability(device)) < LEAST_CARD:
+        return f"Triton has none for cards of compute capability {card[0]}.{card[1]}"
+    try:
+        import_module("triton.runtime").driver.active.get_current_target()
+    except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
+        first = str(error).partition("\n")[0]
+        return f"Triton cannot compile here, which takes a C compiler and Python's headers ({first[:200]})"
+    return None
 
 
 def usable(x: Tensor, *further: torch.dtype) -> bool:
     """Return True if kernels compute what is to be made of a tensor: float32, or of further types."""
-    there = _there and (x.is_cuda or INTERPRETED)
-    return _way == "auto" and there and x.is_contiguous() and x.dtype in (torch.float32, *further)
+    if _way != "auto" or not x.is_contiguous() or x.dtype not in (torch.float32, *further):
+        return False
+    return (_there and INTERPRETED) or (x.is_cuda and hindrance(x.device) is None)
 
 
 @contextmanager

@@ -21,7 +21,8 @@ def _fired(values, latents, out, entries, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(values + at, mask=at < entries, other=0.0)
     latent = tl.load(latents + at, mask=at < entries, other=0)
-    tl.atomic_add(out + latent, tl.full([BLOCK], 1, tl.int64), mask=(at < entries) & (value != 0))
+    one = tl.full([BLOCK], 1, tl.int64)
+    tl.atomic_add(out + latent, one, mask=(at < entries) & (value != 0), sem="relaxed")
 
 
 @triton.jit

@@ -8,18 +8,24 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from support.saes_kit import DICTIONARIES, D, batches, one_thread, small
+from support.watching import watched
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 pytest.importorskip("triton")
+
+import triton
 
 from sae.pipeline import saes
 from sae.pipeline.saes import Clock, encoder, kernels, placement, sparse, stacks
 from sae.pipeline.saes.kernels import products, rows, select
+from sae.pipeline.saes.latents import Latents
 
 single = pytest.fixture(autouse=True, scope="module")(one_thread)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the interpreter's; conftest.py asks for it
@@ -31,7 +37,8 @@ def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "INTERPRETED", True)
     if DEVICE == "cpu":
         monkeypatch.setattr(select, "CHUNK", 32)
-        monkeypatch.setattr(select, "PROGRAMS", 2)
+        monkeypatch.setattr(select, "PROGRAMS", 3)
+        monkeypatch.setattr(select, "TOGETHER", 2)
         monkeypatch.setattr(products, "ENTRIES", 4)
         monkeypatch.setattr(products, "COLUMNS", 16)
         monkeypatch.setattr(rows, "COLUMNS", 16)
@@ -237,6 +244,63 @@ def test_they_are_chosen_by_the_device_and_can_be_left(monkeypatch: pytest.Monke
         assert not kernels.usable(x)
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     assert not kernels.usable(x)
+
+
+@pytest.mark.parametrize(
+    ("card", "trouble", "said"),
+    [
+        ((9, 0), None, None),
+        ((6, 1), None, "Triton has none for cards of compute capability 6.1"),
+        (
+            (8, 0),
+            RuntimeError("Failed to find C compiler.\nMore"),
+            "a C compiler and Python's headers (Failed to find C",
+        ),
+        ((8, 0), subprocess.CalledProcessError(1, ["gcc"]), "(Command '['gcc']' returned non-zero exit status 1.)"),
+    ],
+)
+def test_what_keeps_them_from_a_card_is_said(
+    card: tuple[int, int], trouble: Exception | None, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's own operations take their place there."""
+
+    class Driver:
+        @property
+        def active(self) -> Any:
+            if trouble is not None:
+                raise trouble
+            return SimpleNamespace(get_current_target=lambda: None)
+
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card)
+    monkeypatch.setattr(triton.runtime, "driver", Driver())
+    monkeypatch.setattr(kernels, "hindrance", functools.cache(kernels.hindrance.__wrapped__))
+    there = SimpleNamespace(
+        is_cuda=True, device=torch.device("cuda:1"), dtype=torch.float32, is_contiguous=lambda: True
+    )
+    found = kernels.hindrance(there.device)
+    assert found is None if said is None else found is not None and said in found
+    assert kernels.usable(there) == (said is None)  # type: ignore[arg-type]
+
+
+def test_sums_by_weights_that_learn_are_in_a_fixed_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of an L1 penalty by decoder norms on the k largest: many entries share a latent's weight."""
+
+    def quiet(*args: Any, **constants: Any) -> None:
+        with _disable_current_modes():  # the interpreter's own operations are no device's
+            kernels.launch(*args, **constants)
+
+    monkeypatch.setattr(products, "launch", quiet)
+    values, indices = made(4, 2), torch.tensor([[0, 2], [2, 3], [2, 0], [1, 2]], device=DEVICE)
+    found = []
+    for hosts in (set[str](), {"cpu", "cuda"}):
+        monkeypatch.setattr(placement, "HOSTS", hosts)
+        weights = made(5, seed=1).requires_grad_()
+        sums = Latents.of_rows(values, indices, 5).sum_per_row(weights)
+        asked = watched(lambda sums=sums: sums.square().sum().backward(), DEVICE)  # type: ignore[misc]
+        assert (asked.launched["index_add"] > 0) == bool(hosts)
+        found.append((sums, weights.grad))
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.slow

@@ -4,11 +4,13 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.small_stores import few
 
 from sae.configs.base import REAL
+from sae.pipeline.runtime import devices
 from sae.pipeline.saes import (
     parse,
 )
@@ -116,9 +118,20 @@ def test_precision_by_itself_is_that_of_the_device() -> None:
     half = dict.fromkeys(("topk", "batchtopk", "matryoshka", "jumprelu", "l1", "gated"), "bfloat16")
     for arch, on_card in (half | {"p_anneal": "float32", "vae": "float32"}).items():
         config = TrainConfig.model_validate({"sae": {"arch": arch}})
-        assert (config.precision_on("cuda"), config.precision_on("cpu")) == (on_card, "float32")
+        assert (config.precision_on(True), config.precision_on(False)) == (on_card, "float32")
         for said in ("float32", "bfloat16"):
-            assert config.model_copy(update={"precision": said}).precision_on("cuda") == said
+            assert config.model_copy(update={"precision": said}).precision_on(True) == said
+
+
+@pytest.mark.parametrize(
+    ("name", "card", "halves"), [("cuda", (8, 0), True), ("cuda:1", (7, 5), False), ("cpu", (9, 0), False)]
+)
+def test_cards_of_before_2020_do_not_multiply_halves(
+    name: str, card: tuple[int, int], halves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They take bfloat16 apart, which is slower than float32."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card)
+    assert devices.halves(torch.device(name)) == halves
 
 
 @pytest.mark.parametrize(("d_sae", "lr"), [(32, 4e-3), (1024, 2.8e-3), (4096, 1.4e-3), (16_384, 7e-4)])

@@ -409,7 +409,7 @@ def test_resumed_training_takes_products_in_the_precision_of_before(
     bfloat16 = PAIR[0].model_copy(update={"precision": "bfloat16"})
     stopping = At(12, lambda: signal.raise_signal(signal.SIGINT))
     with monkeypatch.context() as card:
-        card.setattr(TrainConfig, "precision_on", lambda self, device: "bfloat16")
+        card.setattr(TrainConfig, "precision_on", lambda self, halves: "bfloat16")
         with pytest.raises(Interrupted):
             go(PAIR[0], store, tmp_path / "auto", progress=stopping)
     resumed = At(-1, lambda: None)
