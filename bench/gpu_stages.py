@@ -112,7 +112,7 @@ class Bench:
             yield
         except Exception as error:  # noqa: BLE001
             traceback.print_exc()
-            self.say(f"| {what} FAILED: {type(error).__name__}: {str(error)[:200]} | | | NO |")
+            self.say(f"| {what} FAILED: {type(error).__name__}: {' '.join(str(error).split())[:200]} | | | NO |")
 
     def say(self, line: object) -> None:
         print(line, flush=True)
@@ -257,8 +257,10 @@ def peers(bench: Bench) -> Iterator[Line]:
             raise RuntimeError(f"--peers {bench.peers}: is no interpreter with torch")
         own = bench.step(bench.member("topk", batch, "bfloat16"), batch)
         for case in PEERS:
-            taken = 1e3 * [peer.rate(case) for _ in range(2)][-1]
-            if not math.isnan(taken):
+            with bench.tried(f"batch {batch}: {case}"):
+                taken = 1e3 * [peer.rate(case) for _ in range(2)][-1]  # at first it compiles
+                if math.isnan(taken):
+                    raise RuntimeError("it cannot, or is not there; the reason is above")
                 yield Line(f"batch {batch}: {case}", taken, "ms")
                 yield Line(f"batch {batch}: topk, of it", own / taken, "", most=most if case == PEERS[0] else None)
 
