@@ -65,7 +65,7 @@ def through(script: Path, names: Sequence[str], given: Sequence[str], end: float
                 _end(process)
         if not began:
             sys.exit(f"bench/gpu.py: nothing can be measured here (code {code}); the reason is above")
-        if left and code != ANEW:
+        if left and code != ANEW and time.monotonic() < end:
             spent = time.monotonic() - begun
             yield f"| {left.pop(0)} FAILED: its process ended with {code} after {spent:.0f} s | | | NO |"
     for name in left:

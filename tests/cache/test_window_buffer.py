@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.lagging import FakeCuda, Stream
 from support.late_card import Card, rows_come_late
 from support.small_stores import CHUNK, files, heavy_rows, shrunk, write_activations
 from support.watching import watched
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sae.cache import window_buffer
 from sae.cache.activations import ActivationWriter
 from sae.cache.errors import SaeError
-from sae.cache.landing import AHEAD, Copies, Landing
+from sae.cache.landing import AHEAD, Copies, Landing, landing
 from sae.cache.store.codecs import CODECS, BFloat16, Codec, Columns, Float16, Int8, calibrate, codec, to_numpy
 from sae.cache.window_buffer import norms_of
 
@@ -192,6 +193,40 @@ def test_what_cannot_be_sent_or_taken_leaves_its_room() -> None:
     for _ in range(AHEAD + 1):
         with pytest.raises(SaeError, match="cannot be taken"):
             landing.send([], untaken).result()
+
+
+def landed_of_lagging(seed: int, sendings: int) -> list[int]:
+    """What lands of tensors that a GPU which lags behind still has to compute; each is kept until it is copied."""
+    fake, found, kept, empty = FakeCuda(seed), list[int](), list[object](), torch.empty_like
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("Stream", "Event", "stream", "current_stream"):
+            patch.setattr(torch.cuda, name, getattr(fake, name))
+        patch.setattr(torch, "empty_like", lambda x, **_: empty(x).fill_(-1))  # there is nothing to pin memory with
+        patch.setattr(Tensor, "record_stream", lambda x, stream: kept.append(stream))
+        card = landing.__wrapped__(torch.device("cuda"))
+        assert card is not None
+        under_way = []
+        with fake.stream(fake.streams[0]):
+            for number in range(sendings):
+                computed = [torch.zeros(3), torch.zeros(2)]
+                for one in computed:
+                    one.copy_(torch.full_like(one, number))
+                under_way.append(card.send(computed, lambda copies: found.extend(int(one.sum()) for one in copies)))
+        for one in under_way:
+            one.result()
+    assert kept == [fake.streams[1]] * 2 * sendings
+    return found
+
+
+def test_what_lands_is_what_the_card_had_still_to_compute() -> None:
+    for seed in range(5):
+        assert landed_of_lagging(seed, 6) == [size * number for number in range(6) for size in (3, 2)]
+
+
+def test_copies_may_not_begin_before_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the test above would notice."""
+    monkeypatch.setattr(Stream, "wait_stream", lambda self, other: None)
+    assert any(landed_of_lagging(seed, 6)[-1] != 10 for seed in range(10))
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import random
-import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from support.lagging import FakeCuda
 from support.small_stores import CHUNK, heavy_rows, shrunk, write_activations
 from support.watching import watched
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae.cache.activations import ActivationStore
 from sae.cache.loader import prefetch, rooms
@@ -32,97 +30,6 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Activ
 
 
 # --- a GPU that lags behind -------------------------------------------------------------------------------------------
-
-
-class Stream:
-    """Work that was asked for and has not been done, some of which waits for another stream's."""
-
-    def __init__(self, fake: FakeCuda) -> None:
-        self.fake, self.asked, self.done = fake, [], 0
-        self.asked: list[Any]
-
-    def ask(self, work: Any) -> None:
-        with self.fake.lock:
-            self.asked.append(work)
-            self.fake.go_on()
-
-    def wait_event(self, event: Event) -> None:
-        self.ask(event.reached())
-
-    def run(self, upto: int) -> None:
-        before, self.fake.doing = self.fake.doing, threading.get_ident()
-        while self.done < upto:
-            self.done += 1  # before it: a wait leads to another stream, never back
-            self.asked[self.done - 1]()
-        self.fake.doing = before
-
-
-class Event:
-    def __init__(self, fake: FakeCuda) -> None:
-        self.fake, self.at = fake, (Stream(fake), 0)
-
-    def record(self, stream: Stream) -> None:
-        with self.fake.lock:
-            self.at = stream, len(stream.asked)
-
-    def reached(self) -> Any:
-        stream, upto = self.at
-        return lambda: stream.run(upto)
-
-    def synchronize(self) -> None:
-        with self.fake.lock:
-            self.reached()()
-
-
-class Asked(TorchDispatchMode):
-    """Copies within are asked of a stream, not done."""
-
-    def __init__(self, stream: Stream) -> None:
-        super().__init__()
-        self.stream = stream
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if self.stream.fake.doing == threading.get_ident():
-            return func(*args, **(kwargs or {}))
-        if name == "copy_":
-            self.stream.ask(lambda: func(*args))
-            return args[0]
-        found = func(*args, **(kwargs or {}))
-        if name in ("clone", "cat"):
-            found.fill_(0)
-            self.stream.ask(lambda: found.copy_(func(*args, **(kwargs or {}))))
-        return found
-
-
-class FakeCuda:
-    """What `rooms` asks of torch.cuda, on the CPU: streams that do what they were asked when they must, or sooner."""
-
-    def __init__(self, seed: int) -> None:
-        self.lock, self.random = threading.RLock(), random.Random(seed)
-        self.doing = 0  # the thread that does what was asked
-        self.streams = [Stream(self)]
-
-    def Stream(self, device: torch.device) -> Stream:
-        self.streams.append(Stream(self))
-        return self.streams[-1]
-
-    def Event(self, *, blocking: bool = False) -> Event:
-        return Event(self)
-
-    def device(self, device: torch.device) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def stream(self, stream: Stream) -> Asked:
-        return Asked(stream)
-
-    def current_stream(self, device: torch.device) -> Stream:
-        return self.streams[0]
-
-    def go_on(self) -> None:
-        stream = self.random.choice(self.streams)
-        if self.random.random() < 0.5:
-            stream.run(min(len(stream.asked), stream.done + self.random.randrange(4)))
 
 
 @contextmanager
