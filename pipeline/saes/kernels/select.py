@@ -32,7 +32,7 @@ BINS = 256
 PROGRAMS = 528
 """Programs that count digits: four for each of 132 processors."""
 
-TOGETHER = 16
+TOGETHER = 64
 """Programs whose counts are added at once."""
 
 LEAST = tl.constexpr(-(2**31))
@@ -214,11 +214,12 @@ def _narrow(histograms, prefix, needed, sought, programs, TOP: tl.constexpr, BIN
             TOGETHER: tl.constexpr):  # fmt: skip
     """The digit of the number sought, the `sought`-th: prefix takes it up, and needed is which it is among its like."""
     bins = tl.arange(0, BINS)
-    total = tl.zeros([BINS], tl.int32)
+    counts = tl.zeros([TOGETHER, BINS], tl.int32)
     for start in range(0, programs, TOGETHER):  # so that loads do not wait for one another
         program = start + tl.arange(0, TOGETHER)
         at = histograms + program[:, None] * 2 * BINS + bins[None, :]
-        total += tl.sum(tl.load(at, mask=(program < programs)[:, None], other=0), axis=0)
+        counts += tl.load(at, mask=(program < programs)[:, None], other=0)
+    total = tl.sum(counts, axis=0)
     seek = sought
     if not TOP:
         seek = tl.load(needed)
@@ -342,7 +343,10 @@ def _nth(
             _digits, (programs,), p, keys, counts, prefix, histograms, programs, len(keys), p.shape[1], DIGIT=digit,
             TOP=top, BINS=BINS, FALL_BACK=fall_back, **sizes,
         )  # fmt: skip
-        launch(_narrow, (1,), histograms, prefix, needed, count, programs, TOP=top, BINS=BINS, TOGETHER=TOGETHER)
+        launch(
+            _narrow, (1,), histograms, prefix, needed, count, programs, TOP=top, BINS=BINS, TOGETHER=TOGETHER,
+            num_warps=16,
+        )  # fmt: skip
     return prefix, needed
 
 
