@@ -43,9 +43,9 @@ def hindrance(device: torch.device) -> str | None:
         return f"Triton has none for cards of compute capability {card[0]}.{card[1]}"
     try:
         import_module("triton.runtime").driver.active.get_current_target()
-    except (RuntimeError, OSError, ImportError, subprocess.CalledProcessError) as error:
+    except (RuntimeError, AssertionError, OSError, ImportError, subprocess.CalledProcessError) as error:
         first = str(error).partition("\n")[0]
-        return f"Triton cannot compile here, which takes a C compiler and Python's headers ({first[:200]})"
+        return f"Triton cannot compile here, which takes a C compiler, Python's headers and libcuda ({first[:200]})"
     return None
 
 

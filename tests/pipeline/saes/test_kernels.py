@@ -251,11 +251,8 @@ def test_they_are_chosen_by_the_device_and_can_be_left(monkeypatch: pytest.Monke
     [
         ((9, 0), None, None),
         ((6, 1), None, "Triton has none for cards of compute capability 6.1"),
-        (
-            (8, 0),
-            RuntimeError("Failed to find C compiler.\nMore"),
-            "a C compiler and Python's headers (Failed to find C",
-        ),
+        ((8, 0), RuntimeError("Failed to find C compiler.\nMore"), "and libcuda (Failed to find C compiler.)"),
+        ((8, 0), AssertionError("libcuda.so cannot found!"), "(libcuda.so cannot found!)"),
         ((8, 0), subprocess.CalledProcessError(1, ["gcc"]), "(Command '['gcc']' returned non-zero exit status 1.)"),
     ],
 )
