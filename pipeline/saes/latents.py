@@ -137,7 +137,7 @@ class Latents:
             return _per_row(self, self.values)
         if self.entries is None:
             return self.values @ weights
-        if placement.runs_ahead(self.values):  # which adds the weights' gradients in the order in which they come
+        if placement.runs_ahead(self.values):  # where what is gathered has its gradients added in any order
             return self.decoded(weights[:, None]).view(-1)
         return _per_row(self, self.values * self.per_entry(weights))
 
