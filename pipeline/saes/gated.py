@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import latents, penalties
 from .base import register
-from .config import Clock
+from .config import Clock, DecoderNorm, other_default
 from .dictionary import Weights
 from .encoder import Preactivations
 from .inference import GatedRule
@@ -26,6 +26,7 @@ class GatedConfig(PenaltyConfig):
 
     half_products = True
     arch: Literal["gated"] = Field("gated", description="architecture")
+    decoder_norm: DecoderNorm = other_default("decoder_norm", "free")
 
 
 @final

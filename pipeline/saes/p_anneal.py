@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from .base import register
-from .config import Clock, steps_of
+from .config import Clock, DecoderNorm, other_default, steps_of
 from .dictionary import Weights
 from .encoder import Preactivations
 from .inference import ReLURule
@@ -26,6 +26,7 @@ class PAnnealConfig(SteeredConfig):
     """ReLU and the sum of f^p, with p falling in stages from 1 and the coefficient following it."""
 
     arch: Literal["p_anneal"] = Field("p_anneal", description="architecture")
+    decoder_norm: DecoderNorm = other_default("decoder_norm", "free")
     p_end: float = Field(0.2, gt=0, le=1, description="the last exponent")
     anneal_start: float = Field(
         0.3, ge=0, description="steps before p starts to fall; below 1, a share of the training"

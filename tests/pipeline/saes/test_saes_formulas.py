@@ -190,12 +190,13 @@ def jumprelu(sae: Any, y: Tensor) -> Terms:
 
 
 def gated(sae: Any, y: Tensor) -> Terms:
-    q = (y - sae.b_dec) @ sae.W_enc_rows.T
-    pi = q + sae.b_enc
+    weights = acting(sae)
+    q = (y - sae.b_dec) @ weights.W_enc_rows.T
+    pi = q + weights.b_enc
     f = (pi > 0) * (q * sae.r_mag.exp() + sae.b_mag).relu()
-    gate = pi.relu() @ acting(sae).W_dec.detach() + sae.b_dec.detach()
+    gate = pi.relu() @ weights.W_dec.detach() + sae.b_dec.detach()
     return {
-        "reconstruction": squared_error(y, f @ acting(sae).W_dec + sae.b_dec),
+        "reconstruction": squared_error(y, f @ weights.W_dec + sae.b_dec),
         "l1": 0.35 * pi.relu().sum(1).mean(),
         "gate": squared_error(y, gate),
     }
@@ -314,6 +315,7 @@ FORMULAS: list[tuple[Any, dict[str, Any]]] = [
     ),
     (jumprelu, {"arch": "jumprelu", "penalty": "tanh", "decoder_norm": "free", "bandwidth": 0.4, **AUXK, **HALFWAY}),
     (gated, {"arch": "gated", **HALFWAY}),
+    (gated, {"arch": "gated", "decoder_norm": "unit", **HALFWAY}),
     (p_anneal, {"arch": "p_anneal", "anneal_start": 1, "stages": 1, "p_end": 0.6, **HALFWAY}),
     (shifted_relu, {"arch": "shifted_relu"}),
     (vsae_iso, {"arch": "vsae_iso", **KL}),
