@@ -84,7 +84,12 @@ class TrainConfig(Schedule):
     )
     initial_rows: int = Field(16_384, ge=1, description="rows from which the bias and the input scale are set")
     log_every: int = Field(50, ge=1, description="steps between two lines of metrics")
-    checkpoint_every: int = Field(1000, ge=1, description="steps between two checkpoints")
+    checkpoint_every: int = Field(
+        1000,
+        ge=1,
+        description="steps between two checkpoints; on a card as many times more as keep it at work for ten times what "
+        "one takes to write",
+    )
     snapshots: int = Field(
         0, ge=0, le=1000, description="log-spaced steps whose directions are kept, for `analyze()`'s emergence; 0: none"
     )

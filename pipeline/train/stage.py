@@ -36,6 +36,7 @@ from sae.pipeline.train.opening import begun, on_rows, open_run, run_name
 from sae.pipeline.train.stacked import Turn, in_turns, taken
 from sae.pipeline.train.trainer import Diverged, Trainer
 
+RARELY = 10.0  # times what a checkpoint took to write, before a card is held up by the next
 SHOWN = ("loss", "fvu", "l0", "dead", "agreement", "recovery")  # beside the progress bar
 
 __all__ = ["STREAM", "TrainConfig", "begun", "on_rows", "open_run", "run_name", "share", "train"]
@@ -53,6 +54,7 @@ class TrainState:
     started: float = field(default_factory=time.monotonic)
     diverged: list[Diverged] = field(default_factory=list)
 
+    _rested: float = 0.0
     _due: list[CoupledTrainers] = field(default_factory=list)
     _turns: list[Turn] = field(default_factory=list)
 
@@ -67,14 +69,22 @@ class TrainState:
             self._due, self._turns = due, in_turns(due, rows)
         return self._turns
 
+    def due(self, ranks: Ranks) -> bool:
+        """Return True if a checkpoint is due, on a card not sooner than it is worth: all ranks ask, and agree."""
+        if self.step % min(member.config.checkpoint_every for member in self.members):
+            return False
+        return self.loader.device.type == "cpu" or ranks.any(time.monotonic() >= self._rested)
+
     def save(self, ranks: Ranks) -> None:
         """Write the checkpoints, but for those that are ahead: they have a later one."""
+        begun = time.monotonic()
         for group in [*self.groups]:
             if group.done == self.step:
                 try:
                     group.save(self.loader.state_dict(), ranks)
                 except Diverged as error:
                     self.end(group, error, ranks)
+        self._rested = time.monotonic() + RARELY * (time.monotonic() - begun)
 
     def end(self, group: CoupledTrainers, error: Diverged, ranks: Ranks) -> None:
         """Go on without a group that diverged; its run folders say why they are not finished."""
@@ -125,8 +135,7 @@ def train(
             if not state.groups:
                 break
             stop = ranks.any(bool(stopping) or ranks.stop_requested)
-            every = min(member.config.checkpoint_every for member in state.members)
-            if state.step % every == 0 or stop or state.step == state.total:
+            if state.due(ranks) or stop or state.step == state.total:
                 state.save(ranks)
             if stop:
                 number = stopping[0] if stopping else signal.SIGINT  # or whoever told another rank

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -48,10 +49,12 @@ from sae.cache.runs import CHECKPOINT, FAILURE, WEIGHTS, Run
 from sae.cache.store.manifest import Windows
 from sae.configs import resolve
 from sae.pipeline.formats import trained
+from sae.pipeline.parallel.ranks import SingleRank
 from sae.pipeline.runtime import cores
 from sae.pipeline.runtime.interrupts import Interrupted
 from sae.pipeline.runtime.progress import Silent
 from sae.pipeline.saes import SAE, create, parse, trainable
+from sae.pipeline.train import stage
 from sae.pipeline.train.config import REVISION, settings_of
 from sae.pipeline.train.stage import TrainConfig, open_run, share, train
 from sae.pipeline.train.sweep import open_all
@@ -1193,3 +1196,28 @@ def test_the_preset_of_gemma_scope_keeps_what_was_published() -> None:
     groups = trainable(config.sae, 8, seed=0).parameter_groups()
     assert {group.multiple(1e-9, 1) for group in groups} == {1} and config.decoder is None
     assert all(getattr(config.sae, name) == 0 for name in ("pre_act_coefficient", "aux_coefficient"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_card_is_not_held_up_by_checkpoints_alone(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come at multiples of `checkpoint_every`; one that takes 2 s lets a card go on for 20."""
+    now = [100.0]
+    monkeypatch.setattr(stage, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    class Slow:
+        def __init__(self) -> None:
+            self.members, self.done = [SimpleNamespace(config=settings(checkpoint_every=5))], 0
+
+        def save(self, *_: object) -> None:
+            now[0] += 2
+
+    group, loader = Slow(), SimpleNamespace(device=torch.device(device), state_dict=dict)
+    state = stage.TrainState([group], loader, 100, 8)  # type: ignore[list-item, arg-type]
+    written = []
+    for step in range(1, 61):
+        now[0] += 1
+        state.step = group.done = step
+        if state.due(SingleRank()):
+            state.save(SingleRank())
+            written.append(step)
+    assert written == ([*range(5, 61, 5)] if device == "cpu" else [5, 25, 45])
