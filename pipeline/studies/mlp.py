@@ -117,7 +117,7 @@ class Mlp(Study):
         count = max(1, _budget(setup) // each)
         config = LocalConfig(
             components=count, importance=importance, seed=seed, batch=base.batch, lr=self.spd_lr,
-            steps=base.total_steps(dataset.n_rows), log_every=base.log_every, checkpoint_every=base.checkpoint_every,
+            steps=base.total_steps(dataset.n_rows), log_every=base.log_every, checkpoint_every=base.steps_to_checkpoint,
         )  # fmt: skip
         name = folder.run_name(config, opened.about)
         there = (place.runs / name / CONFIG).exists()

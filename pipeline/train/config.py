@@ -84,11 +84,11 @@ class TrainConfig(Schedule):
     )
     initial_rows: int = Field(16_384, ge=1, description="rows from which the bias and the input scale are set")
     log_every: int = Field(50, ge=1, description="steps between two lines of metrics")
-    checkpoint_every: int = Field(
-        1000,
+    checkpoint_every: int | None = Field(
+        None,
         ge=1,
-        description="steps between two checkpoints; on a card as many times more as keep it at work for ten times what "
-        "one takes to write",
+        description="steps between two checkpoints; unset: 1,000, on a card as many times that as keep it at work for "
+        "ten times what one takes to write",
     )
     snapshots: int = Field(
         0, ge=0, le=1000, description="log-spaced steps whose directions are kept, for `analyze()`'s emergence; 0: none"
@@ -135,6 +135,11 @@ class TrainConfig(Schedule):
         if self.steps is None and self.rows is None:
             found["steps"] = usual_steps(rows, self.batch)
         return self.model_copy(update=found)
+
+    @property
+    def steps_to_checkpoint(self) -> int:
+        """Steps between two checkpoints, at least."""
+        return self.checkpoint_every or 1000
 
     @property
     def rate(self) -> float:

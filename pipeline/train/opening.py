@@ -52,6 +52,7 @@ def _named_by(config: TrainConfig) -> dict[str, Any]:
         if said[name] == unset:
             del said[name]
     # before there was a choice by device, float32 was what nobody had asked for
+    said["checkpoint_every"] = config.steps_to_checkpoint
     said["precision"] = {"auto": "float32", "float32": "float32 anywhere"}.get(said["precision"], said["precision"])
     return said
 
@@ -92,6 +93,8 @@ def _differing(run: Run, config: TrainConfig) -> list[str]:
     saved["store_rows"] = run.seen.rows  # in version 0.1.0 it was said there alone
     if run.revision < 4 and (saved["precision"], given["precision"]) == ("float32", "auto"):
         given["precision"] = "float32"  # as it was then for those who said nothing
+    if run.revision < 5:
+        given["checkpoint_every"] = config.steps_to_checkpoint
     return sorted(name for name in saved if saved[name] != given[name])
 
 

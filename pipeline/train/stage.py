@@ -70,10 +70,15 @@ class TrainState:
         return self._turns
 
     def due(self, ranks: Ranks) -> bool:
-        """Return True if a checkpoint is due, on a card not sooner than it is worth: all ranks ask, and agree."""
-        if self.step % min(member.config.checkpoint_every for member in self.members):
+        """Return True if a checkpoint is due, on a card not sooner than it is worth where nobody said how often.
+
+        All ranks ask, and agree.
+        """
+        configs = [member.config for member in self.members]
+        if self.step % min(config.steps_to_checkpoint for config in configs):
             return False
-        return self.loader.device.type == "cpu" or ranks.any(time.monotonic() >= self._rested)
+        as_said = self.loader.device.type == "cpu" or any(config.checkpoint_every for config in configs)
+        return as_said or ranks.any(time.monotonic() >= self._rested)
 
     def save(self, ranks: Ranks) -> None:
         """Write the checkpoints, but for those that are ahead: they have a later one."""
