@@ -63,7 +63,7 @@ class JumpReLUSettings(AuxKConfig, SteeredConfig):
         None,
         gt=0,
         description="learning rate of the thresholds, as a multiple of the encoder's; unset: 1, or as many times as "
-        "let them come to where pre-activations are within the training",
+        "let them come to where pre-activations are within the training (input_scale: none: 1)",
     )
     straight_through: Literal["threshold", "both"] = Field(
         "threshold",

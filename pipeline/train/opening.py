@@ -51,8 +51,8 @@ def _named_by(config: TrainConfig) -> dict[str, Any]:
     for name, unset in LATER_OF_TRAINING.items():
         if said[name] == unset:
             del said[name]
-    # before there was a choice by device, float32 was what nobody had asked for
     said["checkpoint_every"] = config.steps_to_checkpoint
+    # before there was a choice by device, float32 was what nobody had asked for
     said["precision"] = {"auto": "float32", "float32": "float32 anywhere"}.get(said["precision"], said["precision"])
     return said
 

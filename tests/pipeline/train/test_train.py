@@ -1180,6 +1180,14 @@ def test_a_clt_of_before_is_read_whatever_counted_for_nothing(
     assert found == ([None, 2.0] if sparsity == "topk" else [3.0, 0.0])
 
 
+@pytest.mark.parametrize(
+    "preset",
+    ["anthropic_april", "batchtopk_paper", "gemma_scope_jumprelu", "gpt_sae_l1", "nn_decompositions_topk"],
+)
+def test_published_presets_take_products_as_published_on_a_card(preset: str) -> None:
+    assert resolve("train", TrainConfig, preset=preset).precision_on(True) == "float32"
+
+
 def test_l1_has_free_rows_and_its_published_presets_the_rows_they_had() -> None:
     """Whatever the default has come to be."""
     norms = {
