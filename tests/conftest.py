@@ -3,6 +3,7 @@
 import atexit
 import gc
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network, even by accident
@@ -13,6 +14,7 @@ import pytest
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make torch ready where tests run: what only hands them to workers need not wait for it."""
+    _answer_signals()
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         return
     import torch
@@ -27,6 +29,15 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)  # so that the interpreter takes everything down in order
+
+
+def _answer_signals() -> None:
+    """Answer signals as a command in a terminal does: a shell's background and nohup start us ignoring them, and every
+    process of ours would ignore them, too.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """A decomposition from its stores to its run folder: planted truth, resumption to the bit, kills, what it leaves."""
 
-import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,10 +49,8 @@ TOY = ToyConfig(**SMALL | {"components": 5}, batch=32, steps=8, toy_steps=20, in
 
 @pytest.fixture(autouse=True, scope="module")
 def small() -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with small_stages():
         yield
-    signal.signal(signal.SIGINT, before)
 
 
 @dataclass(frozen=True)

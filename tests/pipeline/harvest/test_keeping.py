@@ -145,13 +145,9 @@ def test_a_signal_keeps_what_there_is_and_says_so(
     tmp_path: Path, model: Path, whole: dict[str, Any], batch: int, number: signal.Signals, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(keeping, "EVERY", float("inf"))
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background ignoring it
-    try:
-        stopping = Watching(batch, lambda: signal.raise_signal(number))
-        with pytest.raises(Interrupted) as stopped:
-            run(model, tmp_path, stopping)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    stopping = Watching(batch, lambda: signal.raise_signal(number))
+    with pytest.raises(Interrupted) as stopped:
+        run(model, tmp_path, stopping)
     assert stopped.value.number == number
     folders = list((tmp_path / "activations").iterdir())
     committed = max(start for start in (0, 32, 64, 128) if start < stopping.rows)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,6 @@ from sae.pipeline.train.stage import TrainConfig, open_run, train
 PROJECT = Path(__file__).resolve().parents[3]
 D, ROWS, BATCH = 12, 36_864, 64  # three chunks of a store as it is everywhere, so that ranks read different ones
 CPU = "--device cpu"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def interruptible() -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background ignoring it
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")

@@ -30,12 +30,10 @@ PROJECT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(autouse=True)
-def as_in_a_terminal() -> Iterator[None]:
+def handlers_put_back() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background ignoring it
     yield
-    assert {n: signal.getsignal(n) for n in SIGNALS} == before | {signal.SIGINT: signal.default_int_handler}
-    signal.signal(signal.SIGINT, before[signal.SIGINT])
+    assert {number: signal.getsignal(number) for number in SIGNALS} == before
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -56,14 +54,16 @@ def test_the_first_signal_is_noted_and_the_second_acts(first: signal.Signals, se
     assert stopped.value.number == second
 
 
-def test_ignored_signals_stay_ignored() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+@pytest.mark.parametrize("number", SIGNALS)
+def test_ignored_signals_stay_ignored(number: signal.Signals) -> None:
+    """As SIGHUP is under nohup, and SIGINT in a shell's background."""
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         with interrupts_raised(), interruptible() as stopping:
-            signal.raise_signal(signal.SIGHUP)
-            assert stopping == [] and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            signal.raise_signal(number)
+            assert stopping == [] and signal.getsignal(number) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)
 
 
 def test_another_thread_changes_nothing() -> None:

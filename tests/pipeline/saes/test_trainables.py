@@ -137,11 +137,9 @@ def test_odd_rows_leave_numbers(case: dict[str, Any], odd: float) -> None:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dataset]:
     """Rows of one site and what a layer of sorts makes of them."""
     root = tmp_path_factory.mktemp("cache")
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     x, y = (torch.cat(parts) for parts in zip(*batches(OUT, 8), strict=True))  # type: ignore[arg-type]
     with shrunk():
         yield Dataset.of(written(root, x, "mlp_in"), written(root, y, "mlp_out"))
-    signal.signal(signal.SIGINT, before)
 
 
 def written(root: Path, rows: Tensor, site: str) -> ActivationStore:

@@ -30,10 +30,8 @@ COST = ("seconds", "seconds_per_step", "megabytes")
 def small() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with shrunk():
         yield
-    signal.signal(signal.SIGINT, before)
     torch.set_num_threads(threads)
 
 

@@ -68,12 +68,10 @@ L1 = {"arch": "l1", "d_sae": D_SAE, "coefficient": 0.5}
 def small() -> Iterator[pytest.MonkeyPatch]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background ignoring it
     with shrunk() as patch:
         patch.setattr(activations, "CHUNK_ROWS", 256)
         patch.setattr(activations, "WINDOWS", Windows(256, 1024))
         yield patch
-    signal.signal(signal.SIGINT, before)
     torch.set_num_threads(threads)
 
 

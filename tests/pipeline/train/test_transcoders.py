@@ -42,10 +42,8 @@ REVIVALS = [{"kind": "resample", "every": 5, "rows": 256}, {"kind": "reinitialis
 def small() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with shrunk():
         yield
-    signal.signal(signal.SIGINT, before)
     torch.set_num_threads(threads)
 
 
