@@ -1,12 +1,12 @@
 """`sae tokenize`: text to token stores."""
 
-import os
 from typing import Annotated
 
 import typer
 
 from sae.pipeline.commands.options import Here, Json, Said, Scheduler, here_with, said_of, team
 from sae.pipeline.commands.shown import show_stores
+from sae.pipeline.runtime import cores
 
 
 def tokenize(
@@ -15,7 +15,7 @@ def tokenize(
         "tokenize.source SOURCE", "tokenize.tokenizer", "tokenize.context", "tokenize.tokens", "tokenize.packing RULE",
         "tokenize.validation SHARE", "tokenize.seed",
     )],
-    workers: Annotated[int | None, typer.Option(metavar="N", min=1, help="Processes that encode; 1: this one alone. Default: one a core.")] = None,
+    workers: Annotated[int | None, typer.Option(metavar="N", min=1, help="Processes that encode; 1: this one alone. Default: one for each core that it may use.")] = None,
     scheduler: Scheduler = None,
     here: Annotated[Here, here_with("cache", "offline")], json: Json = False,
 ) -> None:  # fmt: skip
@@ -35,7 +35,7 @@ def tokenize(
     from sae.pipeline.tokenize.stage import tokenize as stage
 
     values = said.settings("tokenize", TokenizeConfig)
-    together = team(workers, scheduler, os.cpu_count() or 1)
+    together = team(workers, scheduler, cores.usable())
     result = stage(values, here.cache, here.progress, workers=together, scheduler=scheduler, offline=here.offline)
     catalogue.remember(here.cache, "tokens", [result.stores["train"].key])
     if not here.progress.worked:

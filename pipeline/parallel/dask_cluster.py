@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 
 from sae.cache.errors import SaeError
 from sae.pipeline.parallel.dask_workers import Packed, Refusal, Workers, versions
+from sae.pipeline.runtime import cores
 from sae.pipeline.runtime.interrupts import interrupts_withheld
 from sae.pipeline.runtime.progress import Progress
 
@@ -202,6 +203,8 @@ def connected(workers: int, scheduler: str | None, progress: Progress) -> Iterat
     if scheduler is None and workers == 1:
         yield None
         return
+    if scheduler is None:
+        cores.expect_few(workers, "workers =", progress.note)
     from dask import config
     from distributed import Client, LocalCluster
 

@@ -6,10 +6,13 @@ one. Given up: what begins a moment later is not seen; `--threads` says otherwis
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from sae.cache.errors import SaeError
+
 LOOK = 0.2  # seconds between two looks at what the cores do
+CROWD = 8  # processes a core that cannot be meant: each takes memory, and waits for the others
 
 CGROUPS, MINE, STAT = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/proc/stat")
 
@@ -29,6 +32,19 @@ def usable() -> int:
 def free() -> int:
     """Of the usable cores, those that nothing else keeps busy; at least 1."""
     return max(1, min(usable(), len(mine()) - round(_busy())))
+
+
+def expect_few(processes: int, asked: str, note: Callable[[str], None]) -> None:
+    """Note where so many processes that compute have fewer cores between them; asked: the option, as `workers =`.
+
+    Raises SaeError for a crowd.
+    """
+    there = usable()
+    has = f"{there} core{'s' if there > 1 else ''}"
+    if processes > CROWD * there:
+        raise SaeError(f"{asked} {processes}: so many processes have {has} between them here; try {there}")
+    if processes > there:
+        note(f"{asked} {processes}: so many processes have {has} between them here, and are no faster than {there}")
 
 
 def _quotas() -> Iterator[float]:

@@ -31,7 +31,9 @@ def resolve_device(name: str | torch.device) -> torch.device:
 
 
 def halves(device: torch.device) -> bool:
-    """Return True if a device takes products in bfloat16 many times as fast as in float32: a card with cores for it."""
+    """Return True if a device takes products in bfloat16 many times as fast as in float32: a card with cores for it,
+    which are those for TF32, too.
+    """
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 

@@ -33,6 +33,7 @@ from sae.configs.base import MOST, Amount, Settings
 from sae.pipeline.language_model.token_mask import TokenMask, TokenRows
 from sae.pipeline.parallel.dask_cluster import connected
 from sae.pipeline.parallel.process_pool import Pool
+from sae.pipeline.runtime import cores
 from sae.pipeline.runtime.interrupts import telling
 from sae.pipeline.runtime.progress import Progress
 from sae.pipeline.tokenize.earlier import point_to_older, settled
@@ -115,6 +116,8 @@ def tokenize(
     Text is encoded by `workers` processes (1: by this one) or by the workers of a dask `scheduler`. Where the source is
     too small to have a validation split, a note says so.
     """
+    if scheduler is None:
+        cores.expect_few(workers, "workers =", progress.note)
     source = text_source(config.source, offline=offline, column=config.column)
     try:
         tok = tokenizer(config.tokenizer, offline=offline)

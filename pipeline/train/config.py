@@ -48,10 +48,10 @@ class TrainConfig(Schedule):
     accumulate: int = Field(1, ge=1, description="parts a batch is computed in, to hold less of it at a time")
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = Field(
         "auto",
-        description="of matrix products, tf32 being float32 whose factors an Nvidia card rounds to 11 bits; weights, "
-        "optimiser and the values kept are float32 in any case; auto: bfloat16 on a CUDA device that has it in "
-        "hardware (from compute capability 8.0 on), where that was measured to cost nothing (what keeps k latents, "
-        "jumprelu, l1, gated), float32 otherwise",
+        description="of matrix products, tf32 being float32 whose factors an Nvidia card (capability 8.0 on) rounds to "
+        "11 bits; weights, optimiser and the values kept are float32 in any case; auto: bfloat16 on a CUDA device that "
+        "has it in hardware (from compute capability 8.0 on), where that was measured to cost nothing (what keeps k "
+        "latents, jumprelu, l1, gated), float32 otherwise",
     )
     kernels: Literal["auto", "plain"] = Field(
         "auto",

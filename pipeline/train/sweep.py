@@ -27,7 +27,14 @@ from sae.configs.base import WHOLE
 from sae.pipeline.loggers.base import ask
 from sae.pipeline.parallel.launcher import launch
 from sae.pipeline.parallel.ranks import Ranks, SingleRank
-from sae.pipeline.parallel.torch_distributed import DistributedRanks, ProcessInfo, together, torchrun_process
+from sae.pipeline.parallel.torch_distributed import (
+    DistributedRanks,
+    ProcessInfo,
+    assign_devices,
+    together,
+    torchrun_process,
+)
+from sae.pipeline.runtime import cores
 from sae.pipeline.runtime.progress import Progress, Silent
 from sae.pipeline.train.config import REVISION, settings_of
 from sae.pipeline.train.stage import STREAM, TrainConfig, begun, on_rows, open_run, run_name, share, train
@@ -190,6 +197,8 @@ def _sweep(plans: Sequence[Plan], progress: Progress, device: str, processes: in
         for runs, dataset in plans
     ])  # fmt: skip
     if processes > 1 and not all(run.finished for run in every):
+        if "cpu" in assign_devices(processes, device):
+            cores.expect_few(processes, "devices =", progress.note)
         launch(processes, device, _train_as_rank, task, progress)
     elif seat is not None:
         with together(seat) as ranks:

@@ -63,8 +63,11 @@ class Trainer:
     def begin(cls, run: Run, config: TrainConfig, dataset: Dataset, device: torch.device) -> "Trainer":
         """A dictionary at step 0, in the precision that its settings mean here. SaeError where the rows allow none."""
         config = config.model_copy(update={"precision": config.precision_on(devices.halves(device))})
-        if config.precision == "tf32" and device.type != "cuda":
-            raise SaeError(f"train.precision = tf32: is for Nvidia cards, and this trains on {device}; try float32")
+        if config.precision == "tf32" and not devices.halves(device):
+            raise SaeError(
+                "train.precision = tf32: is of Nvidia cards from compute capability 8.0 on, and this trains on "
+                f"{device}; try float32"
+            )
         outputs = dataset.widths_out if dataset.targets else None
         try:
             sae = trainable(config.sae, dataset.widths_in, outputs, seed=config.seed).to(device)

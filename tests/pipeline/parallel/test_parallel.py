@@ -29,7 +29,9 @@ from sae.cache.runs import Run
 from sae.pipeline.parallel.launcher import launch
 from sae.pipeline.parallel.ranks import SingleRank
 from sae.pipeline.parallel.torch_distributed import LostRank, ProcessInfo, assign_devices, together, torchrun_process
+from sae.pipeline.runtime import cores
 from sae.pipeline.runtime.progress import Silent
+from sae.pipeline.train import sweep
 from sae.pipeline.train.alignment import AlignConfig
 from sae.pipeline.train.resampling import (
     Reinitialise,
@@ -280,6 +282,18 @@ def test_what_cannot_be_shared_is_said_at_once(cache: Path, tmp_path: Path, monk
 def test_a_batch_that_cannot_be_shared_leaves_no_run_behind(cache: Path, tmp_path: Path) -> None:
     answer = sae(f"{options(cache, tmp_path, batch=63)} --devices 2")
     assert answer.code == 2 and answer.complaint == "--batch 63: cannot be shared equally by 2 processes; try 62"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_crowd_on_few_cores_is_refused_before_it_is_started(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cores, "usable", lambda: 2)
+    monkeypatch.setattr(sweep, "launch", None)
+    answer = sae(f"{options(cache, tmp_path)} --devices 32")
+    assert (answer.code, answer.complaint) == (
+        2, "--devices 32: so many processes have 2 cores between them here; try 2"
+    )  # fmt: skip
     assert list(tmp_path.iterdir()) == []
 
 

@@ -77,6 +77,30 @@ def test_a_quota_is_no_share_of_what_others_use(machine: Path, monkeypatch: pyte
     assert cores.free() == 2
 
 
+@pytest.mark.parametrize(
+    ("processes", "there", "said"),
+    [
+        (8, 8, ""), (9, 8, "workers = 9: so many processes have 8 cores between them here, and are no faster than 8"),
+        (2, 1, "workers = 2: so many processes have 1 core between them here, and are no faster than 1"),
+        (8, 1, "workers = 8: so many processes have 1 core between them here, and are no faster than 1"),
+    ],
+)  # fmt: skip
+def test_more_processes_than_cores_are_noted(
+    monkeypatch: pytest.MonkeyPatch, processes: int, there: int, said: str
+) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(cores, "usable", lambda: there)
+    cores.expect_few(processes, "workers =", notes.append)
+    assert notes == [said] * bool(said)
+
+
+@pytest.mark.parametrize(("processes", "there"), [(9, 1), (64, 2)])
+def test_a_crowd_of_processes_is_refused(monkeypatch: pytest.MonkeyPatch, processes: int, there: int) -> None:
+    monkeypatch.setattr(cores, "usable", lambda: there)
+    with pytest.raises(SaeError, match=rf"^workers = {processes}: so many .* {there} core.* here; try {there}$"):
+        cores.expect_few(processes, "workers =", print)
+
+
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of threads that were asked of torch."""

@@ -35,12 +35,15 @@ def test_a_step_waits_where_metrics_are_logged_and_nowhere_else(
     assert [bool(watched(step).waited) for _ in range(6)] == [True, False, True, False, False, True]
 
 
-def test_tf32_is_of_cards_that_have_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_tf32_is_of_cards_that_have_it(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others take it for float32."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     dataset = Dataset.of(write_activations(tmp_path, Planted()(64)))
     config = TrainConfig.model_validate({**SETTINGS, "precision": "tf32"})
     run = open_run(config, dataset, tmp_path, "it", resume=False)
-    with pytest.raises(SaeError, match=r"train\.precision = tf32: is for Nvidia cards, and this trains on cpu"):
-        Trainer.begin(run, config, dataset, torch.device("cpu"))
+    with pytest.raises(SaeError, match=rf"^train\.precision = tf32: is of .* 8\.0 on, and this trains on {device};"):
+        Trainer.begin(run, config, dataset, torch.device(device))
 
 
 def test_kernels_are_a_setting_that_names_of_before_do_not_know(
