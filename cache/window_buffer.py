@@ -1,7 +1,8 @@
 """One window of an activation store in the making: rows come in the source's order, and are stored permuted.
 
-Rows are encoded where they are, a slice at a time, and what they are stored as comes to the host (`cache.landing`),
-which holds the window as it came. Each chunk is gathered from it when it is written (`Permuted`).
+Rows are encoded where they are, a slice at a time, and what they are stored as comes to the host
+(`cache.device.landing`), which holds the window as it came. Each chunk is gathered from it when it is written
+(`Permuted`).
 
 Every float32 and float64 operation on the way is one that IEEE 754 rounds, by itself, in one order (no sum that a
 device may order otherwise, no fused multiply and add, no product with a reciprocal), and columns are calibrated on the
@@ -19,8 +20,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sae.cache.device.landing import landing, moved
 from sae.cache.errors import SaeError
-from sae.cache.landing import landing, moved
 from sae.cache.store import scratch
 from sae.cache.store.codecs import Columns, Encoded, calibrate, from_numpy, to_numpy
 from sae.cache.store.writer import Permuted

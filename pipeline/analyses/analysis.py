@@ -28,7 +28,7 @@ from torch import Tensor
 from sae.cache.loader.dataset import Dataset
 from sae.cache.runs import Run
 from sae.configs.base import Amount, Settings
-from sae.pipeline.declared.importing import import_files
+from sae.pipeline.declared.importing import enter, in_files
 from sae.pipeline.runtime.progress import Progress
 from sae.pipeline.saes import SAE, Latents
 from sae.pipeline.saes.dictionary import Dictionary
@@ -153,16 +153,13 @@ Kind = TypeVar("Kind", bound=Analysis)
 
 def register(kind: type[Kind]) -> type[Kind]:
     """Make an analysis known under its name, which must be nobody else's."""
-    if kind.name in ANALYSES:
-        raise ValueError(f"analysis {kind.name}: there is one of that name")
-    ANALYSES[kind.name] = kind
+    enter(ANALYSES, "analysis", kind.name, kind)
     return kind
 
 
 def analyses() -> dict[str, type[Analysis]]:
     """Import the files of this folder, and return every registered analysis by its name."""
-    import_files(__package__)
-    return dict(sorted(ANALYSES.items()))
+    return in_files(__package__, ANALYSES)
 
 
 def numbers(values: Tensor) -> list[float | None]:

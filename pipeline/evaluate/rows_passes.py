@@ -6,6 +6,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from sae.cache.device import landing
 from sae.cache.errors import SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.loader.loader import Batch
@@ -14,7 +15,7 @@ from sae.pipeline.evaluate.subjects import Judged, alive
 from sae.pipeline.metrics.coefficients import KEPT, most_rows
 from sae.pipeline.metrics.metric import Encoded
 from sae.pipeline.runtime.progress import Progress
-from sae.pipeline.saes import Coder, Predictor, placement
+from sae.pipeline.saes import Coder, Predictor
 
 
 def judge_rows(group: Sequence[Judged], rows: int, batch: int, progress: Progress, places: TokenPlaces | None) -> None:
@@ -54,7 +55,7 @@ def compare_rows(group: Sequence[Judged], rows: int, batch: int, progress: Progr
             stop = min(start + step, rows)
             part, coefficients = dataset.rows(start, stop), making.coefficients(start, stop)
             assert coefficients is not None
-            part, known = part.to(device), placement.moved(coefficients, device)
+            part, known = part.to(device), landing.moved(coefficients, device)
             for one in alive(group):
                 with one.failing():
                     encoded = _encoded(one.subject.sae, part)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sae.cache.activations import ActivationStore
+from sae.cache.device import landing
 from sae.cache.errors import SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.cache.provenance import LanguageModelRows, provenance
@@ -21,7 +22,6 @@ from sae.cache.window_buffer import norms_of
 from sae.pipeline.language_model import LanguageModel, Point
 from sae.pipeline.language_model.interventions import Change, Intervention, predicting
 from sae.pipeline.metrics.downstream import AT, MEAN, SAE, ZERO
-from sae.pipeline.saes import placement
 from sae.pipeline.saes.contract import LayerByLayer
 
 Rows = Callable[[Tensor], Tensor]
@@ -84,7 +84,7 @@ class _Positions:
     @classmethod
     def of(cls, mask: Tensor, device: torch.device) -> "_Positions":
         where = mask.flatten().nonzero().view(-1)
-        return cls(placement.moved(mask, device), placement.moved(where, device))
+        return cls(landing.moved(mask, device), landing.moved(where, device))
 
     def rows(self, values: Tensor) -> Tensor:
         """float32 [n, width]: those of values [B, T, width] that are at the positions."""

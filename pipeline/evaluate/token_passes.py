@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae.cache.device import landing
 from sae.cache.errors import SaeError
 from sae.cache.tokens import TokenStore
 from sae.pipeline.evaluate.config import EvalConfig
@@ -19,7 +20,6 @@ from sae.pipeline.language_model import LanguageModel
 from sae.pipeline.language_model.token_mask import TokenMask, rule_of
 from sae.pipeline.metrics.metric import Places
 from sae.pipeline.runtime.progress import Progress
-from sae.pipeline.saes import placement
 
 
 def judge_tokens(
@@ -119,12 +119,12 @@ def _pass(model: LanguageModel, batch: _Batch, groups: Sequence[tuple[_Group, Se
     for group, splices in groups:
         rows = torch.from_numpy(group.rule.mask(batch.ids, batch.lengths, batch.begin))
         saes = {str(i): one.sae for i, one in enumerate(splices)}
-        mean = placement.moved(group.site.mean, model.device)
+        mean = landing.moved(group.site.mean, model.device)
         plans.append(spliced(saes, model, into, rows, group.site.dataset, mean))
     every = {f"{n} {name}": each for n, plan in enumerate(plans) for name, each in plan.interventions.items()}
     found = model.compare(into, every)
     for n, ((group, splices), plan) in enumerate(zip(groups, plans, strict=True)):
-        mask = plan.replaced()[:, :-1] & placement.moved(batch.real, model.device)
+        mask = plan.replaced()[:, :-1] & landing.moved(batch.real, model.device)
         group.counted = group.counted + mask.sum()
         for i, one in enumerate(splices):
             own = {name: found.spliced[f"{n} {of_plan}"] for name, of_plan in plan.of(str(i)).items()}

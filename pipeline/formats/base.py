@@ -15,6 +15,7 @@ from typing import ClassVar, NamedTuple, TypeVar
 
 from sae.cache.disk.durable import unreadable
 from sae.cache.errors import NotFound, SaeError
+from sae.pipeline.declared.importing import enter
 from sae.pipeline.saes.clt import CLT
 from sae.pipeline.saes.contract import LatentCoder
 from sae.pipeline.saes.dictionary import Dictionary, FixedDictionary, Metadata
@@ -69,9 +70,8 @@ F = TypeVar("F", bound=type[Format])
 
 
 def register(format: F) -> F:
-    """Class decorator: make a format known under its name."""
-    assert format.name not in FORMATS, f"the name {format.name!r} is taken"
-    FORMATS[format.name] = format()
+    """Class decorator: make a format known under its name, which must be nobody else's."""
+    enter(FORMATS, "format", format.name, format())
     return format
 
 

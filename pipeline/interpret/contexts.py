@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae.cache.device import landing
 from sae.cache.errors import DamagedStore
 from sae.cache.loader.dataset import Dataset
 from sae.cache.store.codecs import Encoded
@@ -18,7 +19,7 @@ from sae.cache.tokens import TokenStore
 from sae.pipeline.interpret.best import first_of_run, rank_in_run
 from sae.pipeline.interpret.survey import BATCH_ROWS, Dictionary, Survey
 from sae.pipeline.runtime.progress import Progress
-from sae.pipeline.saes import Latents, placement
+from sae.pipeline.saes import Latents
 
 QUARTERS = ((0.75, 1.0), (0.5, 0.75), (0.25, 0.5), (0.0, 0.25))
 """The bands of a latent's values, by quantiles; band 0 of contexts are the strongest, band i is of quarter i - 1."""
@@ -156,8 +157,8 @@ def _values(
             pair, row = order[pair[by_row]], row[by_row] + window.start
             for part in _batches(row, store.chunk_rows):
                 rows, which = np.unique(row[part], return_inverse=True)
-                codes = sae.encode(placement.moved(_gather(dataset, rows), device))
-                asked = placement.moved(torch.from_numpy(np.stack([which, latent[pair[part]]])), device)
+                codes = sae.encode(landing.moved(_gather(dataset, rows), device))
+                asked = landing.moved(torch.from_numpy(np.stack([which, latent[pair[part]]])), device)
                 found.append(_looked_up(codes, *asked))
                 pairs.append(pair[part])
             progress.advance(1)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sae.cache.activations import ActivationStore
+from sae.cache.device import landing
 from sae.cache.loader.dataset import Dataset
 from sae.cache.tokens import TokenStore
 from sae.pipeline.interpret.best import Best, random_bits
@@ -167,7 +168,7 @@ def survey(
                 if (kept := dataset.kept(first, stop)) is not None:
                     chunk, number = chunk[kept], number[kept]
                 for at in range(0, len(chunk), BATCH_ROWS):
-                    part, which = placement.moved(chunk[at : at + BATCH_ROWS], device), number[at : at + BATCH_ROWS]
+                    part, which = landing.moved(chunk[at : at + BATCH_ROWS], device), number[at : at + BATCH_ROWS]
                     result.add(sae.encode(part), which, position[which - start], document[which - start])
                 progress.advance(stop - first)
         result.settle()

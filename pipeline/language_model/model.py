@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from sae.cache.arguments import checked
+from sae.cache.device.landing import moved
 from sae.cache.errors import SaeError
-from sae.cache.landing import moved
 from sae.cache.points import hook_name
 from sae.pipeline.language_model.files import RANDOM, find_model, slug
 from sae.pipeline.language_model.interventions import Intervention, changed

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae.cache.device import landing
 from sae.pipeline.metrics.figures import Figure
 from sae.pipeline.metrics.metric import Encoded, Metric, Subject, Value, register
 from sae.pipeline.metrics.reconstruction import in_float64
-from sae.pipeline.saes import placement
 from sae.pipeline.saes.dictionary import Dictionary, FixedDictionary
 
 ROWS = 512  # held-out rows it is taken at
@@ -90,7 +90,7 @@ def cosines(layer: Function, replacement: Function, x: Tensor) -> Tensor:
 
 def _pulled_back(y: Tensor, x: Tensor, probe: Tensor) -> Tensor:
     """float64 [n, d_in]: q^T dy/dx of each row."""
-    probe = placement.moved(probe, y.device).to(y.dtype)
+    probe = landing.moved(probe, y.device).to(y.dtype)
     (found,) = torch.autograd.grad(y, x, probe, retain_graph=True, materialize_grads=True)
     return in_float64(found)
 

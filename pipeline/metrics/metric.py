@@ -31,9 +31,10 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from sae.pipeline.declared.importing import import_files
+from sae.cache.device import landing
+from sae.pipeline.declared.importing import enter, import_files
 from sae.pipeline.metrics.figures import Figure, Need, declared
-from sae.pipeline.saes import Coder, Codes, Predictor, placement
+from sae.pipeline.saes import Coder, Codes, Predictor
 from sae.pipeline.saes.dictionary import Dictionary
 
 Value = float | int | None
@@ -49,7 +50,7 @@ class Places(NamedTuple):
 
     def to(self, device: torch.device) -> Places:
         """The same on a device, which is not waited for."""
-        return Places(*(placement.moved(each, device) for each in self))
+        return Places(*(landing.moved(each, device) for each in self))
 
 
 class Encoded(NamedTuple):
@@ -154,9 +155,7 @@ def register(kind: Kind) -> Kind:
     known = [one for one in declared() if one.name != kind.name]
     if taken := {figure.key for one in known for figure in one.figures} & {figure.key for figure in kind.figures}:
         raise ValueError(f"metric {kind.name}: another has {', '.join(sorted(taken))}, too")
-    if kind.name in METRICS:
-        raise ValueError(f"metric {kind.name}: there is one of that name")
-    METRICS[kind.name] = kind
+    enter(METRICS, "metric", kind.name, kind)
     return kind
 
 

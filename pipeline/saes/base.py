@@ -53,6 +53,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sae.pipeline.declared.importing import enter
+
 from . import counting, initial, sparse, uncounted
 from .config import FINISHED, Clock, Config
 from .contract import ParameterGroup, Trainable
@@ -381,8 +383,8 @@ S = TypeVar("S", bound=type[Trainable])
 
 
 def register(architecture: S) -> S:
-    """Class decorator: make the architecture known under the default of its Config's `arch`."""
+    """Class decorator: make the architecture known under the default of its Config's `arch`, nobody else's."""
     tag = architecture.config_type.model_fields["arch"].default
-    assert isinstance(tag, str) and tag not in ARCHITECTURES, f"the tag {tag!r} is taken or no text"
-    ARCHITECTURES[tag] = architecture
+    assert isinstance(tag, str), f"the tag {tag!r} is no text"
+    enter(ARCHITECTURES, "architecture", tag, architecture)
     return architecture

@@ -16,7 +16,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import placement
+from sae.cache.device import landing
+
 from .config import Clock, Config, anneal
 
 Form = Literal["abs", "abs_squared", "relu", "relu_squared"]
@@ -53,7 +54,7 @@ def jl_term(config: CoherenceConfig, W_dec: Tensor, W_enc: Tensor, generator: to
     """The weighted penalty on rows W_dec [m, d_out], rows W_enc [m, d_in] or both (added); the generator draws."""
     m, rows = config.d_sae, None
     if config.jl_rows is not None and config.jl_rows < m:
-        rows = placement.moved(torch.randperm(m, generator=generator)[: config.jl_rows], W_dec.device)
+        rows = landing.moved(torch.randperm(m, generator=generator)[: config.jl_rows], W_dec.device)
     weight = anneal(config.jl_start, config.jl_coefficient, config.jl_warmup, clock)
     tables = {"decoder": [W_dec], "encoder": [W_enc], "both": [W_dec, W_enc]}[config.jl_on]
     if weight == 0:

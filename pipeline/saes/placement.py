@@ -35,10 +35,3 @@ def reduced(x: Tensor) -> torch.dtype | None:
 def rounds(x: Tensor) -> bool:
     """Return True if float32 products of a tensor take its factors in TF32."""
     return x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-def moved(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device, without waiting for what that is at work on, as where one comes from the host."""
-    if device.type != "cuda" or x.device.type != "cpu":
-        return x.to(device)
-    return x.contiguous().pin_memory().to(device, non_blocking=True)  # pinned as it is, it would share memory again

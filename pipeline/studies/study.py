@@ -37,7 +37,7 @@ from pydantic import ValidationError, create_model, field_validator
 from sae.cache.errors import SaeError
 from sae.cache.loader.dataset import Dataset
 from sae.configs.base import Settings, distinct
-from sae.pipeline.declared.importing import import_files
+from sae.pipeline.declared.importing import enter, in_files
 from sae.pipeline.metrics.figures import compared, label
 from sae.pipeline.report.compare import Row
 from sae.pipeline.saes import ARCHITECTURES, SAE, Config, parse
@@ -148,18 +148,15 @@ Kind = TypeVar("Kind", bound=Study)
 
 def register(kind: type[Kind]) -> type[Kind]:
     """Make a study known under its name, which must be nobody else's. Each of its settings needs a default."""
-    if kind.name in STUDIES:
-        raise ValueError(f"study {kind.name}: there is one of that name")
     if required := [name for name, setting in kind.model_fields.items() if setting.is_required()]:
         raise ValueError(f"study {kind.name}: {', '.join(required)} has no default")
-    STUDIES[kind.name] = kind
+    enter(STUDIES, "study", kind.name, kind)
     return kind
 
 
 def studies() -> dict[str, type[Study]]:
     """Import the files of this folder, and return every registered study by its name."""
-    import_files(__package__)
-    return dict(sorted(STUDIES.items()))
+    return in_files(__package__, STUDIES)
 
 
 def settings() -> type[Settings]:

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae.cache import window_buffer
 from sae.cache.activations import ActivationWriter
+from sae.cache.device.landing import AHEAD, Copies, Landing, landing
 from sae.cache.errors import SaeError
-from sae.cache.landing import AHEAD, Copies, Landing, landing
 from sae.cache.store.codecs import CODECS, BFloat16, Codec, Columns, Float16, Int8, calibrate, codec, to_numpy
 from sae.cache.window_buffer import norms_of
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sae.cache import window_buffer
-from sae.cache.landing import Copies, Landing
+from sae.cache.device.landing import Copies, Landing
 
 
 class Card:

@@ -22,6 +22,7 @@ from sae.cache.errors import SaeError
 from sae.cache.store.codecs import codec, codec_recipe
 from sae.cache.store.manifest import Window
 from sae.configs.base import Amount, Settings
+from sae.pipeline.declared.importing import enter
 from sae.pipeline.runtime.origins import Origins
 from sae.pipeline.runtime.progress import Progress
 
@@ -185,8 +186,8 @@ Source = TypeVar("Source", bound=type[RowSource])
 
 
 def register(kind: Source) -> Source:
-    """Add a source to those that can be harvested."""
-    SOURCES[kind.name] = kind
+    """Add a source to those that can be harvested. Its name must be nobody else's."""
+    enter(SOURCES, "source", kind.name, kind)
     return kind
 
 

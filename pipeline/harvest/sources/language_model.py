@@ -23,10 +23,10 @@ from torch import Tensor
 
 from sae.cache import catalogue
 from sae.cache.activations import ActivationStore
+from sae.cache.device.landing import moved
 from sae.cache.disk.identity import Recipe, canonical
 from sae.cache.disk.locks import reading
 from sae.cache.errors import NotFound, SaeError
-from sae.cache.landing import moved
 from sae.cache.store.codecs import codec, codec_recipe
 from sae.cache.store.manifest import Window, place_after
 from sae.cache.tokens import TokenStore

@@ -10,6 +10,7 @@ from support.saes_kit import DICTIONARIES, D, batches, small
 from support.watching import watched
 from torch import nn
 
+from sae.cache.device import landing
 from sae.pipeline import saes
 from sae.pipeline.metrics.figures import available
 from sae.pipeline.metrics.jacobian import JacobianCosine
@@ -75,7 +76,7 @@ def test_no_metric_waits_and_all_find_what_the_host_finds(arch: str, monkeypatch
 def test_no_metric_mixes_what_is_on_the_device_with_what_is_not(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a device without numbers refuses, and the host as its own twin would not notice."""
     monkeypatch.setattr(placement, "HOSTS", set())
-    monkeypatch.setattr(placement, "moved", lambda x, device: torch.empty_like(x, device=device))
+    monkeypatch.setattr(landing, "moved", lambda x, device: torch.empty_like(x, device=device))
     it = saes.trainable(small({"arch": arch}), D)
     x = next(batches(None, 1))[0]
     it.initialise(x)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,7 +12,7 @@ from support.saes_kit import CASES, DICTIONARIES, D, batches, one_thread, small
 from support.watching import watched
 from torch import Tensor
 
-from sae.cache import landing
+from sae.cache.device import landing
 from sae.pipeline import saes
 from sae.pipeline.saes import SAE, Clock, Losses, Trainable, auxk, placement
 from sae.pipeline.saes.encoder import Preactivations
@@ -75,7 +74,7 @@ def test_a_step_does_not_wait(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", STEPS, ids=str)
 def test_a_device_without_numbers_can_take_it(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch's device without numbers refuses what needs one, whatever its name; and nothing is copied to it."""
-    monkeypatch.setattr(placement, "moved", lambda x, device: torch.empty_like(x, device=device))
+    monkeypatch.setattr(landing, "moved", lambda x, device: torch.empty_like(x, device=device))
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which does not know the device
     it, x, y = made(case)
     it, x, y = it.to("meta"), x.to("meta"), None if y is None else y.to("meta")
@@ -163,24 +162,6 @@ def test_many_dead_latents_have_their_turns(monkeypatch: pytest.MonkeyPatch) -> 
         auxk.explained_ahead(pre, dead, 2, table, Clock(3, 10, 64)),
         auxk.explained(pre, dead.nonzero().view(-1), 2, table),
     )
-
-
-@pytest.mark.parametrize("moved", [placement.moved, landing.moved])
-def test_what_shares_memory_with_itself_can_be_moved(
-    moved: Callable[[Tensor, torch.device], Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Pinned memory has the strides of what it is made of, and torch refuses to fill what lies twice in one place."""
-
-    def pinned(x: Tensor) -> Tensor:
-        size = 1 + sum(stride * (n - 1) for n, stride in zip(x.shape, x.stride(), strict=True))
-        memory = torch.UntypedStorage(size * x.itemsize)
-        return torch.empty(0, dtype=x.dtype).set_(memory, 0, x.shape, x.stride()).copy_(x)
-
-    monkeypatch.setattr(Tensor, "pin_memory", pinned)
-    monkeypatch.setattr(Tensor, "to", lambda x, *_, **__: x)
-    table = torch.arange(12.0).view(3, 4)
-    for x in (table[1].expand(5, 4), table[:, :-1], table.T, table[:0], table):
-        assert torch.equal(moved(x, torch.device("cuda")), x)
 
 
 def test_values_of_products_in_tf32_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:

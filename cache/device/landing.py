@@ -73,7 +73,7 @@ def landing(device: torch.device) -> Landing | None:
 
 
 def moved(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device, without waiting for what that is at work on."""
+    """A tensor on a device, without waiting for what that is at work on, as where one comes from the host."""
     if device.type != "cuda" or x.device.type != "cpu":
         return x.to(device)
     return x.contiguous().pin_memory().to(device, non_blocking=True)  # pinned as it is, it would share memory again
