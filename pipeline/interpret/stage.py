@@ -15,7 +15,8 @@ from sae.cache.tokens import TokenStore
 from sae.pipeline.formats import trained
 from sae.pipeline.interpret.directions import lens
 from sae.pipeline.interpret.gather import StatisticsConfig, gather, rows_of
-from sae.pipeline.interpret.statistics import Statistics, described
+from sae.pipeline.interpret.statistics import Statistics
+from sae.pipeline.interpret.statistics_file import described
 from sae.pipeline.language_model import hints
 from sae.pipeline.language_model.unembedding import unembedding
 from sae.pipeline.runtime import devices

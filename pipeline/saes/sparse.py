@@ -1,10 +1,11 @@
 """Exact sparsity: products with a [batch, d_sae] matrix that is almost all zeros, without ever holding that matrix.
 
-The one dense product a sparse dictionary cannot avoid is the encoder's. Everything after it touches only the active
-entries: the decoder mixes k rows of W_dec per input, and the gradients of both weight matrices are, for every latent,
-a weighted sum of the few batch rows where it was active. All of these are *embedding bags* (weighted sums of table
-rows), which torch has tuned kernels for on every device, so each costs a few hundredths of the encoder product where
-the dense way costs one or two of it. On a CUDA device Triton kernels (`kernels`) take their place where they are there.
+The one dense product a sparse dictionary cannot avoid is the encoder's (`linear`). Everything after it touches only the
+active entries: the decoder mixes k rows of W_dec per input, and the gradients of both weight matrices are, for every
+latent, a weighted sum of the few batch rows where it was active. All of these are *embedding bags* (weighted sums of
+table rows), which torch has tuned kernels for on every device, so each costs a few hundredths of the encoder product
+where the dense way costs one or two of it. On a CUDA device Triton kernels (`kernels`) take their place where they are
+there.
 What it gives up: no double backward, and entries are unique within a row.
 
 Shapes in this package: B rows (batch), d_in and d_out widths, m = d_sae latents, n active entries in the batch.
@@ -13,7 +14,7 @@ Shapes in this package: B rows (batch), d_in and d_out widths, m = d_sae latents
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import accumulate
 from types import ModuleType
 from typing import Any
@@ -98,7 +99,7 @@ def spmm(entries: SparsePattern, weights: Tensor, table: Tensor) -> Tensor:
 def spmm_t(entries: SparsePattern, weights: Tensor, batch_rows: Tensor) -> Tensor:
     """Transpose of the sparse [B, m], times batch_rows [B, d]: [m, d] (the shape of a weight gradient)."""
     if kernels.usable(batch_rows):
-        return _by_latent(entries, weights, batch_rows)[0]
+        return spmm_t_and_sums(entries, weights, batch_rows)[0]
     order, starts = entries.by_latent
     return F.embedding_bag(entries.row_ids[order], batch_rows, starts, mode="sum", per_sample_weights=weights[order])
 
@@ -120,7 +121,7 @@ def _products() -> ModuleType:
     return kernels.family("products")
 
 
-def _by_latent(entries: SparsePattern, weights: Tensor, batch_rows: Tensor) -> tuple[Tensor, Tensor]:
+def spmm_t_and_sums(entries: SparsePattern, weights: Tensor, batch_rows: Tensor) -> tuple[Tensor, Tensor]:
     """`spmm_t` and, of the same weights, `sum_by_latent`."""
     order, starts = entries.by_latent
     return _products().by_latent(starts, order, entries.row_ids, weights, batch_rows)
@@ -159,7 +160,7 @@ def _pair_dots(a: Tensor, a_rows: Tensor, b: Tensor, b_rows: Tensor) -> Tensor:
 
 
 def sum_by_latent(entries: SparsePattern, weights: Tensor) -> Tensor:
-    """[m]: the weights [n] added up per latent."""
+    """[m]: the weights [n] _added up per latent."""
     return weights.new_zeros(entries.d_sae).index_add_(0, entries.indices, weights)
 
 
@@ -192,60 +193,6 @@ class _Decode(torch.autograd.Function):
             spmm_t(entries, values, grad) if wants_table else None,
             None,
         )
-
-
-class _WithGradient(torch.autograd.Function):
-    """Values already computed without a graph, given the gradient of (x - centre) @ W.T + b at their entries.
-
-    `centred` is x - centre, computed by the caller; x and centre come along only to receive gradients. The centre's
-    is a matrix-vector product, and x's is computed only where x asks, so training pays for neither [B, d_in] result.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        values: Tensor,
-        x: Tensor,
-        centre: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        centred: Tensor,
-        at: SparsePattern,
-    ) -> Tensor:
-        ctx.save_for_backward(weight, centred)
-        ctx.entries, ctx.stack = at, len(centre) if centre.dim() > 1 else None
-        return values.clone()  # an input returned as it is would share its identity with the result
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, centred = ctx.saved_tensors
-        entries, grad = ctx.entries, grad.contiguous()
-        _, wants_x, wants_centre, wants_weight, wants_bias, _, _ = ctx.needs_input_grad
-        of_weight, per_latent = None, None
-        if wants_weight and kernels.usable(centred):
-            of_weight, per_latent = _by_latent(entries, grad, centred)
-        elif wants_weight:
-            of_weight = spmm_t(entries, grad, centred)
-        if per_latent is None and (wants_bias or wants_centre):
-            per_latent = sum_by_latent(entries, grad)
-        return (
-            None,
-            spmm(entries, grad, weight) if wants_x else None,
-            _towards_centre(per_latent, weight, ctx.stack) if wants_centre and per_latent is not None else None,
-            of_weight,
-            per_latent if wants_bias else None,
-            None,
-            None,
-        )
-
-
-def _towards_centre(per_latent: Tensor, weight: Tensor, stack: int | None = None) -> Tensor:
-    """The gradient of a centre [d] from those of the latents [m]; of a stack's [N, 1, d] from those of [N m]."""
-    if stack is None:
-        return -(per_latent @ weight)
-    each = of_each(torch.mv, weight.view(stack, -1, weight.shape[-1]).mT, per_latent.view(stack, -1))
-    return -each.unsqueeze(1)
 
 
 class _Compare(torch.autograd.Function):
@@ -296,43 +243,6 @@ def _summed(rows: Tensor, count: int) -> Tensor:
     return rows if count == len(rows) else of_each(_added, rows.view(count, -1, rows.shape[1]))
 
 
-class _CentredLinear(torch.autograd.Function):
-    """(x - centre) @ W.T + b, dense: x [B, d], centre [d], W [m, d], b [m] -> [B, m].
-
-    Its own function because autograd would pay a whole [B, m] x [m, d] product for the centre's gradient, which is a
-    matrix-vector product; and centring before the product, not after, keeps the digits when x has a large mean.
-    Under autocast the product is in the reduced precision; those of the gradients are so, too, where they are many
-    times as quick, on a device that runs ahead.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, centre: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        centred = x - centre
-        ctx.save_for_backward(weight, centred)
-        ctx.dtype, ctx.stack = placement.reduced(x) or weight.dtype, len(weight) if weight.dim() > 2 else None
-        given = centred, weight, bias
-        p = F.linear(*given) if ctx.stack is None else of_each(F.linear, *given)
-        return p.to(weight.dtype)  # which under autocast it is not
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, centred = ctx.saved_tensors
-        wants_x, wants_centre, wants_weight, wants_bias = ctx.needs_input_grad
-        added, product = (
-            (_added, torch.mm) if ctx.stack is None else (partial(of_each, _added), partial(of_each, torch.mm))
-        )
-        per_latent = added(grad) if wants_bias or wants_centre else None
-        of_centre = _towards_centre(per_latent, weight, ctx.stack) if wants_centre and per_latent is not None else None
-        grad, to, of = grad.to(ctx.dtype), weight.to(ctx.dtype), centred.to(ctx.dtype)
-        return (
-            product(grad, to).to(weight.dtype) if wants_x else None,
-            of_centre,
-            product(grad.mT, of).to(weight.dtype) if wants_weight else None,
-            per_latent if wants_bias else None,
-        )
-
-
 def decode(values: Tensor, entries: SparsePattern, table: Tensor) -> Tensor:
     """Weighted sums of the table's rows: values of any shape with n elements, table [m, d] -> [B, d].
 
@@ -357,19 +267,3 @@ def compare(values: Tensor, entries: SparsePattern, table: Tensor, rest: Tensor,
     rows, rest = aim.flatten(0, -2), rest.reshape(-1, aim.shape[-1])
     y_hat, total = _Compare.apply(values.reshape(-1), table.flatten(0, -2), rest, rows, entries, stack)
     return y_hat.view_as(aim), total
-
-
-def with_gradient(
-    values: Tensor, x: Tensor, centre: Tensor, weight: Tensor, bias: Tensor, centred: Tensor, at: SparsePattern
-) -> Tensor:
-    """The same values [n], differentiable in x [B, d], centre [d], weight [m, d] and bias [m]; see _WithGradient.
-
-    Of a stack, in what its pre-activations are made from.
-    """
-    x, weight, centred = (one.flatten(0, -2) for one in (x, weight, centred))
-    return _WithGradient.apply(values, x, centre, weight, bias.flatten(), centred, at)
-
-
-def centred_linear(x: Tensor, centre: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """(x - centre) @ weight.T + bias -> [B, m]; see _CentredLinear."""
-    return _CentredLinear.apply(x, centre, weight, bias)

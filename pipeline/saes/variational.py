@@ -28,7 +28,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from . import initial, sparse
+from . import initial, linear
 from .config import Clock, ramp
 from .dictionary import Weights
 from .encoder import Preactivations
@@ -189,7 +189,7 @@ class Variational(Steered):
             case "fixed":
                 logvar = torch.full_like(mean, self._logvar)
             case "learned":
-                logvar = sparse.centred_linear(pre.x, pre.centre, self.W_logvar, self.b_logvar).clamp(*LOGVAR)
+                logvar = linear.centred_linear(pre.x, pre.centre, self.W_logvar, self.b_logvar).clamp(*LOGVAR)
         # a latent that the head left out says nothing of the row: its variance is a prior's, 1
         return Posterior(mean, logvar if self.config.k is None else logvar * (mean != 0))
 
