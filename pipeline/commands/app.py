@@ -39,6 +39,7 @@ from sae.pipeline.commands.show import show
 from sae.pipeline.commands.steer import steer
 from sae.pipeline.commands.tokenize import tokenize
 from sae.pipeline.commands.train import train
+from sae.pipeline.commands.voice import options_here
 from sae.pipeline.commands.words import Command
 from sae.pipeline.runtime.interrupts import Interrupted
 
@@ -68,6 +69,15 @@ app = typer.Typer(
 app.add_typer(cache.app, name="cache")
 app.add_typer(study.app, name="study")
 app.add_typer(synthesize.app, name="synthesize")
+
+
+LESS = (
+    "--batch",
+    "--d-sae",
+    "--devices",
+    "--workers",
+    "--device cpu",
+)  # what takes less memory, where a command has it
 
 
 class Exit(IntEnum):
@@ -145,6 +155,14 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or torch_says
 
 
+def less_at_once() -> str:
+    """Return what to try where memory ran out: options that the command has."""
+    here = options_here()
+    *others, last = ["", *(one for one in LESS if one.partition(" ")[0] in here)]
+    how = f"{', '.join(others[1:])}{' or ' if others[1:] else ''}{last}"
+    return "ask for less at once" + (f", as with {how}" if how else "")
+
+
 for group in (app, cache.app, synthesize.app):
     for registered in group.registered_commands:
         registered.cls = Command
@@ -183,7 +201,7 @@ def run() -> int:
             console.complain(f"the remote filesystem failed ({said}); what was committed is safe, repeat the command")
             return Exit.USAGE
         if out_of_memory(error):
-            console.complain("not enough memory; ask for less at once, as with --batch, --d-sae or --device cpu")
+            console.complain(f"not enough memory; {less_at_once()}")
             return Exit.USAGE
         traceback.print_exc()
         console.complain("this is a bug; please report the lines above with the command that caused them")

@@ -44,6 +44,9 @@ def verify(
     from sae.pipeline.commands import console
     from sae.pipeline.commands.bars import Bars
 
+    for option, value in {"--model": model, "--source": source, "--tokenizer": tokenizer}.items():
+        if value is not None and not repair:
+            raise SaeError(f"{option} {value}: is read with --repair; add it")
     root, bars = cache_root(cache), Bars()
     runs = folder("--runs", runs)
     found, hopeless, done = inspect_stores(root, store, repair)

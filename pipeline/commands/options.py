@@ -59,7 +59,7 @@ FILES = {
 # fmt: off
 SETTINGS, PLACES = "Settings", "Where"
 Json = Annotated[bool, typer.Option("--json", metavar="", help="Print the result as JSON on stdout, and nothing else there.")]
-Preset = Annotated[str | None, typer.Option(metavar="NAME", rich_help_panel=SETTINGS, autocompletion=complete_preset, help="Settings to start from: gpt2 (the defaults, written out) or tiny (embedded, offline).")]
+Preset = Annotated[str | None, typer.Option(metavar="NAME", rich_help_panel=SETTINGS, autocompletion=complete_preset, help="Settings to start from: gpt2 (the defaults, written out), tiny (embedded, offline) or another that `sae list` explains.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", rich_help_panel=SETTINGS, help="YAML file with a section a stage, on top of the preset; `configs/gpt2.yaml` shows every key.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", rich_help_panel=SETTINGS, help="One setting, as in `--set train.lr=3e-4`, on top of the file. Repeatable.")]
 Device = Annotated[str, typer.Option(metavar="NAME", rich_help_panel=PLACES, show_default=False, help="cpu, cuda, cuda:1, ... Default: auto, a GPU where there is one.")]

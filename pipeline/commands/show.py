@@ -17,18 +17,19 @@ if TYPE_CHECKING:
 # fmt: off
 Feature_ = Annotated[int | None, typer.Option("--feature", metavar="N", help="The latent, from 0.")]
 Words = Annotated[str | None, typer.Option("--text", metavar="TEXT", help="A text: which latents fire on it, token by token.")]
-Top = Annotated[int, typer.Option(metavar="N", min=1, max=10_000, show_default=False, help="Latents of a token that are named. Default: 5.")]
-Model = Annotated[str | None, typer.Option(metavar="NAME", help="Where the language model is now. Default: where harvest found it.")]
+Top = Annotated[int | None, typer.Option(metavar="N", min=1, max=10_000, show_default=False, help="Latents of a token of `--text` that are named. Default: 5.")]
+Model = Annotated[str | None, typer.Option(metavar="NAME", help="Where the language model that reads `--text` is now. Default: where harvest found it.")]
 # fmt: on
 BAR = 30  # letters of the longest bar of a histogram
 ABOUT = 3  # tokens that say what a latent is about
+USUAL_TOP = 5  # latents of a token that are named
 NAMED = 12  # latents of a text that are described
 
 
 def show(
     *,
     run: Annotated[str | None, RunName] = None,
-    feature: Feature_ = None, text: Words = None, top: Top = 5,
+    feature: Feature_ = None, text: Words = None, top: Top = None,
     activations: TrainingStore = None, model: Model = None,
     here: Annotated[Here, here_with("device", "threads", "cache", "runs", "offline")], json: Json = False,
 ) -> None:  # fmt: skip
@@ -50,6 +51,9 @@ def show(
     if (feature is None) == (text is None):
         both = "--text: is of all latents, --feature of one" if text is not None else "--feature: is not given"
         raise SaeError(f"{both}; say --feature 123, or --text and some words")
+    for option, value in {"--top": top, "--model": model}.items() if text is None else ():
+        if value is not None:
+            raise SaeError(f"{option} {value}: is of --text; leave it out")
     found = catalogue.find_run(here.runs, run)
     with here.loading_torch():
         from sae.pipeline.formats.trained import load_latents
@@ -74,7 +78,7 @@ def show(
     place = opened(
         found, here.cache, here.progress, activations=activations, model=model, device=here.device, offline=here.offline
     )
-    rows = fired_on(place, text, top)
+    rows = fired_on(place, text, top or USUAL_TOP)
     about = _about(found, sorted({one["feature"] for row in rows for one in row["latents"]}))
     if json:
         console.as_json({"run": str(found.path), "text": text, "tokens": rows, "about": about})

@@ -19,7 +19,11 @@ COMMANDS = {  # of calls that are not called as their command
     "stores": "cache ls",
     "verify": "cache verify",
 }
-OPTIONS = {"file": "config", "overrides": "set"}  # of arguments that are not called as their option
+OPTIONS = {  # of arguments that are not called as their option
+    "cross_entropy": "no-ce",
+    "file": "config",
+    "overrides": "set",
+}
 UNSAID = ("True", "...")  # values that are not typed
 
 
@@ -27,7 +31,7 @@ def typed(line: str) -> str:
     """A line of the library as the command line says it: `codec = int9: no such codec` of the option `--codec int9`."""
     head = re.match(r"([a-z][a-z0-9_]*) = (?:(?:True|\.\.\.)(?=:))?", line)
     if head and (option := _option(head[1])) in options():
-        valued, here = head[0].endswith("= "), options_here()
+        valued, here = head[0].endswith("= "), options_here() if sys.argv[1:2] == ["study"] else set()
         setting = f"train.{head[1]}"  # of what a study trains
         if valued and here and option not in here and DECLARED.get(setting) == option:
             option = f"--set {setting}="
@@ -37,14 +41,15 @@ def typed(line: str) -> str:
 
 
 def options_here() -> set[str]:
-    """Return the options of the study that was typed; none where it was another command."""
+    """Return the options of the command that was typed."""
     from sae.pipeline.commands.app import tree
 
-    group, *words = (*sys.argv[1:3], "")
-    if group != "study":
-        return set()
-    command = tree().commands[group].commands.get(words[0])
-    return set() if command is None else {option for param in command.params for option in param.opts}
+    command = tree()
+    for word in sys.argv[1:]:
+        if word not in getattr(command, "commands", {}):
+            break
+        command = command.commands[word]
+    return {option for param in command.params for option in param.opts}
 
 
 def options() -> set[str]:
@@ -70,7 +75,7 @@ def _setting(name: str, value: str | None) -> str:
     if "." in name and name not in DECLARED:
         return name if value is None else f"--set {name}={value}"
     flag = DECLARED.get(name) or _option(name)
-    return flag if value is None else f"{flag} {value}"
+    return flag if value in (None, "False") else f"{flag} {value}"
 
 
 def _command(name: str, arguments: str) -> str:

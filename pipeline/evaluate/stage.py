@@ -88,8 +88,9 @@ def evaluate_all(
 ) -> list[Outcome]:
     """Judge finished runs together, each as `evaluate` does by itself; one that cannot be judged says why."""
     how, told = Evaluating(config, root, **options), _Once(progress)
-    if not how.cross_entropy and how.model is not None:
-        raise SaeError(f"model = {how.model}: none is spliced into with `no_ce`; leave one of the two out")
+    if not how.cross_entropy and (how.model or how.language_model) is not None:
+        name = how.language_model.name if how.language_model is not None else how.model
+        raise SaeError(f"model = {name}: none is spliced into with `cross_entropy = False`; leave one of the two out")
     every = [_Subject(run) for run in runs]
     for one in every:
         with one.failing():

@@ -244,7 +244,7 @@ def _client(scheduler: str, progress: Progress) -> Any:
     except TimeoutError as error:
         client.close()
         raise SaeError(
-            f"scheduler = {scheduler}: has no workers; start some with `dask worker {scheduler} `nthreads` 1`"
+            f"scheduler = {scheduler}: has no workers; start some with `dask worker {scheduler} --nthreads 1`"
         ) from error
     return client
 

@@ -106,6 +106,6 @@ class Lab:
             ) from error
         if text is not None and self.cross_entropy and catalogue.of_recipe(root, TokenStore, text.recipe) is None:
             raise NotFound(
-                f"{dataset.key}: its validation tokens are not in {root}; leave out cross-entropy with `no_ce`, or run "
-                "`tokenize()` again"
+                f"{dataset.key}: its validation tokens are not in {root}; leave out cross-entropy with "
+                "`cross_entropy = False`, or run `tokenize()` again"
             )

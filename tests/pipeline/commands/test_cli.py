@@ -135,6 +135,9 @@ WRONG = [
     ("eval one two", "two: no such run in "),
     ("list now", "got unexpected extra argument(s) (now); `sae list --help` tells more"),
     ("cache rm", "missing argument 'STORE'"),
+    ("cache verify --model there", "--model there: is read with --repair; add it"),
+    ("cache verify --source there", "--source there: is read with --repair; add it"),
+    ("cache verify --tokenizer there", "--tokenizer there: is read with --repair; add it"),
     ("train --steps five", "--steps five: input should be a valid integer"),
     ("tokenize --tokens many", "--tokens many: is not a number of rows or tokens; write 500, 300k, 10M, 1e8 or all"),
     ("tokenize --tokens 1.5", "--tokens 1.5: is not a number of rows or tokens"),
@@ -553,7 +556,9 @@ def test_a_run_that_fails_at_once_is_not_in_the_way(
 ) -> None:
     answer = sae(TRAIN, "--d-sae", 10**12, "--name", "big", "--runs", tmp_path)
     assert (answer.code, answer.out) == (2, "")
-    assert answer.complaint.startswith("not enough memory; ask for less at once")
+    assert answer.complaint == (
+        "not enough memory; ask for less at once, as with --batch, --d-sae, --devices or --device cpu"
+    )
     assert not list(tmp_path.iterdir())
     answer = sae(TRAIN, "--lr", "1e30", "--name", "hot", "--runs", tmp_path)
     assert answer.code == 2 and "try a smaller --lr" in answer.complaint

@@ -138,6 +138,8 @@ def test_the_latents_of_a_text(home: Path, run: str) -> None:
     [
         ("coder", "--feature: is not given; say --feature 123, or --text"),
         ("coder --feature 1 --text x", "--text: is of all latents, --feature of one"),
+        ("coder --feature 1 --top 3", "--top 3: is of --text; leave it out"),
+        ("coder --feature 1 --model there", "--model there: is of --text; leave it out"),
         ("coder --text ''", "--text is empty"),
         ("coder --text a\udcff", "--text: is not text in UTF-8"),
         ("coder --top 0 --text x", "--top 0: "),

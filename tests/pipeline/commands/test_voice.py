@@ -10,7 +10,7 @@ import typer.main
 
 from sae.cache.errors import SaeError
 from sae.cache.store.codecs import codec
-from sae.pipeline.commands.app import app
+from sae.pipeline.commands.app import app, less_at_once
 from sae.pipeline.commands.voice import options, typed
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -38,6 +38,7 @@ LIBRARY = [
         ("`train.align.by`", "--align"),
         ("`harvest.dtype = bfloat16` halves it", "--set harvest.dtype=bfloat16 halves it"),
         ("or `tokenize.min_tokens`", "or tokenize.min_tokens"),
+        ("leave it out with `cross_entropy = False`", "leave it out with --no-ce"),
         ("`harvest()` again", "`sae harvest` again"),
         ("`verify(key-1, repair=True)`", "`sae cache verify key-1 --repair`"),
         ("`evaluate(RUN)` does; `choices()` shows", "`sae eval RUN` does; `sae list` shows"),
@@ -57,6 +58,21 @@ def test_a_study_says_how_it_takes_what_it_has_no_option_for(monkeypatch: pytest
     assert typed("past = 3: too few") == "--past 3: too few"
     monkeypatch.setattr("sys.argv", ["sae", "train"])
     assert typed("batch = 4096: too many") == "--batch 4096: too many"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("harvest --layer 3", ", as with --workers or --device cpu"), ("tokenize", ", as with --workers"),
+        ("eval", ", as with --device cpu"), ("cache verify --json", ", as with --device cpu"), ("cache ls", ""),
+        ("study rates", ", as with --d-sae or --device cpu"), ("synthesize --rows 3", ""), ("xyzzy", ""),
+    ],
+)  # fmt: skip
+def test_where_memory_runs_out_the_command_has_what_is_to_be_tried(
+    words: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["sae", *words.split()])
+    assert less_at_once() == f"ask for less at once{said}"
 
 
 def test_an_error_names_the_setting_in_python() -> None:

@@ -681,7 +681,7 @@ def test_without_cross_entropy_no_model_is_loaded(gpt2: World, run: Run, tmp_pat
     (copy.path / EVALUATION).unlink()
     assert judged(gpt2, copy, cross_entropy=False) == copy.read_json(EVALUATION) == found
     assert {*found["details"]["by_position"][0]} == {"from", "to", "rows", "fvu", "l0"}
-    with pytest.raises(SaeError, match=r"^model = there: none is spliced into with `no_ce`"):
+    with pytest.raises(SaeError, match=r"^model = there: none is spliced into with `cross_entropy = False`"):
         judged(gpt2, copy, cross_entropy=False, model="there")
 
 

@@ -201,7 +201,7 @@ class TestLab:
     def test_without_tokens_there_is_no_cross_entropy_and_nothing_is_trained(
         self, store: ActivationStore, cache: Path, tmp_path: Path
     ) -> None:
-        with pytest.raises(NotFound, match="leave out cross-entropy with `no_ce`"):
+        with pytest.raises(NotFound, match="leave out cross-entropy with `cross_entropy = False`"):
             lab_in(cache, tmp_path / "runs", cross_entropy=True).train([Trial({}, BASE, Dataset.of(store))])
         assert not (tmp_path / "runs").exists()
 
