@@ -1,8 +1,7 @@
 """Presets and the one loader: preset + file + command line -> a validated settings object. Knows no stage.
 
-A preset or a file is YAML with one section a stage: `tokenize`, `harvest`, `synthesize`, `train`, `decompose`, `eval`,
-`report`;
-and one for the studies, `study`, with a section each inside.
+A preset or a file is YAML with one section a stage (`SECTIONS`), and one for the studies, `study`, with a section each
+inside.
 Later layers win: the defaults of the settings class, the preset, the file, the command line. The command line is one
 layer: its own options, `--set section.key=value` and the axes of a sweep may not contradict each other.
 """

@@ -9,6 +9,8 @@ import pytest
 from support.pages import PAGES
 
 import sae
+from sae.configs import SECTIONS
+from sae.pipeline.commands.registry_listing import every_setting
 from sae.pipeline.metrics.figures import declared
 from sae.pipeline.saes import ARCHITECTURES
 from scripts import docs_reference
@@ -34,6 +36,7 @@ def test_a_command_has_its_options_and_examples() -> None:
 
 def test_a_setting_has_type_default_and_meaning() -> None:
     page = docs_reference.settings()
+    assert {one["name"].partition(".")[0] for one in every_setting()} == {*SECTIONS}, "as `--config` promises"
     assert ["`train.batch`", "int, at least 1"] in [row[:2] for row in rows(page, "train")]
     (packing,) = (row for row in rows(page, "tokenize") if row[0] == "`tokenize.packing`")
     assert packing[1:3] == ["concat or document", "`concat`"] and packing[3].startswith("concat: documents end to end")

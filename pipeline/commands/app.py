@@ -71,13 +71,8 @@ app.add_typer(study.app, name="study")
 app.add_typer(synthesize.app, name="synthesize")
 
 
-LESS = (
-    "--batch",
-    "--d-sae",
-    "--devices",
-    "--workers",
-    "--device cpu",
-)  # what takes less memory, where a command has it
+LESS = ("--batch", "--d-sae", "--devices", "--workers", "--device cpu")
+"""What takes less memory, where a command has it."""
 
 
 class Exit(IntEnum):

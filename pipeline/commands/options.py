@@ -60,7 +60,7 @@ FILES = {
 SETTINGS, PLACES = "Settings", "Where"
 Json = Annotated[bool, typer.Option("--json", metavar="", help="Print the result as JSON on stdout, and nothing else there.")]
 Preset = Annotated[str | None, typer.Option(metavar="NAME", rich_help_panel=SETTINGS, autocompletion=complete_preset, help="Settings to start from: gpt2 (the defaults, written out), tiny (embedded, offline) or another that `sae list` explains.")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", rich_help_panel=SETTINGS, help="YAML file with a section a stage, on top of the preset; `configs/gpt2.yaml` shows every key.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", rich_help_panel=SETTINGS, help="YAML file with a section a stage, on top of the preset; `sae list --settings` shows every key.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", rich_help_panel=SETTINGS, help="One setting, as in `--set train.lr=3e-4`, on top of the file. Repeatable.")]
 Device = Annotated[str, typer.Option(metavar="NAME", rich_help_panel=PLACES, show_default=False, help="cpu, cuda, cuda:1, ... Default: auto, a GPU where there is one.")]
 Threads = Annotated[int | None, typer.Option(metavar="N", min=1, envvar="SAE_THREADS", rich_help_panel=PLACES, help="Threads that compute on the CPU, and as many (2 to 16) that read ahead, shared by `--workers` and `--devices`. Default: the cores that nothing else keeps busy; resumed training computes with as many as before.")]

@@ -681,8 +681,9 @@ def test_without_cross_entropy_no_model_is_loaded(gpt2: World, run: Run, tmp_pat
     (copy.path / EVALUATION).unlink()
     assert judged(gpt2, copy, cross_entropy=False) == copy.read_json(EVALUATION) == found
     assert {*found["details"]["by_position"][0]} == {"from", "to", "rows", "fvu", "l0"}
-    with pytest.raises(SaeError, match=r"^model = there: none is spliced into with `cross_entropy = False`"):
-        judged(gpt2, copy, cross_entropy=False, model="there")
+    for given in ({"model": "there"}, {"language_model": SimpleNamespace(name="there")}):
+        with pytest.raises(SaeError, match=r"^model = there: none is spliced into with `cross_entropy = False`"):
+            judged(gpt2, copy, cross_entropy=False, **given)
 
 
 def test_judging_leaves_the_run_and_the_cache_as_they_are(gpt2: World, run: Run) -> None:
