@@ -47,16 +47,19 @@ from sae.pipeline.train.config import TrainConfig
 TRAIN, HELD = 400_000, 20_000
 SHAPES = {"tiny": (512, 16), "planted": (256, 8)}  # d_sae and k for each set of rows
 TOOLS = {
-    "ours": ("topk", "batchtopk", "matryoshka", "l1", "jumprelu"),
-    "saelens": ("topk", "batchtopk", "matryoshka", "l1", "jumprelu"),
-    "dictionary_learning": ("topk", "batchtopk", "matryoshka", "l1", "jumprelu"),
+    "ours": ("topk", "batchtopk", "matryoshka", "l1", "jumprelu", "gated", "p_anneal"),
+    "saelens": ("topk", "batchtopk", "matryoshka", "l1", "jumprelu", "gated"),
+    "dictionary_learning": ("topk", "batchtopk", "matryoshka", "l1", "jumprelu", "gated", "p_anneal"),
     "sparsify": ("topk",),
 }
 PREFIXES = (0.03125, 0.09375, 0.21875, 0.46875)  # of matryoshka, the same for every tool: ours
 COEFFICIENTS = {
     ("saelens", "l1"): (3.0,),
     ("saelens", "jumprelu"): (3.0,),
+    ("saelens", "gated"): (1.0,),
     ("dictionary_learning", "l1"): (0.2,),
+    ("dictionary_learning", "gated"): (0.1,),
+    ("dictionary_learning", "p_anneal"): (0.1,),
 }
 """Weights of penalties. What aims at an L0 (all of ours, dictionary_learning's jumprelu) has multiples of k instead."""
 SLOPE = 0.6

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 WARMUP, DECAY, DEAD = 0.05, 0.2, 0.2  # shares of the steps; DEAD without firing is dead
+ANNEAL, P_END = 0.1, 0.2  # of p_anneal: when p begins to fall (by the time rates do it has fallen), and to what
 Inference = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Tensor]
 """What training leaves: rows -> latents [B, m], latents -> reconstructions, and the directions [m, d]."""
 
@@ -96,6 +97,7 @@ def saelens(rows: Tensor, job: Job) -> Inference:
         "matryoshka": ("MatryoshkaBatchTopK", {"k": job.k, "matryoshka_widths": widths(job)}),
         "l1": ("Standard", {"l1_coefficient": job.coefficient, "l1_warm_up_steps": int(job.steps * WARMUP)}),
         "jumprelu": ("JumpReLU", {"l0_coefficient": job.coefficient, "l0_warm_up_steps": int(job.steps * WARMUP)}),
+        "gated": ("Gated", {"l1_coefficient": job.coefficient, "l1_warm_up_steps": int(job.steps * WARMUP)}),
     }[job.arch]
     config = getattr(sae_lens, f"{name}TrainingSAEConfig")(
         d_in=rows.shape[1], d_sae=job.d_sae, normalize_activations="expected_average_only_in", **settings
@@ -124,8 +126,10 @@ def saelens(rows: Tensor, job: Job) -> Inference:
 
 def dictionary_learning(rows: Tensor, job: Job) -> Inference:
     from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+    from dictionary_learning.trainers.gdm import GatedSAETrainer
     from dictionary_learning.trainers.jumprelu import JumpReluTrainer
     from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
+    from dictionary_learning.trainers.p_anneal import PAnnealTrainer
     from dictionary_learning.trainers.standard import StandardTrainer
     from dictionary_learning.trainers.top_k import TopKTrainer
 
@@ -141,6 +145,18 @@ def dictionary_learning(rows: Tensor, job: Job) -> Inference:
         "matryoshka": (MatryoshkaBatchTopKTrainer, fixed | {"group_fractions": shares}),
         "l1": (StandardTrainer, {"l1_penalty": job.coefficient, "sparsity_warmup_steps": warmup}),
         "jumprelu": (JumpReluTrainer, {"target_l0": job.k * job.coefficient, "sparsity_warmup_steps": warmup}),
+        "gated": (GatedSAETrainer, {"l1_penalty": job.coefficient, "sparsity_warmup_steps": warmup}),
+        "p_anneal": (
+            PAnnealTrainer,
+            {
+                "initial_sparsity_penalty": job.coefficient,
+                "sparsity_warmup_steps": warmup,
+                "p_end": P_END,
+                "sparsity_function": "Lp^p",
+                "anneal_start": int(job.steps * ANNEAL),
+                "anneal_end": decay_start,
+            },
+        ),
     }[job.arch]
     trainer = trainer_class(**common, **settings)
     trainer.dead_feature_threshold = int(job.steps * job.batch * DEAD)

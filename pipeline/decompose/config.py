@@ -39,6 +39,12 @@ class DecomposeConfig(Settings):
     )
     samples: int = Field(1, ge=1, le=1024, description="masks drawn for each batch")
     lr: float = Field(1e-3, gt=0, le=REAL, description="learning rate, which falls to 0 as half a cosine")
+    factor_rate: float = Field(
+        4.0,
+        gt=0,
+        le=1000,
+        description="learning rate of what components read by and write, as a multiple of the gates', which is lr",
+    )
     batch: int = Field(1024, ge=1, le=MOST, description="rows, contexts or samples in a step")
     steps: int = Field(10_000, ge=1, description="steps to train")
     seed: int = Field(0, ge=0, description="of what is drawn at random")
@@ -61,6 +67,11 @@ class DecomposeConfig(Settings):
                 "stochastic = 0.0 and layerwise = 0.0: nothing says what components are for; set one of them"
             )
         return self
+
+    @property
+    def transposes(self) -> dict[str, str]:
+        """Which matrices have the components of another one, whose transposes they are, by their names."""
+        return {}
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, from 0 on."""
@@ -103,6 +114,11 @@ class ToyConfig(DecomposeConfig):
     features: int = Field(5, ge=1, le=MOST, description="features of the toy model")
     hidden: int = Field(2, ge=1, le=MOST, description="dimensions that they are squeezed into")
     identity: bool = Field(False, description="whether an identity matrix stands between the toy's two matrices")
+    tied: bool = Field(
+        True,
+        description="whether the toy's second matrix, which is the first turned round, has the first's components "
+        "turned round, too",
+    )
     probability: float = Field(0.05, gt=0, le=1, description="chance of a feature to be in a sample")
     instances: int = Field(
         3, ge=1, le=10_000, description="toy models, each of a seed of its own, decomposed side by side"
@@ -113,6 +129,10 @@ class ToyConfig(DecomposeConfig):
         False, description="whether what the components leave of a matrix is masked at random like a component"
     )
     batch: int = Field(2048, ge=1, le=MOST, description="rows, contexts or samples in a step")
+
+    @property
+    def transposes(self) -> dict[str, str]:
+        return {"out": "in"} if self.tied else {}
 
 
 KINDS: tuple[type[DecomposeConfig], ...] = (LocalConfig, LiveConfig, ToyConfig)

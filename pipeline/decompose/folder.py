@@ -13,7 +13,7 @@ from sae.cache.disk.identity import digest
 from sae.cache.disk.parsing import as_written, inner, text, whole
 from sae.cache.errors import DamagedStore, NotFound, SaeError
 from sae.cache.runs import CONFIG, DECOMPOSITION, WEIGHTS, WEIGHTS_CONFIG, Run
-from sae.pipeline.decompose.components import Components
+from sae.pipeline.decompose.components import components_of
 from sae.pipeline.decompose.config import KINDS, DecomposeConfig
 from sae.pipeline.decompose.losses import Decomposition
 from sae.pipeline.decompose.reading import Reading
@@ -44,7 +44,7 @@ def open_run(config: DecomposeConfig, about: About, root: Path, name: str | None
             f"resume = True: no run {name} in {root}; `choices()` shows the runs, without `resume` it is started"
         )
     run = catalogue.find_decomposition(root, name)
-    saved, given = run.settings, content["decompose"]
+    saved, given = _as_now(run.settings), content["decompose"]
     differs = sorted(key for key in {*saved, *given} if saved.get(key) != given.get(key))
     differs += [key for key in about if run.config.get(key) != about[key]]
     if differs:
@@ -61,7 +61,13 @@ def settings_of(run: Run) -> DecomposeConfig:
         kind = text(run.settings, "kind")
         if kind not in kinds:
             raise ValueError(f"kind is {kind}, not {', '.join(kinds)}")
-        return kinds[kind].model_validate(run.settings)
+        return kinds[kind].model_validate(_as_now(run.settings))
+
+
+def _as_now(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run of any version in today's words: at first all learned as fast, and nothing was tied."""
+    before: dict[str, Any] = {"factor_rate": 1.0} | ({"tied": False} if settings.get("kind") == "toy" else {})
+    return before | settings
 
 
 def save(run: Run, decomposition: Decomposition, config: DecomposeConfig) -> None:
@@ -82,15 +88,17 @@ def load(run: Run) -> Decomposition:
         )
     tensors, said = run.load_weights()
     config = settings_of(run)
-    parts = {}
+    weights = {}
     with as_written(run.path / WEIGHTS_CONFIG):
         for name in inner(said, "matrices"):
             weight = tensors.get(f"{name}.weight")
             if weight is None or weight.ndim not in (2, 3):
                 raise ValueError(f"{WEIGHTS} lacks the matrix {name}")
-            count, hidden = whole(said, "components", 1), whole(said, "gate_hidden", 1)
-            parts[name] = Components(weight, count, config.gate, hidden, torch.Generator())
-    decomposition = Decomposition(parts)
+            weights[name] = weight
+        count, hidden = whole(said, "components", 1), whole(said, "gate_hidden", 1)
+    decomposition = Decomposition(
+        components_of(weights, config.transposes, count, config.gate, hidden, lambda _: torch.Generator())
+    )
     fill(
         decomposition,
         {name: one for name, one in tensors.items() if not name.endswith(".weight")},

@@ -138,7 +138,7 @@ def of_toys(decomposition: Decomposition, subject: ToyModels, alive: Tensor, thr
     matrix that are active in any row: no other is matched, since one that has come to nothing may point anywhere.
     """
     part, own = decomposition.parts["in"], subject.matrices["in"]  # own [I, d, G]
-    columns = torch.einsum("igc,ico->icog", part.V, part.U)
+    columns = torch.einsum("igc,ico->icog", *part.factors())
     alike = cosine_similarity(columns, own[:, None], dim=2, eps=1e-12)
     cosine, matched = alike.masked_fill(~alive[..., None], -1.0).max(1)  # [I, G]
     ratio = torch.linalg.vector_norm(columns, dim=2).gather(1, matched[:, None])[:, 0] / torch.linalg.vector_norm(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sae.cache.errors import DamagedStore
-from sae.pipeline.decompose.components import Components
+from sae.pipeline.decompose.components import FACTORS, components_of
 from sae.pipeline.decompose.config import DecomposeConfig
 from sae.pipeline.decompose.folder import fill, trained
 from sae.pipeline.decompose.losses import Decomposition, faithfulness, layerwise, minimality, reconstruction, stochastic
@@ -22,12 +22,12 @@ from sae.pipeline.saes.contract import generator_of
 
 def blank(config: DecomposeConfig, subject: Subject) -> Decomposition:
     """The components of a subject's matrices as they are before training: a function of the seed."""
-    parts = {}
-    for name, weight in subject.matrices.items():
-        generator = generator_of(config.seed, f"components of {name}", 0)
-        made = Components(weight.cpu(), config.components, config.gate, config.gate_hidden, generator)
-        parts[name] = made.to(weight.device)
-    return Decomposition(parts)
+    weights = {name: weight.cpu() for name, weight in subject.matrices.items()}
+    parts = components_of(
+        weights, config.transposes, config.components, config.gate, config.gate_hidden,
+        lambda name: generator_of(config.seed, f"components of {name}", 0),
+    )  # fmt: skip
+    return Decomposition(parts).to(next(iter(subject.matrices.values())).device)
 
 
 class Training:
@@ -36,12 +36,17 @@ class Training:
     def __init__(self, config: DecomposeConfig, subject: Subject) -> None:
         self.config, self.subject = config, subject
         self.decomposition = blank(config, subject)
-        self.optimiser = Adam(self.decomposition.parameters(), lr=config.lr)
+        named = self.decomposition.named_parameters()  # a group each: checkpoints count them in this order
+        self.optimiser = Adam([{"params": [p], "multiple": self._multiple(name)} for name, p in named], lr=config.lr)
+
+    def _multiple(self, name: str) -> float:
+        return self.config.factor_rate if name.rpartition(".")[2] in FACTORS else 1.0
 
     def warm_up(self) -> None:
         """Train the components alone to add up to the matrices."""
         parts = [*self.decomposition.parts.values()]
-        optimiser = torch.optim.AdamW([p for one in parts for p in (one.U, one.V)], lr=self.config.warmup_lr)
+        factors = [value for one in parts for name, value in one.named_parameters() if name in FACTORS]
+        optimiser = torch.optim.AdamW(factors, lr=self.config.warmup_lr)
         for _ in range(self.config.warmup):
             optimiser.zero_grad(set_to_none=True)
             faithfulness(parts).backward()
@@ -52,7 +57,7 @@ class Training:
         """Take a step on a batch; the terms of its loss, with their weights, and how many components were active."""
         config, decomposition = self.config, self.decomposition
         for group in self.optimiser.param_groups:
-            group["lr"] = config.rate(step)
+            group["lr"] = config.rate(step) * group["multiple"]
         self.optimiser.zero_grad(set_to_none=True)
         terms, active = self.terms(batch, step)
         torch.stack([*terms.values()]).sum().backward()

@@ -44,7 +44,6 @@ class JumpReLUSettings(AuxKConfig, SteeredConfig):
         "each latent f (tanh), or the square of L0 / target_l0 - 1, as a share of the variance and by a coefficient "
         "that is not steered (l0_target)",
     )
-    coefficient: float = Field(1.0, ge=0, description=SteeredConfig.model_fields["coefficient"].description)
     tanh_scale: float = Field(4.0, gt=0, description="the constant in the tanh penalty")
     pre_act_coefficient: float = Field(
         0.01,
@@ -111,6 +110,7 @@ class JumpReLU(Steered):
     config_type = JumpReLUConfig
     config: JumpReLUConfig
     latent_units = ("b_enc", "threshold")
+    prompt, gain = 3.0, 30.0  # thresholds answer slowly
     threshold: Tensor
 
     def _build(self, generator: torch.Generator) -> None:

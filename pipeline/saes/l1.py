@@ -25,7 +25,6 @@ class L1Config(PenaltyConfig):
     half_products = True
     arch: Literal["l1"] = Field("l1", description="architecture")
     decoder_norm: DecoderNorm = Field("free", description=Config.model_fields["decoder_norm"].description)
-    coefficient: float = Field(1.0, ge=0, description=PenaltyConfig.model_fields["coefficient"].description)
 
 
 @final
@@ -38,7 +37,6 @@ class L1(Steered):
 
     config_type = L1Config
     config: L1Config
-    prompt, gain = 0.3, 10.0  # L0 answers within some steps, by more than the coefficient changes: more would swing
 
     @property
     def rule(self) -> ReLURule:

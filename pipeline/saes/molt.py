@@ -63,7 +63,6 @@ class MOLTConfig(CoefficientConfig):
         "tanh(tanh_scale u), or u itself (l1)",
     )
     tanh_scale: float = Field(4.0, gt=0, description="the constant in the tanh penalty")
-    coefficient: float = Field(1.0, ge=0, description=CoefficientConfig.model_fields["coefficient"].description)
     target_l0: float | None = Field(4.0, gt=0, description=CoefficientConfig.model_fields["target_l0"].description)
     gate_start: float = Field(
         1.0, description="gates' biases at the start, in deviations of what is added to them; above 0 most are open"
@@ -153,6 +152,7 @@ class MOLT(Steering, Coder):
 
     config_type = MOLTConfig
     config: MOLTConfig
+    prompt, gain = 3.0, 30.0  # thresholds answer slowly
     centre: Tensor
     scale: Tensor
     target_scale: Tensor

@@ -4,8 +4,9 @@ fewer.
 What coefficient leads to which L0 depends on the rows, the width and the learning rate, so nobody can say it
 beforehand; L0 is what people choose. With e = log(L0 / target) of the last step, the coefficient is multiplied by
 exp(prompt e) at once, and for good by exp(gain e / steps) after every step: a controller with a proportional and an
-integral part on its logarithm, whose reach does not depend on how long the training is. The first part damps what the
-second overshoots: thresholds move slowly, so by itself the second swings.
+integral part on its logarithm, whose reach does not depend on how long the training is. Thresholds move slowly: by
+itself the second part would swing, and a strong first one damps it. Everything else answers within some steps, and a
+strong part would only keep it from learning.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class CoefficientConfig(TrainableConfig):
     """Settings of a penalty whose coefficient is given, or found while training."""
 
     coefficient: float = Field(
-        5.0, ge=0, description="weight of the penalty beside the squared error; with target_l0, where it starts"
+        1.0, ge=0, description="weight of the penalty beside the squared error; with target_l0, where it starts"
     )
     target_l0: float | None = Field(
         32.0,
@@ -72,9 +73,9 @@ class SteeredConfig(CoefficientConfig, Config):
 class Steering(Trainable):
     """The part of what is trained that has a penalty's coefficient, which may be steered to an L0."""
 
-    prompt: ClassVar[float] = 3.0
-    """Power of L0 / target that the coefficient follows at once."""
-    gain: ClassVar[float] = 30.0
+    prompt: ClassVar[float] = 0.3
+    """Power of L0 / target that the coefficient follows at once. L0 answers within some steps: more would swing."""
+    gain: ClassVar[float] = 10.0
     """How many times over, in a training, a lasting e of 1 would multiply the coefficient by the number e."""
     config: CoefficientConfig
     pressure: Tensor

@@ -16,7 +16,7 @@ from sae.pipeline.train.schedules import DecoderRate, Schedule
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Revival = Annotated[NoRevival | Resample | Reinitialise, Field(discriminator="kind")]
 Outliers = Annotated[OutlierRule, BeforeValidator(lambda said: _outlier_rule(said))]
-REVISION = 5
+REVISION = 6
 """Of what settings mean. Before 5 JumpReLU had no AuxK, and thresholds learned at three times the encoder's rate;
 before 4 the coefficient of an L1 penalty followed L0 three times as closely; before 3 thresholds learned at the
 encoder's rate, and before 2 AuxK's coefficient was a weight by itself; there was no word for these."""
@@ -201,9 +201,10 @@ def expect_same_meaning(run: Run, config: TrainConfig) -> None:
     """Raise SaeError for a run of before whose training would go on as another one than it began."""
     free = getattr(config.sae, "decoder_norm", None) == "free"
     steered = getattr(config.sae, "target_l0", None) is not None
+    steered_since = {"jumprelu": 2, "clt": 2, "molt": 2, "l1": 4}
     meant = {
         "train.align.weight": run.revision < 2 and config.align is not None,
-        "train.sae.target_l0": steered and (run.revision < 2 or (run.revision < 4 and config.sae.arch == "l1")),
+        "train.sae.target_l0": steered and run.revision < steered_since.get(config.sae.arch, 6),
         "train.sae.decoder_norm = free": run.revision < 2 and free and config.sae.arch != "l1",
     }
     for name, asked in meant.items():

@@ -165,6 +165,38 @@ def test_what_a_run_says(world: World, tmp_path: Path, kind: str) -> None:
     assert decompose(run, again.config, again.opener, Silent()) == found  # nothing is done twice
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_toys_second_matrix_has_the_firsts_components_or_its_own(
+    world: World, tmp_path: Path, undrawn: None, tied: bool
+) -> None:
+    config = TOY.model_copy(update={"tied": tied})
+    found = opening.toy(config, world.place(tmp_path))
+    run = folder.open_run(config, found.about, tmp_path, "one", resume=False)
+    decompose(run, config, found.opener, Silent())
+    loaded = folder.load(run)
+    one, other = (loaded.parts[name].factors() for name in ("in", "out"))
+    assert (one[0].equal(other[1].mT) and one[1].equal(other[0].mT)) == tied
+    assert ("out.V" in run.load_weights()[0]) == (not tied)
+
+
+def test_a_toy_of_before_had_components_for_each_matrix(world: World, tmp_path: Path, undrawn: None) -> None:
+    """Its settings do not say `tied` or how fast what learns: it is read, and continued, as it was begun."""
+    config = TOY.model_copy(update={"tied": False, "factor_rate": 1.0})
+    found = opening.toy(config, world.place(tmp_path))
+    said = config.model_dump(mode="json")
+    assert (said.pop("tied"), said.pop("factor_rate")) == (False, 1.0)
+    run = Run.create(tmp_path / "one", {"decompose": said, **found.about})
+    with pytest.raises(Interrupted):
+        decompose(run, config, found.opener, stop_at(4))
+    run = folder.open_run(config, found.about, tmp_path, "one", resume=True)
+    again = opening.again(run, world.place(tmp_path))
+    assert again.config == config
+    decompose(run, again.config, again.opener, Silent())
+    assert "out.V" in run.load_weights()[0] and folder.load(run).parts["out"].factors()[0].shape == (2, 2, 5)
+    with pytest.raises(SaeError, match=r"other settings \(factor_rate, tied\)"):
+        folder.open_run(TOY, found.about, tmp_path, "one", resume=True)
+
+
 def test_a_session_decomposes(world: World, tmp_path: Path, undrawn: None) -> None:
     lab = Session(world.root, tmp_path, device="cpu", offline=True, progress=False)
     stores = world.dataset.inputs[0].key, world.dataset.targets[0].key

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae.pipeline.decompose.components import Components, Mask, lower_leaky, upper_leaky
+from sae.pipeline.decompose.components import Components, Mask, components_of, lower_leaky, upper_leaky
 from sae.pipeline.decompose.losses import (
     Decomposition,
     faithfulness,
@@ -79,6 +79,23 @@ def test_a_masked_product_is_a_sum_over_components_and_what_they_leave() -> None
             expected = sum(m[n, c].item() * (V[:, c] @ x[n].numpy()) * U[c] for c in range(C))
             rest = W - sum(np.outer(U[c], V[:, c]) for c in range(C))
             np.testing.assert_allclose(found[n], expected + (left[n].item() * rest @ x[n].numpy() if delta else 0))
+
+
+def test_a_transpose_has_the_components_of_the_other_turned_round_and_gates_of_its_own() -> None:
+    random, weight = seeded(), torch.randn(HIDDEN, D, generator=seeded(1))
+    found = components_of({"in": weight, "out": weight.T}, {"out": "in"}, C, "scalar", GATE, lambda _: random)
+    one, other = found["in"], found["out"]
+    torch.testing.assert_close(other.sum(), one.sum().T)
+    assert {name for name, _ in other.named_parameters()} == {name for name, _ in one.named_parameters()} - {"V", "U"}
+    assert not other.gate_in.equal(one.gate_in)
+    y, mask = torch.randn(ROWS, HIDDEN, generator=seeded(2)), torch.rand(ROWS, C, generator=seeded(3))
+    expected = sum(mask[:, c, None] * (y @ one.U[c])[:, None] * one.V[:, c] for c in range(C))
+    torch.testing.assert_close(other.product(y, Mask(mask)), expected)
+    faithfulness([one, other]).backward()
+    assert one.V.grad is not None
+    both, one.V.grad = one.V.grad.clone(), None
+    (faithfulness([one])).backward()
+    torch.testing.assert_close(both, one.V.grad)  # as a share of twice the squares, twice
 
 
 def test_masks_lie_between_the_importance_and_one_and_differ_by_row_component_and_matrix() -> None:

@@ -1116,13 +1116,13 @@ def test_a_run_of_before_whose_settings_mean_something_else_now_is_not_continued
         train([Run(run.path)], Dataset.of(store), Silent(), device="cpu")
 
 
-@pytest.mark.parametrize("revision", [2, 3])
-def test_an_l1_run_whose_coefficient_followed_more_closely_is_not_continued(
-    tmp_path: Path, store: ActivationStore, revision: int
+@pytest.mark.parametrize(("arch", "revision"), [("l1", 2), ("l1", 3), ("gated", 5), ("p_anneal", 5)])
+def test_a_run_whose_coefficient_followed_more_closely_is_not_continued(
+    tmp_path: Path, store: ActivationStore, arch: str, revision: int
 ) -> None:
     """One that is not steered is."""
     for name, sae in (("steered", {"target_l0": 4.0}), ("fixed", {"coefficient": 0.1, "decoder_norm": "unit"})):
-        config = settings({"arch": "l1", "d_sae": D_SAE, **sae}, steps=1)
+        config = settings({"arch": arch, "d_sae": D_SAE, **sae}, steps=1)
         run = open_run(config, Dataset.of(store), tmp_path, name, resume=False)
         run.write_json("config.json", run.read_json("config.json") | {"revision": revision})
     with pytest.raises(SaeError, match=r"steered: was begun by an earlier version, in which train\.sae\.target_l0"):
