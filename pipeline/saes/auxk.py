@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from . import latents, linear, placement, sparse
+from . import latents, linears, placement, sparse
 from .base import SAE
 from .config import Clock, Config
 from .encoder import Preactivations
@@ -108,7 +108,7 @@ def explained_ahead(pre: Preactivations, dead: Tensor, k_aux: int, table: Tensor
     who = torch.where(dead, m - turn, 0).topk(count).indices
     there = dead.gather(-1, who).unsqueeze(-2)
     weight, bias, rows = (_taken(one, who) for one in (pre.weight, pre.bias, table))
-    p = linear.centred_linear(pre.x, pre.centre, weight, bias)
+    p = linears.centred_linear(pre.x, pre.centre, weight, bias)
     top = p.detach().masked_fill(~there, -torch.inf).topk(k_aux, dim=-1, sorted=False)
     keep = torch.zeros_like(p).scatter_(-1, top.indices, 1.0) * there
     values = p.relu() * keep

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import kernels, linear, placement, sparse
+from . import kernels, linears, placement, sparse
 from .latents import Latents
 from .sparse import SparsePattern
 
@@ -125,7 +125,7 @@ class Preactivations:
             with torch.no_grad():
                 centred, weight = self.centred.flatten(0, -2), self.weight.flatten(0, -2)
                 values = sparse.sddmm(entries, centred, weight) + self.bias.flatten()[entries.indices]
-        return linear.with_gradient(values, self.x, self.centre, self.weight, self.bias, self.centred, entries)
+        return linears.with_gradient(values, self.x, self.centre, self.weight, self.bias, self.centred, entries)
 
     def topk(self, *ks: int) -> Latents:
         """The k largest of every row: values [B, k] (of either sign), exactly k of them whatever the ties.
@@ -233,11 +233,11 @@ class Preactivations:
 
     def dense(self) -> Tensor:
         """All of p, [B, m], differentiable the ordinary way."""
-        return linear.centred_linear(self.x, self.centre, self.weight, self.bias)
+        return linears.centred_linear(self.x, self.centre, self.weight, self.bias)
 
     def columns(self, latents: Tensor) -> Tensor:
         """p of some latents only (int64 [c]): [B, c], differentiable, at c / m of the cost of `dense`."""
-        return linear.centred_linear(self.x, self.centre, self.weight[latents], self.bias[latents])
+        return linears.centred_linear(self.x, self.centre, self.weight[latents], self.bias[latents])
 
 
 def _row_topk(p: Tensor, k: int) -> tuple[Tensor, Tensor]:

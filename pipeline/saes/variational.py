@@ -28,7 +28,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from . import initial, linear
+from . import initial, linears
 from .config import Clock, ramp
 from .dictionary import Weights
 from .encoder import Preactivations
@@ -41,6 +41,8 @@ from .steering import Steered, SteeredConfig
 
 LOGVAR = (-16.0, 6.0)
 """Bounds of log sigma^2: where an outlying row takes it, its exponential would be no number any more."""
+
+START = 5.0  # coefficient that a steered one starts from
 
 
 class VariationalConfig(PenaltyConfig):
@@ -69,7 +71,7 @@ class VariationalConfig(PenaltyConfig):
     @classmethod
     def _a_target_alone_has_a_start(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.get("target_l0") is not None and "coefficient" not in given:
-            return given | {"coefficient": SteeredConfig.model_fields["coefficient"].default}
+            return given | {"coefficient": START}
         return given
 
     @model_validator(mode="after")
@@ -131,6 +133,7 @@ class Variational(Steered):
     """A dictionary whose latents are Gaussians in training; an architecture gives the prior."""
 
     config: VariationalConfig
+    prompt, gain = 3.0, 30.0  # gentler was not measured here
 
     @abstractmethod
     def marginals(self, mean: Tensor, variance: Tensor) -> Tensor:
@@ -189,7 +192,7 @@ class Variational(Steered):
             case "fixed":
                 logvar = torch.full_like(mean, self._logvar)
             case "learned":
-                logvar = linear.centred_linear(pre.x, pre.centre, self.W_logvar, self.b_logvar).clamp(*LOGVAR)
+                logvar = linears.centred_linear(pre.x, pre.centre, self.W_logvar, self.b_logvar).clamp(*LOGVAR)
         # a latent that the head left out says nothing of the row: its variance is a prior's, 1
         return Posterior(mean, logvar if self.config.k is None else logvar * (mean != 0))
 

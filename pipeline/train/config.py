@@ -201,7 +201,8 @@ def expect_same_meaning(run: Run, config: TrainConfig) -> None:
     """Raise SaeError for a run of before whose training would go on as another one than it began."""
     free = getattr(config.sae, "decoder_norm", None) == "free"
     steered = getattr(config.sae, "target_l0", None) is not None
-    steered_since = {"jumprelu": 2, "clt": 2, "molt": 2, "l1": 4}
+    variational = dict.fromkeys(("vsae_iso", "vsae_mix", "vsae_multi"), 2)
+    steered_since = {"jumprelu": 2, "clt": 2, "molt": 2, "l1": 4} | variational
     meant = {
         "train.align.weight": run.revision < 2 and config.align is not None,
         "train.sae.target_l0": steered and run.revision < steered_since.get(config.sae.arch, 6),

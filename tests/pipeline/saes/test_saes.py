@@ -15,7 +15,7 @@ from support.saes_kit import CASES, B, D, GroundTruth, M, Planted, batches, made
 from torch import Tensor
 
 from sae.pipeline import saes
-from sae.pipeline.saes import Clock, encoder, linear, sparse
+from sae.pipeline.saes import Clock, encoder, linears, sparse
 from sae.pipeline.saes.dictionary import FixedDictionary
 from sae.pipeline.saes.encoder import Preactivations
 from sae.pipeline.saes.sparse import SparsePattern
@@ -182,7 +182,7 @@ def dense_twin(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Preactivations, "gather", at)
     monkeypatch.setattr(sparse, "decode", decode)
-    monkeypatch.setattr(linear, "centred_linear", centred_linear)
+    monkeypatch.setattr(linears, "centred_linear", centred_linear)
     monkeypatch.setattr(encoder, "SPARSE_BELOW", -1)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sae.pipeline.saes import auxk, encoder, initial, latents, linear, sparse
+from sae.pipeline.saes import auxk, encoder, initial, latents, linears, sparse
 from sae.pipeline.saes.encoder import Preactivations
 from sae.pipeline.saes.latents import Latents
 from sae.pipeline.saes.sparse import SparsePattern
@@ -67,7 +67,7 @@ def test_gradcheck_preactivations(entries: SparsePattern) -> None:
         return pre.gather(entries, full[entries.row_ids, entries.indices])
 
     assert torch.autograd.gradcheck(at_the_entries, (x, centre, weight, bias))
-    assert torch.autograd.gradcheck(linear.centred_linear, (x, centre, weight, bias))
+    assert torch.autograd.gradcheck(linears.centred_linear, (x, centre, weight, bias))
 
 
 @pytest.mark.parametrize("activate", ["topk", "positive"])

@@ -302,7 +302,7 @@ def test_a_shrunk_covariance_is_one() -> None:
 
 def test_a_target_of_l0_starts_somewhere() -> None:
     found: Any = saes.parse({"arch": "vsae_iso", "target_l0": 8})
-    assert found.coefficient == 1 and saes.parse(found.model_dump()) == found
+    assert found.coefficient == 5 and saes.parse(found.model_dump()) == found
     plain: Any = saes.parse({"arch": "vsae_iso"})
     assert (plain.coefficient, plain.target_l0, plain.k) == (0, None, None)
 
