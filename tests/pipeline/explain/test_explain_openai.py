@@ -102,11 +102,9 @@ def test_answers_that_are_none_are_counted_and_shown_and_are_no_score(
     assert not (run.path / EXPLANATIONS).exists()
     of_fuzzing = re.compile("tokens stand between")
     chat.reply = lambda asked: content if of_fuzzing.search(asked["messages"][0]["content"]) else honest(asked)
-    (run.path / "explain").rename(run.path / "eval" / "old")
-    found = asking(run, place, chat)
-    for path in (run.path / "eval" / "old").iterdir():
+    for path in run.path.glob("explain/*"):  # what was answered, if anything is kept of it
         path.unlink()
-    (run.path / "eval" / "old").rmdir()
+    found = asking(run, place, chat)
     for one in found.features:
         detection, fuzzing = one.scores
         assert detection.answered == 1 and fuzzing.score is None is fuzzing.control and fuzzing.answered == 0
