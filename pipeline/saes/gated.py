@@ -27,6 +27,17 @@ class GatedConfig(PenaltyConfig):
     half_products = True
     arch: Literal["gated"] = Field("gated", description="architecture")
     decoder_norm: DecoderNorm = other_default("decoder_norm", "free")
+    gate_to_decoder: float = Field(
+        0.3,
+        ge=0,
+        le=1,
+        description="share of the training over which the reconstruction through the gate trains the decoder, too, all "
+        "of it at first and less and less; 0: never, as published",
+    )
+
+    def decoder_share(self, clock: Clock) -> float:
+        """What part of its gradient the reconstruction through the gate gives the decoder in this step."""
+        return max(0.0, 1 - clock.step / (self.gate_to_decoder * clock.steps)) if self.gate_to_decoder else 0.0
 
 
 @final
@@ -35,7 +46,8 @@ class Gated(Steered):
     """A gate that decides which latents are active and a magnitude path that decides how strongly.
 
     pi = (x - b_dec) W_enc + b_gate; f = ReLU(exp(r_mag) (pi - b_gate) + b_mag) where pi > 0. The penalty and an
-    auxiliary squared error, decoded with the dictionary taken as given, are those of ReLU(pi). b_enc is b_gate.
+    auxiliary squared error, decoded with the dictionary taken as given (but at the beginning, see `gate_to_decoder`),
+    are those of ReLU(pi). b_enc is b_gate.
     """
 
     config_type = GatedConfig
@@ -53,7 +65,9 @@ class Gated(Steered):
     def rule(self) -> GatedRule:
         return GatedRule(self.r_mag, self.b_mag)
 
-    def _asked(self, pre: Preactivations, weights: Weights, clock: Clock) -> Asked:
+    def _asked(self, pre: Preactivations, weights: Weights, clock: Clock) -> Asked | None:
+        if self.config.decoder_share(clock):  # entries decode gates with the dictionary as it is given
+            return None
         gain = self.r_mag.exp()
         found = penalties.asked(self.config.penalty, weights.W_dec.detach())
         return found._replace(gain=gain, offset=self.b_mag - gain * pre.bias, gates=True)
@@ -65,7 +79,8 @@ class Gated(Steered):
         else:
             assert gate.preactivations is not None
             gate = replace(gate, values=gate.preactivations.relu())
-            decoded = latents.decode(gate, W_dec)
+            share = self.config.decoder_share(batch.clock)
+            decoded = latents.decode(gate, W_dec + share * (batch.W_dec - W_dec) if share else W_dec)
         through_gate = decoded + self._past_latents(gate).detach()
         return {
             "l1": self.weight(batch.clock) * penalties.l1(self.config.penalty, gate, batch, W_dec),

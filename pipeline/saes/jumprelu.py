@@ -110,7 +110,7 @@ class JumpReLU(Steered):
     config_type = JumpReLUConfig
     config: JumpReLUConfig
     latent_units = ("b_enc", "threshold")
-    prompt, gain = 3.0, 30.0  # thresholds answer slowly
+    prompt, gain, descent = 3.0, 30.0, 0.0  # thresholds answer slowly
     threshold: Tensor
 
     def _build(self, generator: torch.Generator) -> None:

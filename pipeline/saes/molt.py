@@ -152,7 +152,7 @@ class MOLT(Steering, Coder):
 
     config_type = MOLTConfig
     config: MOLTConfig
-    prompt, gain = 3.0, 30.0  # thresholds answer slowly
+    prompt, gain, descent = 3.0, 30.0, 0.0  # thresholds answer slowly
     centre: Tensor
     scale: Tensor
     target_scale: Tensor

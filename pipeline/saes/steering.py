@@ -7,6 +7,11 @@ exp(prompt e) at once, and for good by exp(gain e / steps) after every step: a c
 integral part on its logarithm, whose reach does not depend on how long the training is. Thresholds move slowly: by
 itself the second part would swing, and a strong first one damps it. Everything else answers within some steps, and a
 strong part would only keep it from learning.
+
+A training starts with half of its latents active, and where L0 must not be the target at once, features have time to
+form. So, but for thresholds, an L0 above the target counts only as far as it lies above a line, too, that falls from
+where L0 was when steering began to the target (in its logarithm, over the first half of the training): the coefficient
+is raised where L0 falls more slowly than that, and lowered only below the target.
 """
 
 from __future__ import annotations
@@ -75,16 +80,21 @@ class Steering(Trainable):
 
     prompt: ClassVar[float] = 0.3
     """Power of L0 / target that the coefficient follows at once. L0 answers within some steps: more would swing."""
-    gain: ClassVar[float] = 10.0
+    gain: ClassVar[float] = 20.0
     """How many times over, in a training, a lasting e of 1 would multiply the coefficient by the number e."""
+    descent: ClassVar[float] = 0.5
+    """Share of the training over which L0 may come down to the target; 0: at once."""
     config: CoefficientConfig
     pressure: Tensor
     excess: Tensor
+    height: Tensor
 
     def _register_steering(self) -> None:
         if self.config.steered:
             self.register_buffer("pressure", torch.ones(()))
             self.register_buffer("excess", torch.zeros(()))
+            if self.descent:
+                self.register_buffer("height", torch.zeros(()))
 
     def weight(self, clock: Clock) -> Tensor | float:
         """The coefficient of this step, a scalar."""
@@ -93,10 +103,17 @@ class Steering(Trainable):
 
     def _steer(self, l0: Tensor, clock: Clock) -> None:
         """After a step: let the coefficient follow its L0, a scalar."""
-        if not self.config.steered or clock.step < steps_of(self.config.warmup, clock):
+        since = clock.step - steps_of(self.config.warmup, clock)
+        if not self.config.steered or since < 0:
             return
         assert self.config.target_l0 is not None, "which steering needs"
-        self.excess.copy_((l0.clamp_min(LEAST) / self.config.target_l0).log().clamp(-MOST, MOST))
+        above = (l0.clamp_min(LEAST) / self.config.target_l0).log()
+        if self.descent:
+            if since < 1:
+                self.height.copy_(above.clamp_min(0))
+            allowed = self.height * max(0.0, 1 - since / (self.descent * clock.steps))
+            above = (above - allowed).clamp_min(0) + above.clamp_max(0)
+        self.excess.copy_(above.clamp(-MOST, MOST))
         self.pressure.mul_((self.excess.clamp(-MOST / 2, MOST / 2) * (self.gain / clock.steps)).exp())
 
 

@@ -133,7 +133,7 @@ class Variational(Steered):
     """A dictionary whose latents are Gaussians in training; an architecture gives the prior."""
 
     config: VariationalConfig
-    prompt, gain = 3.0, 30.0  # gentler was not measured here
+    prompt, gain, descent = 3.0, 30.0, 0.0  # gentler was not measured here
 
     @abstractmethod
     def marginals(self, mean: Tensor, variance: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from sae.pipeline.train.schedules import DecoderRate, Schedule
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Revival = Annotated[NoRevival | Resample | Reinitialise, Field(discriminator="kind")]
 Outliers = Annotated[OutlierRule, BeforeValidator(lambda said: _outlier_rule(said))]
-REVISION = 6
-"""Of what settings mean. Before 5 JumpReLU had no AuxK, and thresholds learned at three times the encoder's rate;
+REVISION = 7
+"""Of what settings mean. Before 7 the L0 of penalties without thresholds was to be the target at once, and a gate never
+trained the decoder. Before 5 JumpReLU had no AuxK, and thresholds learned at three times the encoder's rate;
 before 4 the coefficient of an L1 penalty followed L0 three times as closely; before 3 thresholds learned at the
 encoder's rate, and before 2 AuxK's coefficient was a weight by itself; there was no word for these."""
 LEAST_STEPS, MOST_PASSES = 1000, 20  # of a training that nobody says the length of
@@ -194,6 +195,8 @@ def _as_now(settings: dict[str, Any], revision: int) -> dict[str, Any]:
             sae = sae | {"aux_coefficient": 0.0}  # a clt's was there and counted for nothing
         else:
             sae = {name: value for name, value in sae.items() if name != "threshold_rate"}
+    if revision < 7 and isinstance(sae, dict) and sae.get("arch") == "gated":
+        assumed |= {"gate_to_decoder": 0.0}
     return settings | {"sae": assumed | sae} if isinstance(sae, dict) else settings
 
 
@@ -202,10 +205,10 @@ def expect_same_meaning(run: Run, config: TrainConfig) -> None:
     free = getattr(config.sae, "decoder_norm", None) == "free"
     steered = getattr(config.sae, "target_l0", None) is not None
     variational = dict.fromkeys(("vsae_iso", "vsae_mix", "vsae_multi"), 2)
-    steered_since = {"jumprelu": 2, "clt": 2, "molt": 2, "l1": 4} | variational
+    steered_since = {"jumprelu": 2, "clt": 2, "molt": 2} | variational
     meant = {
         "train.align.weight": run.revision < 2 and config.align is not None,
-        "train.sae.target_l0": steered and run.revision < steered_since.get(config.sae.arch, 6),
+        "train.sae.target_l0": steered and run.revision < steered_since.get(config.sae.arch, 7),
         "train.sae.decoder_norm = free": run.revision < 2 and free and config.sae.arch != "l1",
     }
     for name, asked in meant.items():

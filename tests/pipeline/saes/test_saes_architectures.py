@@ -357,6 +357,24 @@ def test_a_target_of_l0_is_reached_from_far_off(arch: str, start: float) -> None
     assert sum(l0s[-50:]) / 50 == pytest.approx(3, rel=0.25)
 
 
+def test_a_coefficient_is_raised_where_l0_falls_too_slowly_and_lowered_below_the_target() -> None:
+    """L0 may take half of the training for its way from 64 to 4; its logarithm falls by ln 16 / 50 a step."""
+    sae: Any = made(settings({"arch": "l1", "target_l0": 4.0, "warmup": 0.1}))
+
+    def moved(step: int, l0: float) -> float:
+        before = sae.pressure.item()
+        sae._steer(torch.tensor(l0), Clock(step, 100, 64))
+        return math.log(sae.pressure.item() / before)
+
+    gain = sae.gain / 100
+    assert [moved(step, 64.0) for step in (9, 10)] == [0, 0]  # in the warm-up, and where the line begins
+    line = 64 * 16 ** (-20 / 50)
+    assert moved(30, 0.9 * line) == moved(30, 4.0) == 0 and sae.excess.item() == 0
+    assert moved(30, 1.2 * line) == pytest.approx(gain * math.log(1.2), rel=1e-4)
+    assert moved(30, 2.0) == pytest.approx(-gain / 2, rel=1e-4)
+    assert [moved(60, 5.0), moved(99, 5.0)] == pytest.approx([gain * math.log(5 / 4)] * 2, rel=1e-4)
+
+
 def test_a_coefficient_that_is_given_stays() -> None:
     assert saes.parse({"arch": "l1"}).target_l0 == 32  # type: ignore[attr-defined]
     fixed: Any = saes.parse({"arch": "l1", "coefficient": 2})

@@ -194,7 +194,8 @@ def gated(sae: Any, y: Tensor) -> Terms:
     q = (y - sae.b_dec) @ weights.W_enc_rows.T
     pi = q + weights.b_enc
     f = (pi > 0) * (q * sae.r_mag.exp() + sae.b_mag).relu()
-    gate = pi.relu() @ weights.W_dec.detach() + sae.b_dec.detach()
+    fixed, share = weights.W_dec.detach(), 1 - 5 / 30 if sae.config.gate_to_decoder == 0.3 else 0
+    gate = pi.relu() @ (fixed + share * (weights.W_dec - fixed)) + sae.b_dec.detach()
     return {
         "reconstruction": squared_error(y, f @ weights.W_dec + sae.b_dec),
         "l1": 0.35 * pi.relu().sum(1).mean(),
@@ -316,6 +317,7 @@ FORMULAS: list[tuple[Any, dict[str, Any]]] = [
     (jumprelu, {"arch": "jumprelu", "penalty": "tanh", "decoder_norm": "free", "bandwidth": 0.4, **AUXK, **HALFWAY}),
     (gated, {"arch": "gated", **HALFWAY}),
     (gated, {"arch": "gated", "decoder_norm": "unit", **HALFWAY}),
+    (gated, {"arch": "gated", "gate_to_decoder": 0, **HALFWAY}),
     (p_anneal, {"arch": "p_anneal", "anneal_start": 1, "stages": 1, "p_end": 0.6, **HALFWAY}),
     (shifted_relu, {"arch": "shifted_relu"}),
     (vsae_iso, {"arch": "vsae_iso", **KL}),

@@ -224,6 +224,15 @@ def test_values_are_there_for_whoever_asks() -> None:
     assert torch.equal(mine.fired(), plain.fired()) and torch.equal(mine.detach().values, plain.values)
 
 
+def test_entries_wait_until_gates_take_the_dictionary_as_it_is() -> None:
+    it, x, _ = made({"arch": "gated", "gate_to_decoder": 0.5})
+    for step in (49, 50):
+        clock = CLOCK._replace(step=step)
+        few(it)
+        found: Any = it.loss(x, None, clock)
+        assert isinstance(found.latents, Uncounted) == (step == 50)
+
+
 def test_which_way_is_taken_follows_what_was_last_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     it, x, pre = asked()
     for rate, is_few in ((0.0, False), (uncounted.FEW / 2, True), (2 * uncounted.FEW, False)):
