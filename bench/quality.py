@@ -184,10 +184,13 @@ def jobs(args: argparse.Namespace, done: Sequence[dict[str, Any]]) -> Iterator[J
 
 
 def best(done: Sequence[dict[str, Any]], job: Job) -> float:
-    """The rate at which seed 0 ended with the least FVU, brought to an L0 of k."""
+    """The rate at which seed 0 ended with the least FVU, brought to an L0 of k.
+
+    Rates that end beyond half or twice of that L0 are left to last: the slope says nothing there.
+    """
     alike = job._replace(seed=0)._asdict()
     found = {
-        entry["job"]["lr"]: entry["fvu"] * (entry["l0"] / job.k) ** SLOPE
+        entry["job"]["lr"]: (abs(math.log2(entry["l0"] / job.k)) > 1, entry["fvu"] * (entry["l0"] / job.k) ** SLOPE)
         for entry in done
         if entry["job"] | {"lr": job.lr} == alike
     }

@@ -54,6 +54,7 @@ class PAnneal(Steered):
 
     config_type = PAnnealConfig
     config: PAnnealConfig
+    gain = 20.0  # p falls until the end, and L0 with it
     factor: Tensor
 
     def _build(self, generator: torch.Generator) -> None:

@@ -80,7 +80,7 @@ class Steering(Trainable):
 
     prompt: ClassVar[float] = 0.3
     """Power of L0 / target that the coefficient follows at once. L0 answers within some steps: more would swing."""
-    gain: ClassVar[float] = 20.0
+    gain: ClassVar[float] = 10.0
     """How many times over, in a training, a lasting e of 1 would multiply the coefficient by the number e."""
     descent: ClassVar[float] = 0.5
     """Share of the training over which L0 may come down to the target; 0: at once."""
