@@ -250,25 +250,27 @@ def at_l0(curve: Sequence[dict[str, Any]], l0: float) -> float:
 
 
 def table(args: argparse.Namespace) -> None:
-    """Print, for rows and rate, our figures and the ratio of our FVU at another tool's L0 to its own, over seeds."""
-    runs: dict[tuple[str, str, str], dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    """Print, for rows and rate, our figures and the ratio of our FVU at another tool's L0 to its own, over seeds.
+
+    Each weight of another tool's penalty is a line of its own; ours, which aim at an L0, are one.
+    """
+    runs: dict[tuple[str, str, str, float], dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for entry in read(args.results):
         job = Job(**entry["job"])
         if not entry["settings"]:
-            runs[job.arch, Path(job.rows).name, job.tool][job.lr].append(entry)
+            weight = 1.0 if job.tool == "ours" else job.coefficient
+            runs[job.arch, Path(job.rows).name, job.tool, weight][job.lr].append(entry)
     print("| architecture | rows | tool | rate | its figures | ours at its L0 / its own |")
     print("|---" * 6 + "|")
-    for arch, rows, tool in sorted(runs):
-        ours = runs[arch, rows, "ours"]
-        for lr in sorted(runs[arch, rows, tool]):
-            theirs = runs[arch, rows, tool][lr]
-            rate = best(_flat(runs[arch, rows, tool]), Job(**theirs[0]["job"])) if args.best else lr
-            if lr != rate:
-                continue
-            beside = (
-                best(_flat(ours), Job(**theirs[0]["job"])._replace(tool="ours", coefficient=1.0)) if args.best else lr
-            )
-            print("|", " | ".join([arch, rows, tool, f"{lr:g}", describe(theirs), compare(ours[beside], theirs)]), "|")
+    for arch, rows, tool, weight in sorted(runs):
+        those, ours = runs[arch, rows, tool, weight], runs[arch, rows, "ours", 1.0]
+        job = Job(**_flat(those)[0]["job"])._replace(coefficient=weight)
+        rates = [best(_flat(those), job)] if args.best else sorted(those)
+        for lr in rates:
+            beside = best(_flat(ours), job._replace(tool="ours", coefficient=1.0)) if args.best and ours else lr
+            told = f"{tool}, {weight:g}" if (tool, arch) in COEFFICIENTS else tool
+            shown = describe(those[lr]), compare(ours[beside], those[lr])
+            print("|", " | ".join([arch, rows, told, f"{lr:g}", *shown]), "|")
 
 
 def _flat(by_rate: dict[float, list[dict[str, Any]]]) -> list[dict[str, Any]]:

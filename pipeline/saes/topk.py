@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import auxk
 from .base import SAE, register
-from .config import Clock, Config
+from .config import Clock
 from .encoder import Preactivations
 from .fixed_k import FixedKConfig, ks_at
 from .inference import TopKRule
@@ -21,7 +21,6 @@ class TopKConfig(FixedKConfig):
     """TopK with AuxK."""
 
     arch: Literal["topk"] = Field("topk", description="architecture")
-    encoder_scale: float = Field(0.1, gt=0, description=Config.model_fields["encoder_scale"].description)
 
 
 @final
