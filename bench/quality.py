@@ -264,10 +264,13 @@ def table(args: argparse.Namespace) -> None:
     print("|---" * 6 + "|")
     for arch, rows, tool, weight in sorted(runs):
         those, ours = runs[arch, rows, tool, weight], runs[arch, rows, "ours", 1.0]
+        aimed = [entry for entry in _flat(ours) if entry["job"]["coefficient"] == 1]
+        if tool == "ours" and not aimed:
+            continue
         job = Job(**_flat(those)[0]["job"])._replace(coefficient=weight)
         rates = [best(_flat(those), job)] if args.best else sorted(those)
         for lr in rates:
-            beside = best(_flat(ours), job._replace(tool="ours", coefficient=1.0)) if args.best and ours else lr
+            beside = best(aimed, job._replace(tool="ours", coefficient=1.0)) if args.best and aimed else lr
             told = f"{tool}, {weight:g}" if (tool, arch) in COEFFICIENTS else tool
             shown = describe(those[lr]), compare(ours[beside], those[lr])
             print("|", " | ".join([arch, rows, told, f"{lr:g}", *shown]), "|")
