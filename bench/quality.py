@@ -252,7 +252,7 @@ def at_l0(curve: Sequence[dict[str, Any]], l0: float) -> float:
 def table(args: argparse.Namespace) -> None:
     """Print, for rows and rate, our figures and the ratio of our FVU at another tool's L0 to its own, over seeds.
 
-    Each weight of another tool's penalty is a line of its own; ours, which aim at an L0, are one.
+    Each weight of another tool's penalty is a line of its own; ours, which aim at an L0, are one, if any aim at k.
     """
     runs: dict[tuple[str, str, str, float], dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for entry in read(args.results):

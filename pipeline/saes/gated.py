@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import latents, penalties
 from .base import register
-from .config import Clock, DecoderNorm, other_default
+from .config import Clock, DecoderNorm, other_default, ramp
 from .dictionary import Weights
 from .encoder import Preactivations
 from .inference import GatedRule
@@ -30,14 +30,13 @@ class GatedConfig(PenaltyConfig):
     gate_to_decoder: float = Field(
         0.3,
         ge=0,
-        le=1,
-        description="share of the training over which the reconstruction through the gate trains the decoder, too, all "
-        "of it at first and less and less; 0: never, as published",
+        description="steps over which the reconstruction through the gate trains the decoder, too, at first with all "
+        "of its gradient, then with less and less; below 1, a share of the training; 0: never, as published",
     )
 
     def decoder_share(self, clock: Clock) -> float:
         """What part of its gradient the reconstruction through the gate gives the decoder in this step."""
-        return max(0.0, 1 - clock.step / (self.gate_to_decoder * clock.steps)) if self.gate_to_decoder else 0.0
+        return 1 - ramp(self.gate_to_decoder, clock)
 
 
 @final
