@@ -109,7 +109,7 @@ def ours(rows: Tensor, held: Tensor, job: Job, settings: dict[str, Any]) -> dict
     config = TrainConfig(sae=saes.parse(sae_settings), lr=job.lr, warmup=WARMUP, decay=DECAY, **own)
     sae = saes.create(config.sae, rows.shape[1], seed=job.seed)
     sae.initialise(rows[: config.initial_rows])
-    optimiser = optimising.adam(sae, job.lr, job.steps, config.betas, config.eps)
+    optimiser = optimising.adam(sae, job.lr, job.steps, config.decay_rates, config.eps)
     for step, x in enumerate(batches(rows, job)):
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
             losses = sae.loss(x, clock=saes.Clock(step, job.steps, job.batch))

@@ -50,6 +50,11 @@ class TrainableConfig(Settings):
         """The learning rate where none is given."""
         return 1e-3
 
+    @property
+    def usual_betas(self) -> tuple[float, float]:
+        """Adam's decay rates where none are given."""
+        return 0.9, 0.999
+
     def expect_widths(self, d_in: Width, d_out: Width | None) -> None:
         """Raise ValueError where these settings are for no rows of such widths; d_out is None of an autoencoder."""
 
@@ -119,6 +124,11 @@ class Config(TrainableConfig):
     def usual_rate(self) -> float:
         """It falls with the root of the width (Gao et al. 2024)."""
         return min(4e-3, 7e-4 * (2**14 / self.d_sae) ** 0.5)  # below 1,024 latents nothing was measured
+
+    @property
+    def usual_betas(self) -> tuple[float, float]:
+        """Short memories: a latent that fires rarely is not carried on long after it has."""
+        return 0.7, 0.99
 
     def expect_widths(self, d_in: Width, d_out: Width | None) -> None:
         if self.skip and d_out is None:

@@ -16,11 +16,12 @@ from sae.pipeline.train.schedules import DecoderRate, Schedule
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Revival = Annotated[NoRevival | Resample | Reinitialise, Field(discriminator="kind")]
 Outliers = Annotated[OutlierRule, BeforeValidator(lambda said: _outlier_rule(said))]
-REVISION = 7
-"""Of what settings mean. Before 7 the L0 of penalties without thresholds was to be the target at once, and a gate never
+REVISION = 8
+"""Of what settings mean. Before 8 Adam's decay rates were 0.9 and 0.999 where none were given. Before 7 the L0 of penalties without thresholds was to be the target at once, and a gate never
 trained the decoder. Before 5 JumpReLU had no AuxK, and thresholds learned at three times the encoder's rate;
 before 4 the coefficient of an L1 penalty followed L0 three times as closely; before 3 thresholds learned at the
 encoder's rate, and before 2 AuxK's coefficient was a weight by itself; there was no word for these."""
+BETAS_BEFORE = [0.9, 0.999]  # as JSON has them
 LEAST_STEPS, MOST_PASSES = 1000, 20  # of a training that nobody says the length of
 STREAM = ("batch", "steps", "rows", "data_seed", "outliers")  # what dictionaries trained together must agree on
 
@@ -39,7 +40,10 @@ class TrainConfig(Schedule):
         description="learning rate of Adam, the encoder's where decoder says another for the decoder; unset: 7e-4 "
         "times the root of 16,384 / d_sae, at most 4e-3; of what is no sparse dictionary 3e-3 (molt) or 1e-3",
     )
-    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Adam's decay rates")
+    betas: tuple[Beta, Beta] | None = Field(
+        None,
+        description="Adam's decay rates; unset: 0.7 and 0.99 of sparse dictionaries, 0.9 and 0.999 of others",
+    )
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
     decoder: DecoderRate | None = Field(
         DecoderRate(ratio=3.0),
@@ -132,7 +136,7 @@ class TrainConfig(Schedule):
     def settled(self, store_rows: int) -> Self:
         """These settings, what they leave unset decided for a store of that many rows."""
         rows = self.store_rows or store_rows
-        found: dict[str, Any] = {"store_rows": rows, "lr": self.rate}
+        found: dict[str, Any] = {"store_rows": rows, "lr": self.rate, "betas": self.decay_rates}
         if self.steps is None and self.rows is None:
             found["steps"] = usual_steps(rows, self.batch)
         return self.model_copy(update=found)
@@ -146,6 +150,11 @@ class TrainConfig(Schedule):
     def rate(self) -> float:
         """The learning rate: lr, or the usual one of the architecture and its width."""
         return self.lr or self.sae.usual_rate
+
+    @property
+    def decay_rates(self) -> tuple[float, float]:
+        """Adam's decay rates: betas, or the usual ones of the architecture."""
+        return self.betas or self.sae.usual_betas
 
     def rates_at(self, step: int, total: int) -> tuple[float, float]:
         """Learning rates of step 0, 1, ...: the encoder's and the decoder's."""
@@ -184,6 +193,8 @@ def _as_now(settings: dict[str, Any], revision: int) -> dict[str, Any]:
     """
     sae = settings.get("sae")
     assumed: dict[str, Any] = {}
+    if revision < 8:
+        settings = {"betas": BETAS_BEFORE} | settings
     if revision < 2:
         settings = {"outliers": None} | settings
         if settings.get("steps") is None and settings.get("rows") is None:

@@ -16,7 +16,7 @@ from sae.cache.runs import CONFIG, Run
 from sae.cache.seen import Seen, SeenStore
 from sae.pipeline.saes import ARCHITECTURES
 from sae.pipeline.saes.contract import LayerByLayer
-from sae.pipeline.train.config import REVISION, TrainConfig, settings_of
+from sae.pipeline.train.config import BETAS_BEFORE, REVISION, TrainConfig, settings_of
 
 # settings that names of runs do not know of, and what they were before; of dictionaries, and of training
 LATER: dict[str, Any] = {"skip": False}
@@ -93,6 +93,8 @@ def _differing(run: Run, config: TrainConfig) -> list[str]:
     saved["store_rows"] = run.seen.rows  # in version 0.1.0 it was said there alone
     if run.revision < 4 and (saved["precision"], given["precision"]) == ("float32", "auto"):
         given["precision"] = "float32"  # as it was then for those who said nothing
+    if run.revision < 8 and config.betas is None:
+        given["betas"] = BETAS_BEFORE  # likewise
     if run.revision < 5:
         given["checkpoint_every"] = config.steps_to_checkpoint
     return sorted(name for name in saved if saved[name] != given[name])

@@ -122,15 +122,15 @@ def open_all(configs: Sequence[TrainConfig], dataset: Dataset, root: Path) -> li
     waiting = [run.seen.rows for config in configs for run in begun(config, dataset, there) if not run.finished]
     if waiting:
         configs = [one.model_copy(update={"store_rows": one.store_rows or max(waiting)}) for one in configs]
-    configs = [on_rows(config, dataset) for config in configs]
-    if len({run_name(config, dataset) for config in configs}) < len(configs):
+    wanted = [on_rows(config, dataset) for config in configs]
+    if len({run_name(config, dataset) for config in wanted}) < len(wanted):
         raise SaeError(
             "sweep = ...: two of the combinations are the same settings; does another option fix a swept key?"
         )
     runs: list[Run] = []
     with discarding(runs):
-        for config in configs:
-            known = begun(config, dataset, there)
+        for said, config in zip(configs, wanted, strict=True):
+            known = begun(said.model_copy(update={"store_rows": config.store_rows}), dataset, there)
             runs.append(known[0] if known else open_run(config, dataset, root, None, resume=False))
     return runs
 

@@ -79,7 +79,7 @@ class Trainer:
             sae.initialise(sample.x, sample.y)
         except ValueError as error:
             raise SaeError(f"{dataset.key}: {error}") from error
-        optimiser = optimising.adam(sae, config.rate, config.total_steps(run.seen.rows), config.betas, config.eps)
+        optimiser = optimising.adam(sae, config.rate, config.total_steps(run.seen.rows), config.decay_rates, config.eps)
         truth = dataset.truth
         return cls(run, config, sae, optimiser, dataset, device, None if truth is None else truth.to(device))
 

@@ -106,6 +106,17 @@ def test_small_stores_are_gone_through_several_times(rows: int, batch: int, step
     assert settled.total_steps(rows) == steps and settled.settled(rows) == settled
 
 
+@pytest.mark.parametrize(
+    ("arch", "usual"),
+    [("topk", (0.7, 0.99)), ("gated", (0.7, 0.99)), ("clt", (0.7, 0.99)), ("molt", (0.9, 0.999)), ("vae", (0.9, 0.999))],
+)
+def test_decay_rates_are_settled_by_what_is_trained(arch: str, usual: tuple[float, float]) -> None:
+    settled = TrainConfig.model_validate({"sae": {"arch": arch}}).settled(65_536)
+    assert settled.betas == settled.decay_rates == usual
+    said = TrainConfig.model_validate({"sae": {"arch": arch}, "betas": (0.5, 0.9)}).settled(65_536)
+    assert said.betas == said.decay_rates == (0.5, 0.9)
+
+
 def test_what_is_said_is_not_settled_otherwise() -> None:
     one_pass = TrainConfig.model_validate({"rows": "all", "lr": 0.01}).settled(65_536)
     assert (one_pass.steps, one_pass.rows, one_pass.lr) == (None, "all", 0.01)

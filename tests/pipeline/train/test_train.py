@@ -133,7 +133,7 @@ def twin_training(store: ActivationStore, config: TrainConfig, *, clip_first: bo
     sae.initialise(store.rows(0, min(config.initial_rows, store.n_rows)))
     scale = sae.scale.clone()
     weights = {name: value.detach().clone().requires_grad_() for name, value in sae.named_parameters()}
-    optimiser = torch.optim.Adam(weights.values(), betas=config.betas)
+    optimiser = torch.optim.Adam(weights.values(), betas=config.decay_rates)
     total = config.total_steps(store.n_rows)
     with Loader(store, config.batch, seed=config.data_seed) as loader:
         for step, x in zip(range(total), loader, strict=False):
@@ -1032,7 +1032,7 @@ def test_a_resumed_training_keeps_to_its_limit(tmp_path: Path, sinks: Activation
 
 def test_a_run_that_says_nothing_of_outliers_keeps_all(tmp_path: Path, sinks: ActivationStore) -> None:
     """The first version had no such setting, and the next ones null."""
-    config = settings(outliers="none")
+    config = settings(outliers="none", betas=(0.9, 0.999))
     run = open_run(config, Dataset.of(sinks), tmp_path, "older", resume=False)
     described = run.read_json("config.json")
     assert described["train"].pop("outliers") is None and described.pop("revision") == REVISION
@@ -1166,6 +1166,23 @@ def test_thresholds_learn_faster_and_those_of_before_as_before(tmp_path: Path, s
         aux[name] = getattr(settings_of(Run(run.path)).sae, "aux_coefficient")  # noqa: B009
     assert moved == {name: pytest.approx(step, rel=1e-3) for name, step in zip(moved, (0.025, 0.03, 0.01), strict=True)}
     assert aux == {"now": 2, "before": 0, "long before": 0}
+
+
+def test_a_run_of_before_goes_on_at_the_decay_rates_that_were_usual(tmp_path: Path, store: ActivationStore) -> None:
+    """Whether they are in its folder or not; who asks for others is told so."""
+    config = settings(TOPK, steps=2)
+    for name, kept in (("said", True), ("unsaid", False)):
+        run = open_run(config, Dataset.of(store), tmp_path, name, resume=False)
+        described = run.read_json("config.json") | {"revision": 7}
+        assert described["train"]["betas"] == [0.7, 0.99]
+        described["train"]["betas"] = [0.9, 0.999]
+        if not kept:
+            del described["train"]["betas"]
+        run.write_json("config.json", described)
+        found = open_run(config, Dataset.of(store), tmp_path, name, resume=True)
+        assert settings_of(found).decay_rates == (0.9, 0.999)
+        with pytest.raises(SaeError, match=r"other settings \(betas\)"):
+            open_run(settings(TOPK, steps=2, betas=(0.7, 0.99)), Dataset.of(store), tmp_path, name, resume=True)
 
 
 @pytest.mark.parametrize("sparsity", ["topk", "jumprelu"])

@@ -132,7 +132,7 @@ def test_a_step_is_that_of_the_same_numbers_written_out(tmp_path: Path, dataset:
     x, y = dataset.inputs[0], dataset.targets[0]
     made = create(config.sae, D, OUT, seed=0)
     made.initialise(x.rows(0, 512), y.rows(0, 512))
-    optimiser = torch.optim.Adam(made.parameters(), lr=config.lr, fused=True)
+    optimiser = torch.optim.Adam(made.parameters(), lr=config.lr, betas=config.decay_rates, fused=True)
     numbers = {row: n for n, row in enumerate(map(tuple, x.rows(0, ROWS).tolist()))}
     with Batches([x], [], 64, seed=0) as order:
         for step, batch in zip(range(24), order, strict=False):
