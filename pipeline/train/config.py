@@ -17,10 +17,11 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Revival = Annotated[NoRevival | Resample | Reinitialise, Field(discriminator="kind")]
 Outliers = Annotated[OutlierRule, BeforeValidator(lambda said: _outlier_rule(said))]
 REVISION = 8
-"""Of what settings mean. Before 8 Adam's decay rates were 0.9 and 0.999 where none were given. Before 7 the L0 of penalties without thresholds was to be the target at once, and a gate never
-trained the decoder. Before 5 JumpReLU had no AuxK, and thresholds learned at three times the encoder's rate;
-before 4 the coefficient of an L1 penalty followed L0 three times as closely; before 3 thresholds learned at the
-encoder's rate, and before 2 AuxK's coefficient was a weight by itself; there was no word for these."""
+"""Of what settings mean. Before 8 Adam's decay rates were 0.9 and 0.999 where none were given. Before 7 the L0 of
+penalties without thresholds was to be the target at once, and a gate never trained the decoder. Before 5 JumpReLU had
+no AuxK, and thresholds learned at three times the encoder's rate; before 4 the coefficient of an L1 penalty followed L0
+three times as closely; before 3 thresholds learned at the encoder's rate, and before 2 AuxK's coefficient was a weight
+by itself; there was no word for these."""
 BETAS_BEFORE = [0.9, 0.999]  # as JSON has them
 LEAST_STEPS, MOST_PASSES = 1000, 20  # of a training that nobody says the length of
 STREAM = ("batch", "steps", "rows", "data_seed", "outliers")  # what dictionaries trained together must agree on

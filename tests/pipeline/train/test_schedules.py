@@ -108,7 +108,10 @@ def test_small_stores_are_gone_through_several_times(rows: int, batch: int, step
 
 @pytest.mark.parametrize(
     ("arch", "usual"),
-    [("topk", (0.7, 0.99)), ("gated", (0.7, 0.99)), ("clt", (0.7, 0.99)), ("molt", (0.9, 0.999)), ("vae", (0.9, 0.999))],
+    [
+        *((arch, (0.7, 0.99)) for arch in ("topk", "gated", "clt", "vsae_iso")),
+        *((arch, (0.9, 0.999)) for arch in ("molt", "vae")),
+    ],
 )
 def test_decay_rates_are_settled_by_what_is_trained(arch: str, usual: tuple[float, float]) -> None:
     settled = TrainConfig.model_validate({"sae": {"arch": arch}}).settled(65_536)
