@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from sae.cache.device import landing
 
-from .config import Clock, Config, anneal
+from .config import Clock, Config, Steps, anneal
 
 Form = Literal["abs", "abs_squared", "relu", "relu_squared"]
 
@@ -40,7 +40,7 @@ class CoherenceConfig(Config):
     jl_on: Literal["decoder", "encoder", "both"] = Field("decoder", description="whose directions are spread")
     jl_coefficient: float = Field(0.5, ge=0, description="weight of the penalty after its warm-up")
     jl_start: float = Field(2.5, ge=0, description="weight of the penalty at the first step")
-    jl_warmup: float = Field(
+    jl_warmup: Steps = Field(
         2000,
         ge=0,
         description="steps of the quarter-cosine from jl_start to jl_coefficient; below 1, a share of the training",

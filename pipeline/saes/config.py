@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,9 @@ DecoderNorm = Literal["unit", "free", "none"]
 BiasStart = Literal["none", "zeros", "mean", "geometric_median"]
 InputScale = Literal["rms", "unit", "per_token", "none"]
 Reduction = Literal["sum_d", "mean_d", "fvu"]
+IN_STEPS = "steps, or below 1 a share of the training"
+Steps = Annotated[float, IN_STEPS]
+"""A length of training: see `steps_of`."""
 
 
 class TrainableConfig(Settings):
@@ -57,6 +60,13 @@ class TrainableConfig(Settings):
 
     def expect_widths(self, d_in: Width, d_out: Width | None) -> None:
         """Raise ValueError where these settings are for no rows of such widths; d_out is None of an autoencoder."""
+
+    def expect_length(self, steps: int) -> None:
+        """Raise ValueError where a training of so many steps cannot be what these settings ask for."""
+
+    def unfinished(self, steps: int) -> list[str]:
+        """The names of lengths (`Steps`) that a training of so many steps ends before."""
+        return [name for name in beyond(self, steps) if name not in self.idle]
 
 
 class Config(TrainableConfig):
@@ -182,6 +192,12 @@ def anneal(start: float, end: float, length: float, clock: Clock) -> float:
     """A quarter-cosine from start to end over `length` steps (or a share of them, as in `ramp`), then end."""
     steps = steps_of(length, clock)
     return end if clock.step >= steps else end + (start - end) * math.cos(math.pi * clock.step / (2 * steps))
+
+
+def beyond(settings: Settings, steps: int) -> list[str]:
+    """The names of lengths (`Steps`) that are longer than so many steps."""
+    lengths = [name for name, field in type(settings).model_fields.items() if IN_STEPS in field.metadata]
+    return [name for name in lengths if steps_of(getattr(settings, name), Clock(0, steps)) > steps]
 
 
 def steps_of(length: float, clock: Clock) -> float:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from .auxk import AuxKConfig
 from .base import SAE
-from .config import Clock, Config, ramp
+from .config import Clock, Config, Steps, ramp
 
 
 class FixedKConfig(AuxKConfig):
@@ -17,7 +17,7 @@ class FixedKConfig(AuxKConfig):
     encoder_scale: float = Field(0.3, gt=0, description=Config.model_fields["encoder_scale"].description)
     k: int = Field(32, ge=1, description="active latents a row, for architectures that fix it")
     k_start: int | None = Field(None, ge=1, description="latents kept per input at the first step; unset: k")
-    k_anneal: float = Field(
+    k_anneal: Steps = Field(
         0.1, ge=0, description="steps over which k_start becomes k, evenly; below 1, a share of the training"
     )
 
@@ -29,6 +29,9 @@ class FixedKConfig(AuxKConfig):
                     f"{name}: {k} latents per input, but d_sae: {self.d_sae} in all; lower {name} or raise d_sae"
                 )
         return self
+
+    def unfinished(self, steps: int) -> list[str]:
+        return [name for name in super().unfinished(steps) if name != "k_anneal" or self.k_start is not None]
 
     def k_at(self, clock: Clock) -> int:
         """k of this step."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import latents, penalties
 from .base import register
-from .config import Clock, DecoderNorm, other_default, ramp
+from .config import Clock, DecoderNorm, Steps, other_default, ramp
 from .dictionary import Weights
 from .encoder import Preactivations
 from .inference import GatedRule
@@ -27,7 +27,7 @@ class GatedConfig(PenaltyConfig):
     half_products = True
     arch: Literal["gated"] = Field("gated", description="architecture")
     decoder_norm: DecoderNorm = other_default("decoder_norm", "free")
-    gate_to_decoder: float = Field(
+    gate_to_decoder: Steps = Field(
         0.3,
         ge=0,
         description="steps over which the reconstruction through the gate trains the decoder, too, at first with all "

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import penalties
 from .base import register
 from .coherence import CoherenceConfig, jl_term
-from .config import Clock, Reduction, other_default
+from .config import Clock, Reduction, Steps, other_default
 from .dictionary import Weights
 from .encoder import Preactivations
 from .inference import ReLURule
@@ -27,7 +27,7 @@ class HybridConfig(PenaltyConfig, CoherenceConfig):
     penalty: penalties.Form = Field("per_token", description=PenaltyConfig.model_fields["penalty"].description)
     coefficient: float = Field(0.1, ge=0, description=PenaltyConfig.model_fields["coefficient"].description)
     target_l0: float | None = Field(None, gt=0, description=SteeredConfig.model_fields["target_l0"].description)
-    warmup: float = Field(2000, ge=0, description=PenaltyConfig.model_fields["warmup"].description)
+    warmup: Steps = Field(2000, ge=0, description=PenaltyConfig.model_fields["warmup"].description)
     reduction: Reduction = other_default("reduction", "mean_d")
 
 

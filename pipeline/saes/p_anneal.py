@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from .base import register
-from .config import Clock, DecoderNorm, other_default, steps_of
+from .config import Clock, DecoderNorm, Steps, other_default, steps_of
 from .dictionary import Weights
 from .encoder import Preactivations
 from .inference import ReLURule
@@ -28,7 +28,7 @@ class PAnnealConfig(SteeredConfig):
     arch: Literal["p_anneal"] = Field("p_anneal", description="architecture")
     decoder_norm: DecoderNorm = other_default("decoder_norm", "free")
     p_end: float = Field(0.2, gt=0, le=1, description="the last exponent")
-    anneal_start: float = Field(
+    anneal_start: Steps = Field(
         0.3, ge=0, description="steps before p starts to fall; below 1, a share of the training"
     )
     stages: int = Field(10, ge=1, description="equal parts of the rest of the training, with p lower in each")

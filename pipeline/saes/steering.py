@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from .base import SAE
-from .config import Clock, Config, TrainableConfig, ramp, steps_of
+from .config import Clock, Config, Steps, TrainableConfig, ramp, steps_of
 from .contract import Trainable
 from .losses import SparseLosses
 
@@ -46,7 +46,7 @@ class CoefficientConfig(TrainableConfig):
         description="active latents a row, for architectures with a penalty, whose coefficient is steered to it unless "
         "one is given; null: it stays as it is",
     )
-    warmup: float = Field(
+    warmup: Steps = Field(
         0.05, ge=0, description="steps over which the coefficient rises from 0; below 1, a share of the training"
     )
 
@@ -54,6 +54,14 @@ class CoefficientConfig(TrainableConfig):
     def steered(self) -> bool:
         """True where the coefficient follows L0."""
         return self.target_l0 is not None
+
+    def expect_length(self, steps: int) -> None:
+        super().expect_length(steps)
+        if self.steered and steps_of(self.warmup, Clock(0, steps)) >= steps:
+            raise ValueError(
+                f"warmup = {self.warmup:g}: L0 is steered to {self.target_l0:g} after it, and the training has "
+                f"{steps:,} steps; lower it, as to 0.05, or train longer"
+            )
 
     @model_validator(mode="before")
     @classmethod

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from .base import register
-from .config import FINISHED, Clock, ramp
+from .config import FINISHED, Clock, Steps, ramp
 from .latents import Latents
 from .losses import Losses, PlainLosses
 from .scaled import Scaled, ScaledConfig, encoder, linear
@@ -25,7 +25,7 @@ class GaussianConfig(ScaledConfig):
 
     units: int = Field(32, ge=1, description="Gaussian codes (of each group)")
     beta: float = Field(1.0, ge=0, description="weight of the KL in nats a row; 1 is the bound on the likelihood")
-    beta_warmup: float = Field(
+    beta_warmup: Steps = Field(
         0.3, ge=0, description="steps over which beta rises from 0; below 1, a share of the training"
     )
     sigma: Literal["learned", "one"] = Field(

@@ -29,7 +29,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from . import initial, linears
-from .config import Clock, ramp
+from .config import Clock, Steps, ramp
 from .dictionary import Weights
 from .encoder import Preactivations
 from .fixed_k import FixedKConfig
@@ -58,7 +58,7 @@ class VariationalConfig(PenaltyConfig):
         0.1, gt=0, description="standard deviation of latents about their means, where it is learned at the start"
     )
     kl_coefficient: float = Field(3e-4, ge=0, description="weight of the KL from the prior, in nats a row")
-    kl_warmup: float = Field(
+    kl_warmup: Steps = Field(
         0.1,
         ge=0,
         description="steps over which kl_coefficient rises from 0; below 1, a share of the training",

@@ -9,6 +9,7 @@ from sae.cache.massive import OutlierRule
 from sae.cache.runs import CONFIG, Run
 from sae.configs.base import REAL
 from sae.pipeline.saes import AnyConfig, parse
+from sae.pipeline.saes.config import beyond
 from sae.pipeline.train.alignment import AlignConfig
 from sae.pipeline.train.resampling import NoRevival, Reinitialise, Resample
 from sae.pipeline.train.schedules import DecoderRate, Schedule
@@ -126,6 +127,11 @@ class TrainConfig(Schedule):
         if self.steps is not None:
             return self.steps
         return max(1, (self.rows if isinstance(self.rows, int) else store_rows) // self.batch)
+
+    def unfinished(self, total: int) -> list[str]:
+        """Lengths, as they are said, that a training of so many steps ends before."""
+        found = [f"train.sae.{name} = {getattr(self.sae, name):g}" for name in self.sae.unfinished(total)]
+        return found + [f"train.revive.{name} = {getattr(self.revive, name):g}" for name in beyond(self.revive, total)]
 
     def snapshot_steps(self, total: int) -> set[int]:
         """The steps that snapshots are kept of: as many as are asked for, or fewer, from the first to the last."""

@@ -71,14 +71,19 @@ def _short(value: float) -> str:
 def on_rows(config: TrainConfig, dataset: Dataset) -> TrainConfig:
     """The configuration with the number of rows that it means on a dataset as it is now: all, where it says none.
 
-    Raises SaeError where it wants more than there are.
+    Raises SaeError where it wants more than there are, or what so short a training cannot be.
     """
     rows = config.store_rows or dataset.n_rows
     if rows > dataset.n_rows:
         raise SaeError(
             f"train.store_rows = {rows}: {dataset.key} has {dataset.n_rows:,} rows; lower it, or harvest more"
         )
-    return config.settled(rows)
+    config = config.settled(rows)
+    try:
+        config.sae.expect_length(config.total_steps(rows))
+    except ValueError as error:
+        raise SaeError(f"train.sae.{error}") from error
+    return config
 
 
 def begun(config: TrainConfig, dataset: Dataset, runs: Sequence[Run]) -> list[Run]:

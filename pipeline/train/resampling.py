@@ -16,7 +16,7 @@ from torch import Tensor
 from sae.cache.loader.loader import Batch
 from sae.configs.base import Settings
 from sae.pipeline.saes.base import SAE
-from sae.pipeline.saes.config import Clock, steps_of
+from sae.pipeline.saes.config import Clock, Steps, steps_of
 
 
 class NoRevival(Settings):
@@ -26,7 +26,7 @@ class NoRevival(Settings):
 
 
 class _AtSteps(Settings):
-    every: float = Field(0.1, gt=0, description="steps between two times; below 1, a share of the training")
+    every: Steps = Field(0.1, gt=0, description="steps between two times; below 1, a share of the training")
     until: float = Field(0.8, gt=0, description="the last step it may happen at; below 1, a share of the training")
 
     def due(self, done: int, total: int) -> bool:
@@ -57,7 +57,7 @@ class Reinitialise(_AtSteps):
     """A dictionary whose latents fire too unequally starts again (mutual feature regularization)."""
 
     kind: Literal["reinitialise"] = Field("reinitialise", description="what is done about dead latents between steps")
-    every: float = Field(100, gt=0, description=_AtSteps.model_fields["every"].description)
+    every: Steps = Field(100, gt=0, description=_AtSteps.model_fields["every"].description)
     threshold: float = Field(
         2.5, gt=0, description="start again where the mean over latents of |rate / (k / d_sae) - 1|^3 exceeds this"
     )

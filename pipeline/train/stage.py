@@ -30,12 +30,14 @@ from sae.pipeline.runtime import devices
 from sae.pipeline.runtime.interrupts import Interrupted, interruptible
 from sae.pipeline.runtime.progress import Progress
 from sae.pipeline.saes import Clock, Config, kernels
+from sae.pipeline.saes.steering import CoefficientConfig
 from sae.pipeline.train.config import STREAM, TrainConfig, expect_same_meaning, settings_of
 from sae.pipeline.train.coupled import CoupledTrainers, grouped
 from sae.pipeline.train.opening import begun, on_rows, open_run, run_name
 from sae.pipeline.train.stacked import Turn, in_turns, taken
 from sae.pipeline.train.trainer import Diverged, Trainer
 
+MISSED = 1.5  # times its target, or less than the target over that: an L0 that is told of
 RARELY = 10.0  # times what a checkpoint took to write, before a card is held up by the next
 SHOWN = ("loss", "fvu", "l0", "dead", "agreement", "recovery")  # beside the progress bar
 
@@ -150,6 +152,8 @@ def train(
         if ranks.rank == 0:
             for member in state.members:
                 member.finish(_metadata(dataset))
+                if (line := _missed(member)) is not None:
+                    progress.note(line)
         ranks.barrier()
         if state.diverged:
             raise Diverged("; ".join(map(str, state.diverged)))
@@ -245,6 +249,22 @@ def _say(configs: Sequence[TrainConfig], members: Sequence[Trainer], rows: int, 
     passes = steps * clock.batch / rows
     progress.note(
         f"train: {steps:,} steps of {clock.batch:,} rows, {passes:.2g} passes over {rows:,}; lr {rates}{faster}{dead}"
+    )
+    for length in sorted({one for config in configs for one in config.unfinished(steps)}):
+        progress.note(f"{length}: is longer than this training, which ends before; below 1 it is a share of the steps")
+
+
+def _missed(member: Trainer) -> str | None:
+    """What to say where L0 did not come to its target."""
+    config = member.config.sae
+    if not isinstance(config, CoefficientConfig) or not config.steered or config.target_l0 is None:
+        return None
+    l0 = member.run.metrics()[-1]["l0"] * config.latents / member.sae.width  # of a layer, where there are several
+    if config.target_l0 / MISSED <= l0 <= MISSED * config.target_l0:
+        return None
+    return (
+        f"{member.run.name}: L0 is {l0:.4g} at the end, not near train.sae.target_l0 = {config.target_l0:g}; train "
+        "longer, or start at another train.sae.coefficient"
     )
 
 
