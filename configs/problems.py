@@ -7,6 +7,9 @@ from pydantic import BaseModel, ValidationError
 from sae.configs.layers import NOUNS, TAGS, Layer, Path, inner_models, leaves, tag_of
 from sae.configs.reading import nearest
 
+LISTS = dict.fromkeys(("tuple_type", "list_type"), "input should be a list, as [1, 2]")
+"""What is asked for, by the type of the error, where that says it in Python's words."""
+
 
 class Origins:
     """The places where every setting was said: one of the `options` as they were typed, or one of the layers."""
@@ -44,7 +47,7 @@ def explained(settings: type[BaseModel], error: ValidationError, origins: Origin
         option = origins.option(keys) or f"{origins.name(keys)} = {tag}"
         return f"{option}: unknown {NOUNS.get(keys[-1], keys[-1])}{nearest(tag, there)}"
     same = [first, *(other for other in others if _followed(settings, other["loc"])[0] == keys)]
-    messages = [problem["msg"].removeprefix("Value error, ") for problem in same]
+    messages = [LISTS.get(problem["type"], problem["msg"]).removeprefix("Value error, ") for problem in same]
     message = "; or ".join(message[:1].lower() + message[1:] for message in messages)
     if isinstance(first["input"], dict):
         return f"{origins.name(keys)}: {message}"

@@ -237,7 +237,7 @@ def test_a_study_of_before_has_the_figures_of_now(before: list[object], tmp_path
     weights = {path: path.read_bytes() for path in saved}
     study = "study rates --ratios 1,2 --encoder-decay none --no-ce --k 2 --json --device cpu"
     small = ("batch=32", "sae.d_sae=16", "steps=12", "initial_rows=64", "lr=0.01", "outliers=none")
-    small += ("sae.aux_share=none", "sae.aux_coefficient=0.03125", "sae.dead_after=1000000")
+    small += ("sae.aux_share=none", "sae.aux_coefficient=0.03125", "sae.dead_after=1000000", "betas=[0.9,0.999]")
     settings = ["--set", "eval.dead_rows=64", *(word for one in small for word in ("--set", f"train.{one}"))]
     again = done(study, "--out", tmp_path / "again", *settings, *before)
     if "-k2-" in old[0]["run"]:  # names have told of k since before this version

@@ -55,6 +55,9 @@ class CoefficientConfig(TrainableConfig):
         """True where the coefficient follows L0."""
         return self.target_l0 is not None
 
+    def unfinished(self, steps: int) -> list[str]:
+        return [name for name in super().unfinished(steps) if name != "warmup" or self.coefficient]
+
     def expect_length(self, steps: int) -> None:
         super().expect_length(steps)
         if self.steered and steps_of(self.warmup, Clock(0, steps)) >= steps:

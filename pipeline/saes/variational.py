@@ -74,6 +74,17 @@ class VariationalConfig(PenaltyConfig):
             return given | {"coefficient": START}
         return given
 
+    def unfinished(self, steps: int) -> list[str]:
+        return [name for name in super().unfinished(steps) if name != "kl_warmup" or self.kl_coefficient]
+
+    def expect_length(self, steps: int) -> None:
+        super().expect_length(steps)
+        if self.steered and self.mean == "identity":
+            raise ValueError(
+                f"target_l0 = {self.target_l0:g}: of latents that are never 0, as mean: identity leaves them; take "
+                "mean: relu, or say k"
+            )
+
     @model_validator(mode="after")
     def _k_fits(self) -> Self:
         if self.k is not None and self.k > self.d_sae:

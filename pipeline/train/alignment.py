@@ -13,7 +13,7 @@ true features are known, their recovery.
 import math
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -24,6 +24,7 @@ from sae.configs.base import Settings
 from sae.pipeline.metrics.similarity import best, hungarian, mutual
 from sae.pipeline.parallel.ranks import Ranks
 from sae.pipeline.saes import SAE, SparseLosses
+from sae.pipeline.saes.config import IN_STEPS
 from sae.pipeline.saes.losses import spread
 
 By = Literal["dec", "hid", "x_hat"]
@@ -47,7 +48,9 @@ class AlignConfig(Settings):
         description="weight of the mean of 1 - similarity over pairs, as a share of the variance that a dictionary is "
         "to explain; 0: only measure",
     )
-    warmup: int = Field(100, ge=0, description="steps over which the weight rises from 0, as half a cosine")
+    warmup: Annotated[int, IN_STEPS] = Field(
+        100, ge=0, description="steps over which the weight rises from 0, as half a cosine"
+    )
     every: int = Field(10, ge=1, description="steps between two searches for matching vectors")
     seeds: tuple[int, ...] = Field(
         (), description="of the dictionaries pulled together; filled in from those that are trained with `seeds`"

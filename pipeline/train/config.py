@@ -22,7 +22,7 @@ REVISION = 8
 penalties without thresholds was to be the target at once, and a gate never trained the decoder. Before 5 JumpReLU had
 no AuxK, and thresholds learned at three times the encoder's rate; before 4 the coefficient of an L1 penalty followed L0
 three times as closely; before 3 thresholds learned at the encoder's rate, and before 2 AuxK's coefficient was a weight
-by itself; there was no word for these."""
+by itself; but for the decay rates there was no word for these."""
 BETAS_BEFORE = [0.9, 0.999]  # as JSON has them
 LEAST_STEPS, MOST_PASSES = 1000, 20  # of a training that nobody says the length of
 STREAM = ("batch", "steps", "rows", "data_seed", "outliers")  # what dictionaries trained together must agree on
@@ -44,7 +44,7 @@ class TrainConfig(Schedule):
     )
     betas: tuple[Beta, Beta] | None = Field(
         None,
-        description="Adam's decay rates; unset: 0.7 and 0.99 of sparse dictionaries, 0.9 and 0.999 of others",
+        description="Adam's decay rates; unset: 0.7 and 0.99, or 0.9 and 0.999 of molt, vae, nvae and fsq",
     )
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
     decoder: DecoderRate | None = Field(
@@ -130,8 +130,17 @@ class TrainConfig(Schedule):
 
     def unfinished(self, total: int) -> list[str]:
         """Lengths, as they are said, that a training of so many steps ends before."""
-        found = [f"train.sae.{name} = {getattr(self.sae, name):g}" for name in self.sae.unfinished(total)]
-        return found + [f"train.revive.{name} = {getattr(self.revive, name):g}" for name in beyond(self.revive, total)]
+        parts = {
+            "sae": self.sae.unfinished(total),
+            "revive": self.revive.unfinished(total),
+            "align": beyond(self.align, total) if self.align else [],
+        }
+        arch = {"sae": f" ({self.sae.arch})"}
+        return [
+            f"train.{part}.{name} = {getattr(getattr(self, part), name):g}{arch.get(part, '')}"
+            for part, names in parts.items()
+            for name in names
+        ]
 
     def snapshot_steps(self, total: int) -> set[int]:
         """The steps that snapshots are kept of: as many as are asked for, or fewer, from the first to the last."""

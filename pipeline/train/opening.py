@@ -71,19 +71,14 @@ def _short(value: float) -> str:
 def on_rows(config: TrainConfig, dataset: Dataset) -> TrainConfig:
     """The configuration with the number of rows that it means on a dataset as it is now: all, where it says none.
 
-    Raises SaeError where it wants more than there are, or what so short a training cannot be.
+    Raises SaeError where it wants more than there are.
     """
     rows = config.store_rows or dataset.n_rows
     if rows > dataset.n_rows:
         raise SaeError(
             f"train.store_rows = {rows}: {dataset.key} has {dataset.n_rows:,} rows; lower it, or harvest more"
         )
-    config = config.settled(rows)
-    try:
-        config.sae.expect_length(config.total_steps(rows))
-    except ValueError as error:
-        raise SaeError(f"train.sae.{error}") from error
-    return config
+    return config.settled(rows)
 
 
 def begun(config: TrainConfig, dataset: Dataset, runs: Sequence[Run]) -> list[Run]:
@@ -114,6 +109,7 @@ def open_run(config: TrainConfig, dataset: Dataset, root: Path, name: str | None
         return _continued(config, dataset, root, name)
     config = on_rows(config, dataset)
     try:
+        config.sae.expect_length(config.total_steps(dataset.n_rows))
         config.sae.expect_widths(dataset.widths_in, dataset.widths_out if dataset.targets else None)
     except ValueError as error:
         raise SaeError(f"train.sae.{error}") from error

@@ -7,7 +7,7 @@ generator: a resumed run does the same at the same step.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -16,13 +16,17 @@ from torch import Tensor
 from sae.cache.loader.loader import Batch
 from sae.configs.base import Settings
 from sae.pipeline.saes.base import SAE
-from sae.pipeline.saes.config import Clock, Steps, steps_of
+from sae.pipeline.saes.config import IN_STEPS, Clock, Steps, beyond, steps_of
 
 
 class NoRevival(Settings):
     """Dead latents stay dead, but for what the loss does about them."""
 
     kind: Literal["none"] = Field("none", description="what is done about dead latents between steps")
+
+    def unfinished(self, total: int) -> list[str]:
+        """As that of the others."""
+        return []
 
 
 class _AtSteps(Settings):
@@ -40,6 +44,11 @@ class _AtSteps(Settings):
         last -= last % self._interval(total)
         return step - last if last > 0 else None
 
+    def unfinished(self, total: int) -> list[str]:
+        """The names of lengths that a training of so many steps ends before, or in which it never happens."""
+        never = self._interval(total) > min(total, steps_of(self.until, Clock(0, total)))
+        return sorted({*beyond(self, total), *(["every"] if never else [])})
+
     def _interval(self, total: int) -> int:
         return max(1, round(steps_of(self.every, Clock(0, total))))
 
@@ -50,7 +59,9 @@ class Resample(_AtSteps):
     kind: Literal["resample"] = Field("resample", description="what is done about dead latents between steps")
     rows: int = Field(819_200, ge=1, description="rows to choose from, by the square of their error")
     scale: float = Field(0.2, gt=0, description="norm of a new encoder row, of the mean norm of the living ones")
-    rewarm: int = Field(0, ge=0, description="steps over which the learning rate rises again from 0 afterwards")
+    rewarm: Annotated[int, IN_STEPS] = Field(
+        0, ge=0, description="steps over which the learning rate rises again from 0 afterwards"
+    )
 
 
 class Reinitialise(_AtSteps):

@@ -225,6 +225,8 @@ def _begin(runs: Sequence[Run], dataset: Dataset, device: torch.device, progress
         progress.note(f"{runs[0].name}: continuing at step {state.step:,} of {state.total:,}")
     else:
         _say(configs, members, rows, state.total, progress)
+    for length in sorted({one for config in configs for one in config.unfinished(state.total)}):
+        progress.note(f"{length}: is not over, or never due, within the {state.total:,} steps of this training")
     return state
 
 
@@ -250,21 +252,20 @@ def _say(configs: Sequence[TrainConfig], members: Sequence[Trainer], rows: int, 
     progress.note(
         f"train: {steps:,} steps of {clock.batch:,} rows, {passes:.2g} passes over {rows:,}; lr {rates}{faster}{dead}"
     )
-    for length in sorted({one for config in configs for one in config.unfinished(steps)}):
-        progress.note(f"{length}: is longer than this training, which ends before; below 1 it is a share of the steps")
 
 
 def _missed(member: Trainer) -> str | None:
     """What to say where L0 did not come to its target."""
     config = member.config.sae
-    if not isinstance(config, CoefficientConfig) or not config.steered or config.target_l0 is None:
+    if not isinstance(config, CoefficientConfig) or config.target_l0 is None or "target_l0" in config.idle:
         return None
-    l0 = member.run.metrics()[-1]["l0"] * config.latents / member.sae.width  # of a layer, where there are several
+    layers = config.latents_of(len(member.run.seen.inputs)) // config.latents
+    l0 = member.run.metrics()[-1]["l0"] / layers
     if config.target_l0 / MISSED <= l0 <= MISSED * config.target_l0:
         return None
     return (
-        f"{member.run.name}: L0 is {l0:.4g} at the end, not near train.sae.target_l0 = {config.target_l0:g}; train "
-        "longer, or start at another train.sae.coefficient"
+        f"{member.run.name}: L0 is {l0:.4g}{' a layer' if layers > 1 else ''} at the end, not near train.sae.target_l0 "
+        f"= {config.target_l0:g}; train longer, or say beside it which train.sae.coefficient to start at"
     )
 
 

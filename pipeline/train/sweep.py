@@ -115,22 +115,24 @@ def fill_in_align_seeds(configs: Sequence[TrainConfig]) -> list[TrainConfig]:
 def open_all(configs: Sequence[TrainConfig], dataset: Dataset, root: Path) -> list[Run]:
     """The run folder of each configuration, begun or taken up. Raises SaeError where two configurations are one.
 
-    Where some were interrupted and the store has grown since, all are trained on as many rows as those.
+    Where some were interrupted and the store has grown since, all are trained on as many rows as those. What is unset
+    is what it is today, so that dictionaries side by side are trained alike: a run of before is one of these where it
+    has the same.
     """
     there = [run for run in catalogue.readable_runs(root)[0] if _named_here(run, dataset)]
-    configs = fill_in_align_seeds(configs)
+    configs = [one.model_copy(update={"betas": one.decay_rates}) for one in fill_in_align_seeds(configs)]
     waiting = [run.seen.rows for config in configs for run in begun(config, dataset, there) if not run.finished]
     if waiting:
         configs = [one.model_copy(update={"store_rows": one.store_rows or max(waiting)}) for one in configs]
-    wanted = [on_rows(config, dataset) for config in configs]
-    if len({run_name(config, dataset) for config in wanted}) < len(wanted):
+    configs = [on_rows(config, dataset) for config in configs]
+    if len({run_name(config, dataset) for config in configs}) < len(configs):
         raise SaeError(
             "sweep = ...: two of the combinations are the same settings; does another option fix a swept key?"
         )
     runs: list[Run] = []
     with discarding(runs):
-        for said, config in zip(configs, wanted, strict=True):
-            known = begun(said.model_copy(update={"store_rows": config.store_rows}), dataset, there)
+        for config in configs:
+            known = begun(config, dataset, there)
             runs.append(known[0] if known else open_run(config, dataset, root, None, resume=False))
     return runs
 

@@ -187,6 +187,20 @@ def test_a_cross_layer_transcoder_is_resumed_to_the_bit_and_opens_again(
         open_run(config, Dataset.of(stores[1::-1], stores[1:]), tmp_path, "backwards", resume=False)
 
 
+def test_a_target_of_each_layer_is_told_of_by_layer(stores: tuple[ActivationStore, ...], tmp_path: Path) -> None:
+    told: list[str] = []
+
+    class Notes(Silent):
+        def note(self, line: str) -> None:
+            told.append(line)
+
+    sae = parse({"arch": "clt", "sparsity": "jumprelu", "d_sae": 12, "target_l0": 0.1})
+    run = go(settings(sae=sae, steps=2), Dataset.of(stores[:2], stores[1:]), tmp_path, progress=Notes())
+    (line,) = (line for line in told if "target_l0" in line)
+    l0 = run.metrics()[-1]["l0"] / 2
+    assert line.startswith(f"{run.name}: L0 is {l0:.4g} a layer at the end, not near train.sae.target_l0 = 0.1; train")
+
+
 def test_names_of_runs_tell_stores_and_their_order_apart(stores: tuple[ActivationStore, ...]) -> None:
     a, b, c = stores
     datasets = [

@@ -1185,6 +1185,23 @@ def test_a_run_of_before_goes_on_at_the_decay_rates_that_were_usual(tmp_path: Pa
             open_run(settings(TOPK, steps=2, betas=(0.7, 0.99)), Dataset.of(store), tmp_path, name, resume=True)
 
 
+def test_a_sweep_is_trained_alike_whatever_was_trained_before(tmp_path: Path, store: ActivationStore) -> None:
+    """A run of before is one of it where it has what is unset today, and none that is refused today is in the way."""
+    before = open_run(settings(TOPK, steps=2, betas=(0.9, 0.999)), Dataset.of(store), tmp_path, None, resume=False)
+    short = settings({"arch": "l1", "d_sae": D_SAE, "target_l0": 4.0, "warmup": 1}, steps=2)
+    refused = open_run(short, Dataset.of(store), tmp_path, None, resume=False)
+    for run in (before, refused):
+        described = run.read_json("config.json") | {"revision": 7}
+        described["train"]["sae"] |= {"warmup": 2000.0} if run is refused else {}
+        run.write_json("config.json", described)
+    with pytest.raises(SaeError, match=r"train\.sae\.warmup = 2000: L0 is steered to 4 after it"):
+        open_run(settings_of(Run(refused.path)), Dataset.of(store), tmp_path, "new", resume=False)
+    both = [settings(TOPK, steps=2, **said) for said in ({}, {"betas": (0.9, 0.999)})]
+    found = open_all(both, Dataset.of(store), tmp_path)
+    assert [settings_of(run).decay_rates for run in found] == [(0.7, 0.99), (0.9, 0.999)]
+    assert found[1].path == before.path
+
+
 @pytest.mark.parametrize("sparsity", ["topk", "jumprelu"])
 def test_a_clt_of_before_is_read_whatever_counted_for_nothing(
     tmp_path: Path, store: ActivationStore, sparsity: str
