@@ -62,8 +62,8 @@ class CoefficientConfig(TrainableConfig):
         super().expect_length(steps)
         if self.steered and steps_of(self.warmup, Clock(0, steps)) >= steps:
             raise ValueError(
-                f"warmup = {self.warmup:g}: L0 is steered to {self.target_l0:g} after it, and the training has "
-                f"{steps:,} steps; lower it, as to 0.05, or train longer"
+                f"warmup: {self.warmup:g} leaves none of {steps:,} steps to steer L0 to target_l0: {self.target_l0:g} "
+                "in; lower it, as to 0.05, or train longer"
             )
 
     @model_validator(mode="before")

@@ -81,8 +81,8 @@ class VariationalConfig(PenaltyConfig):
         super().expect_length(steps)
         if self.steered and self.mean == "identity":
             raise ValueError(
-                f"target_l0 = {self.target_l0:g}: of latents that are never 0, as mean: identity leaves them; take "
-                "mean: relu, or say k"
+                f"target_l0: {self.target_l0:g} of latents that are never 0, as mean: identity leaves them; take relu, "
+                "or say k"
             )
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from support.command_line import sae
 from support.small_settings import other_values
 from support.small_stores import shrunk, write_activations
@@ -26,6 +26,7 @@ from sae.pipeline.interpret.features import FeaturesConfig
 from sae.pipeline.matching.config import MatchConfig
 from sae.pipeline.probing.config import ProbeConfig
 from sae.pipeline.saes import Config
+from sae.pipeline.saes.config import TrainableConfig
 from sae.pipeline.steering.config import SteerConfig
 from sae.pipeline.studies.study import settings
 from sae.pipeline.tokenize.stage import TokenizeConfig
@@ -133,8 +134,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def fits(model: type[BaseModel], values: dict[str, Any]) -> bool:
     """Whether the values go together."""
     try:
-        model.model_validate(values)
-    except ValidationError:
+        config = model.model_validate(values)
+        if isinstance(config, TrainableConfig):
+            config.expect_length(1000)
+    except ValueError:
         return False
     return True
 

@@ -100,5 +100,5 @@ def test_a_target_of_latents_that_are_never_off_is_refused(tmp_path: Path) -> No
     store = write_activations(tmp_path, torch.randn(256, 8), ended=True)
     sae = {"arch": "vsae_iso", "target_l0": 4, "mean": "identity"}
     config = TrainConfig.model_validate({"sae": sae, "batch": 32})
-    with pytest.raises(SaeError, match=r"^train\.sae\.target_l0 = 4: of latents that are never 0, as mean: identity"):
+    with pytest.raises(SaeError, match=r"^train\.sae\.target_l0: 4 of latents that are never 0, as mean: identity"):
         open_run(config, Dataset.of(store), tmp_path / "runs", None, resume=False)

@@ -1194,7 +1194,7 @@ def test_a_sweep_is_trained_alike_whatever_was_trained_before(tmp_path: Path, st
         described = run.read_json("config.json") | {"revision": 7}
         described["train"]["sae"] |= {"warmup": 2000.0} if run is refused else {}
         run.write_json("config.json", described)
-    with pytest.raises(SaeError, match=r"train\.sae\.warmup = 2000: L0 is steered to 4 after it"):
+    with pytest.raises(SaeError, match=r"train\.sae\.warmup: 2000 leaves none of 2 steps to"):
         open_run(settings_of(Run(refused.path)), Dataset.of(store), tmp_path, "new", resume=False)
     both = [settings(TOPK, steps=2, **said) for said in ({}, {"betas": (0.9, 0.999)})]
     found = open_all(both, Dataset.of(store), tmp_path)
