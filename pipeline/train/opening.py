@@ -108,8 +108,10 @@ def open_run(config: TrainConfig, dataset: Dataset, root: Path, name: str | None
     if resume:
         return _continued(config, dataset, root, name)
     config = on_rows(config, dataset)
+    rows = config.store_rows
+    assert rows is not None
     try:
-        config.sae.expect_length(config.total_steps(dataset.n_rows))
+        config.sae.expect_length(config.total_steps(rows))
         config.sae.expect_widths(dataset.widths_in, dataset.widths_out if dataset.targets else None)
     except ValueError as error:
         raise SaeError(f"train.sae.{error}") from error
@@ -118,8 +120,6 @@ def open_run(config: TrainConfig, dataset: Dataset, root: Path, name: str | None
             points.expect_in_order(stores)
     elif len(dataset.inputs) == len(dataset.targets) == 1:
         points.expect_read_first(dataset.inputs[0], dataset.targets[0])
-    rows = config.store_rows
-    assert rows is not None
     if config.batch > rows:
         raise SaeError(f"batch = {config.batch}: {dataset.key} has {rows:,} rows; lower it, or harvest more")
     limits = dataset.first(rows).limits_by(config.outliers)

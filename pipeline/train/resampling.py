@@ -25,7 +25,7 @@ class NoRevival(Settings):
     kind: Literal["none"] = Field("none", description="what is done about dead latents between steps")
 
     def unfinished(self, total: int) -> list[str]:
-        """As that of the others."""
+        """None: there are no lengths."""
         return []
 
 

